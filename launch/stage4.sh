@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+''':'  # bash goes on in start.sh and never returns; Python reads these lines as a string and goes on below
+exec bash "$(dirname "$0")/start.sh" stage4 "$@"
+'''
+# "deepspeed launch/stage4.sh" starts this very file with Python in every rank.
+import pathlib, runpy
+runpy.run_path(str(pathlib.Path(__file__).resolve().parents[1] / "stages" / "stage4.py"), run_name="__main__")
+#'

@@ -1,0 +1,44 @@
+"""Stage 3 of TinyGPT-V, instructions: detailed descriptions, asked for in words.
+
+Start it with `deepspeed launch/stage3.sh [options]` or `bash launch/stage3.sh [options]`; `--help` explains the options.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinygptv_ds.cli import run_command
+from tinygptv_ds.train.job import parse_job
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train stage 3."""
+    job = parse_job(argv, Path(__file__).with_suffix(".yaml"))  # checks all that can be checked before torch is loaded
+
+    from tinygptv_ds.convert.assemble import build_model
+    from tinygptv_ds.convert.trained import provenance_of, save_trained
+    from tinygptv_ds.data.loader import open_tokens
+    from tinygptv_ds.data.stream import open_stream
+    from tinygptv_ds.models.trainable import lora, norms, projections, train_only
+    from tinygptv_ds.train.engine import DTYPES, start_distributed, start_engine
+    from tinygptv_ds.train.loop import train
+
+    start_distributed(job)
+    # Phi, ViT and Q-Former from their own files, then what the stage before has trained.
+    model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])
+    train_only(model, projections, norms, lora)
+    stream = open_stream(job.recipe)
+    tokens = open_tokens(job.recipe, model.config)
+    with start_engine(model, job) as engine:
+        train(engine, stream, tokens)
+        trained = engine.trained_state()  # gathered from all ranks
+        if job.ranks.is_main:
+            save_trained(trained, model.config, job.run_dir / "model", provenance_of(job.recipe))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,234 @@
+"""The whole model on every reference case, its layout packed: picture embeddings, loss, gradients, greedy tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from golden_model import (
+    HIDDEN,
+    LOSS,
+    assert_gradients,
+    full_config,
+    full_model,
+    pack,
+    pack_layout,
+    read,
+    tensors,
+)
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from tinygptv_ds.config.schema import TextSection
+from tinygptv_ds.convert.tinygptv_pth import canonical_name, original_name
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.models.trainable import lora, norms, projections, train_only, weight_decay_groups
+from tinygptv_ds.processing.sequence import ImageTokens, Sequence, build_sequence
+from tinygptv_ds.processing.text import Rendered
+
+SPECIAL = ("generate", "multi_select")
+PARTS = {
+    "visual_encoder": "visual_encoder",
+    "ln_vision": "ln_vision",
+    "qformer": "qformer",
+    "query_tokens": "query_tokens",
+    "language_model": "llama_model",
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each model and each case that the set in use lists."""
+    root = Path(metafunc.config.getoption("golden", None) or Path(__file__).parent / "data") / "full"
+    names = sorted(path.parent.name for path in root.glob("*/weights.safetensors"))
+    if "full_name" in metafunc.fixturenames:
+        metafunc.parametrize("full_name", names)
+    if "full_case" in metafunc.fixturenames:
+        cases = [(name, path.stem) for name in names for path in sorted((root / name / "cases").glob("*.json"))]
+        metafunc.parametrize("full_case", [case for case in cases if case[1] not in SPECIAL], ids="/".join)
+
+
+def folder_of(golden: Path, name: str) -> Path:
+    return golden / "full" / name
+
+
+def pixels(expected: dict[str, Tensor]) -> Tensor | None:
+    """`[N, 3, S, S]`; several pictures a sample are stored as `[B, N, 3, S, S]`."""
+    image = expected.get("image")
+    return None if image is None else image.flatten(0, -4)
+
+
+def train_as_published(model: TinyGPTVForConditionalGeneration) -> list[str]:
+    parts = [projections, norms, lora] if model.config.lora_r else [projections, norms]
+    return train_only(model, *parts)
+
+
+def test_case(golden: Path, full_case: tuple[str, str]) -> None:
+    name, case_name = full_case
+    path = folder_of(golden, name) / "cases" / case_name
+    case, expected = read(path.with_suffix(".json")), tensors(path.with_suffix(".safetensors"))
+    model = full_model(folder_of(golden, name))
+    train_as_published(model)
+    packed = pack_layout(case, expected["attention_mask"], expected["targets"], model.config.image_token_id)
+    images = pixels(expected)
+    if "image_embeds" in expected:
+        torch.testing.assert_close(model.project(model.encode_vision(images)), expected["image_embeds"], **HIDDEN)
+    out = model(pixel_values=images, **packed.inputs)
+    loss = out.token_losses.mean() + out.anchor
+    torch.testing.assert_close(loss, expected["loss"], **LOSS)
+    assert loss.item() == pytest.approx(case["loss"], rel=LOSS["rtol"])
+    gradients = path.with_name(f"{case_name}_grads.safetensors")
+    if gradients.is_file():
+        loss.backward()
+        assert_gradients(model, tensors(gradients))
+
+
+def test_greedy(golden: Path, full_name: str) -> None:
+    folder = folder_of(golden, full_name)
+    if not (folder / "cases/generate.json").is_file():
+        pytest.skip("no generation in this set")
+    case, expected = read(folder / "cases/generate.json"), tensors(folder / "cases/generate.safetensors")
+    model = full_model(folder)
+    pad = model.config.pad_token_id
+    ids = [
+        [model.config.image_token_id if isinstance(item, dict) else pad if item == "pad" else item for item in row]
+        for row in case["layout"]
+    ]
+    out = model.generate(
+        input_ids=torch.tensor(ids),
+        attention_mask=expected["attention_mask"],
+        pixel_values=pixels(expected),
+        max_new_tokens=case["max_new_tokens"],
+        do_sample=False,
+    )
+    assert out[:, len(ids[0]) :].tolist() == expected["new_tokens"].tolist() == case["new_tokens"]
+    out = model.generate(
+        inputs_embeds=expected["inputs_embeds"],
+        attention_mask=expected["attention_mask"],
+        max_new_tokens=case["max_new_tokens"],
+        do_sample=False,
+    )
+    assert out.tolist() == case["new_tokens"]
+
+
+def test_candidates(golden: Path, full_name: str) -> None:
+    """The loss of each candidate answer by itself; the lowest wins."""
+    folder = folder_of(golden, full_name)
+    path = folder / "cases/multi_select.json"
+    if not path.is_file():
+        pytest.skip("no candidates in this set")
+    case, images = read(path), pixels(tensors(path.with_suffix(".safetensors")))
+    model, sequences = full_model(folder), candidate_rows(folder, case)
+    for b, losses in enumerate(case["per_sample_losses"]):
+        ours = []
+        for sequence in (sequences(b, c) for c in range(len(losses))):
+            packed = pack(torch.ones(1, len(sequence)), torch.tensor(sequence.labels)[None])
+            with torch.no_grad():
+                out = model(
+                    torch.tensor(sequence.input_ids),
+                    pixel_values=images[b : b + 1],
+                    image_rows=torch.tensor(sequence.image_rows),
+                    **packed.inputs,
+                )
+            ours.append(out.token_losses.mean().item())
+        assert ours == pytest.approx(losses, rel=LOSS["rtol"])
+        offered = [loss if c < case["num_cand"][b] else float("inf") for c, loss in enumerate(ours)]
+        assert sorted(range(len(ours)), key=offered.__getitem__) == case["per_sample_ranks"][b]
+
+
+def candidate_rows(folder: Path, case: dict) -> Callable[[int, int], Sequence]:
+    config = read(folder / "config.json")
+    tokenizer = AutoTokenizer.from_pretrained(folder / config["tokenizer"])
+    template = config.get("prompt_template") if config.get("chat_template") else None
+    text = TextSection(
+        prompt_template=template,
+        end_sym=config["end_sym"],
+        max_txt_len=config["max_txt_len"],
+        max_context_len=config["max_context_len"],
+    )
+    image = ImageTokens(config["phi"]["vocab_size"] - 1, config["qformer"]["num_query_tokens"])
+
+    def row(b: int, c: int) -> Sequence:
+        rendered = Rendered([(case["texts"][b], case["candidates_by_index"][c][b])])
+        return build_sequence(rendered, 1, tokenizer, text, image, lambda n: 0)
+
+    return row
+
+
+def test_trainable_names(golden: Path, full_name: str) -> None:
+    """Trained, frozen, decayed and saved are exactly the original's, by name."""
+    folder = folder_of(golden, full_name)
+    expected = read(folder / "trainable.json")
+    with torch.device("meta"):
+        model = TinyGPTVForConditionalGeneration(full_config(read(folder / "config.json"), folder))
+    trained = train_as_published(model)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    assert {name: shapes[name] for name in trained} == {
+        canonical_name(entry["name"]): entry["shape"] for entry in expected["trainable"]
+    }
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected["trainable_count"]
+    assert shapes.keys() - set(trained) == {canonical_name(name) for name in expected["frozen"]}
+    assert_groups(model, expected["optimizer_groups"])
+
+
+def assert_groups(model: TinyGPTVForConditionalGeneration, expected: list[dict]) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = weight_decay_groups(model, max(group["weight_decay"] for group in expected))
+    ours = {group["weight_decay"]: [names[p] for p in group["params"]] for group in groups}
+    theirs = {g["weight_decay"]: [canonical_name(name) for name in g["params"]] for g in expected if g["params"]}
+    assert {decay: set(group) for decay, group in ours.items()} == {d: set(group) for d, group in theirs.items()}
+
+
+def test_names_there_and_back(golden: Path, full_name: str) -> None:
+    """Every name that the original saves comes back from the canonical one."""
+    expected = read(folder_of(golden, full_name) / "trainable.json")
+    with_lora = any("lora_" in name for name in expected["checkpoint_keys"])
+    for name in expected["checkpoint_keys"]:
+        canonical = canonical_name(name)
+        assert canonical is None or original_name(canonical, lora=with_lora) == name
+
+
+@pytest.mark.parametrize("lora_r", [0, 64])
+@pytest.mark.parametrize("image_size", [224, 448])
+def test_full_size_counts(golden: Path, lora_r: int, image_size: int) -> None:
+    with torch.device("meta"):
+        model = TinyGPTVForConditionalGeneration(
+            TinyGPTVConfig(lora_r=lora_r, vision_config={"image_size": image_size})
+        )
+    train_as_published(model)
+    stages = read(golden / "full/trainable_full_size.json").values()
+    same = [stage for stage in stages if (stage["lora_r"], stage["image_size"]) == (lora_r, image_size)]
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    total = sum(p.numel() for p in model.parameters())
+    for stage in same:
+        assert sum(trained.values()) == stage["trainable_total"]
+        assert len(trained) == stage["trainable_tensors"]
+        assert total - sum(trained.values()) == stage["frozen_total"]
+        for part, theirs in PARTS.items():
+            ours = sum(p.numel() for n, p in model.named_parameters() if n == part or n.startswith(f"{part}."))
+            assert ours == stage["modules"][theirs]
+        groups = {"lora": lora, "norm_weights": norms, "llama_proj": is_first, "llama_proj2": is_second}
+        counts = {group: sum(n for name, n in trained.items() if part(name)) for group, part in groups.items()}
+        assert counts == stage["by_group"]
+    assert sum(trained.values()) == (45_266_944 if lora_r else 13_809_664)
+
+
+def is_first(name: str) -> bool:
+    return name.startswith("llama_proj.")
+
+
+def is_second(name: str) -> bool:
+    return name.startswith("llama_proj2.")
+
+
+@pytest.mark.parametrize("lora_r", [0, 64])
+def test_full_size_checkpoint_names(golden: Path, lora_r: int) -> None:
+    expected = read(golden / "full/checkpoint_keys_full_size.json")
+    key = "with_adapters" if lora_r else "stage1_without_adapters"
+    with torch.device("meta"):
+        model = TinyGPTVForConditionalGeneration(TinyGPTVConfig(lora_r=lora_r))
+    trained = train_as_published(model)
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    theirs = {canonical_name(entry["name"]): entry["shape"] for entry in expected[key]}
+    theirs.pop(None)
+    assert {name: shapes[name] for name in trained} == theirs

@@ -1,0 +1,65 @@
+"""LoRA on the fused qkv and on dense, as peft computed it for the original."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from golden_model import LOSS, read, tensors
+from test_phi import (
+    assert_outputs,
+    assert_packed,
+    gradients_of,
+    hidden_states,
+    inputs,
+    load_language_model,
+    padded_loss,
+)
+
+from tinygptv_ds.convert.merge import merge_lora
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+
+
+@pytest.fixture
+def model(golden: Path) -> TinyGPTVForConditionalGeneration:
+    return load_language_model(golden / "lora")
+
+
+@pytest.fixture
+def expected(golden: Path) -> dict:
+    return tensors(golden / "lora/right_padded.safetensors")
+
+
+def run_padded(model: TinyGPTVForConditionalGeneration, expected: dict) -> tuple:
+    embeds, mask = inputs(model, expected)
+    states = hidden_states(model, embeds, mask)
+    logits = model.language_model.lm_head(states[-1])
+    return embeds, mask, (states, logits, padded_loss(logits, expected["labels"]))
+
+
+def test_padded(golden: Path, model: TinyGPTVForConditionalGeneration, expected: dict) -> None:
+    embeds, mask, outputs = run_padded(model, expected)
+    gradients = gradients_of(golden / "lora", "right_padded", expected)
+    assert_outputs(model, expected, gradients, embeds, outputs, mask)
+
+
+def test_packed(golden: Path, model: TinyGPTVForConditionalGeneration, expected: dict) -> None:
+    assert_packed(model, expected, gradients_of(golden / "lora", "right_padded", expected))
+
+
+def test_merged(golden: Path, model: TinyGPTVForConditionalGeneration, expected: dict) -> None:
+    """Merged weights give the loss with adapters; without them it is the other one."""
+    config = read(golden / "lora/config.json")
+    merge_lora(model)
+    loss = run_padded(model, expected)[2][2].item()
+    assert loss == pytest.approx(config["loss_with_adapters"], rel=LOSS["rtol"])
+    assert loss != pytest.approx(config["loss_without_adapters"], rel=1e-3)
+    assert not any("lora" in name for name in model.state_dict())
+
+
+def test_zero_b_is_the_base(golden: Path, model: TinyGPTVForConditionalGeneration, expected: dict) -> None:
+    config = read(golden / "lora/config.json")
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.zeros_(parameter)
+    loss = run_padded(model, expected)[2][2].item()
+    assert loss == pytest.approx(config["loss_without_adapters"], rel=LOSS["rtol"])

@@ -1,0 +1,144 @@
+"""Phi with TinyGPT-V's norms: logits, loss, gradients and greedy tokens of the original, padded and packed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_model import HIDDEN, LOSS, assert_gradient, assert_gradients, fill, language_config, pack, read, tensors
+from torch import Tensor
+
+from tinygptv_ds.convert.files import Source, Stored, open_weights
+from tinygptv_ds.models.attention import causal_mask, make_packing
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+
+CASES = ["right_padded", "no_padding", "token_ids"]
+
+
+@pytest.fixture
+def model(golden: Path) -> TinyGPTVForConditionalGeneration:
+    return load_language_model(golden / "phi")
+
+
+def load_language_model(folder: Path) -> TinyGPTVForConditionalGeneration:
+    from tinygptv_ds.convert.tinygptv_pth import canonical_name
+
+    config = read(folder / "config.json")
+    model = TinyGPTVForConditionalGeneration(language_config(config, folder)).eval()
+    path = folder / "weights.safetensors"
+    weights: dict[str, Stored] = {}
+    for name, stored in open_weights(path).items():  # with and without the prefix of the whole model
+        canonical = canonical_name(name if name.startswith("llama_model.") else f"llama_model.{name}")
+        weights[canonical.removeprefix("language_model.")] = stored
+    fill(model.language_model, Source(path, weights, []))
+    return model
+
+
+def hidden_states(model: TinyGPTVForConditionalGeneration, embeds: Tensor, mask: Tensor) -> list[Tensor]:
+    """Input, every block's output but the last's, and the output of the final norm: what the reference lists."""
+    seen = [embeds]
+    hooks = [
+        layer.register_forward_hook(lambda _m, _i, out: seen.append(out)) for layer in model.language_model.model.layers
+    ]
+    positions = torch.arange(embeds.shape[1]).expand(embeds.shape[:2])
+    final = model.language_model.model(embeds, positions, mask=causal_mask(mask, embeds.shape[1]))
+    for hook in hooks:
+        hook.remove()
+    return [*seen[:-1], final]
+
+
+def inputs(model: TinyGPTVForConditionalGeneration, expected: dict) -> tuple[Tensor, Tensor]:
+    embeds = expected.get("inputs_embeds")
+    if embeds is None:
+        embeds = model.get_input_embeddings()(expected["input_ids"]).detach()
+    mask = expected.get("attention_mask")
+    return embeds.clone().requires_grad_(), torch.ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask
+
+
+def labels_of(expected: dict) -> Tensor:
+    """Where none are stored every token is learnt."""
+    return expected["labels"] if "labels" in expected else expected["input_ids"]
+
+
+def padded_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def gradients_of(folder: Path, case: str, expected: dict) -> dict:
+    """In a file beside the case or in the case's own."""
+    beside = folder / f"{case}_grads.safetensors"
+    return expected | (tensors(beside) if beside.is_file() else {})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_padded(golden: Path, model: TinyGPTVForConditionalGeneration, case: str) -> None:
+    expected = tensors(golden / f"phi/{case}.safetensors")
+    embeds, mask = inputs(model, expected)
+    states = hidden_states(model, embeds, mask)
+    logits = model.language_model.lm_head(states[-1])
+    loss = padded_loss(logits, labels_of(expected))
+    assert_outputs(model, expected, gradients_of(golden / "phi", case, expected), embeds, (states, logits, loss), mask)
+
+
+def assert_outputs(model, expected, gradients, embeds, outputs, mask) -> None:
+    states, logits, loss = outputs
+    real = mask.bool()
+    if "logits" in expected:
+        torch.testing.assert_close(logits[real], expected["logits"][real], **HIDDEN)
+    listed = sorted(key for key in expected if key.startswith("hidden_state_"))
+    for key in listed:
+        state = states[int(key.rsplit("_", 1)[1])]
+        torch.testing.assert_close(state[real], expected[key][real], **HIDDEN)
+    assert_loss_and_gradients(model, expected, gradients, embeds, loss)
+
+
+def assert_loss_and_gradients(model, expected, gradients, embeds, loss) -> None:
+    torch.testing.assert_close(loss, expected["loss"], **LOSS)
+    loss.backward()
+    if any(key.startswith("grad.") for key in gradients):
+        assert_gradients(model, gradients, prefix=prefix_of(gradients))
+    if "grad_inputs_embeds" in gradients:
+        assert_gradient(embeds.grad, gradients["grad_inputs_embeds"], "inputs_embeds")
+
+
+def prefix_of(gradients: dict) -> str:
+    return "" if any(key.startswith("grad.llama_model.") for key in gradients) else "llama_model."
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_packed(golden: Path, model: TinyGPTVForConditionalGeneration, case: str) -> None:
+    expected = tensors(golden / f"phi/{case}.safetensors")
+    assert_packed(model, expected, gradients_of(golden / "phi", case, expected))
+
+
+def assert_packed(model, expected: dict, gradients: dict) -> None:
+    """The samples end to end without padding give the same logits, loss and gradients."""
+    embeds, mask = inputs(model, expected)
+    packed = pack(mask, labels_of(expected))
+    given = packed.inputs
+    packing = make_packing(given["cu_seqlens"], given["max_seqlen"], sum(packed.counts), "sdpa")
+    hidden = model.language_model.model(embeds[packed.keep], given["position_ids"], packing=packing)
+    logits = model.language_model.lm_head(hidden)
+    if "logits" in expected:
+        torch.testing.assert_close(logits, expected["logits"][packed.keep], **HIDDEN)
+    loss = F.cross_entropy(logits[given["target_rows"]], given["targets"])
+    assert_loss_and_gradients(model, expected, gradients, embeds, loss)
+
+
+@pytest.mark.parametrize("case", ["generate_left_padded", "generate_eos"])
+def test_greedy(golden: Path, model: TinyGPTVForConditionalGeneration, case: str) -> None:
+    """With `generate_eos` rows end early, one with its very first token, and are filled with the end token."""
+    expected = tensors(golden / f"phi/{case}.safetensors")
+    if "lm_head_bias" in expected:
+        model.language_model.lm_head.bias.data.copy_(expected["lm_head_bias"])
+    out = model.generate(
+        inputs_embeds=expected["inputs_embeds"],
+        attention_mask=expected["attention_mask"],
+        max_new_tokens=expected["new_tokens"].shape[1],
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    assert out.sequences.tolist() == expected["new_tokens"].tolist()
+    if "first_step_scores" in expected:
+        torch.testing.assert_close(out.logits[0], expected["first_step_scores"], **HIDDEN)

@@ -1,0 +1,55 @@
+"""Running a command so that mistakes show as one readable message, and the `python -m tinygptv_ds` verbs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from tinygptv_ds import __version__
+from tinygptv_ds.errors import TinyGPTVError
+
+USER_ERROR = 2
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Call `command`; what the user has to fix ends in one message on stderr and exit code 2, without a traceback.
+
+    Among several ranks only rank 0 speaks. The others wait a moment before they leave, since the launcher ends all ranks
+    as soon as one has gone.
+    """
+    try:
+        command()
+    except TinyGPTVError as error:
+        if int(os.environ.get("RANK", 0)) != 0:
+            time.sleep(5)
+        else:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Threads of the process group or the loader must not hold up, nor clutter, the way out.
+        sys.stdout.flush()
+        os._exit(USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m tinygptv_ds VERB`."""
+    parser = argparse.ArgumentParser(prog="python -m tinygptv_ds", description="Tools around the TinyGPT-V trainer.")
+    parser.add_argument("--version", action="version", version=f"tinygptv_ds {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add(verbs, "doctor", "what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor")
+    _add(verbs, "prepare", "turn a dataset's own files into shards", "tinygptv_ds.data.prepare")
+    _add(verbs, "export", "turn a run into a folder for inference", "tinygptv_ds.convert.export")
+    args = parser.parse_args(argv)
+    run_command(lambda: args.run(args))
+
+
+def _add(verbs: argparse._SubParsersAction, name: str, help_text: str, module: str) -> None:
+    from importlib import import_module
+
+    parser = verbs.add_parser(name, help=help_text, description=help_text)
+    implementation = import_module(module)
+    implementation.add_arguments(parser)
+    parser.set_defaults(run=implementation.run)

@@ -1,0 +1,151 @@
+"""From a YAML file and `--set key=value` to a checked `Recipe`. No torch here: mistakes must show at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinygptv_ds.config.schema import Recipe
+from tinygptv_ds.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, for which a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise ConfigError(f"{', '.join(sorted(twice))} is given twice in {node.start_mark.name}")
+        return super().construct_mapping(node, deep)
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply `key=value` overrides with dotted keys.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, a key is unknown (the nearest known one is named), or a value has
+            the wrong type or is out of range.
+    """
+    return build_recipe(apply_overrides(_read_yaml(Path(path)), overrides), str(path))
+
+
+def build_recipe(raw: dict, source: str) -> Recipe:
+    """Turn nested plain values into a `Recipe`; `source` is named in errors."""
+    try:
+        return _build(Recipe, raw, "")
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def apply_overrides(raw: dict, overrides: Sequence[str]) -> dict:
+    """Set dotted keys, e.g. `train.batch_size=32` or `data.datasets.0.weight=2`; values are YAML."""
+    raw = dict(raw)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {text}: write key=value, for instance --set train.batch_size=32")
+        try:
+            parsed = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key}: the value {value!r} is not YAML ({error})") from None
+        raw = _set(raw, key.strip().split("."), parsed, key)
+    return raw
+
+
+def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, for writing it down."""
+    return dataclasses.asdict(recipe)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no recipe at {path}; the published ones are stages/stage1.yaml to stages/stage4.yaml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no recipe: the file must be a mapping of keys to values")
+    return raw
+
+
+def _set(node: Any, keys: list[str], value: Any, whole: str) -> Any:
+    head, *rest = keys
+    if isinstance(node, list):
+        if not head.isdigit() or int(head) >= len(node):
+            raise ConfigError(f"--set {whole}: {head!r} is not an index of a list of {len(node)}")
+        items = list(node)
+        items[int(head)] = _set(items[int(head)], rest, value, whole) if rest else value
+        return items
+    if node is not None and not isinstance(node, dict):
+        raise ConfigError(f"--set {whole}: there is nothing below {node!r} to set")
+    node = dict(node or {})
+    node[head] = _set(node.get(head), rest, value, whole) if rest else value
+    return node
+
+
+def _build(kind: type, raw: Any, where: str) -> Any:
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where or 'the recipe'} must be a mapping of keys to values, not {_describe(raw)}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    prefix = f"{where}." if where else ""
+    for key in raw:
+        if key not in fields:
+            raise ConfigError(f"unknown key {prefix}{key}{_nearest(str(key), fields)}")
+    for name, f in fields.items():
+        if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{prefix}{name} is missing")
+    return kind(**{key: _convert(hints[key], value, prefix + key) for key, value in raw.items()})
+
+
+def _nearest(key: str, known: typing.Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if isinstance(kind, types.UnionType):
+        options = typing.get_args(kind)
+        if value is None and type(None) in options:
+            return None
+        (kind,) = [option for option in options if option is not type(None)]
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
+    if typing.get_origin(kind) is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{where} must be a list, not {_describe(value)}")
+        (item,) = typing.get_args(kind)
+        return [_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value)]
+    return _scalar(kind, value, where)
+
+
+def _scalar(kind: type, value: Any, where: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
+        raise ConfigError(f"{where} must be {names[kind]}, not {_describe(value)}")
+    return value
+
+
+def _describe(value: Any) -> str:
+    return "empty" if value is None else f"{value!r} ({type(value).__name__})"

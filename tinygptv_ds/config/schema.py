@@ -1,0 +1,255 @@
+"""What a recipe holds: plain dataclasses that check themselves. Everything here is checked before torch is imported.
+
+A recipe is the YAML of one stage. DeepSpeed's JSON holds what is DeepSpeed's (ZeRO, precision, offload, communication).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tinygptv_ds.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Weights to start from, and what is built around them.
+
+    Attributes:
+        phi: folder of a Phi checkpoint (config.json, tokenizer, weights).
+        eva_vit: `eva_vit_g.pth`, or a file of its names and other sizes.
+        qformer: `blip2_pretrained_flant5xxl.pth`, or a file of its names and other sizes.
+        init_from: trained weights of an earlier stage (a run directory or its `model/`); None: projections start random.
+        image_size: side of the square input in pixels; position embeddings are interpolated to it.
+        eva_vit_depth: blocks used of the ViT (the published file holds one more than is used).
+        eva_vit_heads: attention heads of the ViT, which its file does not tell.
+        qformer_heads: attention heads of the Q-Former, which its file does not tell.
+        proj_hidden_size: width between the two projections.
+        lora_r: LoRA rank; 0 builds no LoRA.
+        lora_alpha: LoRA scale, alpha / r.
+        lora_dropout: dropout before LoRA's A.
+        lora_targets: linear layers of a Phi block that get LoRA.
+        resid_dropout: dropout on attention and MLP outputs while training (Phi-2's own value is 0.1); None keeps the
+            value of Phi's config.json.
+        attention: auto, flash_attn, torch_varlen or sdpa.
+        gradient_checkpointing: recompute Phi's blocks in the backward pass: less memory, about a third more time.
+    """
+
+    phi: str
+    eva_vit: str
+    qformer: str
+    init_from: str | None = None
+    image_size: int = 224
+    eva_vit_depth: int = 39
+    eva_vit_heads: int = 16
+    qformer_heads: int = 12
+    proj_hidden_size: int = 4096
+    lora_r: int = 0
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    lora_targets: list[str] = field(default_factory=lambda: ["query_key_value", "dense"])
+    resid_dropout: float | None = None
+    attention: str = "auto"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.image_size > 0, "model.image_size must be positive")
+        _require(self.lora_r >= 0, "model.lora_r must be 0 (no LoRA) or a positive rank")
+        _require(0 <= self.lora_dropout < 1, "model.lora_dropout must lie in [0, 1)")
+        known = {"query_key_value", "dense", "fc1", "fc2"}
+        unknown = [t for t in self.lora_targets if t not in known]
+        _require(not unknown, f"model.lora_targets: unknown {unknown}; a Phi block has {sorted(known)}")
+        backends = ("auto", "flash_attn", "torch_varlen", "sdpa")
+        _require(self.attention in backends, f"model.attention: {self.attention!r} is not one of {', '.join(backends)}")
+
+
+@dataclass(frozen=True)
+class TextSection:
+    """How a sample becomes tokens.
+
+    Attributes:
+        prompts: a pool of prompts.yaml that captions are asked for with ("stage3"), or None: bare captions.
+        prompt_template: wraps every question, `{}` stands for it; None: no wrap.
+        end_sym: ends every answer; learnt, and where generation stops.
+        max_txt_len: answer tokens at most, `end_sym` included (a longer answer loses it).
+        max_context_len: prompt tokens at most, image rows included.
+    """
+
+    prompts: str | None = None
+    prompt_template: str | None = None
+    end_sym: str = "\n"
+    max_txt_len: int = 32
+    max_context_len: int = 3800
+
+    def __post_init__(self) -> None:
+        _require(self.max_txt_len > 0, "text.max_txt_len must be positive")
+        _require(self.max_context_len > 0, "text.max_context_len must be positive")
+        template_ok = self.prompt_template is None or self.prompt_template.count("{}") == 1
+        _require(template_ok, "text.prompt_template must hold {} exactly once, where the question goes")
+
+
+@dataclass(frozen=True)
+class DatasetSection:
+    """One dataset of the mixture.
+
+    Attributes:
+        name: its name in logs and on TensorBoard.
+        shards: a folder, a glob or a brace pattern of tars, relative to the working directory.
+        weight: its share of the samples, relative to the others' (published: sampling ratio x batch size).
+        clean: apply the original's text cleaning to the fields that the original cleans.
+    """
+
+    name: str
+    shards: str
+    weight: float = 1.0
+    clean: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.weight > 0, f"data.datasets, {self.name}: weight must be positive")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """The stream of samples.
+
+    Attributes:
+        datasets: what is mixed.
+        validation: datasets for the panel of generated answers; empty: the training sets' first samples.
+        num_workers: loader processes per rank, whatever the number of datasets; 0 loads in the training process.
+        shuffle_shards: samples are shuffled within windows of this many shards.
+        max_skipped_share: the run stops once more than this share of the samples seen was unreadable.
+    """
+
+    datasets: list[DatasetSection]
+    validation: list[DatasetSection] = field(default_factory=list)
+    num_workers: int = 2
+    shuffle_shards: int = 16
+    max_skipped_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(bool(self.datasets), "data.datasets is empty: name at least one dataset")
+        names = [d.name for d in self.datasets]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        _require(not twice, f"data.datasets: {', '.join(twice)} appears more than once; names must differ")
+        _require(self.num_workers >= 0, "data.num_workers must be 0 or more")
+        _require(self.shuffle_shards > 0, "data.shuffle_shards must be positive")
+        _require(0 <= self.max_skipped_share <= 1, "data.max_skipped_share must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    """AdamW and its schedule: linear warm-up, then a cosine over all steps, as the original computes it.
+
+    Attributes:
+        lr: rate at the end of the warm-up.
+        min_lr: what the cosine heads for; above `lr` it rises (the published stage 4).
+        warmup_lr: rate of the first step.
+        warmup_steps: steps of warm-up. As in the original they count within an epoch, and the cosine starts at step 0.
+        weight_decay: for matrices; norms and biases have none.
+        betas: AdamW's betas.
+        gradient_clipping: None takes the DeepSpeed JSON's value; a number has to agree with it. 0: off.
+    """
+
+    lr: float
+    min_lr: float
+    warmup_lr: float = 1e-6
+    warmup_steps: int = 0
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    gradient_clipping: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0 and self.min_lr >= 0, "optimizer.lr must be positive and optimizer.min_lr not negative")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must be 0 or more")
+        _require(len(self.betas) == 2, "optimizer.betas must be two numbers")
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """How long, how much at once, what is reported.
+
+    Attributes:
+        batch_size: samples of one optimizer step, over all ranks and accumulation steps.
+        micro_batch_size: samples of one forward pass on one rank.
+        epochs: times `steps_per_epoch`.
+        steps_per_epoch: optimizer steps of an "epoch" of the schedule.
+        loss_reduction: "step_mean" divides by the target tokens of the whole step; "micro_batch_mean" is the original's
+            mean over each micro-batch.
+        log_every: steps between log lines.
+        sample_every: steps between panels of generated answers; 0: only at the end.
+        sample_count: pictures in a panel.
+        checkpoint_every: steps between checkpoints; 0: only at the end.
+        keep_checkpoints: older ones are removed.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    epochs: int = 1
+    steps_per_epoch: int = 1000
+    loss_reduction: str = "step_mean"
+    log_every: int = 10
+    sample_every: int = 0
+    sample_count: int = 4
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "micro_batch_size", "epochs", "steps_per_epoch", "log_every", "keep_checkpoints"):
+            _require(getattr(self, name) > 0, f"train.{name} must be positive")
+        for name in ("sample_every", "sample_count", "checkpoint_every"):
+            _require(getattr(self, name) >= 0, f"train.{name} must be 0 or more")
+        known = ("step_mean", "micro_batch_mean")
+        _require(self.loss_reduction in known, f"train.loss_reduction must be one of {', '.join(known)}")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.epochs * self.steps_per_epoch
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of a step on one rank.
+
+        Raises:
+            ConfigError: the batch does not divide.
+        """
+        share = self.micro_batch_size * world_size
+        if self.batch_size % share:
+            fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % (m * world_size) == 0]
+            advice = f"train.micro_batch_size in {fits}" if fits else f"a train.batch_size divisible by {world_size}"
+            raise ConfigError(
+                f"train.batch_size {self.batch_size} does not divide into micro-batches of {self.micro_batch_size} on "
+                f"{world_size} rank(s): choose {advice}"
+            )
+        return self.batch_size // share
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One stage of training.
+
+    Attributes:
+        stage: 1 to 4.
+        seed: of everything random; the same on every rank.
+        model: see `ModelSection`.
+        text: see `TextSection`.
+        data: see `DataSection`.
+        optimizer: see `OptimizerSection`.
+        train: see `TrainSection`.
+        deepspeed: changes to the DeepSpeed JSON, by its own keys.
+    """
+
+    stage: int
+    model: ModelSection
+    data: DataSection
+    optimizer: OptimizerSection
+    train: TrainSection
+    text: TextSection = field(default_factory=TextSection)
+    seed: int = 42
+    deepspeed: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(self.stage in (1, 2, 3, 4), f"stage must be 1, 2, 3 or 4, not {self.stage}")

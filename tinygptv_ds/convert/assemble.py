@@ -1,0 +1,239 @@
+"""The model of a recipe: sizes from the files, base weights, trained weights, and what no file supplies.
+
+Everything is checked by name and shape before a weight is read; every parameter and buffer is then loaded or, if it is
+of a kind that no file has yet, initialised by name. Nothing is left to chance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerBase
+
+from tinygptv_ds.config.schema import ModelSection, TextSection
+from tinygptv_ds.convert.blip2 import blip2_source, qformer_config
+from tinygptv_ds.convert.eva import eva_config, eva_source
+from tinygptv_ds.convert.files import Source, check_weights, copy_weights, listing
+from tinygptv_ds.convert.phi2 import ADDED_NORMS, phi_config, phi_source
+from tinygptv_ds.convert.trained import fitting_source, load_trained, provenance_of, save_trained
+from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.log import LOGGER
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.lora import LoRALinear
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.models.trainable import lora, norms, projections
+
+__all__ = ["assemble", "build_model", "load_trained", "model_config", "provenance_of", "save_trained"]
+
+
+def build_model(
+    section: ModelSection, text: TextSection, *, frozen_dtype: torch.dtype
+) -> TinyGPTVForConditionalGeneration:
+    """The model of a recipe on the CPU, with all its weights; seed torch first where projections or LoRA start afresh.
+
+    Args:
+        section: where the weights lie, and what is built around them.
+        text: template and end symbol, noted in the model's configuration.
+        frozen_dtype: of everything that no stage trains; projections, Phi's norms and LoRA are fp32.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or does not fit name for name and shape for shape.
+    """
+    config = model_config(section, text)
+    paths = {"phi": Path(section.phi), "eva_vit": Path(section.eva_vit), "qformer": Path(section.qformer)}
+    init_from = None if section.init_from is None else Path(section.init_from)
+    model = assemble(config, paths, init_from, frozen_dtype=frozen_dtype)
+    model.attention = section.attention
+    model.language_model.model.gradient_checkpointing = section.gradient_checkpointing
+    return model
+
+
+def model_config(section: ModelSection, text: TextSection) -> TinyGPTVConfig:
+    """The model's sizes, from Phi's config.json, the shapes in the files, and the recipe for what they do not tell.
+
+    Raises:
+        WeightsError: a file is missing, unreadable or no such model, or the parts do not fit together.
+    """
+    blip2 = blip2_source(Path(section.qformer))
+    qformer = qformer_config(blip2, section.qformer_heads)
+    vision = eva_config(
+        Path(section.eva_vit),
+        image_size=section.image_size,
+        depth=section.eva_vit_depth,
+        heads=section.eva_vit_heads,
+    )
+    if vision.hidden_size != qformer.encoder_hidden_size:
+        raise WeightsError(
+            f"{section.eva_vit} is {vision.hidden_size} wide, but the Q-Former of {section.qformer} looks at "
+            f"features of {qformer.encoder_hidden_size}; model.eva_vit and model.qformer must be of one BLIP-2"
+        )
+    phi = phi_config(Path(section.phi))
+    if section.resid_dropout is not None:
+        phi.resid_pdrop = section.resid_dropout
+    return TinyGPTVConfig(
+        vision_config=vision,
+        qformer_config=qformer,
+        text_config=phi,
+        num_query_tokens=blip2.weights["query_tokens"].shape[1],
+        proj_hidden_size=section.proj_hidden_size,
+        image_token_id=_set_special_tokens(phi, Path(section.phi)),
+        lora_r=section.lora_r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        lora_targets=tuple(section.lora_targets),
+        prompt_template=text.prompt_template,
+        end_sym=text.end_sym,
+    )
+
+
+def assemble(
+    config: TinyGPTVConfig, base: Mapping[str, Path], init_from: Path | None, *, frozen_dtype: torch.dtype
+) -> TinyGPTVForConditionalGeneration:
+    """Build a model of these sizes and fill it.
+
+    Args:
+        config: the sizes.
+        base: files of "phi", "eva_vit" and "qformer".
+        init_from: trained weights, as in `load_trained`.
+        frozen_dtype: of everything that no stage trains.
+
+    Raises:
+        WeightsError: see `build_model`.
+    """
+    model = _empty_model(config, frozen_dtype)
+    parameters = dict(model.named_parameters())
+    sources = []
+    for source, belongs, advice in _base_sources(config, base):
+        check_weights({name: tuple(p.shape) for name, p in parameters.items() if belongs(name, source)}, source, advice)
+        sources.append(source)
+    if init_from is not None:
+        sources.append(fitting_source(model, init_from))
+    for source in sources:
+        copy_weights(parameters, source.weights)
+        LOGGER.info("%s: %d tensors loaded, %d ignored", source.path, len(source.weights), len(source.ignored))
+    _initialise(model, {name for source in sources for name in source.weights})
+    return model.eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Phi folder.
+
+    Raises:
+        WeightsError: there is none, or it is damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise WeightsError(f"{folder}: no usable tokenizer ({reason}); fetch Phi's tokenizer files into it") from None
+
+
+def _set_special_tokens(phi: PhiConfig, folder: Path) -> int:
+    """Take begin, end and pad from the tokenizer into `phi`; returns the id that stands at image positions."""
+    tokenizer = load_tokenizer(folder)
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise WeightsError(f"{folder}: the tokenizer has no end token; fetch Phi's tokenizer files again")
+    if phi.eos_token_id not in (None, end):
+        LOGGER.warning(
+            "%s: config.json ends at %s, the tokenizer at %d; the latter holds", folder, phi.eos_token_id, end
+        )
+    # As in the original, one token begins, ends and pads.
+    phi.bos_token_id = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    phi.eos_token_id = phi.pad_token_id = end
+    largest, image_token = max(tokenizer.get_vocab().values()), phi.vocab_size - 1
+    if largest >= image_token:
+        raise WeightsError(
+            f"{folder}: the tokenizer uses ids up to {largest} of a vocabulary of {phi.vocab_size}, whose last row "
+            "must be free to stand for pictures; use a Phi whose embedding has a spare row, as Phi-2's has"
+        )
+    return image_token
+
+
+def _empty_model(config: TinyGPTVConfig, frozen_dtype: torch.dtype) -> TinyGPTVForConditionalGeneration:
+    """The model in its final dtypes with uninitialised memory: built without any, so that nothing is held twice."""
+    with torch.device("meta"):
+        model = TinyGPTVForConditionalGeneration(config).to(frozen_dtype)
+    for name, parameter in model.named_parameters():
+        # A norm's bias, though never trained, has to be of its weight's dtype.
+        if projections(name) or lora(name) or norms(re.sub(r"\.bias$", ".weight", name)):
+            parameter.data = parameter.data.float()
+    return model.to_empty(device="cpu")
+
+
+def _base_sources(
+    config: TinyGPTVConfig, base: Mapping[str, Path]
+) -> list[tuple[Source, Callable[[str, Source], bool], str]]:
+    """Each base file with the rule of what it must supply and the likely cause if it does not."""
+
+    def of_phi(name: str, source: Source) -> bool:
+        # TinyGPT-V's own norms are in no Phi-2 file, but a file may have them.
+        optional = lora(name) or (ADDED_NORMS.fullmatch(name) and not _has_kind(name, source.weights))
+        return name.startswith("language_model.") and not optional
+
+    def of_vit(name: str, _: Source) -> bool:
+        return name.startswith("visual_encoder.")
+
+    def of_blip2(name: str, _: Source) -> bool:
+        return name.startswith(("qformer.", "ln_vision.", "query_tokens"))
+
+    text, vision = config.text_config, config.vision_config
+    return [
+        (
+            phi_source(base["phi"], text.num_attention_heads),
+            of_phi,
+            "Its config.json is of another Phi, or a file is missing or cut short: fetch the whole folder again",
+        ),
+        (
+            eva_source(base["eva_vit"], vision),
+            of_vit,
+            "model.eva_vit must name an EVA ViT of BLIP-2 (eva_vit_g.pth, or a file of its names)",
+        ),
+        (
+            blip2_source(base["qformer"]),
+            of_blip2,
+            "model.qformer must name a BLIP-2 file (blip2_pretrained_flant5xxl.pth, or a file of its names)",
+        ),
+    ]
+
+
+def _has_kind(name: str, names: Collection[str]) -> bool:
+    """Whether this norm is in `names` for any layer: it must then be there for all."""
+    kind = name.split(".", 4)[-1]
+    return any(ADDED_NORMS.fullmatch(other) and other.split(".", 4)[-1] == kind for other in names)
+
+
+def _initialise(model: TinyGPTVForConditionalGeneration, loaded: set[str]) -> None:
+    """Give the values they start from to the projections, LoRA and added norms that no file supplied.
+
+    Raises:
+        WeightsError: anything else was not supplied.
+    """
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    left = parameters.keys() - loaded
+    unexplained = {n for n in left if not (projections(n) or lora(n) or ADDED_NORMS.fullmatch(n))}
+    unexplained |= {name for name in buffers if not name.endswith(".attn.k_bias")}
+    if unexplained:
+        raise WeightsError(f"no file supplies {listing(unexplained)}; see the files above for what each one held")
+    with torch.no_grad():
+        _initialise_norms({name: parameters[name] for name in left if ADDED_NORMS.fullmatch(name)})
+        for name, module in model.named_modules():
+            if isinstance(module, LoRALinear) and f"{name}.lora_A.weight" in left:
+                module.reset_lora()
+            elif isinstance(module, nn.Linear) and projections(f"{name}.weight") and f"{name}.weight" in left:
+                module.reset_parameters()
+        for buffer in buffers.values():  # timm's key bias, fixed at zero and in no file
+            buffer.zero_()
+    if left:
+        kinds = {"projections": projections, "LoRA": lora, "added norms": ADDED_NORMS.fullmatch}
+        counts = {kind: sum(bool(part(name)) for name in left) for kind, part in kinds.items()}
+        LOGGER.info("initialised: %s", ", ".join(f"{n} tensors of {kind}" for kind, n in counts.items() if n))
+
+
+def _initialise_norms(added: Mapping[str, Tensor]) -> None:
+    for name, parameter in added.items():
+        parameter.fill_(1.0 if name.endswith(".weight") else 0.0)

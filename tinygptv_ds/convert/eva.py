@@ -1,0 +1,76 @@
+"""`eva_vit_g.pth` and files of its names: the vision tower's weights. timm's names equal the file's."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from tinygptv_ds.convert.files import Source, Stored, listing, open_weights, rename_all
+from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.models.configuration import EvaViTConfig
+from tinygptv_ds.models.eva_vit import interpolate_pos_embed
+
+PREFIX = "visual_encoder."
+_POSITIONS = PREFIX + "pos_embed"
+
+
+def eva_config(path: Path, *, image_size: int, depth: int, heads: int) -> EvaViTConfig:
+    """Width, MLP and patch size from the file's shapes; the rest it does not tell.
+
+    Args:
+        path: the weights.
+        image_size: side of the picture that the model shall take.
+        depth: blocks to use; the published file has one more than BLIP-2 uses.
+        heads: attention heads.
+
+    Raises:
+        WeightsError: no EVA ViT, too few blocks, or sizes that do not fit.
+    """
+    stored = open_weights(path)
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    missing = [name for name in needed if name not in stored]
+    if missing:
+        raise WeightsError(f"{path}: no EVA ViT: {listing(missing)} missing among {listing(stored)}")
+    width, patch = stored["cls_token"].shape[-1], stored["patch_embed.proj.weight"].shape[-1]
+    blocks = 1 + max(int(match[1]) for name in stored if (match := re.match(r"blocks\.(\d+)\.", name)))
+    if blocks < depth:
+        raise WeightsError(f"{path}: {blocks} blocks, but {depth} are to be used; set model.eva_vit_depth to {blocks}")
+    if width % heads:
+        raise WeightsError(f"{path}: a width of {width} does not divide into {heads} heads; set model.eva_vit_heads")
+    if image_size % patch:
+        raise WeightsError(f"{path}: patches of {patch} pixels do not tile {image_size}; set model.image_size")
+    return EvaViTConfig(
+        image_size=image_size,
+        patch_size=patch,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=stored["blocks.0.mlp.fc1.weight"].shape[0],
+    )
+
+
+def eva_source(path: Path, config: EvaViTConfig) -> Source:
+    """The file's weights under canonical names, position embeddings resized to `config.image_size`.
+
+    Blocks beyond those used, the final norm and the head are ignored by name.
+    """
+
+    def rename(name: str) -> str | None:
+        block = re.match(r"blocks\.(\d+)\.", name)
+        unused = block is not None and int(block[1]) >= config.num_hidden_layers
+        return None if unused or name.startswith(("norm.", "fc_norm.", "head.")) else PREFIX + name
+
+    source = rename_all(open_weights(path), rename, path)
+    positions = source.weights.get(_POSITIONS)
+    if positions is not None:
+        patches = (config.image_size // config.patch_size) ** 2
+        shape = (1, 1 + patches, positions.shape[-1])
+        source.weights[_POSITIONS] = Stored(shape, partial(_resized, positions, patches))
+    return source
+
+
+def _resized(positions: Stored, patches: int) -> Tensor:
+    return interpolate_pos_embed(positions.read(), patches)

@@ -1,0 +1,232 @@
+"""Phi folders in any of the three layouts that Phi-2 was published in, to canonical names and back.
+
+| layout | attention | seen in |
+|---|---|---|
+| remote code | `transformer.h.N.mixer.Wqkv`, rows [3, heads, head_dim] | microsoft/phi-2, first release |
+| fused | `model.layers.N.self_attn.query_key_value`, rows [heads, 3, head_dim] | what TinyGPT-V trained on; canonical |
+| split | `model.layers.N.self_attn.{q,k,v}_proj` | microsoft/phi-2 now, transformers from 4.37 on |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PhiConfig
+
+from tinygptv_ds.convert.files import Source, Stored, listing, open_weights, read_json, rename_all
+from tinygptv_ds.errors import WeightsError
+
+PREFIX = "language_model."
+# The norms that TinyGPT-V added to Phi; no Phi-2 file has them.
+ADDED_NORMS = re.compile(
+    r"language_model\.model\.layers\.\d+\.(self_attn\.[qk]_layernorm\.(weight|bias)|post_layernorm\.weight)"
+)
+_SPLIT = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.(weight|bias)")
+_REMOTE_NAMES = (
+    (r"^transformer\.embd\.wte\.", "model.embed_tokens."),
+    (r"^transformer\.h\.(\d+)\.ln\.", r"model.layers.\1.input_layernorm."),
+    (r"^transformer\.h\.(\d+)\.mixer\.Wqkv\.", r"model.layers.\1.self_attn.query_key_value."),
+    (r"^transformer\.h\.(\d+)\.mixer\.out_proj\.", r"model.layers.\1.self_attn.dense."),
+    (r"^transformer\.h\.(\d+)\.mlp\.", r"model.layers.\1.mlp."),
+    (r"^lm_head\.ln\.", "model.final_layernorm."),
+    (r"^lm_head\.linear\.", "lm_head."),
+)
+_OLD_FIELDS = {
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+    "layer_norm_eps": "layer_norm_epsilon",
+    "hidden_act": "activation_function",
+}
+
+
+def fuse_split(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """`[heads * head_dim, ...]` each to fused rows `[heads * 3 * head_dim, ...]`."""
+    return torch.stack([part.unflatten(0, (heads, -1)) for part in (q, k, v)], dim=1).flatten(0, 2)
+
+
+def split_fused(fused: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `fuse_split`; also splits the rows of LoRA's B on a fused layer."""
+    q, k, v = (part.flatten(0, 1).contiguous() for part in fused.unflatten(0, (heads, 3, -1)).unbind(1))
+    return q, k, v
+
+
+def fuse_remote(wqkv: Tensor, heads: int) -> Tensor:
+    """Rows [3, heads, head_dim] of the first remote code to fused rows [heads, 3, head_dim]."""
+    return wqkv.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def unfuse_remote(fused: Tensor, heads: int) -> Tensor:
+    """The inverse of `fuse_remote`."""
+    return fused.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def layout(names: Iterable[str], path: Path) -> str:
+    """Which layout these names are of: "remote", "fused" or "split"; `path` is named in errors.
+
+    Raises:
+        WeightsError: none of the three, or several at once.
+    """
+    names = list(names)
+    signs = {"remote": ".mixer.Wqkv.", "fused": ".self_attn.query_key_value.", "split": ".self_attn.q_proj."}
+    found = [kind for kind, sign in signs.items() if any(sign in name for name in names)]
+    if len(found) != 1:
+        has = f"attention weights of several layouts ({', '.join(found)})" if found else "no attention weights of Phi"
+        raise WeightsError(
+            f"{path}: {has} among {listing(names) or 'no tensors at all'}; "
+            f"a Phi checkpoint has one of {', '.join(signs.values())}"
+        )
+    return found[0]
+
+
+def phi_source(folder: Path, heads: int) -> Source:
+    """A folder's weights under canonical names, with fused query_key_value.
+
+    Args:
+        folder: holds the weights, in one file or in shards.
+        heads: attention heads, from the folder's config.json.
+
+    Raises:
+        WeightsError: missing or damaged files, or no known layout.
+    """
+    return to_canonical(open_weights(folder), heads, folder)
+
+
+def to_canonical(stored: Mapping[str, Stored], heads: int, path: Path) -> Source:
+    """Tensors in any of the three layouts under canonical names; the qkv rows are re-ordered when they are read.
+
+    Raises:
+        WeightsError: no known layout, or one of q, k and v is missing.
+    """
+    kind = layout(stored, path)
+    if kind == "split":
+        stored = _fuse_all(stored, heads, path)
+    elif kind == "remote":
+        stored = {
+            name: Stored(t.shape, partial(_read_remote, t, heads)) if ".mixer.Wqkv." in name else t
+            for name, t in stored.items()
+        }
+    return rename_all(stored, _canonical_name, path)
+
+
+def to_split(weights: Iterable[tuple[str, Tensor]], heads: int) -> Iterator[tuple[str, Tensor]]:
+    """Canonical tensors, LoRA merged, one by one to the names of transformers' `PhiForCausalLM` (q/k/v apart)."""
+    for name, tensor in weights:
+        plain = name.removeprefix(PREFIX)
+        before, fused, kind = plain.partition(".query_key_value.")
+        if fused:
+            parts = zip("qkv", split_fused(tensor, heads), strict=True)
+            yield from ((f"{before}.{letter}_proj.{kind}", part) for letter, part in parts)
+        else:
+            yield plain, tensor
+
+
+def phi_config(folder: Path) -> PhiConfig:
+    """The model's sizes from config.json in today's spelling, in that of early 2024 or in the first remote code's.
+
+    Raises:
+        WeightsError: the file is missing or incomplete, or asks for something the model does not do.
+    """
+    path = folder / "config.json"
+    return parse_config(read_json(path), path)
+
+
+def parse_config(raw: dict, path: Path) -> PhiConfig:
+    """As `phi_config`, for what the file at `path` holds."""
+
+    def value(name: str, default: object = None) -> object:
+        found = raw.get(name)
+        found = raw.get(_OLD_FIELDS.get(name, name)) if found is None else found
+        return default if found is None else found
+
+    sizes = {name: value(name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    absent = [name for name, size in sizes.items() if not isinstance(size, int)]
+    if absent:
+        raise WeightsError(f"{path}: {', '.join(absent)} missing; this is no Phi configuration, fetch the folder again")
+    _refuse_unknown(path, raw, value("hidden_act", "gelu_new"), sizes["num_attention_heads"])
+    return PhiConfig(
+        **sizes,
+        intermediate_size=value("intermediate_size", 4 * sizes["hidden_size"]),
+        max_position_embeddings=value("max_position_embeddings", 2048),
+        layer_norm_eps=value("layer_norm_eps", 1e-5),
+        resid_pdrop=value("resid_pdrop", 0.0),
+        hidden_act="gelu_new",
+        rope_parameters=_rope(path, raw, sizes["hidden_size"] // sizes["num_attention_heads"]),
+        bos_token_id=raw.get("bos_token_id"),
+        eos_token_id=raw.get("eos_token_id"),
+        pad_token_id=raw.get("pad_token_id"),
+    )
+
+
+def _rope(path: Path, raw: dict, head_dim: int) -> dict:
+    given = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind != "default":
+        raise WeightsError(f"{path}: rotary embedding of type {kind!r}; TinyGPT-V's Phi has the plain one")
+    partial_factor = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial_factor is None and raw.get("rotary_dim") is not None:
+        partial_factor = raw["rotary_dim"] / head_dim
+    if partial_factor is None:
+        raise WeightsError(
+            f"{path}: no partial_rotary_factor (nor rotary_dim), so it is unknown how much of a head is rotated; "
+            "Phi-2's is 0.4. Fetch the config.json of the weights again"
+        )
+    theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
+    return {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": partial_factor}
+
+
+def _refuse_unknown(path: Path, raw: dict, activation: object, heads: object) -> None:
+    """Settings that would change what Phi computes and that this model does not have."""
+    kv_heads = raw.get("num_key_value_heads", raw.get("n_head_kv"))
+    wrong = {
+        f"hidden_act {activation!r} (only gelu_new)": activation not in ("gelu_new", "gelu_pytorch_tanh"),
+        f"num_key_value_heads {kv_heads} (only as many as heads)": kv_heads not in (None, heads),
+        "tie_word_embeddings (Phi's head is its own)": bool(raw.get("tie_word_embeddings")),
+        "dropout on embeddings or attention (only resid_pdrop)": any(
+            raw.get(name) for name in ("embd_pdrop", "attention_dropout", "attn_pdrop")
+        ),
+    }
+    asked = [what for what, is_wrong in wrong.items() if is_wrong]
+    if asked:
+        raise WeightsError(f"{path}: not what TinyGPT-V's Phi computes: {'; '.join(asked)}")
+
+
+def _canonical_name(name: str) -> str | None:
+    if "rotary_emb." in name:  # cosine tables that some versions saved
+        return None
+    for pattern, replacement in _REMOTE_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return PREFIX + name
+
+
+def _fuse_all(stored: Mapping[str, Stored], heads: int, path: Path) -> dict[str, Stored]:
+    fused: dict[str, Stored] = {}
+    for name, tensor in stored.items():
+        match = _SPLIT.fullmatch(name)
+        if match is None:
+            fused[name] = tensor
+        elif match[2] == "q":
+            names = [f"{match[1]}.{letter}_proj.{match[3]}" for letter in "qkv"]
+            missing = [n for n in names if n not in stored]
+            if missing:
+                raise WeightsError(f"{path}: {listing(missing)} missing beside {name}; a shard is missing or cut short")
+            parts = [stored[n] for n in names]
+            rows = sum(part.shape[0] for part in parts)
+            shape = (rows, *tensor.shape[1:])
+            fused[f"{match[1]}.query_key_value.{match[3]}"] = Stored(shape, partial(_read_split, parts, heads))
+    return fused
+
+
+def _read_split(parts: list[Stored], heads: int) -> Tensor:
+    return fuse_split(*(part.read() for part in parts), heads)
+
+
+def _read_remote(stored: Stored, heads: int) -> Tensor:
+    return fuse_remote(stored.read(), heads)

@@ -1,0 +1,40 @@
+"""The original TinyGPT-V's own names, as in its `checkpoint_N.pth` and in the released files of stages 1 to 4.
+
+Such a file holds what was trained, and a buffer, under "model". With LoRA, peft puts `base_model.model.` into the
+names; from 0.3 on it adds the adapter's name (`lora_A.default.weight`), later also `base_layer`. All are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from tinygptv_ds.convert import blip2
+from tinygptv_ds.convert.files import Source, Stored, rename_all
+
+_LLM = re.compile(r"^llama_model\.(base_model\.model\.)?")
+_ADAPTER_NAME = re.compile(r"\.lora_([AB])\.(?!weight$)[^.]+\.weight$")
+
+
+def canonical_name(name: str) -> str | None:
+    """The canonical name of one of the original's tensors; None for the buffer that nothing needs."""
+    name = name.removeprefix("module.")
+    if name.startswith("Qformer."):
+        return blip2.canonical_name(name)
+    if _LLM.match(name):
+        name = _LLM.sub("language_model.", name).replace(".base_layer.", ".")
+        return _ADAPTER_NAME.sub(r".lora_\1.weight", name)
+    return name
+
+
+def original_name(name: str, *, lora: bool) -> str:
+    """The original's name of a canonical one, with peft's prefix where the model has LoRA."""
+    if name.startswith("qformer."):
+        return blip2.original_name(name)
+    return re.sub(r"^language_model\.", "llama_model.base_model.model." if lora else "llama_model.", name)
+
+
+def original_source(stored: Mapping[str, Stored], path: Path) -> Source:
+    """The tensors of one of the original's files under canonical names."""
+    return rename_all(stored, canonical_name, path)

@@ -1,0 +1,142 @@
+"""Micro-batches of one rank, in order, from loader processes.
+
+A map from a running number to a micro-batch, read in order: whatever the number of workers, the batches are the same.
+A sample that cannot be used drops out of its step and is reported; nothing else moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from tinygptv_ds.config.schema import Recipe, TextSection
+from tinygptv_ds.data.batch import Batch, Sample, collate
+from tinygptv_ds.data.mixture import SampleRef, sample_rng
+from tinygptv_ds.data.reader import SampleError, ShardReader
+from tinygptv_ds.data.stream import OpenStream
+from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.images import to_pixels
+from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
+from tinygptv_ds.processing.text import render
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What turns words and pictures into a row: tokenizer, the recipe's text section, picture rows and size."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text: TextSection
+    image: ImageTokens
+    image_size: int
+
+
+def open_tokens(recipe: Recipe, config: PretrainedConfig) -> Tokens:
+    """The tokenizer beside Phi's weights, and what the model's configuration says of pictures."""
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
+    image = ImageTokens(config.image_token_id, config.num_query_tokens)
+    return Tokens(tokenizer, recipe.text, image, config.vision_config.image_size)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that dropped out: which, one word for counting, and the whole message with shard and key."""
+
+    ref: SampleRef
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A micro-batch and what dropped out of it."""
+
+    batch: Batch
+    skipped: tuple[Skipped, ...]
+
+    def pin_memory(self) -> Loaded:
+        """Called by torch's DataLoader."""
+        return Loaded(self.batch.pin_memory(), self.skipped)
+
+
+def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Sample:
+    """Read, draw, tokenise and decode one sample.
+
+    Raises:
+        SampleError: the sample cannot be used; names shard and key.
+    """
+    tar = stream.shards[ref.dataset][ref.shard]
+    try:
+        raw = reader.read(tar, ref.index)
+    except SampleError:
+        raise
+    except DataError as error:
+        raise SampleError("unreadable_shard", str(error)) from error
+    where = f"{tar}: sample {raw.key}"
+    draw = sample_rng(stream.seed, ref)
+    try:
+        rendered = render(raw.record, len(raw.images), draw, clean=stream.sections[ref.dataset].clean)
+        sequence = build_sequence(rendered, len(raw.images), tokens.tokenizer, tokens.text, tokens.image, draw)
+    except DataError as error:
+        raise SampleError("bad_record", f"{where}: {error}") from error
+    try:
+        pixels = [to_pixels(image, tokens.image_size) for image in raw.images]
+    except DataError as error:
+        raise SampleError("corrupt_image", f"{where}: {error}") from error
+    return Sample(ref, sequence, np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), dtype=np.uint8))
+
+
+class MicroBatches(Dataset):
+    """Number n (= step * accumulation + micro-batch) to the `Loaded` of this rank."""
+
+    def __init__(self, stream: OpenStream, tokens: Tokens, *, rank: int, world_size: int, steps: int) -> None:
+        self._stream = stream
+        self._tokens = tokens
+        self._rank, self._world_size = rank, world_size
+        self._accumulation = stream.batch_size // (stream.micro_batch_size * world_size)
+        self._steps = steps
+        self._reader = ShardReader()
+
+    def __len__(self) -> int:
+        return self._steps * self._accumulation
+
+    def __getitem__(self, number: int) -> Loaded:
+        step, micro = divmod(number, self._accumulation)
+        samples: list[Sample] = []
+        skipped: list[Skipped] = []
+        for ref in self._stream.micro_batch(step, micro, self._rank, self._world_size):
+            try:
+                samples.append(load_sample(self._stream, self._reader, ref, self._tokens))
+            except SampleError as error:
+                skipped.append(Skipped(ref, error.reason, str(error)))
+        batch = collate(
+            samples,
+            self._stream.names,
+            queries=self._tokens.image.count,
+            image_size=self._tokens.image_size,
+            bos=self._tokens.tokenizer.bos_token_id,
+        )
+        return Loaded(batch, tuple(skipped))
+
+
+def micro_batches(dataset: MicroBatches, *, first: int, num_workers: int, pin_memory: bool) -> Iterator[Loaded]:
+    """The micro-batches from number `first` on, in order.
+
+    Args:
+        dataset: this rank's.
+        first: 0, or where a resumed run goes on.
+        num_workers: loader processes; 0 loads in this process.
+        pin_memory: for a GPU.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(first, len(dataset)),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if num_workers else None,
+    )
+    return iter(loader)

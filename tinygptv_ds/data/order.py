@@ -1,0 +1,86 @@
+"""The order of one dataset's samples, as a pure function: draw number -> (epoch, shard, sample).
+
+Every epoch visits every sample once. Shards are permuted anew in each epoch, and samples are permuted inside windows
+of a few consecutive shards of that order, so that reading stays local while neighbours in a shard come apart.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from tinygptv_ds.errors import ConfigError, DataError
+
+
+def stable_hash(*parts: str | int) -> int:
+    """A 256-bit number that is the same for the same strings and integers on every machine and version."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest())
+
+
+def permutation(n: int, seed: tuple[str | int, ...]) -> np.ndarray:
+    """A uniform permutation of range(n), int64 [n], that depends on `n` and `seed` alone.
+
+    Sorted raw generator output: NumPy keeps PCG64's bit stream for ever, but not what `Generator.permutation` makes of
+    it.
+    """
+    return np.argsort(np.random.PCG64(stable_hash(*seed)).random_raw(n), kind="stable")
+
+
+class DatasetOrder:
+    """The endless sequence of draws from one dataset.
+
+    `counts` are the samples of each shard, `name` and `seed` select the order, and `window` is the number of shards
+    whose samples are mixed with each other. Memory: 8 bytes per shard and twice 8 bytes per sample of a window.
+    """
+
+    def __init__(self, counts: Sequence[int], *, seed: int, name: str, window: int) -> None:
+        if window < 1:
+            raise ConfigError(f"dataset {name}: the shuffle window must be at least 1 shard, not {window}")
+        self._counts = np.asarray(counts, dtype=np.int64)
+        self._size = int(self._counts.sum())
+        if self._size == 0:
+            raise DataError(f"dataset {name}: its {len(self._counts)} shard(s) hold no sample")
+        self._seed = (seed, name)
+        self._window = window
+        # Two of each, because the draws around a boundary go to and fro between both sides of it.
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._windows: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        """Samples in one epoch."""
+        return self._size
+
+    def locate(self, k: int) -> tuple[int, int, int]:
+        """(epoch, shard, index within the shard) of draw `k`, 0 <= k."""
+        epoch, position = divmod(k, self._size)
+        shards, starts = self._epoch(epoch)
+        # the last shard that starts at or before the position: never an empty one
+        window = (int(np.searchsorted(starts, position, side="right")) - 1) // self._window
+        first = window * self._window
+        sample = starts[first] + self._window_order(epoch, window)[position - starts[first]]
+        slot = int(np.searchsorted(starts, sample, side="right")) - 1
+        return epoch, int(shards[slot]), int(sample - starts[slot])
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(shards in the epoch's order [S], position at which each starts [S + 1])."""
+        if epoch not in self._epochs:
+            shards = permutation(len(self._counts), (*self._seed, "shards", epoch))
+            _remember(self._epochs, epoch, (shards, np.concatenate(([0], np.cumsum(self._counts[shards])))))
+        return self._epochs[epoch]
+
+    def _window_order(self, epoch: int, window: int) -> np.ndarray:
+        key = (epoch, window)
+        if key not in self._windows:
+            starts = self._epoch(epoch)[1]
+            first = window * self._window
+            last = min(first + self._window, len(starts) - 1)
+            size = int(starts[last] - starts[first])
+            _remember(self._windows, key, permutation(size, (*self._seed, "samples", epoch, window)))
+        return self._windows[key]
+
+
+def _remember(cache: dict, key: object, value: object) -> None:
+    """Keep `value` and the entry before it."""
+    while len(cache) > 1:
+        del cache[next(iter(cache))]
+    cache[key] = value

@@ -1,0 +1,156 @@
+"""Random access to the samples of the shards: (tar, index) -> record and picture bytes."""
+
+import json
+import os
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinygptv_ds.data.shards import Member, ShardIndex, load_index
+from tinygptv_ds.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])
+_RETRY_SECONDS = (0.1, 1.0, 5.0)
+
+
+class SampleError(DataError):
+    """One sample that cannot be used. `reason` is one word for counting, the message says which sample and why.
+
+    Reasons given here: missing_record, bad_json, missing_image, ambiguous_images, truncated, unreadable.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.reason, str(self))  # so that it survives the way from a worker process
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as stored: the parsed ``json`` member and the pictures' encoded bytes in their order."""
+
+    key: str
+    record: dict[str, Any]
+    images: tuple[bytes, ...]
+
+
+class ShardReader:
+    """Reads samples through the shard indexes, keeping the `max_open` most recently used shards open.
+
+    Reading never moves a file's position, so processes may go on with a reader they inherited by a fork; one that is
+    sent to another process opens its own files there.
+    """
+
+    def __init__(self, max_open: int = 16) -> None:
+        self._max_open = max_open
+        self._shards: OrderedDict[Path, tuple[int, ShardIndex]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_max_open": self._max_open, "_shards": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; a later read opens them again."""
+        while self._shards:
+            os.close(self._shards.popitem()[1][0])
+
+    def read(self, tar: Path, index: int) -> RawSample:
+        """Sample number `index` of `tar`. Raises SampleError if it is unusable, DataError if the shard is."""
+        file, shard = self._shard(tar)
+        if not 0 <= index < len(shard):
+            raise DataError(f"{tar}: has {len(shard)} samples, none with number {index}; was it replaced meanwhile?")
+        key = shard.key(index)
+        where = f"{tar}: sample {key}"
+        members = shard.members(index)
+        record = _parse(self._record_bytes(file, members, where), where)
+        pictures = _pictures(members, where)
+        if "caption" in record and not pictures:
+            raise SampleError("missing_image", f"{where}: a caption without a picture")
+        return RawSample(key, record, tuple(_read(file, member, where) for member in pictures))
+
+    def read_record(self, tar: Path, index: int) -> tuple[str, dict[str, Any]]:
+        """(key, record) without the pictures; errors as in `read`."""
+        file, shard = self._shard(tar)
+        where = f"{tar}: sample {shard.key(index)}"
+        return shard.key(index), _parse(self._record_bytes(file, shard.members(index), where), where)
+
+    def _record_bytes(self, file: int, members: tuple[Member, ...], where: str) -> bytes:
+        for member in members:
+            if member.suffix == "json":
+                return _read(file, member, where)
+        raise SampleError("missing_record", f"{where}: has no .json member")
+
+    def _shard(self, tar: Path) -> tuple[int, ShardIndex]:
+        """(file descriptor, index) of `tar`."""
+        if tar in self._shards:
+            self._shards.move_to_end(tar)
+            return self._shards[tar]
+        index = load_index(tar)
+        try:
+            file = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"{tar}: cannot open the shard: {error.strerror}") from error
+        self._shards[tar] = (file, index)
+        if len(self._shards) > self._max_open:
+            os.close(self._shards.popitem(last=False)[1][0])
+        return self._shards[tar]
+
+
+def _read(file: int, member: Member, where: str) -> bytes:
+    """One member's bytes, tried a few times where the storage fails."""
+    for delay in (*_RETRY_SECONDS, None):
+        try:
+            data = _pread(file, member)
+            break
+        except OSError as error:
+            if delay is None:
+                message = f"{where}: reading .{member.suffix} failed repeatedly: {error.strerror}"
+                raise SampleError("unreadable", message) from error
+            time.sleep(delay)
+    if len(data) < member.size:
+        raise SampleError("truncated", f"{where}: .{member.suffix} ends after {len(data)} of {member.size} bytes")
+    return data
+
+
+def _pread(file: int, member: Member) -> bytes:
+    """Read at a position, without moving the file's own; a single call may give less than asked for."""
+    data = os.pread(file, member.size, member.offset)
+    while 0 < len(data) < member.size:
+        more = os.pread(file, member.size - len(data), member.offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _parse(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SampleError("bad_json", f"{where}: .json cannot be parsed: {error}") from error
+    if not isinstance(record, dict):
+        raise SampleError("bad_json", f"{where}: .json holds a {type(record).__name__}, not an object")
+    return record
+
+
+def _pictures(members: tuple[Member, ...], where: str) -> list[Member]:
+    """The picture members: one ``jpg``, or ``0.jpg``, ``1.jpg``, ... in the order of their numbers."""
+    numbered: dict[int, Member] = {}
+    for member in members:
+        number, dot, suffix = member.suffix.rpartition(".")
+        if suffix not in IMAGE_SUFFIXES or (dot and not (number.isascii() and number.isdigit())):
+            continue
+        position = int(number) if dot else 0
+        if position in numbered:
+            message = f"{where}: both .{numbered[position].suffix} and .{member.suffix} would be picture {position}"
+            raise SampleError("ambiguous_images", message)
+        numbered[position] = member
+    if sorted(numbered) != list(range(len(numbered))):
+        raise SampleError("missing_image", f"{where}: pictures are numbered {sorted(numbered)}, not from 0 on")
+    return [numbered[position] for position in range(len(numbered))]

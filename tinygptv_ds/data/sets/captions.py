@@ -1,0 +1,38 @@
+"""Captions: COCO (Karpathy's split, BLIP's file), TextCaps, and MiniGPT-4's hand-checked CC/SBU set."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tinygptv_ds.data.sets.common import COCO, Built, Entry, convert, inside, load_entries, turn
+
+
+def coco_caption(root: Path) -> Iterator[Entry]:
+    """`coco_caption/coco_karpathy_train.json`; entries whose picture path does not say "train" are left out."""
+
+    def build(entry: dict) -> Built:
+        if "train" not in entry["image"]:
+            return None
+        record = turn("caption", "", entry["caption"], clean=["answer"], image_id=entry["image_id"])
+        return record, [inside(root, COCO, Path(entry["image"]).name)]
+
+    yield from convert(load_entries(root / "coco_caption/coco_karpathy_train.json"), build)
+
+
+def textcaps_caption(root: Path) -> Iterator[Entry]:
+    """`textcaps/TextCaps_0.1_train.json`, pictures `textcaps/train_images/<image_id>.jpg`."""
+
+    def build(entry: dict) -> Built:
+        record = turn("caption", "", entry["caption_str"], clean=["answer"], image_id=entry["image_id"])
+        return record, [inside(root, "textcaps/train_images", f"{entry['image_id']}.jpg")]
+
+    yield from convert(load_entries(root / "textcaps/TextCaps_0.1_train.json", "data"), build)
+
+
+def cc_sbu_align(root: Path) -> Iterator[Entry]:
+    """`cc_sbu_align/filter_cap.json`, pictures `cc_sbu_align/image/<image_id>.jpg`; captions stay as they are."""
+
+    def build(entry: dict) -> Built:
+        record = {"caption": entry["caption"], "clean": [], "image_id": entry["image_id"]}
+        return record, [inside(root, "cc_sbu_align/image", f"{entry['image_id']}.jpg")]
+
+    yield from convert(load_entries(root / "cc_sbu_align/filter_cap.json"), build)

@@ -1,0 +1,39 @@
+"""LLaVA-Instruct-150K (conversation, detail, reason) and MiniGPT-v2's multi-task conversations, on COCO pictures.
+
+Roles are not looked at, only positions: the first value is a question, the second its answer, and so on.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tinygptv_ds.data.sets.common import Built, Entry, coco_picture, convert, load_entries, turn
+
+
+def first_question(value: str) -> str:
+    """A first human turn without its picture mark and line breaks (deleted, not made spaces, as trained)."""
+    return value.replace("<image>", "").replace("\n", "").strip()
+
+
+def conversation(root: Path, file: str) -> Iterator[Entry]:
+    """All turns of each entry."""
+
+    def build(entry: dict) -> Built:
+        values = [turn["value"] for turn in entry["conversations"]]
+        values[0] = first_question(values[0])
+        if len(values) % 2:
+            values.append(None)  # a last question without an answer
+        pairs = [list(pair) for pair in zip(values[::2], values[1::2], strict=True)]
+        return {"conversation": pairs, "clean": [], "id": entry["id"]}, [coco_picture(root, entry["id"])]
+
+    yield from convert(load_entries(root / file), build)
+
+
+def first_turn(root: Path, file: str) -> Iterator[Entry]:
+    """The first question, cleaned, and its answer as it is; later turns are left out."""
+
+    def build(entry: dict) -> Built:
+        question, answer = (turn["value"] for turn in entry["conversations"][:2])
+        record = turn(None, first_question(question), answer, clean=["text"], id=entry["id"])
+        return record, [coco_picture(root, entry["id"])]
+
+    yield from convert(load_entries(root / file), build)

@@ -1,0 +1,70 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg: from an expression to a box, and ("inv...") from a box to an expression."""
+
+import io
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tinygptv_ds.data.sets.common import (
+    Built,
+    Entry,
+    SkipEntry,
+    box_string,
+    coco_picture,
+    convert,
+    load_json,
+    picture_size,
+    turn,
+)
+from tinygptv_ds.errors import DataError
+
+
+def refcoco(root: Path, name: str, split_by: str, *, inverse: bool = False) -> Iterator[Entry]:
+    """One sample per training reference of `refcoco_annotations/<name>`, with all its sentences to draw from."""
+    folder = root / "refcoco_annotations" / name
+    boxes = {annotation["id"]: annotation["bbox"] for annotation in load_json(folder / "instances.json")["annotations"]}
+
+    def build(ref: dict) -> Built:
+        if ref["split"] != "train":
+            return None
+        if ref["ann_id"] not in boxes:
+            raise SkipEntry("bad_record", f"ref {ref['ref_id']}: annotation {ref['ann_id']} is not in instances.json")
+        picture = coco_picture(root, f"{ref['image_id']:012}")
+        box = box_string(boxes[ref["ann_id"]], picture_size(picture))
+        sentences = [sentence["raw"] for sentence in ref["sentences"]]
+        ids = {"ref_id": ref["ref_id"], "image_id": ref["image_id"]}
+        if inverse:
+            return turn("identify", box, sentences, clean=["answer"], **ids), [picture]
+        return turn("refer", sentences, box, clean=["text"], **ids), [picture]
+
+    yield from convert(load_refs(folder / f"refs({split_by}).p"), build)
+
+
+def load_refs(path: Path) -> list[dict[str, Any]]:
+    """The list in a REFER pickle, written by Python 2 or 3.
+
+    Only plain containers, strings and numbers are accepted: no class or function is ever looked up, so the file cannot
+    run code. Raises DataError otherwise.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        try:
+            refs = _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+        except UnicodeDecodeError:  # Python 2 byte strings in the platform's encoding of then
+            refs = _PlainUnpickler(io.BytesIO(data), encoding="latin-1").load()
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    except Exception as error:  # a torn pickle can raise nearly anything
+        raise DataError(f"{path}: is no readable pickle ({error}); fetch it again") from error
+    if not isinstance(refs, list):
+        raise DataError(f"{path}: holds a {type(refs).__name__}, not the list of references")
+    return refs
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise DataError(f"refused: a list of references has no business with {module_name}.{global_name}")

@@ -1,0 +1,19 @@
+"""Unnatural Instructions: text without a picture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tinygptv_ds.data.sets.common import Built, Entry, convert, load_entries, turn
+
+
+def unnatural_instruction(root: Path) -> Iterator[Entry]:
+    """The first instance of each entry of `unnatural_instruction/filtered_unnatural_instruction.json`."""
+
+    def build(entry: dict) -> Built:
+        instance = entry["instances"][0]
+        text = instance["instruction_with_input"]
+        if instance.get("constraints") is not None:
+            text += " " + instance["constraints"]
+        return turn(None, text, instance["output"], clean=["text", "answer"]), []
+
+    yield from convert(load_entries(root / "unnatural_instruction/filtered_unnatural_instruction.json"), build)

@@ -1,0 +1,41 @@
+"""Short answers to questions about pictures: VQAv2, OK-VQA, A-OKVQA (LAVIS' files) and GQA.
+
+The ten annotators' answers are kept as they are, so that drawing one uniformly draws each by its share.
+"""
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from tinygptv_ds.data.sets.common import COCO, Built, Entry, convert, inside, load_entries, load_json, turn
+
+
+def coco_question(root: Path, files: tuple[str, ...], answers: str = "answer") -> Iterator[Entry]:
+    """Questions about COCO training pictures; a second file (VQAv2's validation part) may be left out."""
+
+    def build(entry: dict) -> Built:
+        picture = inside(root, COCO, Path(entry["image"]).name)
+        return _question(entry, entry[answers]), [picture]
+
+    present = [root / file for number, file in enumerate(files) if number == 0 or (root / file).exists()]
+    yield from convert(chain.from_iterable(map(load_entries, present)), build)
+
+
+def gqa(root: Path) -> Iterator[Entry]:
+    """`gqa/train_balanced_questions.json`, as LAVIS lists it or as GQA publishes it (an object keyed by question)."""
+    path = root / "gqa/train_balanced_questions.json"
+    content = load_json(path)
+    if isinstance(content, dict) and "annotations" not in content:
+        entries = [{"question_id": key, "image": f"{e['imageId']}.jpg", **e} for key, e in content.items()]
+    else:
+        entries = load_entries(path)
+
+    def build(entry: dict) -> Built:
+        return _question(entry, entry["answer"]), [inside(root, "gqa/images", entry["image"])]
+
+    yield from convert(entries, build)
+
+
+def _question(entry: dict, answer: str | list[str]) -> dict:
+    clean = ["text", "answer"]
+    return turn("vqa", entry["question"], answer, clean=clean, question_id=entry.get("question_id"))

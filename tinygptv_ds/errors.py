@@ -1,0 +1,21 @@
+"""What a user can get wrong, one class a kind. The command line prints the message alone and exits with code 2."""
+
+
+class TinyGPTVError(Exception):
+    """Something the user has to fix. The message says what is wrong, where, and what to do."""
+
+
+class ConfigError(TinyGPTVError):
+    """A recipe, a DeepSpeed JSON or a command line that cannot be carried out."""
+
+
+class DataError(TinyGPTVError):
+    """A dataset, shard or sample that is missing or unreadable."""
+
+
+class WeightsError(TinyGPTVError):
+    """Weights that are missing, of the wrong shape, or only partly explained."""
+
+
+class CheckpointError(TinyGPTVError):
+    """A training checkpoint that is torn, altered, or of another run."""

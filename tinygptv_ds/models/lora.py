@@ -1,0 +1,44 @@
+"""LoRA on a linear layer, as peft computes it (Hu et al. 2021, arXiv 2106.09685).
+
+The base weight keeps its own name beside `lora_A.weight` and `lora_B.weight`: these are the names of the released
+TinyGPT-V checkpoints (peft 0.2.0). On the fused qkv layer one A is shared by queries, keys and values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoRALinear(nn.Linear):
+    """`x W^T + b + (alpha / r) * B(A(dropout(x)))`, with W and b frozen by whoever trains it.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        lora_r: rank of A `[r, in]` and B `[out, r]`.
+        lora_alpha: the update is scaled by `alpha / r`.
+        lora_dropout: dropout on the input of A, in training only.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, *, lora_r: int, lora_alpha: float, lora_dropout: float
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.lora_A = nn.Linear(in_features, lora_r, bias=False)
+        self.lora_B = nn.Linear(lora_r, out_features, bias=False)
+        self.dropout = nn.Dropout(lora_dropout)
+        self.scaling = lora_alpha / lora_r
+        self.reset_lora()
+
+    def reset_lora(self) -> None:
+        """A gets Kaiming-uniform values and B zeros, so the layer starts as its base."""
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        base = F.linear(input, self.weight, self.bias)
+        return base + self.lora_B(self.lora_A(self.dropout(input))) * self.scaling

@@ -1,0 +1,204 @@
+"""Phi-2 with TinyGPT-V's additions: q/k LayerNorms, an RMSNorm on the attention output, LoRA on fused qkv.
+
+Block (parallel attention and MLP on one shared norm, TinyGPT-V, arXiv 2312.16862):
+`h = input_layernorm(x); x + dropout(post_layernorm(attention(h))) + dropout(mlp(h))`.
+
+Shapes: T tokens of a packed row, or B x L padded ones; H heads of D dimensions; W = H * D the width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PhiConfig
+from transformers.cache_utils import Cache
+
+from tinygptv_ds.models.attention import Packing, padded_attention, varlen_attention
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.lora import LoRALinear
+
+RMS_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer of one forward pass needs beside the hidden states.
+
+    Attributes:
+        cos: `[..., rotary dims]` of each position, for the rotary embedding.
+        sin: as `cos`.
+        packing: set for packed rows.
+        mask: bool `[B, 1, L, keys]`, set for padded rows.
+        cache: keys and values of earlier tokens, for generation with padded rows.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    packing: Packing | None = None
+    mask: Tensor | None = None
+    cache: Cache | None = None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm computed in fp32, output in the input's dtype."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., width]` to the same."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), RMS_NORM_EPS).to(x.dtype)
+
+
+def rotary_tables(position_ids: Tensor, config: PhiConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[..., rotary dims]` for integer positions `[...]`, in fp32 but rounded to `dtype`."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    dims = int(head_dim * config.rope_parameters["partial_rotary_factor"])
+    exponent = torch.arange(0, dims, 2, dtype=torch.float32, device=position_ids.device) / dims
+    angles = position_ids[..., None].float() / config.rope_parameters["rope_theta"] ** exponent
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype).float(), angles.sin().to(dtype).float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first dimensions of every head, half against half; the rest passes through.
+
+    Args:
+        x: `[..., H, D]`.
+        cos: `[..., rotary dims]`.
+        sin: as `cos`.
+    """
+    turned, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.float().chunk(2, dim=-1)
+    swapped = torch.cat([-second, first], dim=-1)
+    turned = turned.float() * cos.unsqueeze(-2) + swapped * sin.unsqueeze(-2)
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def _linear(config: TinyGPTVConfig, name: str, width_in: int, width_out: int) -> nn.Linear:
+    if config.lora_r and name in config.lora_targets:
+        return LoRALinear(
+            width_in,
+            width_out,
+            lora_r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+        )
+    return nn.Linear(width_in, width_out)
+
+
+class PhiAttention(nn.Module):
+    """Attention with fused qkv, rows ordered [heads, 3, head_dim], and LayerNorms over head_dim before the rotation."""
+
+    def __init__(self, config: TinyGPTVConfig, layer: int) -> None:
+        super().__init__()
+        text = config.text_config
+        self.layer = layer
+        self.heads = text.num_attention_heads
+        self.head_dim = text.hidden_size // self.heads
+        self.query_key_value = _linear(config, "query_key_value", text.hidden_size, 3 * text.hidden_size)
+        self.dense = _linear(config, "dense", text.hidden_size, text.hidden_size)
+        self.q_layernorm = nn.LayerNorm(self.head_dim, eps=text.layer_norm_eps)
+        self.k_layernorm = nn.LayerNorm(self.head_dim, eps=text.layer_norm_eps)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """`[T, W]` packed or `[B, L, W]` padded, to the same."""
+        qkv = self.query_key_value(x).unflatten(-1, (self.heads, 3, self.head_dim))
+        q, k, v = qkv.unbind(-2)
+        q = rotate(self.q_layernorm(q).to(v.dtype), context.cos, context.sin)
+        k = rotate(self.k_layernorm(k).to(v.dtype), context.cos, context.sin)
+        if context.packing is not None:
+            return self.dense(varlen_attention(q, k, v, context.packing).flatten(-2))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        if context.cache is not None:
+            k, v = context.cache.update(k, v, self.layer)
+        return self.dense(padded_attention(q, k, v, context.mask).transpose(1, 2).flatten(-2))
+
+
+class PhiMLP(nn.Module):
+    """Two linear layers around a tanh-approximated GELU ("gelu_new")."""
+
+    def __init__(self, config: TinyGPTVConfig) -> None:
+        super().__init__()
+        text = config.text_config
+        self.fc1 = _linear(config, "fc1", text.hidden_size, text.intermediate_size)
+        self.fc2 = _linear(config, "fc2", text.intermediate_size, text.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., W]` to the same."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class PhiBlock(nn.Module):
+    """Attention and MLP side by side on one shared LayerNorm."""
+
+    def __init__(self, config: TinyGPTVConfig, layer: int) -> None:
+        super().__init__()
+        text = config.text_config
+        self.self_attn = PhiAttention(config, layer)
+        self.mlp = PhiMLP(config)
+        self.input_layernorm = nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps)
+        self.post_layernorm = RMSNorm(text.hidden_size)
+        self.resid_dropout = nn.Dropout(text.resid_pdrop)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """`[..., W]` to the same."""
+        h = self.input_layernorm(x).to(x.dtype)
+        attention = self.resid_dropout(self.post_layernorm(self.self_attn(h, context)))
+        return x + attention.to(x.dtype) + self.resid_dropout(self.mlp(h)).to(x.dtype)
+
+
+class PhiModel(nn.Module):
+    """Embeddings, blocks and the final norm."""
+
+    def __init__(self, config: TinyGPTVConfig) -> None:
+        super().__init__()
+        text = config.text_config
+        self.text_config = text
+        self.rotary_dtype = getattr(torch, config.rotary_dtype)
+        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = nn.ModuleList(PhiBlock(config, layer) for layer in range(text.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        *,
+        packing: Packing | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args:
+            inputs_embeds: `[T, W]` with `packing`, or `[B, L, W]` with `mask`.
+            position_ids: int64, `[T]` or `[B, L]`.
+            packing: where the packed samples lie.
+            mask: bool `[B, 1, L, keys]`.
+            cache: earlier keys and values; the new ones are appended.
+        """
+        cos, sin = rotary_tables(position_ids, self.text_config, self.rotary_dtype)
+        context = Context(cos, sin, packing, mask, cache)
+        x = inputs_embeds
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x = layer(x, context)
+        return self.final_layernorm(x).to(x.dtype)
+
+
+class PhiForCausalLM(nn.Module):
+    """Phi with its language-model head, untied and with a bias."""
+
+    def __init__(self, config: TinyGPTVConfig) -> None:
+        super().__init__()
+        self.model = PhiModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size)

@@ -1,0 +1,291 @@
+"""TinyGPT-V: pictures through a frozen ViT and Q-Former, two linear projections, and Phi with norms and LoRA.
+
+One model, two ways in. Training feeds packed rows (`cu_seqlens`), samples end to end without padding; generation feeds
+padded `[batch, length]` rows with an `attention_mask` and a cache. Both agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2QFormerModel, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from tinygptv_ds.models.attention import causal_mask, choose_backend, make_packing
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.eva_vit import build_eva_vit
+from tinygptv_ds.models.lora import LoRALinear
+from tinygptv_ds.models.loss import token_losses
+from tinygptv_ds.models.phi import PhiForCausalLM, RMSNorm
+
+# CLIP's statistics, which BLIP-2's image processor normalises with.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class PackedOutput:
+    """What a packed forward gives.
+
+    Attributes:
+        token_losses: fp32 `[K]`, cross entropy of each target token, in the order of the batch's `target_rows`.
+        anchor: a zero that depends on the projections, to be added to the loss of a micro-batch without pictures, so
+            that every rank has a gradient for every trained parameter.
+    """
+
+    token_losses: Tensor
+    anchor: Tensor
+
+
+class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """The whole model under its canonical parameter names.
+
+    Top-level parts: `visual_encoder`, `ln_vision`, `query_tokens`, `qformer`, `llama_proj`, `llama_proj2` (the
+    original's names for the projections) and `language_model`.
+    """
+
+    config_class = TinyGPTVConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["PhiBlock", "EvaBlock", "Blip2QFormerLayer"]  # noqa: RUF012 - read by transformers
+
+    def __init__(self, config: TinyGPTVConfig) -> None:
+        super().__init__(config)
+        vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
+        self.visual_encoder = build_eva_vit(vision)
+        self.ln_vision = nn.LayerNorm(vision.hidden_size, eps=1e-5)
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, qformer.hidden_size))
+        self.qformer = Blip2QFormerModel(qformer)
+        self.llama_proj = nn.Linear(qformer.hidden_size, config.proj_hidden_size)
+        self.llama_proj2 = nn.Linear(config.proj_hidden_size, text.hidden_size)
+        self.language_model = PhiForCausalLM(config)
+        self.attention = "auto"
+        self.always_run_vision = False
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers calls this for every module whose weights no file supplies, buffers that no file holds included.
+        std = self.config.text_config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm | RMSNorm):
+            nn.init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif getattr(module, "k_bias", None) is not None:  # timm's EvaAttention: a buffer fixed at zero
+            nn.init.zeros_(module.q_bias)
+            nn.init.zeros_(module.k_bias)
+            nn.init.zeros_(module.v_bias)
+        elif getattr(module, "pos_embed", None) is not None:
+            nn.init.normal_(module.pos_embed, std=std)
+            nn.init.normal_(module.cls_token, std=std)
+        elif isinstance(module, TinyGPTVForConditionalGeneration):
+            nn.init.normal_(module.query_tokens, std=std)
+        if isinstance(module, LoRALinear):
+            module.reset_lora()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding of Phi."""
+        return self.language_model.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The language-model head of Phi."""
+        return self.language_model.lm_head
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
+        self.language_model.model.gradient_checkpointing = enable
+
+    def train(self, mode: bool = True) -> TinyGPTVForConditionalGeneration:
+        """Set the training mode; the frozen vision path stays in evaluation mode (no dropout), as in the original."""
+        super().train(mode)
+        for part in (self.visual_encoder, self.ln_vision, self.qformer):
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
+        return self
+
+    @property
+    def vision_is_frozen(self) -> bool:
+        """Whether nothing before the projections learns."""
+        parts = (self.visual_encoder, self.ln_vision, self.qformer)
+        return not self.query_tokens.requires_grad and not any(p.requires_grad for m in parts for p in m.parameters())
+
+    def normalize(self, pixel_values: Tensor) -> Tensor:
+        """uint8 `[N, 3, S, S]` to normalised floats of the ViT's dtype; floats pass as they are."""
+        if pixel_values.dtype != torch.uint8:
+            return pixel_values
+        mean = pixel_values.new_tensor(IMAGE_MEAN, dtype=torch.float32).view(3, 1, 1)
+        std = pixel_values.new_tensor(IMAGE_STD, dtype=torch.float32).view(3, 1, 1)
+        return (pixel_values.float() / 255 - mean) / std
+
+    def encode_vision(self, pixel_values: Tensor) -> Tensor:
+        """ViT and Q-Former: `[N, 3, S, S]` (uint8, or normalised floats) to `[N, queries, Q-Former width]`."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
+            pixels = self.normalize(pixel_values).to(self.visual_encoder.patch_embed.proj.weight.dtype)
+            patches = self.ln_vision(self.visual_encoder.forward_features(pixels))
+            queries = self.query_tokens.expand(len(patches), -1, -1)
+            return self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
+
+    def project(self, features: Tensor) -> Tensor:
+        """`[N, queries, Q-Former width]` to `[N, queries, LLM width]`; no activation between the two."""
+        return self.llama_proj2(self.llama_proj(features.to(_compute_dtype(self.llama_proj.weight))))
+
+    def _image_embeds(self, pixel_values: Tensor | None, image_features: Tensor | None) -> tuple[Tensor, bool]:
+        """Projected pictures `[N, queries, width]`, and whether they are real.
+
+        Without a picture, zeros pass through the projections all the same, and under ZeRO-3 (`always_run_vision`) a
+        black picture through the ViT: every rank must take part in the same gathers and reductions.
+        """
+        if image_features is not None:
+            return self.project(image_features), True
+        if pixel_values is not None and len(pixel_values):
+            return self.project(self.encode_vision(pixel_values)), True
+        device = self.llama_proj.weight.device
+        if self.always_run_vision:
+            size = self.config.vision_config.image_size
+            features = self.encode_vision(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
+        else:
+            shape = (1, self.config.num_query_tokens, self.config.qformer_config.hidden_size)
+            features = torch.zeros(shape, device=device, dtype=self.llama_proj.weight.dtype)
+        return self.project(features), False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        image_rows: Tensor | None = None,
+        image_index: Tensor | None = None,
+        target_rows: Tensor | None = None,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> PackedOutput | CausalLMOutputWithPast:
+        """Packed (with `cu_seqlens`, for training) or padded (for generation).
+
+        Args:
+            input_ids: int64 `[T]` packed or `[B, L]` padded; image positions hold `config.image_token_id`.
+            pixel_values: `[N, 3, S, S]`, uint8 or normalised; pictures in the order of their places.
+            image_features: `[N, queries, Q-Former width]` instead of pixels.
+            position_ids: int64, shape of `input_ids`; may skip.
+            cu_seqlens: int32 `[samples + 1]`.
+            max_seqlen: longest sample.
+            image_rows: int64 `[R]`, packed only: where rows of pictures go.
+            image_index: int64 `[R]`, packed only: which of the N * queries picture rows go there; None: all, in order.
+            target_rows: int64 `[K]`, packed only: rows whose output predicts a target.
+            targets: int64 `[K]`: the tokens to predict.
+            attention_mask: `[B, keys]`, 1 for real positions.
+            inputs_embeds: `[B, L, W]` instead of `input_ids`.
+            past_key_values: cache of earlier tokens.
+            use_cache: keep keys and values for the next call.
+            logits_to_keep: logits of the last n positions only; 0 for all.
+        """
+        if cu_seqlens is not None:
+            return self._forward_packed(
+                input_ids,
+                position_ids,
+                cu_seqlens,
+                max_seqlen,
+                self._image_embeds(pixel_values, image_features),
+                (image_rows, image_index),
+                (target_rows, targets),
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if pixel_values is not None or image_features is not None:
+                images, _real = self._image_embeds(pixel_values, image_features)
+                place = (input_ids == self.config.image_token_id).unsqueeze(-1).expand_as(inputs_embeds)
+                inputs_embeds = inputs_embeds.masked_scatter(place, images.to(inputs_embeds.dtype))
+        return self._forward_padded(
+            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep
+        )
+
+    def _forward_packed(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        images: tuple[Tensor, bool],
+        place: tuple[Tensor, Tensor | None],
+        target: tuple[Tensor, Tensor],
+    ) -> PackedOutput:
+        image_embeds, real = images
+        x = self.get_input_embeddings()(input_ids)
+        if real:
+            image_rows, image_index = place
+            rows = image_embeds.flatten(0, 1).to(x.dtype)
+            x = x.index_copy(0, image_rows, rows if image_index is None else rows[image_index])
+        backend = choose_backend(self.attention, x.device, _compute_dtype(x))
+        packing = make_packing(cu_seqlens, max_seqlen, len(input_ids), backend)
+        hidden = self.language_model.model(x, position_ids, packing=packing)
+        target_rows, targets = target
+        logits = self.language_model.lm_head(hidden.index_select(0, target_rows))
+        losses = token_losses(logits, targets)
+        return PackedOutput(losses, losses.new_zeros(()) if real else image_embeds.float().sum() * 0.0)
+
+    def _forward_padded(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        logits_to_keep: int,
+    ) -> CausalLMOutputWithPast:
+        batch, length = inputs_embeds.shape[:2]
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config.text_config)
+        past = cache.get_seq_length() if cache is not None else 0
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=inputs_embeds.device)
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        mask = causal_mask(attention_mask, length)
+        hidden = self.language_model.model(inputs_embeds, position_ids, mask=mask, cache=cache)
+        logits = self.language_model.lm_head(hidden[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(logits=logits.float(), past_key_values=cache)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """The inputs of the next step: the whole prompt with its pictures first, then one new token."""
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        step: dict[str, Any] = {"past_key_values": past_key_values, "attention_mask": attention_mask}
+        if past == 0 and inputs_embeds is not None:
+            step["inputs_embeds"] = inputs_embeds
+        else:
+            step["input_ids"] = input_ids if past == 0 else input_ids[:, -1:]
+        if past == 0:
+            step |= {"pixel_values": pixel_values, "image_features": image_features}
+        return step | {"use_cache": True, "logits_to_keep": 1}
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that matrix products run in: autocast's inside autocast, else the tensor's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

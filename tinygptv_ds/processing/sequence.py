@@ -1,0 +1,153 @@
+"""From the words of a sample to token ids, labels and positions, laid out as TinyGPT-V was trained.
+
+A training row is `BOS | prompt with 32 rows per picture | answer + end_sym`, learnt from the answer on. In a
+conversation every later question follows as a BOS that nothing attends to (the original's attention hole) and the
+wrapped question: here that BOS is left out and its position skipped, which is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from tinygptv_ds.config.schema import TextSection
+from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Draw, Rendered, load_prompts
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """How a picture stands in a row: `count` times the id `token_id`."""
+
+    token_id: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sample, ready for a packed batch.
+
+    Attributes:
+        input_ids: int64 `[T]`, image positions hold the image token id.
+        labels: int64 `[T]`, -100 where nothing is learnt.
+        position_ids: int64 `[T]`, from 0; may skip.
+        image_rows: int64 `[R]`, positions of the image tokens in the row.
+        image_index: int64 `[R]`, which row of the sample's pictures (picture * count + row) stands there.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    position_ids: np.ndarray
+    image_rows: np.ndarray
+    image_index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids without special tokens; an empty text has none."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def wrap(template: str | None, question: str) -> str:
+    """The question inside the template; braces of the question stay as they are."""
+    return question if template is None else template.replace("{}", question, 1)
+
+
+def prompt_text(rendered: Rendered, num_images: int, text: TextSection, draw: Draw) -> str:
+    """The first question as it stands in the row, wrapped, with a placeholder for each picture.
+
+    A bare caption is asked for with an entry of the recipe's prompt pool, or by its picture alone.
+    """
+    question = rendered.turns[0][0]
+    if question is not None:
+        return wrap(text.prompt_template, question)
+    if text.prompts is None:
+        return IMAGE_PLACEHOLDER * num_images
+    pool = load_prompts()[text.prompts]
+    return wrap(text.prompt_template, pool[draw(len(pool))].replace(IMAGE_TAG, IMAGE_TAG * num_images, 1))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, num_images: int, image: ImageTokens) -> list[int]:
+    """Token ids of a prompt; the text around each placeholder is tokenised by itself, as in the original.
+
+    Raises:
+        DataError: the prompt does not hold one placeholder per picture.
+    """
+    pieces = prompt.split(IMAGE_PLACEHOLDER)
+    if len(pieces) - 1 != num_images:
+        raise DataError(
+            f"the prompt holds {len(pieces) - 1} times {IMAGE_PLACEHOLDER}, but there are {num_images} picture(s): "
+            f"{prompt[:200]!r}"
+        )
+    ids = tokenize(tokenizer, pieces[0])
+    for piece in pieces[1:]:
+        ids += [image.token_id] * image.count + tokenize(tokenizer, piece)
+    return ids
+
+
+def build_sequence(
+    rendered: Rendered,
+    num_images: int,
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextSection,
+    image: ImageTokens,
+    draw: Draw,
+) -> Sequence:
+    """Lay out one training sample.
+
+    Args:
+        rendered: its turns.
+        num_images: pictures stored with it.
+        tokenizer: Phi's; its begin token is also the end and padding token.
+        text: template, end symbol and lengths of the recipe.
+        image: how pictures stand in the row.
+        draw: gives a uniform integer below n, for the prompt pool.
+
+    Raises:
+        DataError: placeholders and pictures do not match.
+    """
+    bos = tokenizer.bos_token_id
+    prompt = prompt_ids(tokenizer, prompt_text(rendered, num_images, text, draw), num_images, image)
+    if num_images:
+        prompt = prompt[: text.max_context_len]
+    row = [bos, *prompt]
+    answers, learnt, holes = _turns(rendered, lambda t: tokenize(tokenizer, t), text, bos)
+    input_ids = np.array(row + answers[: text.max_txt_len], dtype=np.int64)
+    labels = np.full(len(input_ids), IGNORE, dtype=np.int64)
+    learnt_here = np.zeros(len(input_ids), dtype=bool)
+    learnt_here[len(row) :] = learnt[: text.max_txt_len]
+    # The original finds padding by id, so an end token written inside an answer is not learnt.
+    learnt_here &= input_ids != bos
+    labels[learnt_here] = input_ids[learnt_here]
+    keep = np.ones(len(input_ids), dtype=bool)
+    keep[[len(row) + h for h in holes if h < text.max_txt_len]] = False
+    position_ids = np.arange(len(input_ids), dtype=np.int64)
+    input_ids, labels, position_ids = input_ids[keep], labels[keep], position_ids[keep]
+    image_rows = np.flatnonzero(input_ids == image.token_id)
+    return Sequence(input_ids, labels, position_ids, image_rows, np.arange(len(image_rows), dtype=np.int64))
+
+
+def _turns(
+    rendered: Rendered, tokens: Callable[[str], list[int]], text: TextSection, bos: int
+) -> tuple[list[int], list[bool], list[int]]:
+    """Everything after the prompt: ids, whether each is learnt, and where the holes are."""
+    ids: list[int] = []
+    learnt: list[bool] = []
+    holes: list[int] = []
+    for number, (question, answer) in enumerate(rendered.turns):
+        if number:
+            holes.append(len(ids))
+            asked = [bos, *tokens(wrap(text.prompt_template, question or ""))]
+            ids += asked
+            learnt += [False] * len(asked)
+        answered = tokens(answer + text.end_sym)
+        ids += answered
+        learnt += [True] * len(answered)
+    return ids, learnt, holes

@@ -1,0 +1,214 @@
+"""DeepSpeed around the model. The only module that imports deepspeed, and where its private corners are kept."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from tinygptv_ds.dist import complete_env, cores_per_rank
+from tinygptv_ds.log import LOGGER, set_up_logging
+from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
+from tinygptv_ds.models.trainable import weight_decay_groups
+from tinygptv_ds.train.job import Job
+from tinygptv_ds.train.rundir import start_run_dir
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_TIMEOUT = timedelta(minutes=30)
+
+
+def start_distributed(job: Job) -> None:
+    """Join the other ranks, seed, and open the run directory and its log."""
+    complete_env()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores_per_rank(job.ranks))
+    for name in ("DeepSpeed", "transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    on_cpu = get_accelerator().device_name() == "cpu"
+    if on_cpu:
+        # Spares a C++ build at every first run. It is for inference among CPUs; training here reduces over gloo.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(job.ranks.local_rank)
+    backend = get_accelerator().communication_backend_name() if not on_cpu else "gloo"
+    with _quiet_stdout(job.ranks.rank):
+        deepspeed.init_distributed(dist_backend=backend, timeout=_TIMEOUT, verbose=False)
+    log_file = start_run_dir(job) if job.ranks.is_main else None
+    set_up_logging(job.ranks.rank, log_file)
+    torch.manual_seed(job.recipe.seed)
+    torch.distributed.barrier()
+    LOGGER.info(
+        "stage %d on %d rank(s) of %s, ZeRO-%d, %s, run directory %s",
+        job.recipe.stage,
+        job.ranks.world_size,
+        get_accelerator().device_name(),
+        job.zero_stage,
+        job.precision,
+        job.run_dir,
+    )
+
+
+@contextlib.contextmanager
+def _quiet_stdout(rank: int) -> Iterator[None]:
+    """Keep what libraries print on the other ranks off the console."""
+    with contextlib.ExitStack() as stack:
+        if rank != 0:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+
+
+class LossScale:
+    """fp16's dynamic loss scale, by the rule and constants of torch's GradScaler.
+
+    DeepSpeed 0.19 starts a GradScaler of its own under `torch_autocast` in fp16, but never lowers it after an overflow
+    that ZeRO has caught, so that every later step is skipped too. This one goes through `override_loss_scale` instead.
+
+    Attributes:
+        value: the factor on the loss.
+        good_steps: steps since it last changed.
+    """
+
+    def __init__(self, optimizer: object, value: float = 65536.0, good_steps: int = 0) -> None:
+        optimizer.torch_autocast_gradscaler = None
+        self._optimizer = optimizer
+        self.set(value, good_steps)
+
+    def set(self, value: float, good_steps: int) -> None:
+        """Take over a state, as from a checkpoint."""
+        self.value, self.good_steps = value, good_steps
+        self._optimizer.override_loss_scale(value)
+
+    def update(self, skipped: bool) -> None:
+        """Halve after a skipped step, double after 2000 good ones in a row."""
+        if skipped:
+            self.set(self.value * 0.5, 0)
+        elif self.good_steps + 1 >= 2000:
+            self.set(self.value * 2.0, 0)
+        else:
+            self.good_steps += 1
+
+
+class Engine:
+    """One training step at a time, on all ranks alike.
+
+    Attributes:
+        deepspeed: the DeepSpeed engine.
+        module: the model inside it.
+        device: where this rank computes.
+        scale: the loss scale under autocast in fp16, else None.
+        first_step: where the run goes on.
+        job: recipe, JSON, run directory and ranks.
+        accumulation: micro-batches of a step on one rank.
+    """
+
+    def __init__(self, model: TinyGPTVForConditionalGeneration, job: Job) -> None:
+        train, optimizer = job.recipe.train, job.recipe.optimizer
+        self.job = job
+        self.accumulation = train.accumulation(job.ranks.world_size)
+        self.device = torch.device(get_accelerator().current_device_name())
+        model.always_run_vision = job.zero_stage == 3
+        model.attention = job.recipe.model.attention
+        model.train()
+        groups = weight_decay_groups(model, optimizer.weight_decay)
+        adamw = torch.optim.AdamW(
+            groups, lr=optimizer.lr, betas=tuple(optimizer.betas), fused=self.device.type == "cuda"
+        )
+        with _quiet_stdout(1):
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=job.deepspeed)
+        self.module: TinyGPTVForConditionalGeneration = self.deepspeed.module
+        autocast_fp16 = getattr(self.deepspeed.optimizer, "torch_autocast_gradscaler", None) is not None
+        self.scale = LossScale(self.deepspeed.optimizer) if autocast_fp16 else None
+        self.first_step = 0
+
+    def set_learning_rate(self, rate: float) -> None:
+        """For the optimizer step to come."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+
+    def micro_step(self, inputs: dict, loss_divisor: Tensor | None) -> PackedOutput:
+        """Forward, backward, and, at the end of the accumulation, the optimizer step.
+
+        Args:
+            inputs: keyword arguments of the model's packed forward.
+            loss_divisor: target tokens of the whole optimizer step, a scalar on the device; None takes the mean over
+                this micro-batch, as the original does.
+        """
+        output = self.deepspeed(**inputs)
+        total = output.token_losses.sum()
+        if loss_divisor is None:
+            loss = total / max(len(output.token_losses), 1)
+        else:
+            # DeepSpeed averages over ranks and accumulation steps; the divisor already counts all of them.
+            loss = total / loss_divisor * (self.job.ranks.world_size * self.accumulation)
+        self.backward_and_step(loss + output.anchor)
+        return output
+
+    def backward_and_step(self, loss: Tensor) -> None:
+        """The end of a micro-batch; the optimizer moves at the end of the accumulation."""
+        at_boundary = self.deepspeed.is_gradient_accumulation_boundary()
+        self.deepspeed.backward(loss)
+        self.deepspeed.step()
+        if at_boundary and self.scale is not None:
+            self.scale.update(skipped=not self.deepspeed.was_step_applied())
+
+    def grad_norm(self) -> float:
+        """Of the last optimizer step, before clipping; infinite where it was skipped."""
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    def loss_scale(self) -> float:
+        """The fp16 loss scale; 1 in bf16 and fp32."""
+        return self.scale.value if self.scale else float(getattr(self.deepspeed.optimizer, "cur_scale", 1.0))
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps left out so far because a gradient was not finite."""
+        return int(self.deepspeed.skipped_steps)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.job.ranks.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Canonical names and parameters of what learns, in the same order on every rank."""
+        return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """fp32 copies of what was trained, whole, on the CPU. To be called on all ranks."""
+        return {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self.trained_parameters()}
+
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[TinyGPTVForConditionalGeneration]:
+        """The model in evaluation mode under the engine's precision. To be entered on all ranks."""
+        dtype = DTYPES[self.job.precision]
+        self.module.eval()
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                yield self.module
+        finally:
+            self.module.train()
+
+
+@contextlib.contextmanager
+def start_engine(model: TinyGPTVForConditionalGeneration, job: Job) -> Iterator[Engine]:
+    """The engine of a run, started from the newest checkpoint where there is one; the ranks part when it ends."""
+    from tinygptv_ds.train.checkpoint import latest_checkpoint, load_weights, restore_optimizer
+
+    checkpoint = latest_checkpoint(job) if job.resume == "auto" else None
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    engine = Engine(model, job)
+    engine.first_step = restore_optimizer(engine, checkpoint) if checkpoint is not None else 0
+    yield engine
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,125 @@
+"""A stage's command line, checked as far as it can be without torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinygptv_ds.config.deepspeed_json import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.schema import Recipe
+from tinygptv_ds.dist import Ranks, ranks_from_env
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.train.preflight import check_files
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage script works from.
+
+    Attributes:
+        recipe: the checked recipe.
+        deepspeed: the JSON for DeepSpeed, complete.
+        run_dir: everything the run writes.
+        resume: "auto" goes on from the newest checkpoint of the run directory, "never" does not.
+        ranks: who this process is.
+    """
+
+    recipe: Recipe
+    deepspeed: dict[str, Any]
+    run_dir: Path
+    resume: str
+    ranks: Ranks
+
+    @property
+    def precision(self) -> str:
+        """ "bf16", "fp16" or "fp32"."""
+        return precision(self.deepspeed)
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage."""
+        return zero_stage(self.deepspeed)
+
+
+def stage_parser(recipe: Path) -> argparse.ArgumentParser:
+    """The options of a stage script whose default recipe is `recipe`."""
+    parser = argparse.ArgumentParser(
+        prog=f"launch/{recipe.stem}.sh",
+        description=f"Train {recipe.stem} of TinyGPT-V.",
+        epilog=f"Start it with 'deepspeed launch/{recipe.stem}.sh [options]' or 'bash launch/{recipe.stem}.sh [options]'; "
+        "the launcher's own options (--num_gpus, --hostfile, --include, --master_port, ...) go before the script in the "
+        "first form and anywhere in the second.",
+    )
+    parser.add_argument(
+        "--recipe", type=Path, default=recipe, metavar="FILE", help="the stage's YAML (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        metavar="FILE",
+        help="the JSON of the engine (default: ds_configs/zero2_bf16.json with a GPU, ds_configs/cpu.json without)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one value of the recipe, e.g. --set train.batch_size=32 or --set data.datasets.0.weight=2; "
+        "deepspeed.KEY changes the JSON; may be given any number of times",
+    )
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is written (default: runs/stageN)")
+    parser.add_argument(
+        "--resume",
+        choices=["auto", "never"],
+        default="auto",
+        help="auto: go on from the run directory's newest checkpoint; never: refuse a run directory in use",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    return parser
+
+
+def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
+    """Read and check everything that a stage needs.
+
+    Args:
+        argv: the command line; None takes the process's own.
+        recipe: the stage's own recipe.
+
+    Raises:
+        ConfigError: anything the user has to fix: recipe, JSON, missing weights or data, a run directory in use.
+    """
+    args = stage_parser(_shown(recipe)).parse_args(argv)
+    loaded = load_recipe(args.recipe, args.set)
+    ranks = ranks_from_env()
+    json_path = args.deepspeed_config or default_deepspeed_json()
+    resolved = resolve_deepspeed(load_deepspeed_json(json_path), loaded, ranks.world_size, str(json_path))
+    run_dir = args.run_dir or Path("runs") / f"stage{loaded.stage}"
+    _check_run_dir(run_dir, args.resume)
+    check_files(loaded)
+    return Job(loaded, resolved, run_dir, args.resume, ranks)
+
+
+def default_deepspeed_json() -> Path:
+    """ZeRO-2 in bf16 where the driver shows a GPU, else the CPU's; known without importing torch."""
+    has_gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+    return ROOT / "ds_configs" / ("zero2_bf16.json" if has_gpu else "cpu.json")
+
+
+def _check_run_dir(run_dir: Path, resume: str) -> None:
+    if (run_dir / "model").exists():
+        raise ConfigError(
+            f"{run_dir} holds a finished run (its model/ is there); choose another --run-dir or remove it"
+        )
+    if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
+        raise ConfigError(f"{run_dir} holds checkpoints; choose another --run-dir, or --resume auto to go on from them")
+
+
+def _shown(path: Path) -> Path:
+    """Relative to the working directory where that is shorter."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,48 @@
+"""The run directory: everything of one run, so that it can be understood and repeated later."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from tinygptv_ds import __version__
+from tinygptv_ds.config.load import recipe_dict
+from tinygptv_ds.train.job import Job
+
+PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "timm", "peft", "webdataset", "flash-attn", "numpy")
+
+
+def start_run_dir(job: Job) -> Path:
+    """Write the resolved recipe, the DeepSpeed JSON and the versions; returns the log file's path."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    recipe = yaml.safe_dump(recipe_dict(job.recipe), sort_keys=False, allow_unicode=True)
+    (job.run_dir / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    (job.run_dir / "deepspeed.json").write_text(json.dumps(job.deepspeed, indent=2) + "\n")
+    (job.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    return job.run_dir / "log.txt"
+
+
+def versions() -> dict[str, str | None]:
+    """Python, this package with its commit, and the packages that numbers depend on."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "tinygptv_ds": __version__}
+    found["commit"] = _commit()
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
