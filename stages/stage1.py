@@ -1,6 +1,6 @@
 """Stage 1 of TinyGPT-V, warm-up: the projections and Phi's norms learn to let pictures through, on bare captions.
 
-Start it with `deepspeed launch/stage1.sh [options]` or `bash launch/stage1.sh [options]`; `--help` explains the options.
+Start it with `deepspeed launch/stage1.sh [options]` or `bash launch/stage1.sh [options]`; `--help` tells the options.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stage 2 of TinyGPT-V, pre-training: the same captions, now with LoRA.
 
-Start it with `deepspeed launch/stage2.sh [options]` or `bash launch/stage2.sh [options]`; `--help` explains the options.
+Start it with `deepspeed launch/stage2.sh [options]` or `bash launch/stage2.sh [options]`; `--help` tells the options.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stage 3 of TinyGPT-V, instructions: detailed descriptions, asked for in words.
 
-Start it with `deepspeed launch/stage3.sh [options]` or `bash launch/stage3.sh [options]`; `--help` explains the options.
+Start it with `deepspeed launch/stage3.sh [options]` or `bash launch/stage3.sh [options]`; `--help` tells the options.
 """
 
 from __future__ import annotations

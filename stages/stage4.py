@@ -1,6 +1,6 @@
 """Stage 4 of TinyGPT-V, many tasks: questions, boxes, grounding, conversations and text alone, at 448 pixels.
 
-Start it with `deepspeed launch/stage4.sh [options]` or `bash launch/stage4.sh [options]`; `--help` explains the options.
+Start it with `deepspeed launch/stage4.sh [options]` or `bash launch/stage4.sh [options]`; `--help` tells the options.
 """
 
 from __future__ import annotations

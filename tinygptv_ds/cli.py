@@ -7,18 +7,24 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from tinygptv_ds import __version__
 from tinygptv_ds.errors import TinyGPTVError
 
 USER_ERROR = 2
+VERBS = {
+    "doctor": ("what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor"),
+    "prepare": ("turn a dataset's own files into shards", "tinygptv_ds.data.prepare"),
+    "export": ("turn a run into a folder for inference", "tinygptv_ds.convert.export"),
+}
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Call `command`; what the user has to fix ends in one message on stderr and exit code 2, without a traceback.
+    """Call `command`; what the user has to fix ends in one message on stderr and exit code 2, no traceback.
 
-    Among several ranks only rank 0 speaks. The others wait a moment before they leave, since the launcher ends all ranks
-    as soon as one has gone.
+    Among several ranks only rank 0 speaks. The others wait a moment before they leave, since the launcher ends all
+    ranks as soon as one has gone.
     """
     try:
         command()
@@ -39,17 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tinygptv_ds", description="Tools around the TinyGPT-V trainer.")
     parser.add_argument("--version", action="version", version=f"tinygptv_ds {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _add(verbs, "doctor", "what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor")
-    _add(verbs, "prepare", "turn a dataset's own files into shards", "tinygptv_ds.data.prepare")
-    _add(verbs, "export", "turn a run into a folder for inference", "tinygptv_ds.convert.export")
+    argv = sys.argv[1:] if argv is None else argv
+    for name, (help_text, module) in VERBS.items():
+        verb = verbs.add_parser(name, help=help_text, description=help_text)
+        if name in argv:  # the others may need packages that are not there yet, which doctor is to tell
+            implementation = import_module(module)
+            implementation.add_arguments(verb)
+            verb.set_defaults(run=implementation.run)
     args = parser.parse_args(argv)
     run_command(lambda: args.run(args))
-
-
-def _add(verbs: argparse._SubParsersAction, name: str, help_text: str, module: str) -> None:
-    from importlib import import_module
-
-    parser = verbs.add_parser(name, help=help_text, description=help_text)
-    implementation = import_module(module)
-    implementation.add_arguments(parser)
-    parser.set_defaults(run=implementation.run)

@@ -43,8 +43,8 @@ from tinygptv_ds.processing.text import load_prompts, render
 
 Log = Callable[[str], None]
 
-POSITION_SCALE = 0.3
-PATCHES_ALONE = 0.5  # of the steps
+GAIN = 3
+POSITION_SCALE = 0.5
 CELLS = len(digits.CELLS)  # one query each
 VALUES, COLORS = list(digits.VALUES), list(digits.COLORS)
 VISION = {"image_size": digits.SIZE, "patch_size": 14, "hidden_size": 96, "num_hidden_layers": 3}
@@ -62,6 +62,7 @@ CAPTION = TextSection(end_sym="\n", max_txt_len=160)
 ALIGN = TextSection(prompts="stage3", prompt_template="###Human: {} ###Assistant: ", end_sym="###", max_txt_len=160)
 CHAT = TextSection(prompt_template="[INST] {} [/INST]", end_sym="###", max_txt_len=160)
 LESSONS = {
+    "facts": (0.1, CAPTION),
     "digits_conversation": (0.4, CHAT),
     "digits_vqa": (0.2, CHAT),
     "digits_caption": (0.1, CAPTION),
@@ -73,6 +74,7 @@ LESSONS = {
     "digits_text": (0.04, CHAT),
 }
 QUESTIONS_PER_CONVERSATION = 6
+FACTS_PER_TEXT = 10
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,11 @@ class Training:
     steps: int
     batch: int
     lr: float
+    first: float  # share of the steps spent on the easier half alone: the patches, or the plain facts
 
 
-VISION_TRAINING = Training(steps=1100, batch=32, lr=3e-3)
-TEXT_TRAINING = Training(steps=1500, batch=16, lr=2e-3)
+VISION_TRAINING = Training(steps=1000, batch=32, lr=3e-3, first=0.5)
+TEXT_TRAINING = Training(steps=600, batch=16, lr=3e-3, first=0.25)
 
 
 # ---- training in general ---------------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def place_vision(model: TinyGPTVForConditionalGeneration) -> None:
     model.visual_encoder.pos_embed[0, 1:] = POSITION_SCALE * (cells[cell] + quarters[quarter])
     model.query_tokens.copy_(cells)
     attention = model.qformer.encoder.layer[0].crossattention.attention
-    attention.query.weight.copy_(attention.key.weight)
+    attention.query.weight.copy_(GAIN * attention.key.weight)
 
 
 def train_vision(model: TinyGPTVForConditionalGeneration, training: Training, seed: int, log: Log) -> float:
@@ -212,13 +215,13 @@ def train_vision(model: TinyGPTVForConditionalGeneration, training: Training, se
         for step in itertools.count():
             pixels, truth = scene_batch([crowded_scene(rng, "train") for _ in range(training.batch)])
             patches = model.visual_encoder.forward_features(model.normalize(pixels))
-            queries = model.query_tokens.expand(len(pixels), -1, -1)
-            features = model.qformer(query_embeds=queries, encoder_hidden_states=model.ln_vision(patches))
-            # The patches are asked too: they learn from the first step, long before the queries find their cells.
-            yield (
-                query_head.loss(features.last_hidden_state, truth)
-                + patch_head.loss(patches[:, 1:], _patch_truth(truth))
-            )
+            # The patches are asked too, and alone at first: they learn from the first step, the queries from them.
+            loss = patch_head.loss(patches[:, 1:], truth.of(cell))
+            if step >= training.steps * training.first:
+                queries = model.query_tokens.expand(len(pixels), -1, -1)
+                features = model.qformer(query_embeds=queries, encoder_hidden_states=model.ln_vision(patches))
+                loss = loss + query_head.loss(features.last_hidden_state, truth)
+            yield loss
 
     _optimize(parameters, losses(), training, log)
     with torch.no_grad():
@@ -267,27 +270,44 @@ class Lesson:
     cells: list[list[int]]
 
 
-def lesson(rng: random.Random, tokenizer: CodeGenTokenizer, image: ImageTokens) -> Lesson:
-    """A random text about a random scene."""
-    name = rng.choices(list(LESSONS), [share for share, _ in LESSONS.values()])[0]
+def lesson(rng: random.Random, tokenizer: CodeGenTokenizer, image: ImageTokens, name: str) -> Lesson:
+    """A random text of one of the LESSONS about a random scene."""
     scene = digits.random_scene(rng, "train")
-    if name == "digits_text":
-        record = digits._text(rng)
+    if name == "facts":
+        record = {"caption": facts(rng, scene)}
     elif name == "digits_conversation":
         record = {"conversation": [list(digits.ask(rng, scene)[1:]) for _ in range(QUESTIONS_PER_CONVERSATION)]}
     else:
         record = digits.DIGIT_SETS[name](rng, scene)
-    images = int(name != "digits_text")
-    sequence = build_sequence(
-        render(record, images, rng.randrange), images, tokenizer, LESSONS[name][1], image, rng.randrange
-    )
+    images = int(name != digits.TEXT_ONLY)
+    rendered = render(record, images, rng.randrange, clean=False)
+    sequence = build_sequence(rendered, images, tokenizer, LESSONS[name][1], image, rng.randrange)
     return Lesson(sequence, cell_words(scene, tokenizer) if images else [])
 
 
+def facts(rng: random.Random, scene: digits.Scene) -> str:
+    """What the language model begins with: things to look up, as tersely as possible ("color seven red, ...")."""
+    said = []
+    for _ in range(FACTS_PER_TEXT):
+        digit = rng.choice(scene.digits)
+        of = {"digit": digit.value, "color": digit.color, "place": digit.cell}
+        key, asked = rng.sample(list(of), 2)
+        kind = rng.random()
+        if kind < 0.7:
+            said.append(f"{asked} {of[key]} {of[asked]}")
+        elif kind < 0.9:
+            word = rng.choice((*VALUES, *COLORS))
+            said.append(f"any {word} {'yes' if any(word in (d.value, d.color) for d in scene.digits) else 'no'}")
+        else:
+            said.append(f"digits {VALUES[len(scene.digits)]}")
+    return ", ".join(said)
+
+
 def cell_words(scene: digits.Scene, tokenizer: CodeGenTokenizer) -> list[list[int]]:
-    """What is in each cell, in words: " red seven top-left", or " empty top-left"."""
-    contents = {digit.cell: f"{digit.color} {digit.value}" for digit in scene.digits}
-    return [tokenizer.encode(f" {contents.get(cell, 'empty')} {cell}") for cell in digits.CELLS]
+    """The tokens of what is in each cell: the words "red", "seven" and "top-left", or "empty" and "top-left"."""
+    contents = {digit.cell: (digit.color, digit.value) for digit in scene.digits}
+    words = [(*contents.get(cell, ("empty",)), cell) for cell in digits.CELLS]
+    return [[token for word in cell for token in tokenizer.encode(word)] for cell in words]
 
 
 def lesson_loss(model: TinyGPTVForConditionalGeneration, lessons: list[Lesson]) -> Tensor:
@@ -311,6 +331,26 @@ def lesson_loss(model: TinyGPTVForConditionalGeneration, lessons: list[Lesson]) 
     return token_losses(model.language_model.lm_head(hidden[learnt - 1]), labels[learnt]).mean()
 
 
+@torch.no_grad()
+def relate_words(model: TinyGPTVForConditionalGeneration, tokenizer: CodeGenTokenizer) -> None:
+    """Start as trained models end up: a word begins alike with and without its space, is read and written alike, and
+    attention passes on what it sees."""
+    embeddings, vocab = model.get_input_embeddings().weight, tokenizer.get_vocab()
+    nn.init.normal_(embeddings)
+    for token, index in vocab.items():
+        spaced = vocab.get("\u0120" + token)
+        if spaced is not None and len(token) > 1:
+            embeddings[spaced] = 0.9 * embeddings[index] + 0.44 * embeddings[spaced]
+    model.get_output_embeddings().weight.copy_(0.1 * embeddings)
+    for layer in model.language_model.model.layers:
+        attention = layer.self_attn
+        basis = nn.init.orthogonal_(torch.empty_like(attention.dense.weight))
+        attention.query_key_value.weight.unflatten(0, (attention.heads, 3, -1))[:, 2] = basis.unflatten(
+            0, (attention.heads, -1)
+        )
+        attention.dense.weight.copy_(basis.T)
+
+
 def train_text(
     model: TinyGPTVForConditionalGeneration, tokenizer: CodeGenTokenizer, training: Training, seed: int, log: Log
 ) -> float:
@@ -322,13 +362,21 @@ def train_text(
     image = ImageTokens(model.config.image_token_id, CELLS)
     added = ("q_layernorm", "k_layernorm", "post_layernorm")
     parameters = [p for name, p in model.language_model.named_parameters() if not any(part in name for part in added)]
+    relate_words(model, tokenizer)
+
+    def texts(count: int) -> list[Lesson]:
+        names = rng.choices(list(LESSONS), [share for share, _ in LESSONS.values()], k=count)
+        return [lesson(rng, tokenizer, image, name) for name in names]
 
     def losses() -> Iterator[Tensor]:
-        while True:
-            yield lesson_loss(model, [lesson(rng, tokenizer, image) for _ in range(training.batch)])
+        for step in itertools.count():
+            if step < training.steps * training.first:
+                yield lesson_loss(model, [lesson(rng, tokenizer, image, "facts") for _ in range(training.batch)])
+            else:
+                yield lesson_loss(model, texts(training.batch))
 
     _optimize(parameters, losses(), training, log)
     with torch.no_grad():
-        loss = lesson_loss(model, [lesson(rng, tokenizer, image) for _ in range(300)]).item()
+        loss = lesson_loss(model, texts(300)).item()
     log(f"  unseen texts: loss {loss:.3f}")
     return loss

@@ -43,6 +43,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = sorted(path.parent.name for path in root.glob("*/weights.safetensors"))
     if "full_name" in metafunc.fixturenames:
         metafunc.parametrize("full_name", names)
+    for case in SPECIAL:
+        if f"with_{case}" in metafunc.fixturenames:
+            having = [name for name in names if (root / name / f"cases/{case}.json").is_file()]
+            metafunc.parametrize(f"with_{case}", having)
     if "full_case" in metafunc.fixturenames:
         cases = [(name, path.stem) for name in names for path in sorted((root / name / "cases").glob("*.json"))]
         metafunc.parametrize("full_case", [case for case in cases if case[1] not in SPECIAL], ids="/".join)
@@ -83,10 +87,8 @@ def test_case(golden: Path, full_case: tuple[str, str]) -> None:
         assert_gradients(model, tensors(gradients))
 
 
-def test_greedy(golden: Path, full_name: str) -> None:
-    folder = folder_of(golden, full_name)
-    if not (folder / "cases/generate.json").is_file():
-        pytest.skip("no generation in this set")
+def test_greedy(golden: Path, with_generate: str) -> None:
+    folder = folder_of(golden, with_generate)
     case, expected = read(folder / "cases/generate.json"), tensors(folder / "cases/generate.safetensors")
     model = full_model(folder)
     pad = model.config.pad_token_id
@@ -111,12 +113,10 @@ def test_greedy(golden: Path, full_name: str) -> None:
     assert out.tolist() == case["new_tokens"]
 
 
-def test_candidates(golden: Path, full_name: str) -> None:
+def test_candidates(golden: Path, with_multi_select: str) -> None:
     """The loss of each candidate answer by itself; the lowest wins."""
-    folder = folder_of(golden, full_name)
+    folder = folder_of(golden, with_multi_select)
     path = folder / "cases/multi_select.json"
-    if not path.is_file():
-        pytest.skip("no candidates in this set")
     case, images = read(path), pixels(tensors(path.with_suffix(".safetensors")))
     model, sequences = full_model(folder), candidate_rows(folder, case)
     for b, losses in enumerate(case["per_sample_losses"]):

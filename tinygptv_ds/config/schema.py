@@ -23,7 +23,8 @@ class ModelSection:
         phi: folder of a Phi checkpoint (config.json, tokenizer, weights).
         eva_vit: `eva_vit_g.pth`, or a file of its names and other sizes.
         qformer: `blip2_pretrained_flant5xxl.pth`, or a file of its names and other sizes.
-        init_from: trained weights of an earlier stage (a run directory or its `model/`); None: projections start random.
+        init_from: trained weights of an earlier stage (a run directory, its `model/`, or a `.pth` of the original);
+            None: the projections start random.
         image_size: side of the square input in pixels; position embeddings are interpolated to it.
         eva_vit_depth: blocks used of the ViT (the published file holds one more than is used).
         eva_vit_heads: attention heads of the ViT, which its file does not tell.
@@ -119,7 +120,8 @@ class DataSection:
     Attributes:
         datasets: what is mixed.
         validation: datasets for the panel of generated answers; empty: the training sets' first samples.
-        num_workers: loader processes per rank, whatever the number of datasets; 0 loads in the training process.
+        num_workers: loader processes per rank, whatever the number of datasets, and no more than the rank has cores;
+            0 loads in the training process.
         shuffle_shards: samples are shuffled within windows of this many shards.
         max_skipped_share: the run stops once more than this share of the samples seen was unreadable.
     """

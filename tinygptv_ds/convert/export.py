@@ -11,6 +11,9 @@ from tinygptv_ds.errors import WeightsError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -44,26 +47,42 @@ def export_hf(trained: Path, out: Path, *, dtype: torch.dtype, merge_lora: bool 
     Raises:
         WeightsError: base or trained weights are missing or do not fit, or `out` is in use.
     """
-    from tinygptv_ds.convert.assemble import assemble, load_tokenizer
     from tinygptv_ds.convert.merge import merge_lora as merge
-    from tinygptv_ds.convert.trained import trained_file
-    from tinygptv_ds.models.configuration import TinyGPTVConfig
+    from tinygptv_ds.convert.trained import PROVENANCE, trained_file
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise WeightsError(f"{out} is already there; choose another --out, or remove it")
-    folder = trained_file(trained).parent
-    base = _base_paths(folder)
-    model = assemble(TinyGPTVConfig.from_pretrained(folder), base, folder, frozen_dtype=dtype)
+    model, tokenizer = load_run(trained, dtype=dtype)
     if merge_lora:
         merge(model)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.to(dtype).save_pretrained(partial)
-    load_tokenizer(base["phi"]).save_pretrained(partial)
-    shutil.copy(folder / "provenance.json", partial)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.copy(trained_file(trained).with_name(PROVENANCE), partial)
     if out.exists():
         out.rmdir()
     partial.rename(out)
+
+
+def load_run(trained: Path, *, dtype: torch.dtype) -> tuple[TinyGPTVForConditionalGeneration, PreTrainedTokenizerBase]:
+    """The model of a run on its base weights, all in one dtype, and its tokenizer.
+
+    Args:
+        trained: a run directory or its `model/`; its provenance.json says where the base weights lie.
+        dtype: of all weights.
+
+    Raises:
+        WeightsError: base or trained weights are missing or do not fit.
+    """
+    from tinygptv_ds.convert.assemble import assemble, load_tokenizer
+    from tinygptv_ds.convert.trained import trained_file
+    from tinygptv_ds.models.configuration import TinyGPTVConfig
+
+    folder = trained_file(trained).parent
+    base = _base_paths(folder)
+    model = assemble(TinyGPTVConfig.from_pretrained(folder), base, folder, frozen_dtype=dtype)
+    return model.to(dtype), load_tokenizer(base["phi"])
 
 
 def _base_paths(folder: Path) -> dict[str, Path]:

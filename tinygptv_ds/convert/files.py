@@ -215,7 +215,7 @@ def load_torch(path: Path, *, is_zip: bool = True) -> object:
             f"{path}: holds more than tensors and plain values, or is damaged; it is not opened because unpickling "
             f"could run code ({reason}). Take a safetensors version, or one saved with torch.save of a plain state dict"
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, LookupError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, LookupError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise WeightsError(
             f"{path}: damaged, cut short or no PyTorch file ({reason}); fetch or copy it again"

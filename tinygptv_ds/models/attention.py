@@ -59,7 +59,8 @@ def choose_backend(wanted: str, device: torch.device | str, dtype: torch.dtype) 
     if wanted not in found:
         raise ConfigError(
             f"model.attention: {wanted!r} cannot run on {torch.device(device).type} in {dtype}; "
-            f"here there is {', '.join(found)}. Use 'auto', or install flash-attn (requirements-gpu.txt) on a CUDA machine."
+            f"here there is {', '.join(found)}. Use 'auto', or install flash-attn (requirements-gpu.txt) on a CUDA "
+            "machine."
         )
     return wanted
 

@@ -36,10 +36,9 @@ def train_only(model: nn.Module, *parts: Part) -> list[str]:
     """Freeze everything but the parts given; returns the trained names in model order.
 
     Raises:
-        ConfigError: a part matches nothing (LoRA asked for in a model with `lora_r: 0`), or the model has LoRA that
-            would stay untrained at zero.
+        ConfigError: a part matches nothing (LoRA asked for in a model with `lora_r: 0`).
     """
-    matched = {part: False for part in parts}
+    matched = dict.fromkeys(parts, False)
     trained = []
     for name, parameter in model.named_parameters():
         hits = [part for part in parts if part(name)]

@@ -1,8 +1,9 @@
 """Portable checkpoints: what was trained, in fp32, with its optimizer moments, by canonical name.
 
 A checkpoint is the folder `checkpoints/step-N` with `state.safetensors` and `state.json` (step, sample position,
-fingerprint of the recipe, hash of the tensors). It is written under a temporary name and renamed when complete, and can be
-resumed under another ZeRO stage and number of ranks. The random numbers of dropout and data are functions of the step.
+fingerprint of the recipe, hash of the tensors). It is written under a temporary name and renamed when complete, and can
+be resumed under another ZeRO stage and number of ranks. The random numbers of dropout and data are functions of the
+step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -24,10 +24,8 @@ from tinygptv_ds.config.load import recipe_dict
 from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.errors import CheckpointError
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.engine import MOMENTS, Engine
 from tinygptv_ds.train.job import Job
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def fingerprint(recipe: Recipe) -> dict[str, str]:
@@ -52,12 +50,9 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
 
 def save_checkpoint(engine: Engine, step: int) -> None:
     """Write the state after `step` optimizer steps. To be called on all ranks."""
-    _link_optimizer_states(engine)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.trained_parameters():
-        tensors[f"weight/{name}"] = safe_get_full_fp32_param(parameter).detach().cpu().contiguous()
-        for moment in MOMENTS:
-            tensors[f"{moment}/{name}"] = safe_get_full_optimizer_state(parameter, moment).detach().cpu().contiguous()
+    tensors = {f"weight/{name}": weight for name, weight in engine.trained_state().items()}
+    for moment in MOMENTS:
+        tensors |= {f"{moment}/{name}": value for name, value in engine.moments(moment).items()}
     job = engine.job
     if job.ranks.is_main:
         state = {
@@ -123,8 +118,8 @@ def latest_checkpoint(job: Job) -> Checkpoint | None:
         differing = sorted(key for key in here if there.get(key) != here[key])
         if differing:
             raise CheckpointError(
-                f"{folder} is of another recipe: {', '.join(differing)} differ. Choose another --run-dir, or the recipe "
-                f"in {job.run_dir / 'recipe.yaml'}"
+                f"{folder} is of another recipe: {', '.join(differing)} differ. Choose another --run-dir, or the "
+                f"recipe in {job.run_dir / 'recipe.yaml'}"
             )
         LOGGER.info("going on from %s", folder)
         return checkpoint
@@ -156,14 +151,14 @@ def restore_optimizer(engine: Engine, checkpoint: Checkpoint) -> int:
     """Put the moments and step counters back; returns the step to go on with. To be called on all ranks."""
     _prime_optimizer(engine)
     with safe_open(checkpoint.folder / "state.safetensors", framework="pt") as file:
-        for name, parameter in engine.trained_parameters():
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, file.get_tensor(f"{moment}/{name}"), moment)
-    for state in _inner_optimizer(engine).state.values():
-        state["step"].fill_(checkpoint.state["optimizer_steps"])
+        for moment in MOMENTS:
+            engine.set_moments(moment, lambda name, moment=moment: file.get_tensor(f"{moment}/{name}"))
+    step, moved = checkpoint.state["step"], checkpoint.state["optimizer_steps"]
+    engine.set_optimizer_steps(moved)
+    engine.skipped_before = step - moved
     if engine.scale is not None and checkpoint.state["loss_scale"] is not None:
         engine.scale.set(*checkpoint.state["loss_scale"])
-    return checkpoint.state["step"]
+    return step
 
 
 def _prime_optimizer(engine: Engine) -> None:
@@ -183,16 +178,3 @@ def _prime_optimizer(engine: Engine) -> None:
     for _ in range(engine.accumulation):
         output = engine.deepspeed(**inputs)
         engine.backward_and_step(output.token_losses.sum() * 0.0 + output.anchor)
-    _link_optimizer_states(engine)
-
-
-def _inner_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    return getattr(engine.deepspeed.optimizer, "optimizer", engine.deepspeed.optimizer)
-
-
-def _link_optimizer_states(engine: Engine) -> None:
-    """ZeRO-1 and 2 link the states of the first parameter group only after its first step; link them all."""
-    optimizer = engine.deepspeed.optimizer
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
 from tinygptv_ds.dist import complete_env, cores_per_rank
@@ -22,6 +23,7 @@ from tinygptv_ds.train.job import Job
 from tinygptv_ds.train.rundir import start_run_dir
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, under the names that torch gives them
 _TIMEOUT = timedelta(minutes=30)
 
 
@@ -62,7 +64,8 @@ def _quiet_stdout(rank: int) -> Iterator[None]:
     """Keep what libraries print on the other ranks off the console."""
     with contextlib.ExitStack() as stack:
         if rank != 0:
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            devnull = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(devnull))
         yield
 
 
@@ -106,6 +109,7 @@ class Engine:
         device: where this rank computes.
         scale: the loss scale under autocast in fp16, else None.
         first_step: where the run goes on.
+        skipped_before: optimizer steps left out before a resumption.
         job: recipe, JSON, run directory and ranks.
         accumulation: micro-batches of a step on one rank.
     """
@@ -128,6 +132,7 @@ class Engine:
         autocast_fp16 = getattr(self.deepspeed.optimizer, "torch_autocast_gradscaler", None) is not None
         self.scale = LossScale(self.deepspeed.optimizer) if autocast_fp16 else None
         self.first_step = 0
+        self.skipped_before = 0
 
     def set_learning_rate(self, rate: float) -> None:
         """For the optimizer step to come."""
@@ -170,8 +175,8 @@ class Engine:
 
     @property
     def skipped_steps(self) -> int:
-        """Optimizer steps left out so far because a gradient was not finite."""
-        return int(self.deepspeed.skipped_steps)
+        """Optimizer steps left out so far, before a resumption too, because a gradient was not finite."""
+        return self.skipped_before + int(self.deepspeed.skipped_steps)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
@@ -186,6 +191,31 @@ class Engine:
     def trained_state(self) -> dict[str, Tensor]:
         """fp32 copies of what was trained, whole, on the CPU. To be called on all ranks."""
         return {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self.trained_parameters()}
+
+    def moments(self, moment: str) -> dict[str, Tensor]:
+        """fp32 copies of one of `MOMENTS`, whole, on the CPU, by parameter. To be called on all ranks."""
+        self._link_optimizer_states()
+        trained = self.trained_parameters()
+        return {name: safe_get_full_optimizer_state(p, moment).detach().cpu().clone() for name, p in trained}
+
+    def set_moments(self, moment: str, value: Callable[[str], Tensor]) -> None:
+        """Put one of `MOMENTS` back, `value` giving it whole by parameter. It exists from the first step on."""
+        self._link_optimizer_states()
+        for name, parameter in self.trained_parameters():
+            safe_set_full_optimizer_state(parameter, value(name), moment)
+
+    def set_optimizer_steps(self, steps: int) -> None:
+        """What AdamW's bias correction counts."""
+        inner = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
+        for state in inner.state.values():
+            state["step"].fill_(steps)
+
+    def _link_optimizer_states(self) -> None:
+        """ZeRO-1 and 2 link the states of the first parameter group only after its first step; link them all."""
+        optimizer = self.deepspeed.optimizer
+        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
 
     @contextlib.contextmanager
     def inference(self) -> Iterator[TinyGPTVForConditionalGeneration]:

@@ -49,12 +49,13 @@ class Job:
 
 def stage_parser(recipe: Path) -> argparse.ArgumentParser:
     """The options of a stage script whose default recipe is `recipe`."""
+    script = f"launch/{recipe.stem}.sh"
     parser = argparse.ArgumentParser(
-        prog=f"launch/{recipe.stem}.sh",
+        prog=script,
         description=f"Train {recipe.stem} of TinyGPT-V.",
-        epilog=f"Start it with 'deepspeed launch/{recipe.stem}.sh [options]' or 'bash launch/{recipe.stem}.sh [options]'; "
-        "the launcher's own options (--num_gpus, --hostfile, --include, --master_port, ...) go before the script in the "
-        "first form and anywhere in the second.",
+        epilog=f"Start it with 'deepspeed {script} [options]' or 'bash {script} [options]'; the launcher's own options "
+        "(--num_gpus, --hostfile, --include, --master_port, ...) go before the script in the first form and anywhere "
+        "in the second.",
     )
     parser.add_argument(
         "--recipe", type=Path, default=recipe, metavar="FILE", help="the stage's YAML (default: %(default)s)"

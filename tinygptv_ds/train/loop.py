@@ -11,6 +11,7 @@ import torch
 from tinygptv_ds.data.batch import Batch
 from tinygptv_ds.data.loader import Loaded, MicroBatches, Tokens, micro_batches
 from tinygptv_ds.data.stream import OpenStream
+from tinygptv_ds.dist import cores_per_rank
 from tinygptv_ds.errors import DataError, TinyGPTVError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.checkpoint import save_checkpoint
@@ -35,7 +36,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
     loader = micro_batches(
         dataset,
         first=engine.first_step * engine.accumulation,
-        num_workers=recipe.data.num_workers,
+        num_workers=min(recipe.data.num_workers, cores_per_rank(ranks)),
         pin_memory=engine.device.type == "cuda",
     )
     reporter = Reporter(engine, total, engine.first_step)

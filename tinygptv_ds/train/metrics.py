@@ -21,8 +21,8 @@ from tinygptv_ds.train.engine import Engine
 class Sums:
     """Loss and counts since the last log line. Nothing here waits for the device until `read`.
 
-    The vector holds, per dataset, the sum of token losses and the number of target tokens, then the samples used and the
-    samples skipped.
+    The vector holds, per dataset, the sum of token losses and the number of target tokens, then the samples used and
+    the samples skipped.
     """
 
     def __init__(self, engine: Engine, datasets: list[str]) -> None:

@@ -10,9 +10,9 @@ from tinygptv_ds.data.mixture import SampleRef, sample_rng
 from tinygptv_ds.data.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream import OpenStream, open_stream
 from tinygptv_ds.log import note
+from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.processing.sequence import prompt_text
 from tinygptv_ds.processing.text import render
-from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.train.engine import Engine
 
 _NEW_TOKENS = 40

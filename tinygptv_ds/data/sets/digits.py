@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from tinygptv_ds.data.sets import PreparedSample
+from tinygptv_ds.data.sets.common import PreparedSample
 from tinygptv_ds.errors import DataError
 
 CELL = 28  # pixels: two ViT patches of 14
@@ -253,7 +253,7 @@ def _conversation(rng: random.Random, scene: Scene) -> dict:
     return {"conversation": [list(ask(rng, scene)[1:]) for _ in range(rng.randint(2, 3))]}
 
 
-def _text(rng: random.Random) -> dict:
+def _text(rng: random.Random, scene: Scene | None = None) -> dict:
     first, second = rng.sample(range(10), 2)
     larger, smaller = max(first, second), min(first, second)
     forms = [
@@ -265,7 +265,8 @@ def _text(rng: random.Random) -> dict:
     return _pooled(None, *rng.choice(forms))
 
 
-DIGIT_SETS: dict[str, Callable[[random.Random, Scene], dict] | None] = {
+TEXT_ONLY = "digits_text"
+DIGIT_SETS: dict[str, Callable[[random.Random, Scene], dict]] = {
     "digits_caption": _caption,
     "digits_align": _align,
     "digits_vqa": _vqa,
@@ -274,7 +275,7 @@ DIGIT_SETS: dict[str, Callable[[random.Random, Scene], dict] | None] = {
     "digits_grounding": _grounding,
     "digits_detection": _detection,
     "digits_conversation": _conversation,
-    "digits_text": None,  # text alone: no scene
+    TEXT_ONLY: _text,
 }
 
 
@@ -291,13 +292,12 @@ def samples(name: str, split: str, size: int, seed: int) -> Iterator[PreparedSam
         raise DataError(f"no embedded dataset {name!r}: choose one of {', '.join(DIGIT_SETS)}")
     glyphs(split)  # an unknown split fails here
     rng = random.Random(f"{name} {split} {seed}")
-    tell = DIGIT_SETS[name]
     for index in range(size):
-        if tell is None:
+        if name == TEXT_ONLY:
             yield PreparedSample(f"{index:06d}", _text(rng), ())
         else:
             scene = random_scene(rng, split)
-            record = tell(rng, scene) | {"scene": [asdict(digit) for digit in scene.digits]}
+            record = DIGIT_SETS[name](rng, scene) | {"scene": [asdict(digit) for digit in scene.digits]}
             yield PreparedSample(f"{index:06d}", record, (_jpeg(scene.pixels),))
 
 

@@ -1,0 +1,267 @@
+"""The main job in miniature, on real handwritten digits: data, pretrained parts, four stages, scores, one answer.
+
+`bash launch/quickstart.sh` sets everything up and calls this. What is complete is reused; what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tinygptv_ds.cli import run_command
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.errors import TinyGPTVError
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = Path("runs/quickstart")  # the recipes beside this file name it too
+DATA, WEIGHTS, MODEL = RUN / "data", RUN / "weights", RUN / "model"
+STAGES = (1, 2, 3, 4)
+TEMPLATE = "[INST] {} [/INST]"  # stage 4's, in which every stage is asked
+SEED = 1
+
+
+class Timings:
+    """Seconds spent on each part, over all attempts, kept in `timings.json`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time until the block ends, however it ends."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            write_json(self._path, self.seconds)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Complete or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def say(text: str) -> None:
+    """A heading on the console."""
+    print(f"\n=== {text}", flush=True)
+
+
+def main() -> None:
+    """All parts in order."""
+    os.chdir(ROOT)
+    RUN.mkdir(parents=True, exist_ok=True)
+    timings = Timings(RUN / "timings.json")
+    say("Data: scenes of handwritten digits")
+    with timings.part("data"):
+        make_data()
+    say("Stand-ins for the pretrained parts: ViT, Q-Former, Phi")
+    with timings.part("weights"):
+        make_weights()
+    for stage in STAGES:
+        say(f"Stage {stage}")
+        with timings.part(f"stage{stage}"):
+            train_stage(stage)
+        with timings.part("scores"):
+            once(scores_file(stage), lambda stage=stage: score_vqa(RUN / f"stage{stage}"))
+    say("Export, scores on held-out scenes, one answer")
+    with timings.part("export"):
+        export()
+    with timings.part("scores"):
+        once(RUN / "scores" / "refer.json", lambda: score_refer(MODEL))
+    result = summary(timings.seconds)
+    write_json(RUN / "summary.json", result)
+    show_answer()
+    print_table(result)
+
+
+def make_data() -> None:
+    """Shards of every embedded dataset, for training and held out."""
+    from tinygptv_ds.data.prepare import prepare_digits
+
+    prepare_digits(DATA)
+
+
+def make_weights() -> None:
+    """Tiny pretrained parts in the released files' layouts."""
+    from stages.tiny.standins import make_standins
+
+    make_standins(WEIGHTS, seed=SEED)
+
+
+def train_stage(stage: int) -> None:
+    """Run `launch/stageN.sh` with its tiny recipe, unless that is done.
+
+    Raises:
+        TinyGPTVError: the run failed; its output says why.
+    """
+    run_dir = RUN / f"stage{stage}"
+    if (run_dir / "model").exists():
+        print(f"{run_dir} is complete: reused")
+        return
+    recipe = Path(__file__).with_name(f"stage{stage}.yaml").relative_to(ROOT)
+    ranks, env = launch_ranks(load_recipe(recipe).train.batch_size)
+    options = ["--log_level", "warning", "--master_port", str(free_port()), "--num_gpus", str(ranks)]
+    options += ["--recipe", str(recipe), "--run-dir", str(run_dir)]
+    micro_batch_size = load_recipe(recipe).train.batch_size // ranks
+    options += ["--set", f"train.micro_batch_size={micro_batch_size}"]
+    done = subprocess.run(["bash", f"launch/stage{stage}.sh", *options], env=env, check=False)
+    if done.returncode or not (run_dir / "model").exists():
+        raise TinyGPTVError(
+            f"stage {stage} ended with exit code {done.returncode}; the reason stands above and in {run_dir}/log.txt. "
+            "Run the quick start again to go on from there"
+        )
+
+
+def launch_ranks(batch_size: int) -> tuple[int, dict[str, str]]:
+    """How many ranks, and their environment: every GPU that the batch divides over, or two ranks on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        return max(n for n in range(1, gpus + 1) if batch_size % n == 0), dict(os.environ)
+    return 2, {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def once(file: Path, make: Callable[[], dict]) -> None:
+    """Write the result of `make` to `file` unless it is there."""
+    if file.exists():
+        print(f"{file} is there: reused")
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, make())
+
+
+def scores_file(stage: int) -> Path:
+    """VQA scores after a stage."""
+    return RUN / "scores" / f"vqa_stage{stage}.json"
+
+
+def score_vqa(model: Path) -> dict:
+    """Held-out VQA, in stage 4's template whatever the stage."""
+    from eval import vqa
+
+    result = _score(vqa, model, "digits_vqa")
+    print(f"held-out VQA accuracy: {100 * result['accuracy']:.1f} %")
+    return result
+
+
+def score_refer(model: Path) -> dict:
+    """Held-out boxes."""
+    from eval import refer
+
+    return _score(refer, model, "digits_refer")
+
+
+def _score(benchmark: Any, model: Path, name: str) -> dict:
+    from eval.common import ask, parser, read_questions
+
+    args = parser("").parse_args(["--model", str(model), "--shards", str(DATA / name / "test"), "--template", TEMPLATE])
+    args.desc, args.begin_token = name, True
+    questions = read_questions(args.shards, args.limit)
+    return benchmark.score(questions, ask(args, questions, benchmark.INSTRUCTION))
+
+
+def export() -> None:
+    """The folder for inference, LoRA merged."""
+    if MODEL.exists():
+        print(f"{MODEL} is there: reused")
+        return
+    import torch
+
+    from tinygptv_ds.convert.export import export_hf
+
+    export_hf(RUN / "stage4", MODEL, dtype=torch.float32)
+    print(f"{MODEL}: written")
+
+
+def summary(seconds: dict[str, float]) -> dict:
+    """The figures of the table."""
+    from eval.common import read_questions
+    from tinygptv_ds.data.sets import digits
+
+    stages = []
+    for stage in STAGES:
+        lines = [json.loads(line) for line in (RUN / f"stage{stage}" / "metrics.jsonl").read_text().splitlines()]
+        stages.append(
+            {
+                "stage": stage,
+                "loss_first": lines[0]["train/loss"],
+                "loss_last": lines[-1]["train/loss"],
+                "vqa_accuracy": json.loads(scores_file(stage).read_text())["accuracy"],
+                "seconds": seconds[f"stage{stage}"],
+                "samples_per_second": lines[-1]["perf/samples_per_second"],
+            }
+        )
+    vqa = [question.record for question in read_questions(str(DATA / "digits_vqa/test"), None)]
+    refer = [question.record for question in read_questions(str(DATA / "digits_refer/test"), None)]
+    return {
+        "stages": stages,
+        "vqa_accuracy": stages[-1]["vqa_accuracy"],
+        "refer_iou": json.loads((RUN / "scores/refer.json").read_text())["iou"],
+        "chance": digits.vqa_chance(vqa)["all"],
+        "refer_chance": digits.refer_chance(refer),
+        "samples_per_second": stages[-1]["samples_per_second"],
+        "seconds": sum(seconds.values()),
+    }
+
+
+def show_answer() -> None:
+    """One question about one held-out picture, asked of the exported model."""
+    import torch
+
+    from eval.common import read_questions
+    from eval.vqa import INSTRUCTION
+    from tinygptv_ds.infer.generate import answers, load_model
+    from tinygptv_ds.processing.sequence import wrap
+    from tinygptv_ds.processing.text import IMAGE_TAG
+
+    question = read_questions(str(DATA / "digits_vqa/test"), 1)[0]
+    picture = RUN / "example.jpg"
+    picture.write_bytes(question.images[0])
+    model, processor = load_model(MODEL, torch.float32)
+    prompt = wrap(TEMPLATE, f"{IMAGE_TAG} {wrap(INSTRUCTION, question.text)} ")
+    (answer,) = answers(model, processor, [(prompt, question.images)], stop="###", begin_token=True)
+    print(f"{picture}: {question.text}\n  answer: {answer}   (true: {question.truth})")
+
+
+def print_table(result: dict) -> None:
+    """What came of it."""
+    chance, refer_chance = result["chance"], result["refer_chance"]
+    print("\n stage | loss before -> after | held-out VQA | samples/s | seconds")
+    print(" ------|----------------------|--------------|-----------|--------")
+    for row in result["stages"]:
+        print(
+            f" {row['stage']:>5} | {row['loss_first']:>9.3f} -> {row['loss_last']:<7.3f} | "
+            f"{100 * row['vqa_accuracy']:>10.1f} % | {row['samples_per_second']:>9.0f} | {row['seconds']:>7.0f}"
+        )
+    print(f"\n held-out VQA accuracy  {100 * result['vqa_accuracy']:5.1f} %   (chance {100 * chance:.1f} %)")
+    print(f" held-out refer IoU     {result['refer_iou']:5.3f}     (chance {refer_chance:.3f})")
+    print(f" in all {result['seconds']:.0f} s; run directory {RUN}, model {MODEL}, figures {RUN / 'summary.json'}")
+    print(f" TensorBoard: tensorboard --logdir {RUN}")
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    run_command(main)

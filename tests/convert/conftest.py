@@ -1,0 +1,51 @@
+"""A tiny model with random values everywhere, and files of its weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from weight_layouts import blip2_state, eva_state, phi_state, save_phi, tiny_config
+
+from tinygptv_ds.config.schema import ModelSection
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.models.trainable import lora, norms, projections
+
+
+@pytest.fixture
+def reference() -> TinyGPTVForConditionalGeneration:
+    torch.manual_seed(0)
+    model = TinyGPTVForConditionalGeneration(tiny_config()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+@pytest.fixture
+def values(reference: TinyGPTVForConditionalGeneration) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in reference.named_parameters()}
+
+
+@pytest.fixture
+def trained(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in values.items() if projections(name) or norms(name) or lora(name)}
+
+
+@pytest.fixture
+def base(tmp_path: Path, values: dict[str, Tensor]) -> Callable[..., ModelSection]:
+    """Writes the three base files, each state changed by a function where wanted, and gives a section naming them."""
+
+    def write(
+        phi: Callable = dict, eva: Callable = dict, qformer: Callable = dict, layout: str = "split", **section: object
+    ) -> ModelSection:
+        folder = tmp_path / "base"
+        save_phi(folder / "phi", phi(phi_state(values, layout)))
+        torch.save(eva(eva_state(values)), folder / "eva_vit_g.pth")
+        torch.save({"model": qformer(blip2_state(values))}, folder / "blip2.pth")
+        sizes = {"image_size": 28, "eva_vit_depth": 2, "eva_vit_heads": 2, "qformer_heads": 2, "proj_hidden_size": 5}
+        paths = {"phi": folder / "phi", "eva_vit": folder / "eva_vit_g.pth", "qformer": folder / "blip2.pth"}
+        return ModelSection(**{k: str(v) for k, v in paths.items()}, **{**sizes, **section})
+
+    return write

@@ -1,0 +1,187 @@
+"""Packed rows: the same numbers as padded ones, samples that do not see each other, positions that may skip."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Blip2QFormerConfig
+
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.models.attention import available_backends, choose_backend
+from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.models.trainable import lora, norms, projections, train_only
+
+IMAGE, QUERIES = 29, 3
+ROWS = [[1, 2, IMAGE, IMAGE, IMAGE, 3, 4], [5, 6], [IMAGE, IMAGE, IMAGE, 7, 8, 9, 10, 11, 12]]
+
+
+@pytest.fixture
+def model() -> TinyGPTVForConditionalGeneration:
+    torch.manual_seed(0)
+    config = TinyGPTVConfig(
+        vision_config=EvaViTConfig(28, 14, 16, 2, 2, 24),
+        qformer_config=Blip2QFormerConfig(
+            hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, encoder_hidden_size=16
+        ),
+        text_config=PHI_2
+        | {
+            "vocab_size": 30,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+            "resid_pdrop": 0.0,
+        },
+        num_query_tokens=QUERIES,
+        proj_hidden_size=8,
+        lora_r=2,
+        lora_dropout=0.0,
+    )
+    model = TinyGPTVForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    train_only(model, projections, norms, lora)
+    return model.train()
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def packed(rows: list[list[int]]) -> dict:
+    """Every token but a row's first is a target."""
+    flat = torch.tensor([token for row in rows for token in row])
+    ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    starts = set(ends[:-1].tolist())
+    targets = [t for t in range(1, len(flat)) if t not in starts]
+    return {
+        "input_ids": flat,
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows]),
+        "cu_seqlens": ends.int(),
+        "max_seqlen": max(map(len, rows)),
+        "image_rows": (flat == IMAGE).nonzero().squeeze(1),
+        "target_rows": torch.tensor(targets) - 1,
+        "targets": flat[targets],
+    }
+
+
+def padded_losses(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> list[Tensor]:
+    longest = max(map(len, ROWS))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in ROWS])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ROWS])
+    logits = model(ids, pixel_values=pixels, attention_mask=mask).logits
+    return [
+        F.cross_entropy(logits[i, : len(row) - 1], torch.tensor(row[1:]), reduction="none")
+        for i, row in enumerate(ROWS)
+    ]
+
+
+def test_packed_and_padded_agree(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
+    out = model(pixel_values=pixels, **packed(ROWS))
+    expected = torch.cat(padded_losses(model, pixels))
+    torch.testing.assert_close(out.token_losses, expected, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(out.token_losses.sum(), trained(model))
+    theirs = torch.autograd.grad(expected.sum(), trained(model))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+
+
+def trained(model: TinyGPTVForConditionalGeneration) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def test_samples_do_not_see_each_other(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
+    whole = model(pixel_values=pixels, **packed(ROWS)).token_losses
+    alone = [
+        model(pixel_values=images, **packed([row])).token_losses
+        for row, images in zip(ROWS, (pixels[:1], None, pixels[1:]), strict=True)
+    ]
+    torch.testing.assert_close(whole, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_a_skipped_position_is_a_token_nobody_attends_to(model: TinyGPTVForConditionalGeneration) -> None:
+    """The original masks such a token; leaving it out and skipping its position is the same."""
+    row, hole = [1, 2, 3, 4, 5, 6], 3
+    mask = torch.ones(1, len(row), dtype=torch.long)
+    mask[0, hole] = 0
+    logits = model(torch.tensor([row]), attention_mask=mask, position_ids=torch.arange(len(row))[None]).logits[0]
+    inputs = packed([row[:hole] + row[hole + 1 :]])
+    inputs["position_ids"] = torch.tensor([i for i in range(len(row)) if i != hole])
+    kept = logits[inputs["position_ids"]]
+    expected = F.cross_entropy(kept[:-1], inputs["targets"], reduction="none")
+    torch.testing.assert_close(model(**inputs).token_losses, expected, rtol=1e-5, atol=1e-5)
+    inputs["position_ids"] = torch.arange(len(row) - 1)
+    assert not torch.allclose(model(**inputs).token_losses, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_some_rows_of_a_picture(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
+    """A prompt cut inside a picture keeps its first rows, and the next picture is not shifted."""
+    inputs = packed([[IMAGE, IMAGE, 7, 8], [IMAGE, IMAGE, IMAGE, 9]])
+    index = torch.tensor([0, 1, 3, 4, 5])
+    cut = model(pixel_values=pixels, image_index=index, **inputs).token_losses
+    second = model(pixel_values=pixels[1:], **packed([[IMAGE, IMAGE, IMAGE, 9]])).token_losses
+    torch.testing.assert_close(cut[3:], second, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("always_run_vision", [False, True])
+def test_without_a_picture_projections_get_a_zero(
+    model: TinyGPTVForConditionalGeneration, always_run_vision: bool
+) -> None:
+    model.always_run_vision = always_run_vision
+    out = model(**packed([[1, 2, 3]]))
+    assert out.anchor.item() == 0
+    (out.token_losses.sum() + out.anchor).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) is parameter.requires_grad, name
+        assert not projections(name) or not parameter.grad.any(), name
+
+
+def test_features_instead_of_pixels(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
+    features = model.encode_vision(pixels)
+    assert not features.requires_grad
+    ours = model(image_features=features, **packed(ROWS)).token_losses
+    assert torch.equal(ours, model(pixel_values=pixels, **packed(ROWS)).token_losses)
+
+
+def test_recomputed_blocks_give_the_same_gradients(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
+    plain = torch.autograd.grad(model(pixel_values=pixels, **packed(ROWS)).token_losses.sum(), trained(model))
+    model.gradient_checkpointing_enable()
+    assert model.language_model.model.gradient_checkpointing
+    again = torch.autograd.grad(model(pixel_values=pixels, **packed(ROWS)).token_losses.sum(), trained(model))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(plain, again, strict=True))
+
+
+def test_generation_uses_the_cache_rightly(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
+    """Greedy tokens with a cache are those of whole forwards without one, in a left-padded batch."""
+    model.eval()
+    prompts = [[1, 2, IMAGE, IMAGE, IMAGE, 3], [0, 0, IMAGE, IMAGE, IMAGE, 4]]
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    kwargs = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    out = model.generate(input_ids=torch.tensor(prompts), attention_mask=mask, pixel_values=pixels, **kwargs)
+    for i, prompt in enumerate([prompts[0], prompts[1][2:]]):
+        ids = torch.tensor([prompt])
+        for _ in range(5):
+            logits = model(ids, pixel_values=pixels[i : i + 1]).logits[0, -1]
+            logits[0] = -torch.inf  # the end token, kept away by min_new_tokens
+            ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
+        assert out[i, 6:].tolist() == ids[0, len(prompt) :].tolist()
+
+
+def test_the_frozen_vision_path_stays_in_evaluation(model: TinyGPTVForConditionalGeneration) -> None:
+    model.train()
+    assert model.language_model.training
+    assert not any(m.training for part in (model.visual_encoder, model.qformer) for m in part.modules())
+
+
+def test_back_ends() -> None:
+    assert available_backends("cpu", torch.float32) == ["sdpa"]
+    assert choose_backend("auto", "cpu", torch.bfloat16) == "sdpa"
+    with pytest.raises(ConfigError, match=r"'flash_attn' cannot run on cpu"):
+        choose_backend("flash_attn", "cpu", torch.float32)
