@@ -12,12 +12,16 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
+from tinygptv_ds.data.prepare import write_samples
 from tinygptv_ds.data.sets.common import PreparedSample
 from tinygptv_ds.models.configuration import EvaViTConfig
 from tinygptv_ds.models.eva_vit import build_eva_vit
 
 IMAGE_SIZE, QUERIES, WIDTH = 28, 3, 32
-_TEXT = "[vqa] what colour is the bus ? a red bus on the left [INST] [/INST] ###Human: ###Assistant: <Img></Img> describe 0 1"
+_TEXT = (
+    "[vqa] what colour is the bus ? a red bus on the left [INST] [/INST] ###Human: ###Assistant: <Img></Img> "
+    "describe 0 1"
+)
 
 
 def save_weights(folder: Path, seed: int = 0) -> Path:
@@ -57,7 +61,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator([_TEXT] * 3, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe)
-    fast.add_special_tokens({name: "<|endoftext|>" for name in ("bos_token", "eos_token", "unk_token")})
+    fast.add_special_tokens(dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"))
     return fast
 
 
@@ -116,6 +120,13 @@ def samples(kind: str, count: int, seed: int = 0) -> list[PreparedSample]:
         images = {"text": (), "pair": (picture, picture)}.get(kind, (picture,))
         made.append(PreparedSample(f"{number:06d}", record, images))
     return made
+
+
+def write_shards(out: Path, made: list[PreparedSample], samples_per_shard: int = 5) -> Path:
+    """Samples as ordinary shards, as `prepare` writes them."""
+    settings = {"samples": len(made)}
+    write_samples(iter(made), out, samples_per_shard=samples_per_shard, total=len(made), settings=settings)
+    return out
 
 
 def recipe(weights: Path, shards: dict[str, Path], **changes: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """An exported folder stands on its own and answers as the run's model does, LoRA merged or kept."""
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from weight_layouts import tiny_config
 
+from tinygptv_ds.cli import main
 from tinygptv_ds.config.schema import (
     DataSection,
     DatasetSection,
@@ -23,9 +23,8 @@ from tinygptv_ds.config.schema import (
     TextSection,
     TrainSection,
 )
-from tinygptv_ds.convert import export
 from tinygptv_ds.convert.assemble import build_model
-from tinygptv_ds.convert.export import export_hf
+from tinygptv_ds.convert.export import export_hf, load_run
 from tinygptv_ds.convert.merge import merged_weight
 from tinygptv_ds.convert.trained import provenance_of, save_trained
 from tinygptv_ds.errors import WeightsError
@@ -89,12 +88,26 @@ def test_dtype_and_contents(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_verb(run: Path, tmp_path: Path) -> None:
-    parser = argparse.ArgumentParser()
-    export.add_arguments(parser)
-    export.run(parser.parse_args([str(run), "--out", str(tmp_path / "out"), "--dtype", "fp16", "--keep-lora"]))
+    main(["export", str(run), "--out", str(tmp_path / "out"), "--dtype", "fp16", "--keep-lora"])
     exported = TinyGPTVForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in exported.parameters()} == {torch.float16}
     assert exported.config.lora_r == 3
+
+
+def test_lora_is_not_rounded_before_it_is_merged(run: Path, values: dict[str, Tensor], tmp_path: Path) -> None:
+    export_hf(run, tmp_path / "out", dtype=torch.bfloat16)
+    exported = TinyGPTVForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
+    name = "language_model.model.layers.0.self_attn.query_key_value"
+    a, b = values[f"{name}.lora_A.weight"], values[f"{name}.lora_B.weight"]
+    expected = values[f"{name}.weight"].bfloat16().float() + 6 / 3 * b @ a
+    assert torch.equal(exported[f"{name}.weight"], expected.bfloat16())
+
+
+def test_a_run_without_exporting(run: Path, model: TinyGPTVForConditionalGeneration) -> None:
+    loaded, tokenizer = load_run(run, dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(model))
+    assert tokenizer.eos_token_id == 9
+    assert {p.dtype for p in load_run(run, dtype=torch.bfloat16)[0].parameters()} == {torch.bfloat16}
 
 
 def test_a_folder_in_use_is_left_alone(run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reference values of the original TinyGPT-V. `--golden DIR` checks against another set of the same layout."""
+"""Reference values of the original TinyGPT-V; `pytest --golden DIR` checks against another set of the same layout."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,8 @@ import pytest
 _DEFAULT = Path(__file__).parent / "data"
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden", metavar="DIR", help="folder with the reference data (default: tests/golden/data)")
-
-
 def _folder(config: pytest.Config) -> Path:
-    return Path(config.getoption("golden", None) or _DEFAULT)
+    return Path(config.getoption("golden") or _DEFAULT)
 
 
 @pytest.fixture(scope="session")

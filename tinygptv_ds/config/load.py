@@ -23,7 +23,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
-            raise ConfigError(f"{', '.join(sorted(twice))} is given twice in {node.start_mark.name}")
+            raise yaml.constructor.ConstructorError(problem=f"{', '.join(sorted(twice))} is given twice")
         return super().construct_mapping(node, deep)
 
 
@@ -55,7 +55,7 @@ def apply_overrides(raw: dict, overrides: Sequence[str]) -> dict:
         try:
             parsed = yaml.load(value, _Loader)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: the value {value!r} is not YAML ({error})") from None
+            raise ConfigError(f"--set {key}: {value!r} is not valid YAML (text may need quotes): {error}") from None
         raw = _set(raw, key.strip().split("."), parsed, key)
     return raw
 

@@ -20,7 +20,9 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    parser.add_argument("run", type=Path, metavar="RUN_OR_MODEL", help="a finished run directory, or its model/ folder")
+    parser.add_argument(
+        "trained", type=Path, metavar="RUN_OR_MODEL", help="a finished run directory, or its model/ folder"
+    )
     parser.add_argument("--to", choices=["hf"], default="hf", help="hf: a folder for transformers' from_pretrained")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of all weights (default: %(default)s)")
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
     import torch
 
-    export_hf(args.run, args.out, dtype=getattr(torch, DTYPES[args.dtype]), merge_lora=not args.keep_lora)
+    export_hf(args.trained, args.out, dtype=getattr(torch, DTYPES[args.dtype]), merge_lora=not args.keep_lora)
     print(f"{args.out}: load it with TinyGPTVForConditionalGeneration.from_pretrained")
 
 
@@ -52,9 +54,10 @@ def export_hf(trained: Path, out: Path, *, dtype: torch.dtype, merge_lora: bool 
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise WeightsError(f"{out} is already there; choose another --out, or remove it")
-    model, tokenizer = load_run(trained, dtype=dtype)
+    model, tokenizer = _assembled(trained, dtype)
     if merge_lora:
         merge(model)
+    model.to(dtype)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -75,14 +78,22 @@ def load_run(trained: Path, *, dtype: torch.dtype) -> tuple[TinyGPTVForCondition
     Raises:
         WeightsError: base or trained weights are missing or do not fit.
     """
+    model, tokenizer = _assembled(trained, dtype)
+    return model.to(dtype), tokenizer
+
+
+def _assembled(
+    trained: Path, frozen_dtype: torch.dtype
+) -> tuple[TinyGPTVForConditionalGeneration, PreTrainedTokenizerBase]:
+    """The model of a run with what was trained in fp32, so that LoRA is not rounded before it is merged."""
     from tinygptv_ds.convert.assemble import assemble, load_tokenizer
     from tinygptv_ds.convert.trained import trained_file
     from tinygptv_ds.models.configuration import TinyGPTVConfig
 
     folder = trained_file(trained).parent
     base = _base_paths(folder)
-    model = assemble(TinyGPTVConfig.from_pretrained(folder), base, folder, frozen_dtype=dtype)
-    return model.to(dtype), load_tokenizer(base["phi"])
+    model = assemble(TinyGPTVConfig.from_pretrained(folder), base, folder, frozen_dtype=frozen_dtype)
+    return model, load_tokenizer(base["phi"])
 
 
 def _base_paths(folder: Path) -> dict[str, Path]:

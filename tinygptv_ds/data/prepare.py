@@ -26,7 +26,7 @@ from tinygptv_ds.processing.text import render
 log = logging.getLogger(__name__)
 
 SAMPLES_PER_SHARD = 10_000
-DIGITS_TRAIN, DIGITS_TEST = 12_000, 1_000  # samples of each embedded dataset
+DIGITS_TRAIN, DIGITS_TEST = 2_000, 500  # samples of each embedded dataset
 _LISTED = 1_000  # skipped entries that the report names one by one; all are counted
 _MARKER = ".preparing"
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}

@@ -111,7 +111,7 @@ def latest_checkpoint(job: Job) -> Checkpoint | None:
     for folder in folders:
         try:
             checkpoint = _read(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             LOGGER.warning("checkpoint %s is damaged (%s); trying the one before", folder, error)
             continue
         there, here = checkpoint.state["recipe"], fingerprint(job.recipe)
@@ -128,6 +128,8 @@ def latest_checkpoint(job: Job) -> Checkpoint | None:
 
 def _read(folder: Path) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text())
+    if not isinstance(state, dict) or not {"step", "optimizer_steps", "loss_scale", "recipe", "sha256"} <= state.keys():
+        raise ValueError("state.json is incomplete")
     found = _sha256(folder / "state.safetensors")
     if found != state["sha256"]:
         raise ValueError(f"state.safetensors has sha256 {found}, expected {state['sha256']}")

@@ -1,0 +1,67 @@
+"""What all tests share: `--golden`, a tiny model's weights and shards, and no GPU, no network, no hub."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# The tests hold on a CPU alone; they and the processes that they start see nothing else.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+KINDS = ("vqa", "text", "chat", "pair")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", metavar="DIR", help="folder with the reference data (default: tests/golden/data)")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection to another machine is an error at once, not a test that passes here and fails elsewhere."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if isinstance(address, tuple) and address[0] not in LOOPBACK:
+            raise RuntimeError(f"a test wants to connect to {address[0]}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's weights in the released files' layouts."""
+    import tiny
+
+    return tiny.save_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One small dataset of each kind: one picture, none, a conversation, two pictures."""
+    import tiny
+
+    folder = tmp_path_factory.mktemp("shards")
+    return {kind: tiny.write_shards(folder / kind, tiny.samples(kind, 12)) for kind in KINDS}
+
+
+@pytest.fixture
+def raw_recipe(weights: Path, shards: dict[str, Path]) -> Callable[..., dict[str, Any]]:
+    """Makes a recipe as plain values; `changes` are dotted keys with `__` for the dot."""
+    import tiny
+
+    return lambda **changes: tiny.recipe(weights, shards, **changes)
+
+
+@pytest.fixture
+def recipe_file(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
+    """Writes that recipe as a YAML file."""
+    import tiny
+
+    return lambda **changes: tiny.write_recipe(tmp_path / "recipe.yaml", raw_recipe(**changes))

@@ -1,0 +1,49 @@
+"""The learning rate of every step that the reference lists, exactly."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.schema import OptimizerSection
+from tinygptv_ds.train.schedule import learning_rate
+
+STAGES = Path(__file__).parents[2] / "stages"
+
+
+def test_curves(golden: Path) -> None:
+    curves = json.loads((golden / "schedule/lr.json").read_bytes())
+    assert curves
+    for name, curve in curves.items():
+        optimizer = OptimizerSection(
+            lr=curve["init_lr"],
+            min_lr=curve["min_lr"],
+            warmup_lr=curve["warmup_start_lr"],
+            warmup_steps=curve["warmup_steps"],
+        )
+        per_epoch = curve["iters_per_epoch"]
+        for step, _, _, expected in curve["points"]:
+            ours = learning_rate(step, optimizer, steps_per_epoch=per_epoch, total_steps=curve["max_epoch"] * per_epoch)
+            assert ours == expected, f"{name}, step {step}"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_the_recipes_are_these_curves(stage: int, golden: Path) -> None:
+    curve = json.loads((golden / "schedule/lr.json").read_bytes()).get(f"stage{stage}")
+    if curve is None:
+        pytest.skip("no such curve in this set")
+    recipe = load_recipe(STAGES / f"stage{stage}.yaml")
+    o, t = recipe.optimizer, recipe.train
+    assert (o.lr, o.min_lr, o.warmup_lr, o.warmup_steps, o.weight_decay, t.epochs, t.steps_per_epoch) == tuple(
+        curve[key]
+        for key in (
+            "init_lr",
+            "min_lr",
+            "warmup_start_lr",
+            "warmup_steps",
+            "weight_decay",
+            "max_epoch",
+            "iters_per_epoch",
+        )
+    )

@@ -1,0 +1,117 @@
+"""Token layout and targets of every reference case, from its strings; holes left out, their positions skipped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tinygptv_ds.config.schema import TextSection
+from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence, prompt_ids, prompt_text
+from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, Rendered
+
+IMAGE = -1  # stands for a row of a picture; no token has this id
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each case of each model of the set in use."""
+    root = Path(metafunc.config.getoption("golden") or Path(__file__).parent / "data") / "full"
+    for wanted in ("training_case", "prompt_case"):
+        if wanted in metafunc.fixturenames:
+            cases = [p for p in sorted(root.glob("*/cases/*.json")) if ("samples" in read(p)) == (wanted[0] == "t")]
+            metafunc.parametrize(wanted, cases, ids=[f"{p.parents[1].name}/{p.stem}" for p in cases])
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(golden / "full/tokenizer")
+
+
+def settings(case: dict[str, Any]) -> TextSection:
+    """Instructions are wrapped where the model has a chat template and it is on; conversations always."""
+    s = case["settings"]
+    wrapped = s["prompt_template"] and (s["chat_template"] or "conv_q" in case["samples"])
+    return TextSection(
+        prompt_template=s["prompt_template"] if wrapped else None,
+        end_sym=s["end_sym"],
+        max_txt_len=s["max_txt_len"],
+        max_context_len=s["max_context_len"],
+    )
+
+
+def turns(case: dict[str, Any], number: int) -> tuple[tuple[str | None, str], ...]:
+    """Sample `number` as questions and answers."""
+    samples = case["samples"]
+    if "conv_q" in samples:
+        symbol = samples["connect_sym"][number]
+        return tuple(zip(samples["conv_q"][number].split(symbol), samples["conv_a"][number].split(symbol), strict=True))
+    question = samples.get("instruction_input")
+    if question is None and case["settings"]["prompt_list"]:
+        question = [case["settings"]["prompt_list"][0]] * len(samples["answer"])
+    return ((None if question is None else question[number], samples["answer"][number]),)
+
+
+def pictures(case: dict[str, Any], number: int) -> int:
+    if not case["has_image"]:
+        return 0
+    return case["samples"].get("length", [1] * (number + 1))[number]
+
+
+def test_training_rows(training_case: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    case = read(training_case)
+    with safe_open(training_case.with_suffix(".safetensors"), framework="np") as file:
+        attended, targets = file.get_tensor("attention_mask"), file.get_tensor("targets")
+    image = ImageTokens(IMAGE, case["query_rows_per_image"])
+    first_picture = holes = 0
+    for number, layout in enumerate(case["layout"]):
+        count = pictures(case, number)
+        rendered = Rendered(turns(case, number))
+        ours = build_sequence(rendered, count, tokenizer, settings(case), image, draw=lambda n: 0)
+        kept = [t for t, item in enumerate(layout) if item != "pad" and attended[number, t]]
+        holes += sum(item != "pad" for item in layout) - len(kept)
+        assert ours.position_ids.tolist() == kept
+        assert in_words(ours, image, first_picture) == [layout[t] for t in kept]
+        assert ours.labels.tolist() == [targets[number, t] for t in kept]
+        assert all(targets[number, t] == IGNORE for t in range(len(layout)) if t not in kept)
+        first_picture += count
+    assert holes == case["attention_holes"]
+
+
+def in_words(sequence: Sequence, image: ImageTokens, first_picture: int) -> list[int | dict[str, int]]:
+    """A row as the reference writes it: token ids, and {image, row} where a picture stands."""
+    items: list[int | dict[str, int]] = sequence.input_ids.tolist()
+    for row, index in zip(sequence.image_rows, sequence.image_index, strict=True):
+        assert items[row] == IMAGE
+        picture, query = divmod(int(index), image.count)
+        items[row] = {"image": first_picture + picture, "row": query}
+    assert IMAGE not in items
+    return items
+
+
+def test_prompts_of_inference(prompt_case: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Without a begin token, and with the strings as they are."""
+    case = read(prompt_case)
+    if "layout" not in case:
+        pytest.skip("this case has no layout")
+    image = ImageTokens(IMAGE, case["query_rows_per_image"])
+    for text, layout in zip(case["texts"], case["layout"], strict=True):
+        expected = [IMAGE if isinstance(item, dict) else item for item in layout if item != "pad"]
+        assert prompt_ids(tokenizer, text, text.count(IMAGE_PLACEHOLDER), image) == expected
+
+
+def test_the_prompt_pool_of_stage_3(golden: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A bare caption is asked for with a drawn entry in the stage's template: the reference's very string."""
+    path = golden / "full/minigpt4_lora/cases/b_prompt_list.json"
+    if not path.is_file():
+        pytest.skip("not in this set")
+    text = TextSection(prompts="stage3", prompt_template="###Human: {} ###Assistant: ")
+    prompts = [prompt_text(Rendered(((None, "a"),)), 1, text, lambda n, i=i: i) for i in range(4)]
+    assert len(set(prompts)) == 4
+    (given,) = read(path)["settings"]["prompt_list"]
+    assert given.replace(" .", ".") in prompts

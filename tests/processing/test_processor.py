@@ -1,0 +1,67 @@
+"""Inference sees the tokens and pixels that training saw."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer
+
+from tinygptv_ds.config.schema import TextSection
+from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.images import to_pixels
+from tinygptv_ds.processing.processor import TinyGPTVProcessor
+from tinygptv_ds.processing.sequence import ImageTokens, build_sequence, prompt_text
+from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, Rendered
+
+IMAGE = ImageTokens(token_id=299, count=tiny.QUERIES)
+QUESTION = f"<Img>{IMAGE_PLACEHOLDER}</Img> what colour is the bus ? "
+TEXT = TextSection(prompt_template="[INST] {} [/INST]", end_sym="###")
+
+
+@pytest.fixture
+def processor(weights: Path) -> TinyGPTVProcessor:
+    return TinyGPTVProcessor(AutoTokenizer.from_pretrained(weights / "phi"), tiny.IMAGE_SIZE, IMAGE)
+
+
+def test_the_row_of_training(processor: TinyGPTVProcessor) -> None:
+    rendered = Rendered(((QUESTION, "red"),))
+    row = build_sequence(rendered, 1, processor.tokenizer, TEXT, IMAGE, lambda n: 0)
+    prompt = prompt_text(rendered, 1, TEXT, lambda n: 0)
+    (picture,) = tiny.pictures(1)
+    inputs = processor([prompt], [[picture]], begin_token=True)
+    assert inputs["input_ids"][0].tolist() == row.input_ids[row.labels == -100].tolist()
+    assert (inputs["pixel_values"].numpy() == to_pixels(picture, tiny.IMAGE_SIZE)[None]).all()
+    assert processor([prompt], [[picture]])["input_ids"].shape[1] == inputs["input_ids"].shape[1] - 1
+
+
+def test_padding_stands_on_the_left(processor: TinyGPTVProcessor) -> None:
+    first, second = tiny.pictures(2)
+    prompts = [QUESTION, "the bus", QUESTION * 2]
+    inputs = processor(prompts, [[first], [], [second, first]])
+    for number, prompt in enumerate(prompts):
+        mask = inputs["attention_mask"][number]
+        assert mask.sort().values.equal(mask)
+        alone = processor([prompt], [[[first], [], [second, first]][number]])
+        assert inputs["input_ids"][number][mask.bool()].tolist() == alone["input_ids"][0].tolist()
+    expected = np.stack([to_pixels(picture, tiny.IMAGE_SIZE) for picture in (first, second, first)])
+    assert (inputs["pixel_values"].numpy() == expected).all()
+    assert "pixel_values" not in processor(["the bus"], [[]])
+
+
+def test_pictures_must_match(processor: TinyGPTVProcessor) -> None:
+    with pytest.raises(DataError, match="1 times"):
+        processor([QUESTION], [[]])
+    with pytest.raises(DataError, match="decoded"):
+        processor([QUESTION], [[b"no picture"]])
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "expected"),
+    [("red###blue", "###", "red"), (" a red bus ", "###", "a red bus"), ("red\nblue", "\n", "red"), ("", "###", "")],
+)
+def test_answers_end_at_the_end_symbol(answer: str, stop: str, expected: str, processor: TinyGPTVProcessor) -> None:
+    ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+    end = processor.tokenizer.eos_token_id
+    assert processor.decode(torch.tensor([[*ids, end, end]], dtype=torch.long), stop) == [expected]

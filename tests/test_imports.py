@@ -1,0 +1,83 @@
+"""Imports point one way, heavy packages stay where they belong, and no test names a path of one machine."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tinygptv_ds"
+BASE = {"errors", "config", "log", "dist"}
+MIDDLE = BASE | {"processing", "data", "models"}
+# What each part of the package may import beside itself; `__init__` (the version) is open to all.
+MAY_IMPORT = {
+    "__init__": set(),
+    "errors": set(),
+    "config": {"errors"},
+    "log": {"errors"},
+    "dist": {"errors"},
+    "processing": BASE,
+    "data": BASE | {"processing"},
+    "models": BASE | {"processing"},
+    "train": MIDDLE,
+    "convert": MIDDLE,
+    "infer": MIDDLE | {"convert"},
+    "doctor": MIDDLE,
+    "cli": MIDDLE | {"train", "convert", "infer", "doctor"},
+    "__main__": {"cli"},
+}
+ONLY_IN = {
+    "deepspeed": ["tinygptv_ds/train/engine.py"],
+    "flash_attn": ["tinygptv_ds/models/attention.py"],
+    "gradio": ["tinygptv_ds/infer/"],
+}
+SOURCES = sorted(
+    path for folder in ("tinygptv_ds", "stages", "eval", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module that a file imports anywhere, in functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where it points"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part_of(module: str) -> str:
+    """`tinygptv_ds.data.batch.Batch` -> `data`."""
+    name = [*module.split("."), ""][1]
+    return name if name in MAY_IMPORT else "__init__"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_direction(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert part in MAY_IMPORT, f"{part} is a new part of the package: say here what it may import"
+    own = {module for module in imported(path) if module.split(".")[0] == "tinygptv_ds"}
+    assert {part_of(module) for module in own} <= MAY_IMPORT[part] | {part, "__init__"}
+    assert not {module.split(".")[0] for module in imported(path)} & {"stages", "eval", "benchmarks", "tests"}
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_only_in_its_place(package: str) -> None:
+    users = [path for path in SOURCES if any(m.split(".")[0] == package for m in imported(path))]
+    names = [str(path.relative_to(ROOT)) for path in users]
+    assert [name for name in names if not name.startswith(tuple(ONLY_IN[package]))] == []
+
+
+def test_the_package_is_all_here() -> None:
+    """Were the folders renamed, the tests above would pass over nothing."""
+    assert len(SOURCES) > 40
+    assert "deepspeed" in {module.split(".")[0] for module in imported(PACKAGE / "train/engine.py")}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.name)
+def test_tests_name_no_path_of_one_machine(path: Path) -> None:
+    strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+    fixed = [s for s in strings if isinstance(s, str) and re.match(r"/(home|root|tmp|work|mnt|data|usr|opt)(/|$)", s)]
+    assert fixed == []

@@ -1,0 +1,151 @@
+"""What a user gets wrong shows at once: exit code 2, one message, no traceback, and torch was never imported."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CPU = str(ROOT / "ds_configs/cpu.json")
+# In a process where these are None, importing them is an error.
+HEAVY = ("torch", "deepspeed", "transformers", "timm", "torchvision", "peft", "tensorboard")
+WITHOUT = f"import sys, runpy; sys.modules.update(dict.fromkeys({HEAVY!r})); sys.path.insert(0, {str(ROOT)!r}); "
+
+
+def python(code: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """`code` in a process that cannot import torch and the like."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT + code, *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, **env},
+    )
+
+
+def stage(number: int, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / f"stages/stage{number}.py")
+    return python(f"sys.argv[0] = {script!r}; runpy.run_path({script!r}, run_name='__main__')", *options, **env)
+
+
+def cli(*argv: str) -> subprocess.CompletedProcess[str]:
+    return python("runpy.run_module('tinygptv_ds', run_name='__main__', alter_sys=True)", *argv)
+
+
+def one_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The message of a process that ended as it should for a user's mistake."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert done.stderr.count("error: ") == 1
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+def test_importing_the_package_is_light() -> None:
+    assert python("import tinygptv_ds, tinygptv_ds.cli, tinygptv_ds.train.job").returncode == 0
+    assert python("import torch").returncode == 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_help_of_a_stage(number: int) -> None:
+    done = stage(number, "--help")
+    assert done.returncode == 0, done.stderr
+    for option in ("--recipe", "--deepspeed_config", "--set", "--run-dir", "--resume"):
+        assert option in done.stdout
+    assert f"deepspeed launch/stage{number}.sh" in done.stdout
+    assert f"stages/stage{number}.yaml" in done.stdout
+
+
+def test_help_of_the_command_line() -> None:
+    done = cli("--help")
+    assert done.returncode == 0, done.stderr
+    for verb in ("doctor", "prepare", "export"):
+        assert verb in done.stdout
+        assert cli(verb, "--help").returncode == 0
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    message = one_error(stage(1, "--recipe", str(tmp_path / "none.yaml")))
+    assert "no recipe at" in message and "stages/stage1.yaml" in message
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_what_the_published_recipe_names_and_is_not_there(number: int, tmp_path: Path) -> None:
+    """All of it in one message, each with the way to get it."""
+    away = [f"--set=model.{part}={tmp_path}/{part}" for part in ("phi", "eva_vit", "qformer")]
+    sets = f"--set=data.datasets=[{{name: laion, shards: {tmp_path}/laion/*.tar}}, {{name: gqa, shards: {tmp_path}/g}}]"
+    before = f"--set=model.init_from={tmp_path}/before"
+    message = one_error(
+        stage(number, *away, sets, before, "--run-dir", str(tmp_path / "run"), "--deepspeed_config", CPU)
+    )
+    assert f"6 thing(s) that the recipe of stage {number} names cannot be used" in message
+    for remedy in ("microsoft/phi-2", "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth", "train the stage before"):
+        assert remedy in message
+    for name in ("phi", "eva_vit", "qformer", "before", "laion", "g"):
+        assert str(tmp_path / name) in message
+    assert "img2dataset" in message and "train_balanced_questions.json" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_phi(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    message = one_error(stage(4, "--recipe", str(recipe_file(model__phi=str(tmp_path))), "--deepspeed_config", CPU))
+    assert "model.phi" in message and "config.json" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "train.batchsize=3"], "unknown key train.batchsize; did you mean batch_size?"),
+        (["--set", "train.batch_size=x"], "train.batch_size must be a whole number"),
+        (["--set", "train.batch_size"], "write key=value"),
+        (["--set", "train.micro_batch_size=3"], "choose train.micro_batch_size in [1, 2, 4, 8]"),
+        (["--set", "deepspeed.gradient_cliping=1"], "unknown key 'gradient_cliping'; did you mean gradient_clipping?"),
+        (["--set", "optimizer.gradient_clipping=1.0"], "--set deepspeed.gradient_clipping=1.0"),
+        (["--deepspeed_config", "none.json"], "no DeepSpeed JSON at none.json"),
+    ],
+)
+def test_options(options: list[str], message: str, recipe_file: Callable[..., Path]) -> None:
+    given = ["--recipe", str(recipe_file()), "--deepspeed_config", CPU, *options]
+    assert message in one_error(stage(4, *given))
+
+
+def test_a_batch_that_does_not_divide_among_the_ranks(recipe_file: Callable[..., Path]) -> None:
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_SIZE": "3"}
+    message = one_error(stage(4, "--recipe", str(recipe_file()), "--deepspeed_config", CPU, **ranks))
+    assert "on 3 rank(s): choose a train.batch_size divisible by 3" in message
+
+
+def test_only_rank_0_speaks(recipe_file: Callable[..., Path]) -> None:
+    ranks = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "3", "LOCAL_SIZE": "3"}
+    done = stage(4, "--recipe", str(recipe_file()), "--deepspeed_config", CPU, **ranks)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", json.dumps({"zero_optimization": {"stage": 2}, "fp61": {}})])
+def test_a_bad_json(text: str, recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "my.json").write_text(text)
+    given = ["--recipe", str(recipe_file()), "--deepspeed_config", str(tmp_path / "my.json")]
+    assert "my.json" in one_error(stage(4, *given))
+
+
+def test_a_run_directory_in_use(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    given = ["--recipe", str(recipe_file()), "--deepspeed_config", CPU, "--run-dir", str(run)]
+    (run / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert "holds checkpoints; choose another --run-dir, or --resume auto" in one_error(
+        stage(4, *given, "--resume=never")
+    )
+    (run / "model").mkdir()
+    assert "holds a finished run" in one_error(stage(4, *given))
+
+
+def test_verbs(tmp_path: Path) -> None:
+    message = one_error(cli("prepare", "gqa", "--root", str(tmp_path), "--out", str(tmp_path / "out")))
+    assert "train_balanced_questions.json" in message
+    done = cli("prepair")
+    assert done.returncode == 2 and "invalid choice" in done.stderr

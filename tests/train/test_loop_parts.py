@@ -1,0 +1,184 @@
+"""Parts of the training loop that need no engine: skipped samples, sums, the loss scale, the panel's samples."""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer
+
+from tinygptv_ds.config.load import build_recipe
+from tinygptv_ds.data.loader import Loaded, Skipped, Tokens
+from tinygptv_ds.data.mixture import SampleRef
+from tinygptv_ds.data.stream import open_stream
+from tinygptv_ds.errors import DataError, TinyGPTVError
+from tinygptv_ds.log import LOGGER
+from tinygptv_ds.processing.sequence import ImageTokens
+from tinygptv_ds.train import loop
+from tinygptv_ds.train.engine import Engine, LossScale
+from tinygptv_ds.train.metrics import Sums
+from tinygptv_ds.train.panel import _choose
+
+REF = SampleRef(0, "vqa", 0, 0, 0)
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+    """What the program's logger says, whatever an earlier test set it up to."""
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    with caplog.at_level(logging.WARNING, logger=LOGGER.name):
+        yield caplog
+
+
+def dropped(count: int) -> list[Loaded]:
+    return [Loaded(None, tuple(Skipped(REF, "corrupt_image", f"a.tar: sample k{i}: torn") for i in range(count)))]
+
+
+def test_skipped_samples_are_named(warnings: pytest.LogCaptureFixture) -> None:
+    loop.SkipCounter(0.5, 100).report(dropped(2))
+    assert [r.getMessage() for r in warnings.records] == [
+        "skipped (corrupt_image) a.tar: sample k0: torn",
+        "skipped (corrupt_image) a.tar: sample k1: torn",
+    ]
+
+
+def test_too_many_skipped_samples_stop_the_run(warnings: pytest.LogCaptureFixture) -> None:
+    """The share is judged against all samples seen, and of a short run against its whole length."""
+    counter = loop.SkipCounter(0.1, samples_of_run=50)
+    counter.judge({"skipped": 5, "samples": 5})  # 5 of 50
+    counter.report(dropped(12))
+    with pytest.raises(DataError, match=r"6 of 20 samples .* more than data.max_skipped_share \(0.1\)") as caught:
+        counter.judge({"skipped": 1, "samples": 9})
+    assert str(caught.value).count("\n  - a.tar: sample k") == 10  # the last ones
+    assert "sample k11" in str(caught.value) and "sample k1:" not in str(caught.value)
+
+
+def test_a_long_run_is_judged_by_what_it_has_seen() -> None:
+    counter = loop.SkipCounter(0.01, samples_of_run=10**6)
+    counter.judge({"skipped": 10, "samples": 90})  # of the first 1000
+    counter.judge({"skipped": 10, "samples": 1890})  # 20 of 2000
+    with pytest.raises(DataError, match="21 of 2001"):
+        counter.judge({"skipped": 1, "samples": 0})
+
+
+def test_none_may_be_skipped_with_a_share_of_zero() -> None:
+    counter = loop.SkipCounter(0.0, samples_of_run=100)
+    counter.judge({"skipped": 0, "samples": 10})
+    with pytest.raises(DataError, match="1 of 11 samples"):
+        counter.judge({"skipped": 1, "samples": 0})
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(loss: float) -> None:
+    with pytest.raises(TinyGPTVError, match=r"at step 7; .* optimizer\.lr"):
+        loop._stop_if_not_finite(loss, 7)
+
+
+def test_the_random_seed_is_a_function_of_step_and_rank() -> None:
+    seeds = [loop._seed(42, step, rank) for step in range(10) for rank in range(4)]
+    assert len(set(seeds)) == 40 and seeds == [loop._seed(42, s, r) for s in range(10) for r in range(4)]
+    for seed in seeds:
+        torch.manual_seed(seed)
+
+
+def test_sums_are_means_over_tokens() -> None:
+    """A dataset's loss is the mean over its target tokens, the total that over all; reading starts anew."""
+    engine = SimpleNamespace(device=torch.device("cpu"), all_reduce=lambda tensor: tensor)
+    sums = Sums(engine, ["a", "b", "c"])
+    first = SimpleNamespace(target_dataset=torch.tensor([0, 0, 1]), sample_ids=(REF, REF))
+    second = SimpleNamespace(target_dataset=torch.tensor([0]), sample_ids=(REF,))
+    empty = SimpleNamespace(target_dataset=torch.zeros(0, dtype=torch.long), sample_ids=())
+    sums.add(first, torch.tensor([1.0, 2.0, 7.0]), 0)
+    sums.add(second, torch.tensor([6.0]), 1)
+    sums.add(empty, torch.zeros(0), 2)
+    assert sums.read() == {
+        "loss": 4.0,
+        "loss_by_dataset": {"a": 3.0, "b": 7.0},
+        "target_tokens": 4.0,
+        "samples": 3.0,
+        "skipped": 3.0,
+    }
+    assert sums.read() == {"loss": 0.0, "loss_by_dataset": {}, "target_tokens": 0.0, "samples": 0.0, "skipped": 0.0}
+
+
+# ---- the loss scale of fp16 ------------------------------------------------------------------------------------------
+
+
+class FakeOptimizer:
+    torch_autocast_gradscaler = object()
+
+    def __init__(self) -> None:
+        self.scales: list[float] = []
+
+    def override_loss_scale(self, value: float) -> None:
+        self.scales.append(value)
+
+
+def test_the_loss_scale_halves_and_doubles() -> None:
+    optimizer = FakeOptimizer()
+    scale = LossScale(optimizer)
+    assert optimizer.torch_autocast_gradscaler is None  # DeepSpeed's own is out of the way
+    scale.update(skipped=True)
+    scale.update(skipped=True)
+    assert (scale.value, scale.good_steps) == (16384.0, 0)
+    for _ in range(1999):
+        scale.update(skipped=False)
+    assert (scale.value, scale.good_steps) == (16384.0, 1999)
+    scale.update(skipped=False)
+    assert (scale.value, scale.good_steps) == (32768.0, 0)
+    assert optimizer.scales == [65536.0, 32768.0, 16384.0, 32768.0]
+
+
+def test_the_loss_scale_is_that_of_torch() -> None:
+    """Step by step as a GradScaler under the same overflows."""
+    torchs = torch.amp.GradScaler("cpu", growth_interval=2000)
+    ours = LossScale(FakeOptimizer())
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    for step in range(4500):
+        overflow = step in (0, 1, 2100, 2101)
+        torchs.scale(torch.ones(()))
+        parameter.grad = torch.full((1,), float("inf") if overflow else 1.0)
+        torchs.step(optimizer)
+        torchs.update()
+        ours.update(skipped=overflow)
+        assert ours.value == torchs.get_scale(), step
+
+
+def test_skipped_steps_count_over_resumptions() -> None:
+    """The next checkpoint would otherwise tell AdamW of steps that it never took."""
+    engine = object.__new__(Engine)
+    engine.deepspeed, engine.skipped_before = SimpleNamespace(skipped_steps=2), 3
+    assert engine.skipped_steps == 5
+
+
+# ---- the panel -------------------------------------------------------------------------------------------------------
+
+
+def chosen(raw: dict[str, Any], count: int) -> list[tuple[str, str, tuple[bytes, ...]]]:
+    recipe = build_recipe(raw, "test")
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
+    tokens = Tokens(tokenizer, recipe.text, ImageTokens(len(tokenizer) + 4, tiny.QUERIES), tiny.IMAGE_SIZE)
+    return _choose(open_stream(recipe), tokens, count)
+
+
+def test_the_panel_takes_datasets_by_turns(raw_recipe: Callable[..., dict[str, Any]]) -> None:
+    panel = chosen(raw_recipe(), 6)
+    assert [len(pictures) for _, _, pictures in panel] == [1, 0, 1, 2, 1, 0]  # vqa, text, chat, pair, vqa, text
+    assert [prompt.count("<ImageHere>") for prompt, _, _ in panel] == [1, 0, 1, 2, 1, 0]
+    assert all(prompt.startswith("[INST] ") and truth for prompt, truth, _ in panel)
+    assert panel == chosen(raw_recipe(), 6)
+    assert panel[0][:2] == chosen(raw_recipe(), 1)[0][:2]
+    assert chosen(raw_recipe(), 0) == []
+
+
+def test_the_panel_leaves_out_what_cannot_be_read(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    made = tiny.samples("vqa", 3)
+    made[0] = type(made[0])("torn", made[0].record, (made[0].images[0][:100],))
+    shards = tiny.write_shards(tmp_path / "vqa", made)
+    panel = chosen(raw_recipe(data__datasets=[{"name": "vqa", "shards": str(shards)}]), 5)
+    assert [pictures for _, _, pictures in panel] == [made[1].images, made[2].images]
