@@ -99,7 +99,7 @@ def ask_model(
         batch_size=args.batch_size,
         begin_token=args.begin_token,
     )
-    return list(tqdm(given, total=len(prompts), desc=args.desc, unit="question", leave=False))
+    return list(tqdm(given, total=len(prompts), desc=args.desc, unit="question", disable=None))
 
 
 def save_json(path: Path, result: dict) -> None:

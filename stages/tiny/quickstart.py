@@ -177,7 +177,8 @@ def score_refer(model: Path) -> dict:
 def _score(benchmark: Any, model: Path, name: str) -> dict:
     from eval.common import ask, parser, read_questions
 
-    args = parser("").parse_args(["--model", str(model), "--shards", str(DATA / name / "test"), "--template", TEMPLATE])
+    options = ["--model", str(model), "--shards", str(DATA / name / "test"), "--template", TEMPLATE]
+    args = parser("").parse_args([*options, "--batch-size", "125"])
     args.desc, args.begin_token = name, True
     questions = read_questions(args.shards, args.limit)
     return benchmark.score(questions, ask(args, questions, benchmark.INSTRUCTION))

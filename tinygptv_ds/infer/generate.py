@@ -76,8 +76,7 @@ def answers(
                 **inputs,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                stop_strings=[stop],
-                tokenizer=processor.tokenizer,
+                eos_token_id=processor.stop_ids(stop),
                 pad_token_id=processor.tokenizer.bos_token_id,
             )
         yield from processor.decode(ids[:, inputs["input_ids"].shape[1] :], stop)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tinygptv_ds.processing.images import to_pixels
-from tinygptv_ds.processing.sequence import ImageTokens, prompt_ids
+from tinygptv_ds.processing.sequence import ImageTokens, prompt_ids, tokenize
 
 
 class TinyGPTVProcessor:
@@ -65,6 +65,14 @@ class TinyGPTVProcessor:
         if pixels:
             inputs["pixel_values"] = torch.from_numpy(np.stack(pixels))
         return inputs
+
+    def stop_ids(self, stop: str) -> list[int]:
+        """Tokens that end generation: the end token, and `stop` with and without a space before it where it is one token.
+
+        What continues past a stop of several tokens is cut by `decode`.
+        """
+        forms = [tokenize(self.tokenizer, form) for form in (stop, f" {stop}")]
+        return [self.tokenizer.eos_token_id, *(ids[0] for ids in forms if len(ids) == 1)]
 
     def decode(self, ids: Tensor, stop: str) -> list[str]:
         """The answers in new tokens `[B, T]`: cut at the end token and at `stop`, stripped."""

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tinygptv_ds.dist import complete_env, cores_per_rank
 from tinygptv_ds.log import LOGGER, set_up_logging
 from tinygptv_ds.models.attention import choose_backend
-from tinygptv_ds.models.attention import choose_backend
 from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
 from tinygptv_ds.models.trainable import weight_decay_groups
 from tinygptv_ds.train.job import Job
@@ -122,8 +121,7 @@ class Engine:
         self.accumulation = train.accumulation(job.ranks.world_size)
         self.device = torch.device(get_accelerator().current_device_name())
         model.always_run_vision = job.zero_stage == 3
-        model.attention = choose_backend(job.recipe.model.attention, self.device, DTYPES[job.precision])
-        LOGGER.info("attention by %s", model.attention)
+        model.attention = job.recipe.model.attention
         model.train()
         backend = choose_backend(model.attention, self.device, DTYPES[job.precision])
         LOGGER.info("attention: %s, gradient checkpointing: %s", backend, job.recipe.model.gradient_checkpointing)

@@ -60,6 +60,7 @@ class Panel:
                 **inputs,
                 max_new_tokens=_NEW_TOKENS,
                 do_sample=False,
+                eos_token_id=processor.stop_ids(tokens.text.end_sym),
                 synced_gpus=self._engine.job.zero_stage == 3,
                 pad_token_id=tokens.tokenizer.bos_token_id,
             )

@@ -1,0 +1,47 @@
+"""A user's mistake under the launcher: one readable error, exit code 2, no traceback from any rank."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher import Run, bash_form, one_process, run
+
+from tinygptv_ds.data.shards import ShardWriter
+
+
+def error_of(done: Run) -> str:
+    assert done.code == 2, done.output
+    assert "Traceback" not in done.output
+    errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.output
+    assert not (done.folder / "model").exists()
+    return errors[0]
+
+
+def test_weights_that_do_not_fit(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Found only after the ranks have met: the worst place for a mistake."""
+    shards = tmp_path / "corrupt"
+    shards.mkdir()
+    recipe = recipe_file(model__proj_hidden_size=24)
+    first = run(one_process(4), recipe, tmp_path / "first", "--set=train.steps_per_epoch=1")
+    options = ["--set=model.proj_hidden_size=16", f"--set=model.init_from={first.folder}"]
+    done = run(bash_form(4), recipe, tmp_path / "second", *options, ok=False)
+    message = error_of(done)
+    assert "llama_proj" in message or "llama_proj" in done.output
+    assert str(first.folder) in message
+
+
+def test_too_many_unreadable_samples(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Each is named with shard and key; the run stops once they are more than the recipe allows."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with ShardWriter(shards, 8) as writer:
+        for number in range(8):
+            record = json.dumps({"text": "what ?", "answer": "that"}).encode()
+            writer.write(f"key{number}", {"jpg": b"no picture", "json": record} if number % 2 else {"json": record})
+        writer.finish()
+    recipe = recipe_file(data__datasets=[{"name": "vqa", "shards": str(shards)}])
+    done = run(one_process(4), recipe, tmp_path / "run", ok=False)
+    assert "4 of 8 samples could not be used, more than data.max_skipped_share (0.01)" in error_of(done)
+    for number in (1, 3, 5, 7):
+        assert f"skipped (corrupt_image) {shards / '00000.tar'}: sample key{number}: " in done.output
