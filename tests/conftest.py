@@ -1,4 +1,4 @@
-"""What all tests share: `--golden`, a tiny model's weights and shards, and no GPU, no network, no hub."""
+"""What all tests share: `--golden=DIR`, a tiny model's weights and shards, and no GPU, no network, no hub."""
 
 import os
 import socket
@@ -18,6 +18,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    # Written as --golden=DIR: pytest takes a DIR apart from its option for a folder of tests, and reads no conftest.py.
     parser.addoption("--golden", metavar="DIR", help="folder with the reference data (default: tests/golden/data)")
 
 

@@ -81,3 +81,9 @@ def test_tests_name_no_path_of_one_machine(path: Path) -> None:
     strings = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
     fixed = [s for s in strings if isinstance(s, str) and re.match(r"/(home|root|tmp|work|mnt|data|usr|opt)(/|$)", s)]
     assert fixed == []
+
+
+def test_test_files_have_different_names() -> None:
+    """pytest imports them by name alone, since the folders are no packages."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))

@@ -55,7 +55,7 @@ LESSONS = {
 }
 QUESTIONS_PER_CONVERSATION = 6
 FACTS_PER_TEXT = 10
-BOX_SHARE = 0.2  # of the facts
+BOX_SHARE = 0.1  # of the facts
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------

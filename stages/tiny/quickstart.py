@@ -12,8 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +38,22 @@ class Timings:
         self._path = path
         self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Count the time until the block ends, however it ends."""
-        began = time.monotonic()
+    def run(self, name: str, make: Callable[[], bool]) -> None:
+        """Do a part; its time counts unless it returns False: everything was there already."""
+        began, worked = time.monotonic(), True
         try:
-            yield
+            worked = make()
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-            write_json(self._path, self.seconds)
+            if worked:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+                write_json(self._path, self.seconds)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def say(text: str) -> None:
@@ -67,43 +67,46 @@ def main() -> None:
     RUN.mkdir(parents=True, exist_ok=True)
     timings = Timings(RUN / "timings.json")
     say("Data: scenes of handwritten digits")
-    with timings.part("data"):
-        make_data()
+    timings.run("data", make_data)
     say("Stand-ins for the pretrained parts: ViT, Q-Former, Phi")
-    with timings.part("weights"):
-        make_weights()
+    timings.run("weights", make_weights)
     for stage in STAGES:
         say(f"Stage {stage}")
-        with timings.part(f"stage{stage}"):
-            train_stage(stage)
-        with timings.part("scores"):
-            once(scores_file(stage), lambda stage=stage: score_vqa(RUN / f"stage{stage}"))
+        timings.run(f"stage{stage}", partial(train_stage, stage))
+        timings.run("scores", partial(once, scores_file(stage), partial(score_vqa, RUN / f"stage{stage}")))
     say("Export, scores on held-out scenes, one answer")
-    with timings.part("export"):
-        export()
-    with timings.part("scores"):
-        once(RUN / "scores" / "refer.json", lambda: score_refer(MODEL))
+    timings.run("export", export)
+    timings.run("scores", partial(once, RUN / "scores" / "refer.json", partial(score_refer, MODEL)))
     result = summary(timings.seconds)
     write_json(RUN / "summary.json", result)
     show_answer()
     print_table(result)
 
 
-def make_data() -> None:
+def make_data() -> bool:
     """Shards of every embedded dataset, for training and held out."""
     from tinygptv_ds.data.prepare import prepare_digits
 
-    prepare_digits(DATA)
+    reports = prepare_digits(DATA).values()
+    if all(report.reused for report in reports):
+        print(f"{DATA} is complete: reused")
+        return False
+    print(f"{DATA}: {sum(report.samples for report in reports)} samples")
+    return True
 
 
-def make_weights() -> None:
+def make_weights() -> bool:
     """Tiny pretrained parts in the released files' layouts."""
-    from stages.tiny.standins import make_standins
+    from stages.tiny.standins import MANIFEST, make_standins
 
-    make_standins(WEIGHTS, seed=SEED)
+    manifest = WEIGHTS / MANIFEST
+    before = manifest.stat().st_mtime_ns if manifest.exists() else None
+    made = make_standins(WEIGHTS, seed=SEED)
+    print(f"{WEIGHTS}: the ViT reads {100 * made['digits_read']:.1f} % of held-out digits")
+    return manifest.stat().st_mtime_ns != before
 
 
-def train_stage(stage: int) -> None:
+def train_stage(stage: int) -> bool:
     """Run `launch/stageN.sh` with its tiny recipe, unless that is done.
 
     Raises:
@@ -112,7 +115,7 @@ def train_stage(stage: int) -> None:
     run_dir = RUN / f"stage{stage}"
     if (run_dir / "model").exists():
         print(f"{run_dir} is complete: reused")
-        return
+        return False
     recipe = Path(__file__).with_name(f"stage{stage}.yaml").relative_to(ROOT)
     ranks, env = launch_ranks(load_recipe(recipe).train.batch_size)
     options = ["--log_level", "warning", "--master_port", str(free_port()), "--num_gpus", str(ranks)]
@@ -125,6 +128,7 @@ def train_stage(stage: int) -> None:
             f"stage {stage} ended with exit code {done.returncode}; the reason stands above and in {run_dir}/log.txt. "
             "Run the quick start again to go on from there"
         )
+    return True
 
 
 def launch_ranks(batch_size: int) -> tuple[int, dict[str, str]]:
@@ -144,13 +148,14 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def once(file: Path, make: Callable[[], dict]) -> None:
+def once(file: Path, make: Callable[[], dict]) -> bool:
     """Write the result of `make` to `file` unless it is there."""
     if file.exists():
         print(f"{file} is there: reused")
-        return
+        return False
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, make())
+    return True
 
 
 def scores_file(stage: int) -> Path:
@@ -184,17 +189,18 @@ def _score(benchmark: Any, model: Path, name: str) -> dict:
     return benchmark.score(questions, ask(args, questions, benchmark.INSTRUCTION))
 
 
-def export() -> None:
+def export() -> bool:
     """The folder for inference, LoRA merged."""
     if MODEL.exists():
         print(f"{MODEL} is there: reused")
-        return
+        return False
     import torch
 
     from tinygptv_ds.convert.export import export_hf
 
     export_hf(RUN / "stage4", MODEL, dtype=torch.float32)
     print(f"{MODEL}: written")
+    return True
 
 
 def summary(seconds: dict[str, float]) -> dict:

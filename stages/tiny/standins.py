@@ -14,8 +14,11 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -59,13 +62,24 @@ def make_standins(out: Path, *, seed: int, steps: int | None = None) -> dict:
             return made
     out.mkdir(parents=True, exist_ok=True)
     manifest.unlink(missing_ok=True)
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context, initializer=_end_with_parent) as pool:
         vision, text = pool.submit(make_vision, out, seed, steps), pool.submit(make_phi, out, seed, steps)
         made = {"settings": settings, "digits_read": vision.result(), "text_loss": text.result()}
     partial = manifest.with_name(MANIFEST + ".partial")
     partial.write_text(json.dumps(made, indent=2) + "\n")
     partial.replace(manifest)
     return made
+
+
+def _end_with_parent() -> None:
+    """Let this worker end as soon as its parent has: a killed quick start must not leave trainings running."""
+
+    def watch() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _settings(seed: int, steps: int | None) -> dict:

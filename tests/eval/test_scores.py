@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from tiny import samples
 
 from eval import refer, vqa
 from eval.common import Question, read_questions, save_json
 from tinygptv_ds.data.prepare import write_samples
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.infer.boxes import iou, parse_box
-from tiny import samples
 
 
 def question(truth: str, **record: str) -> Question:

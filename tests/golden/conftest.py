@@ -1,4 +1,4 @@
-"""Reference values of the original TinyGPT-V; `pytest --golden DIR` checks against another set of the same layout."""
+"""Reference values of the original TinyGPT-V; `pytest --golden=DIR` checks against another set of the same layout."""
 
 import json
 from pathlib import Path

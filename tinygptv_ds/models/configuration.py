@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Blip2QFormerConfig, PhiConfig, PreTrainedConfig
+from transformers import AutoConfig, Blip2QFormerConfig, PhiConfig, PreTrainedConfig
 
 
 class EvaViTConfig(PreTrainedConfig):
@@ -128,3 +128,7 @@ def _part(kind: type[PreTrainedConfig], given: dict | PreTrainedConfig | None, d
     if isinstance(given, PreTrainedConfig):
         return given
     return kind(**(default if given is None else given))
+
+
+# So that AutoConfig and AutoTokenizer know an exported folder for what it is.
+AutoConfig.register(TinyGPTVConfig.model_type, TinyGPTVConfig, exist_ok=True)
