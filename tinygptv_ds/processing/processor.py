@@ -67,7 +67,7 @@ class TinyGPTVProcessor:
         return inputs
 
     def stop_ids(self, stop: str) -> list[int]:
-        """Tokens that end generation: the end token, and `stop`, with and without a space before it, if it is one token.
+        """Tokens that end generation: the end token, and `stop` (also after a space) where that is one token.
 
         What continues past a stop of several tokens is cut by `decode`.
         """
