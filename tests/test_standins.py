@@ -89,7 +89,7 @@ def test_blip2_file_has_lavis_names(made):
 
 
 def test_complete_ones_are_reused_and_others_made_again(made, monkeypatch, capsys):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("made again")
 
     monkeypatch.setattr(standins, "ProcessPoolExecutor", fail)
