@@ -16,6 +16,7 @@ from tinygptv_ds.errors import CheckpointError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.checkpoint import _remove_old, _write, fingerprint, latest_checkpoint, load_weights
 from tinygptv_ds.train.job import Job
+from tinygptv_ds.train.metrics import forget_after
 
 MakeJob = Callable[..., Job]
 
@@ -148,3 +149,10 @@ def test_old_ones_go(job: MakeJob) -> None:
     folders = [write(job(), step) for step in (1, 2, 3, 10)]
     _remove_old(folders[0].parent, keep=2)
     assert [folder.exists() for folder in folders] == [False, False, True, True]
+
+
+def test_lines_of_steps_to_be_repeated_are_dropped(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)) + '{"step": 4, "tr')
+    forget_after(metrics, 2)
+    assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -62,7 +62,10 @@ class Reporter:
         self._main = engine.job.ranks.is_main
         self._device = engine.device
         self._clock = time.perf_counter()
-        self.board = SummaryWriter(self._run_dir / "tensorboard") if self._main else None
+        self.board = None
+        if self._main:
+            forget_after(self._run_dir / "metrics.jsonl", first_step)
+            self.board = SummaryWriter(self._run_dir / "tensorboard", purge_step=first_step + 1 if first_step else None)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -126,6 +129,14 @@ class Reporter:
         self._bar.close()
         if self.board is not None:
             self.board.close()
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run will do again."""
+    if metrics.exists():
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        metrics.write_text("".join(kept), encoding="utf-8")
 
 
 def memory_gib(device: torch.device) -> float:
