@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from eval.common import save_json
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.errors import TinyGPTVError
@@ -46,14 +47,7 @@ class Timings:
         finally:
             if worked:
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-                write_json(self._path, self.seconds)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Complete or not at all."""
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+                save_json(self._path, self.seconds)
 
 
 def say(text: str) -> None:
@@ -78,7 +72,7 @@ def main() -> None:
     timings.run("export", export)
     timings.run("scores", partial(once, RUN / "scores" / "refer.json", partial(score_refer, MODEL)))
     result = summary(timings.seconds)
-    write_json(RUN / "summary.json", result)
+    save_json(RUN / "summary.json", result)
     show_answer()
     print_table(result)
 
@@ -153,8 +147,7 @@ def once(file: Path, make: Callable[[], dict]) -> bool:
     if file.exists():
         print(f"{file} is there: reused")
         return False
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, make())
+    save_json(file, make())
     return True
 
 
