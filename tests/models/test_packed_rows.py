@@ -161,10 +161,15 @@ def test_recomputed_blocks_give_the_same_gradients(model: TinyGPTVForConditional
 def test_generation_uses_the_cache_rightly(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
     """Greedy tokens with a cache are those of whole forwards without one, in a left-padded batch."""
     model.eval()
+    lengths: list[int] = []
+    first = model.language_model.model.layers[0]
+    hook = first.register_forward_hook(lambda _m, inputs, _o: lengths.append(inputs[0].shape[1]))
     prompts = [[1, 2, IMAGE, IMAGE, IMAGE, 3], [0, 0, IMAGE, IMAGE, IMAGE, 4]]
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     kwargs = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     out = model.generate(input_ids=torch.tensor(prompts), attention_mask=mask, pixel_values=pixels, **kwargs)
+    hook.remove()
+    assert lengths == [6, 1, 1, 1, 1]  # the prompt once, then the new token alone
     for i, prompt in enumerate([prompts[0], prompts[1][2:]]):
         ids = torch.tensor([prompt])
         for _ in range(5):

@@ -173,7 +173,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         targets: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **_: Any,
@@ -193,7 +193,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             targets: int64 `[K]`: the tokens to predict.
             attention_mask: `[B, keys]`, 1 for real positions.
             inputs_embeds: `[B, L, W]` instead of `input_ids`.
-            past_key_values: cache of earlier tokens.
+            cache: keys and values of earlier tokens.
             use_cache: keep keys and values for the next call.
             logits_to_keep: logits of the last n positions only; 0 for all.
         """
@@ -213,9 +213,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 images, _real = self._image_embeds(pixel_values, image_features)
                 place = (input_ids == self.config.image_token_id).unsqueeze(-1).expand_as(inputs_embeds)
                 inputs_embeds = inputs_embeds.masked_scatter(place, images.to(inputs_embeds.dtype))
-        return self._forward_padded(
-            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep
-        )
+        return self._forward_padded(inputs_embeds, attention_mask, position_ids, cache, use_cache, logits_to_keep)
 
     def _forward_packed(
         self,
@@ -261,12 +259,12 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mask = causal_mask(attention_mask, length)
         hidden = self.language_model.model(inputs_embeds, position_ids, mask=mask, cache=cache)
         logits = self.language_model.lm_head(hidden[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits.float(), past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits.float(), cache=cache)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -274,8 +272,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         **_: Any,
     ) -> dict[str, Any]:
         """The inputs of the next step: the whole prompt with its pictures first, then one new token."""
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        step: dict[str, Any] = {"past_key_values": past_key_values, "attention_mask": attention_mask}
+        past = cache.get_seq_length() if cache is not None else 0
+        step: dict[str, Any] = {"cache": cache, "attention_mask": attention_mask}
         if past == 0 and inputs_embeds is not None:
             step["inputs_embeds"] = inputs_embeds
         else:
