@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = parse_job(argv, Path(__file__).with_suffix(".yaml"))  # checks all that can be checked before torch is loaded
 
     from tinygptv_ds.convert.assemble import build_model
-    from tinygptv_ds.convert.trained import provenance_of, save_trained
+    from tinygptv_ds.convert.model_folder import save_trained
+    from tinygptv_ds.convert.provenance import provenance_of
     from tinygptv_ds.data.loader import open_tokens
     from tinygptv_ds.data.stream import open_stream
     from tinygptv_ds.models.trainable import lora, norms, projections, train_only
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(engine, stream, tokens)
         trained = engine.trained_state()  # gathered from all ranks
         if job.ranks.is_main:
-            save_trained(trained, model.config, job.run_dir / "model", provenance_of(job.recipe))
+            state = model.beside_base | trained
+            save_trained(state, model.config, job.run_dir / "model", provenance_of(job.recipe))
 
 
 if __name__ == "__main__":

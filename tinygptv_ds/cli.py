@@ -16,7 +16,10 @@ USER_ERROR = 2
 VERBS = {
     "doctor": ("what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor"),
     "prepare": ("turn a dataset's own files into shards", "tinygptv_ds.data.prepare"),
-    "export": ("turn a run into a folder for inference", "tinygptv_ds.convert.export"),
+    "export": (
+        "write a run's model for inference, as an adapter, or for the original's code",
+        "tinygptv_ds.convert.export",
+    ),
 }
 
 

@@ -189,9 +189,10 @@ def export() -> bool:
         return False
     import torch
 
-    from tinygptv_ds.convert.export import export_hf
+    from tinygptv_ds.convert.export_hf import export_hf
+    from tinygptv_ds.convert.resolve import resolve
 
-    export_hf(RUN / "stage4", MODEL, dtype=torch.float32)
+    export_hf(resolve(RUN / "stage4"), MODEL, dtype=torch.float32, scores=[scores_file(4)])
     print(f"{MODEL}: written")
     return True
 

@@ -32,7 +32,8 @@ from transformers import PhiConfig, PhiForCausalLM
 from stages.tiny import pretrain_text, pretrain_vision
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.convert.blip2 import original_name
-from tinygptv_ds.convert.phi2 import ADDED_NORMS, to_split
+from tinygptv_ds.convert.phi2 import ADDED_NORMS, to_layout
+from tinygptv_ds.convert.storage import in_memory
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 
@@ -161,10 +162,9 @@ def phi_layout(model: TinyGPTVForConditionalGeneration) -> PhiForCausalLM:
     """A plain Phi as transformers has it: q, k and v apart, without the norms that TinyGPT-V adds."""
     text = model.config.text_config
     phi = PhiForCausalLM(PhiConfig(**{**text.to_dict(), "qk_layernorm": False}))
-    plain = [(name, t) for name, t in model.state_dict().items() if name.startswith("language_model.")]
-    plain = [(name, t) for name, t in plain if not ADDED_NORMS.fullmatch(name)]
-    split = {name.removeprefix("language_model."): t for name, t in to_split(plain, text.num_attention_heads)}
-    phi.load_state_dict(split)
+    plain = {name: in_memory(t) for name, t in model.state_dict().items() if not ADDED_NORMS.fullmatch(name)}
+    split = to_layout(plain, text.num_attention_heads, "split")
+    phi.load_state_dict({name: stored.read() for name, stored in split.items()})
     return phi
 
 

@@ -19,7 +19,7 @@ from tinygptv_ds.convert.phi2 import (
     phi_config,
     phi_source,
     split_fused,
-    to_split,
+    to_layout,
     unfuse_remote,
 )
 from tinygptv_ds.errors import WeightsError
@@ -91,11 +91,21 @@ def test_back_to_transformers(tmp_path: Path, values: dict[str, Tensor]) -> None
     config = PhiConfig(**{k: v for k, v in PHI.items() if k != "partial_rotary_factor"})
     theirs = PhiForCausalLM(config)
     theirs.save_pretrained(tmp_path)
-    canonical = ((name, stored.read()) for name, stored in phi_source(tmp_path, HEADS).weights.items())
-    again = dict(to_split(canonical, HEADS))
+    again = to_layout(phi_source(tmp_path, HEADS).weights, HEADS, "split")
     state = theirs.state_dict()
     assert again.keys() == state.keys()
-    assert all(torch.equal(again[name], state[name]) for name in state)
+    assert all(torch.equal(again[name].read(), state[name]) for name in state)
+
+
+@pytest.mark.parametrize("layout", ["split", "fused", "remote"])
+def test_there_and_back(tmp_path: Path, values: dict[str, Tensor], layout: str) -> None:
+    """What a layout's file holds comes out again, name for name and bit for bit."""
+    state = phi_state(values, layout)
+    again = to_layout(phi_source(save_phi(tmp_path / "phi", state), HEADS).weights, HEADS, layout)
+    assert again.keys() == state.keys()
+    for name, stored in again.items():
+        assert stored.shape == tuple(state[name].shape)
+        assert torch.equal(stored.read(), state[name]), name
 
 
 def test_rotary_tables_of_old_files_are_ignored(tmp_path: Path, values: dict[str, Tensor]) -> None:

@@ -14,8 +14,9 @@ from weight_layouts import tiny_config
 
 from tinygptv_ds.config.schema import ModelSection, TextSection
 from tinygptv_ds.convert.assemble import build_model
+from tinygptv_ds.convert.model_folder import save_trained
 from tinygptv_ds.convert.tinygptv_pth import original_name
-from tinygptv_ds.convert.trained import load_trained, save_trained
+from tinygptv_ds.convert.trained import load_trained
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -102,12 +103,13 @@ def test_stage_1_to_2(
     """Without LoRA in the file the model gets its own, which changes nothing yet, and says so."""
     without = {name: tensor for name, tensor in trained.items() if not lora(name)}
     save_trained(without, tiny_config(lora_r=0), tmp_path / "run/model", {"stage": 1})
-    section = base(lora_r=3, init_from=str(tmp_path / "run"))
+    section = base(lora_r=3, init_from=str(tmp_path / "run"), fresh_parts=["lora"])
     with caplog.at_level(logging.INFO, logger="tinygptv_ds"):
         model = build_model(section, TextSection(), frozen_dtype=torch.float32)
     assert_loaded(model, without)
     assert all(not p.any() for name, p in model.named_parameters() if ".lora_B." in name)
-    assert f"trained.safetensors: {len(without)} tensors loaded" in caplog.text
+    assert "run holds no lora, which starts afresh" in caplog.text
+    assert f"run: {len(without)} tensors loaded" in caplog.text
     assert "initialised: 8 tensors of LoRA, 4 tensors of added norms" in caplog.text  # their biases, never trained
 
 
@@ -117,7 +119,10 @@ def test_v0_q_former(base: Callable[..., ModelSection], tmp_path: Path, values: 
     state = {original_name(n, lora=True): t for n, t in (trained | qformer).items()}
     torch.save({"model": state, "optimizer": {}, "epoch": 1}, tmp_path / "stage4.pth")
     section = base(lora_r=3, init_from=str(tmp_path / "stage4.pth"))
-    assert_loaded(build_model(section, TextSection(), frozen_dtype=torch.float32), trained | qformer)
+    model = build_model(section, TextSection(), frozen_dtype=torch.float32)
+    assert_loaded(model, trained | qformer)
+    assert model.beside_base.keys() == qformer.keys()
+    assert all(torch.equal(model.beside_base[name], tensor) for name, tensor in qformer.items())
 
 
 SPELLINGS = {
@@ -157,10 +162,10 @@ def test_minigpt4_projection(tmp_path: Path, trained: dict, fresh: Callable, cap
     first = {name: tensor for name, tensor in trained.items() if name.startswith("llama_proj.")}
     torch.save({"model": first}, tmp_path / "vicuna.pth")
     model = fresh()
-    with caplog.at_level(logging.WARNING, logger="tinygptv_ds"):
-        assert load_trained(model, tmp_path / "vicuna.pth") == set(first)
+    with caplog.at_level(logging.INFO, logger="tinygptv_ds"):
+        assert load_trained(model, tmp_path / "vicuna.pth", ["llama_proj2", "norms", "lora"]) == set(first)
     assert_loaded(model, first)
-    assert "llama_proj alone" in caplog.text
+    assert "vicuna.pth holds no norms, which starts afresh" in caplog.text
 
 
 def save(folder: Path, state: dict[str, Tensor]) -> Path:
@@ -200,7 +205,14 @@ def test_another_alpha_is_refused(run: Path, fresh: Callable) -> None:
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path, fresh: Callable) -> None:
-    with pytest.raises(WeightsError, match="the run has not finished"):
+    with pytest.raises(WeightsError, match="no weights there"):
+        load_trained(fresh(), tmp_path)
+    (tmp_path / "recipe.yaml").write_text("stage: 1\n")
+    with pytest.raises(WeightsError, match="has not finished and has no checkpoint yet"):
+        load_trained(fresh(), tmp_path)
+    for step in ("step-00000010", "step-00000020", "step-00000030.partial"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    with pytest.raises(WeightsError, match=r"name its checkpoint .*step-00000020$"):
         load_trained(fresh(), tmp_path)
     with pytest.raises(WeightsError, match="no such run or file"):
         load_trained(fresh(), tmp_path / "nowhere")

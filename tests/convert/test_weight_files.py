@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tinygptv_ds.convert.files import open_weights
+from tinygptv_ds.convert.storage import open_weights
 from tinygptv_ds.errors import WeightsError
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}

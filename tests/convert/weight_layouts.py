@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tinygptv_ds.convert import blip2
-from tinygptv_ds.convert.phi2 import ADDED_NORMS, to_split, unfuse_remote
+from tinygptv_ds.convert.phi2 import ADDED_NORMS, to_layout, unfuse_remote
+from tinygptv_ds.convert.storage import in_memory
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.trainable import lora
 
@@ -75,7 +76,8 @@ def phi_state(values: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
         if name.startswith("language_model.") and not lora(name) and not ADDED_NORMS.fullmatch(name)
     }
     if layout == "split":
-        return dict(to_split(base.items(), HEADS))
+        split = to_layout({name: in_memory(tensor) for name, tensor in base.items()}, HEADS, "split")
+        return {name: stored.read().clone() for name, stored in split.items()}
     state = {}
     for name, tensor in base.items():
         name = name.removeprefix("language_model.")

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tinygptv_ds.convert.files import Source, check_weights, copy_weights, open_weights
+from tinygptv_ds.convert.files import Source, check_weights, copy_weights
 from tinygptv_ds.convert.phi2 import parse_config
+from tinygptv_ds.convert.storage import open_weights
 from tinygptv_ds.convert.tinygptv_pth import canonical_name, original_source
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration

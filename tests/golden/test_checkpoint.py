@@ -7,7 +7,7 @@ import torch
 from golden_model import LOSS, full_model, pack_layout, read, tensors
 from torch import Tensor
 
-from tinygptv_ds.convert.files import load_torch, open_weights
+from tinygptv_ds.convert.storage import load_torch, open_weights
 from tinygptv_ds.convert.tinygptv_pth import canonical_name
 from tinygptv_ds.convert.trained import load_trained
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from golden_model import HIDDEN, LOSS, assert_gradient, assert_gradients, fill, language_config, pack, read, tensors
 from torch import Tensor
 
-from tinygptv_ds.convert.files import Source, Stored, open_weights
+from tinygptv_ds.convert.files import Source
+from tinygptv_ds.convert.storage import Stored, open_weights
 from tinygptv_ds.models.attention import causal_mask, make_packing
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 

@@ -24,7 +24,8 @@ def test_weights_that_do_not_fit(recipe_file: Callable[..., Path], tmp_path: Pat
     """Found only after the ranks have met: the worst place for a mistake."""
     stored = tmp_path / "projection.safetensors"
     save_file({"llama_proj.weight": torch.zeros(16, 32), "llama_proj.bias": torch.zeros(16)}, stored)
-    done = run(bash_form(4), recipe_file(), tmp_path / "run", f"--set=model.init_from={stored}", ok=False)
+    recipe = recipe_file(model__init_from=str(stored), model__fresh_parts=["llama_proj2", "norms", "lora"])
+    done = run(bash_form(4), recipe, tmp_path / "run", ok=False)
     assert str(stored) in error_of(done)
     assert "llama_proj.weight is [16, 32] instead of [24, 32]" in error_of(done)
 

@@ -22,7 +22,8 @@ TEXT = TextSection(prompt_template="[INST] {} [/INST]", end_sym="###")
 
 @pytest.fixture
 def processor(weights: Path) -> TinyGPTVProcessor:
-    return TinyGPTVProcessor(AutoTokenizer.from_pretrained(weights / "phi"), tiny.IMAGE_SIZE, IMAGE)
+    tokenizer = AutoTokenizer.from_pretrained(weights / "phi")
+    return TinyGPTVProcessor(tokenizer, tiny.IMAGE_SIZE, IMAGE.count, IMAGE.token_id, TEXT.prompt_template)
 
 
 def test_the_row_of_training(processor: TinyGPTVProcessor) -> None:
@@ -30,31 +31,31 @@ def test_the_row_of_training(processor: TinyGPTVProcessor) -> None:
     row = build_sequence(rendered, 1, processor.tokenizer, TEXT, IMAGE, lambda n: 0)
     prompt = prompt_text(rendered, 1, TEXT, lambda n: 0)
     (picture,) = tiny.pictures(1)
-    inputs = processor([prompt], [[picture]], begin_token=True)
+    inputs = processor([[picture]], [prompt], begin_token=True)
     assert inputs["input_ids"][0].tolist() == row.input_ids[row.labels == -100].tolist()
     assert (inputs["pixel_values"].numpy() == to_pixels(picture, tiny.IMAGE_SIZE)[None]).all()
-    assert processor([prompt], [[picture]])["input_ids"].shape[1] == inputs["input_ids"].shape[1] - 1
+    assert processor([[picture]], [prompt])["input_ids"].shape[1] == inputs["input_ids"].shape[1] - 1
 
 
 def test_padding_stands_on_the_left(processor: TinyGPTVProcessor) -> None:
     first, second = tiny.pictures(2)
     prompts = [QUESTION, "the bus", QUESTION * 2]
-    inputs = processor(prompts, [[first], [], [second, first]])
+    inputs = processor([[first], [], [second, first]], prompts)
     for number, prompt in enumerate(prompts):
         mask = inputs["attention_mask"][number]
         assert mask.sort().values.equal(mask)
-        alone = processor([prompt], [[[first], [], [second, first]][number]])
+        alone = processor([[[first], [], [second, first]][number]], [prompt])
         assert inputs["input_ids"][number][mask.bool()].tolist() == alone["input_ids"][0].tolist()
     expected = np.stack([to_pixels(picture, tiny.IMAGE_SIZE) for picture in (first, second, first)])
     assert (inputs["pixel_values"].numpy() == expected).all()
-    assert "pixel_values" not in processor(["the bus"], [[]])
+    assert "pixel_values" not in processor([[]], ["the bus"])
 
 
 def test_pictures_must_match(processor: TinyGPTVProcessor) -> None:
     with pytest.raises(DataError, match="1 times"):
-        processor([QUESTION], [[]])
+        processor([[]], [QUESTION])
     with pytest.raises(DataError, match="decoded"):
-        processor([QUESTION], [[b"no picture"]])
+        processor([[b"no picture"]], [QUESTION])
 
 
 @pytest.mark.parametrize(
@@ -64,4 +65,37 @@ def test_pictures_must_match(processor: TinyGPTVProcessor) -> None:
 def test_answers_end_at_the_end_symbol(answer: str, stop: str, expected: str, processor: TinyGPTVProcessor) -> None:
     ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
     end = processor.tokenizer.eos_token_id
-    assert processor.decode(torch.tensor([[*ids, end, end]], dtype=torch.long), stop) == [expected]
+    assert processor.answers(torch.tensor([[*ids, end, end]], dtype=torch.long), stop) == [expected]
+
+
+def test_pictures_as_transformers_takes_them(processor: TinyGPTVProcessor, tmp_path: Path) -> None:
+    """One picture, a flat list and paths are dealt out by the placeholders."""
+    first, second = tiny.pictures(2)
+    (tmp_path / "first.png").write_bytes(first)
+    prompts = [QUESTION * 2, "the bus", QUESTION]
+    nested = processor([[first, second], [], [first]], prompts)
+    flat = processor(text=prompts, images=[first, second, str(tmp_path / "first.png")], return_tensors="pt")
+    assert nested.keys() == flat.keys()
+    assert all(nested[name].equal(flat[name]) for name in nested)
+    alone = processor(tmp_path / "first.png", QUESTION)
+    assert alone["pixel_values"].equal(nested["pixel_values"][:1])
+    with pytest.raises(DataError, match="hold 3 times <ImageHere>, but there are 2 pictures"):
+        processor([first, second], prompts)
+    with pytest.raises(DataError, match="2 lists of pictures for 3 prompts"):
+        processor([[first], [second]], prompts)
+
+
+def test_a_prompt_is_worded_as_in_training(processor: TinyGPTVProcessor) -> None:
+    rendered = Rendered(((QUESTION, "red"),))
+    assert processor.prompt("what colour is the bus ?") == prompt_text(rendered, 1, TEXT, lambda n: 0)
+    assert processor.prompt("{} ?", num_images=0) == "[INST] {} ? [/INST]"
+
+
+def test_saved_and_loaded(processor: TinyGPTVProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    again = TinyGPTVProcessor.from_pretrained(tmp_path)
+    for name in ("image_size", "num_query_tokens", "image_token_id", "prompt_template", "end_sym"):
+        assert getattr(again, name) == getattr(processor, name)
+    (picture,) = tiny.pictures(1)
+    ours, theirs = processor(picture, QUESTION), again(picture, QUESTION)
+    assert all(ours[name].equal(theirs[name]) for name in ours)

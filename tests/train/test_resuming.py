@@ -96,11 +96,11 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(
 
 def test_an_unfinished_one_is_not_seen(job: MakeJob) -> None:
     first = write(job(), 1)
-    first.rename(first.with_name("step-00000009.tmp"))
+    first.rename(first.with_name("step-00000009.partial"))
     assert latest_checkpoint(job()) is None
     write(job(), 9)  # what an interrupted run left behind is no obstacle
     assert latest_checkpoint(job()).state["step"] == 9
-    assert not list((job().run_dir / "checkpoints").glob("*.tmp"))
+    assert not list((job().run_dir / "checkpoints").glob("*.partial"))
 
 
 @pytest.mark.parametrize(

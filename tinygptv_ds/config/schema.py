@@ -25,6 +25,8 @@ class ModelSection:
         qformer: `blip2_pretrained_flant5xxl.pth`, or a file of its names and other sizes.
         init_from: trained weights of an earlier stage (a run directory, its `model/`, or a `.pth` of the original);
             None: the projections start random.
+        fresh_parts: of llama_proj, llama_proj2, norms and lora, those that `init_from` may be without, and that then
+            start from their initial values; what is not listed must be there.
         image_size: side of the square input in pixels; position embeddings are interpolated to it.
         eva_vit_depth: blocks used of the ViT (the published file holds one more than is used).
         eva_vit_heads: attention heads of the ViT, which its file does not tell.
@@ -44,6 +46,7 @@ class ModelSection:
     eva_vit: str
     qformer: str
     init_from: str | None = None
+    fresh_parts: list[str] = field(default_factory=list)
     image_size: int = 224
     eva_vit_depth: int = 39
     eva_vit_heads: int = 16
@@ -61,6 +64,9 @@ class ModelSection:
         _require(self.image_size > 0, "model.image_size must be positive")
         _require(self.lora_r >= 0, "model.lora_r must be 0 (no LoRA) or a positive rank")
         _require(0 <= self.lora_dropout < 1, "model.lora_dropout must lie in [0, 1)")
+        parts = ("llama_proj", "llama_proj2", "norms", "lora")
+        odd = [part for part in self.fresh_parts if part not in parts]
+        _require(not odd, f"model.fresh_parts: unknown {odd}; the parts that a stage trains are {', '.join(parts)}")
         known = {"query_key_value", "dense", "fc1", "fc2"}
         unknown = [t for t in self.lora_targets if t not in known]
         _require(not unknown, f"model.lora_targets: unknown {unknown}; a Phi block has {sorted(known)}")

@@ -17,17 +17,16 @@ from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerBase
 from tinygptv_ds.config.schema import ModelSection, TextSection
 from tinygptv_ds.convert.blip2 import blip2_source, qformer_config
 from tinygptv_ds.convert.eva import eva_config, eva_source
-from tinygptv_ds.convert.files import Source, check_weights, copy_weights, listing
-from tinygptv_ds.convert.phi2 import ADDED_NORMS, phi_config, phi_source
-from tinygptv_ds.convert.trained import fitting_source, load_trained, provenance_of, save_trained
+from tinygptv_ds.convert.files import Source, check_weights, copy_weights
+from tinygptv_ds.convert.phi2 import ADDED_NORMS, in_layer, phi_config, phi_source
+from tinygptv_ds.convert.storage import Stored, in_memory, listing
+from tinygptv_ds.convert.trained import beside_base, fitting_source
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.models.trainable import lora, norms, projections
-
-__all__ = ["assemble", "build_model", "load_trained", "model_config", "provenance_of", "save_trained"]
 
 
 def build_model(
@@ -44,9 +43,10 @@ def build_model(
         WeightsError: a file is missing or damaged, or does not fit name for name and shape for shape.
     """
     config = model_config(section, text)
-    paths = {"phi": Path(section.phi), "eva_vit": Path(section.eva_vit), "qformer": Path(section.qformer)}
-    init_from = None if section.init_from is None else Path(section.init_from)
-    model = assemble(config, paths, init_from, frozen_dtype=frozen_dtype)
+    trained = None
+    if section.init_from is not None:
+        trained = fitting_source(meta_model(config), Path(section.init_from), section.fresh_parts)
+    model = assemble(config, base_paths(section), trained, frozen_dtype=frozen_dtype)
     model.attention = section.attention
     model.language_model.model.gradient_checkpointing = section.gradient_checkpointing
     return model
@@ -90,15 +90,26 @@ def model_config(section: ModelSection, text: TextSection) -> TinyGPTVConfig:
     )
 
 
+def base_paths(section: ModelSection) -> dict[str, Path]:
+    """Where the base weights of a recipe lie, by part."""
+    return {"phi": Path(section.phi), "eva_vit": Path(section.eva_vit), "qformer": Path(section.qformer)}
+
+
+def meta_model(config: TinyGPTVConfig) -> TinyGPTVForConditionalGeneration:
+    """A model of these sizes without any memory, for the names and shapes of its parameters."""
+    with torch.device("meta"):
+        return TinyGPTVForConditionalGeneration(config)
+
+
 def assemble(
-    config: TinyGPTVConfig, base: Mapping[str, Path], init_from: Path | None, *, frozen_dtype: torch.dtype
+    config: TinyGPTVConfig, base: Mapping[str, Path], trained: Source | None, *, frozen_dtype: torch.dtype
 ) -> TinyGPTVForConditionalGeneration:
-    """Build a model of these sizes and fill it.
+    """Build a model of these sizes in memory and fill it.
 
     Args:
         config: the sizes.
         base: files of "phi", "eva_vit" and "qformer".
-        init_from: trained weights, as in `load_trained`.
+        trained: trained weights, checked by `fitting_source`.
         frozen_dtype: of everything that no stage trains.
 
     Raises:
@@ -106,17 +117,37 @@ def assemble(
     """
     model = _empty_model(config, frozen_dtype)
     parameters = dict(model.named_parameters())
-    sources = []
-    for source, belongs, advice in _base_sources(config, base):
-        check_weights({name: tuple(p.shape) for name, p in parameters.items() if belongs(name, source)}, source, advice)
-        sources.append(source)
-    if init_from is not None:
-        sources.append(fitting_source(model, init_from))
+    sources = _sources(_shapes(model), config, base, trained)
     for source in sources:
         copy_weights(parameters, source.weights)
         LOGGER.info("%s: %d tensors loaded, %d ignored", source.path, len(source.weights), len(source.ignored))
     _initialise(model, {name for source in sources for name in source.weights})
+    if trained is not None:
+        model.beside_base = {name: trained.weights[name].read() for name in beside_base(trained)}
     return model.eval()
+
+
+def all_weights(config: TinyGPTVConfig, base: Mapping[str, Path], trained: Source) -> dict[str, Stored]:
+    """Every parameter of the model as it lies in the files, in the model's order; nothing is read yet.
+
+    Args:
+        config: the sizes.
+        base: files of "phi", "eva_vit" and "qformer".
+        trained: trained weights, checked by `fitting_source` without fresh parts.
+
+    Raises:
+        WeightsError: a file is missing or does not fit, or no file supplies a parameter.
+    """
+    shapes = _shapes(meta_model(config))
+    found = {
+        name: stored for source in _sources(shapes, config, base, trained) for name, stored in source.weights.items()
+    }
+    left = shapes.keys() - found.keys()
+    # The biases of the added norms are never trained: they are what they started from.
+    constant = {name: in_memory(_initial_norm(name, shapes[name])) for name in left if ADDED_NORMS.fullmatch(name)}
+    if left - constant.keys():
+        raise WeightsError(f"no file supplies {listing(left - constant.keys())}")
+    return {name: found[name] if name in found else constant[name] for name in shapes}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -156,13 +187,27 @@ def _set_special_tokens(phi: PhiConfig, folder: Path) -> int:
 
 def _empty_model(config: TinyGPTVConfig, frozen_dtype: torch.dtype) -> TinyGPTVForConditionalGeneration:
     """The model in its final dtypes with uninitialised memory: built without any, so that nothing is held twice."""
-    with torch.device("meta"):
-        model = TinyGPTVForConditionalGeneration(config).to(frozen_dtype)
+    model = meta_model(config).to(frozen_dtype)
     for name, parameter in model.named_parameters():
         # A norm's bias, though never trained, has to be of its weight's dtype.
         if projections(name) or lora(name) or norms(re.sub(r"\.bias$", ".weight", name)):
             parameter.data = parameter.data.float()
     return model.to_empty(device="cpu")
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _sources(
+    shapes: Mapping[str, tuple[int, ...]], config: TinyGPTVConfig, base: Mapping[str, Path], trained: Source | None
+) -> list[Source]:
+    """The base files, checked, and the trained weights, which replace what both hold."""
+    sources = []
+    for source, belongs, advice in _base_sources(config, base):
+        check_weights({name: shape for name, shape in shapes.items() if belongs(name, source)}, source, advice)
+        sources.append(source)
+    return sources if trained is None else [*sources, trained]
 
 
 def _base_sources(
@@ -203,8 +248,7 @@ def _base_sources(
 
 def _has_kind(name: str, names: Collection[str]) -> bool:
     """Whether this norm is in `names` for any layer: it must then be there for all."""
-    kind = name.split(".", 4)[-1]
-    return any(ADDED_NORMS.fullmatch(other) and other.split(".", 4)[-1] == kind for other in names)
+    return any(ADDED_NORMS.fullmatch(other) and in_layer(other) == in_layer(name) for other in names)
 
 
 def _initialise(model: TinyGPTVForConditionalGeneration, loaded: set[str]) -> None:
@@ -220,7 +264,8 @@ def _initialise(model: TinyGPTVForConditionalGeneration, loaded: set[str]) -> No
     if unexplained:
         raise WeightsError(f"no file supplies {listing(unexplained)}; see the files above for what each one held")
     with torch.no_grad():
-        _initialise_norms({name: parameters[name] for name in left if ADDED_NORMS.fullmatch(name)})
+        for name in filter(ADDED_NORMS.fullmatch, left):
+            parameters[name].copy_(_initial_norm(name, tuple(parameters[name].shape)))
         for name, module in model.named_modules():
             if isinstance(module, LoRALinear) and f"{name}.lora_A.weight" in left:
                 module.reset_lora()
@@ -234,6 +279,5 @@ def _initialise(model: TinyGPTVForConditionalGeneration, loaded: set[str]) -> No
         LOGGER.info("initialised: %s", ", ".join(f"{n} tensors of {kind}" for kind, n in counts.items() if n))
 
 
-def _initialise_norms(added: Mapping[str, Tensor]) -> None:
-    for name, parameter in added.items():
-        parameter.fill_(1.0 if name.endswith(".weight") else 0.0)
+def _initial_norm(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)

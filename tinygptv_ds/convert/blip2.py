@@ -11,7 +11,8 @@ from pathlib import Path
 
 from transformers import Blip2QFormerConfig
 
-from tinygptv_ds.convert.files import Source, Stored, listing, open_weights, rename_all
+from tinygptv_ds.convert.files import Source, rename_all
+from tinygptv_ds.convert.storage import Stored, listing, open_weights
 from tinygptv_ds.errors import WeightsError
 
 _RENAMES = (

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tinygptv_ds.convert.files import Source, Stored, listing, open_weights, rename_all
+from tinygptv_ds.convert.files import Source, rename_all
+from tinygptv_ds.convert.storage import Stored, listing, open_weights
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.models.configuration import EvaViTConfig
 from tinygptv_ds.models.eva_vit import interpolate_pos_embed
@@ -68,7 +69,7 @@ def eva_source(path: Path, config: EvaViTConfig) -> Source:
     if positions is not None:
         patches = (config.image_size // config.patch_size) ** 2
         shape = (1, 1 + patches, positions.shape[-1])
-        source.weights[_POSITIONS] = Stored(shape, partial(_resized, positions, patches))
+        source.weights[_POSITIONS] = Stored(shape, positions.dtype, partial(_resized, positions, patches))
     return source
 
 

@@ -1,119 +1,127 @@
-"""`python -m tinygptv_ds export`: a run's trained weights on their base, as one folder that transformers loads."""
+"""`python -m tinygptv_ds export`: a run's trained weights in the form that is wanted.
+
+| form | what it is |
+|---|---|
+| hf | the whole model as a folder that transformers loads |
+| adapter | what was trained alone, to be put on the same base again |
+| original | a `.pth` that the original's code loads |
+| phi | the language model alone, with LoRA merged |
+"""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.errors import ConfigError, WeightsError
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-    from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+FORMS = ("hf", "adapter", "original", "phi")
+_WHOLE = ("hf", "phi")  # written in bf16 unless told otherwise; what is small stays as it is
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     parser.add_argument(
-        "trained", type=Path, metavar="RUN_OR_MODEL", help="a finished run directory, or its model/ folder"
+        "trained",
+        type=Path,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a finished run directory or its model/, a checkpoint of a run or of DeepSpeed's, an adapter, or a .pth "
+        "of the original's",
     )
-    parser.add_argument("--to", choices=["hf"], default="hf", help="hf: a folder for transformers' from_pretrained")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of all weights (default: %(default)s)")
-    parser.add_argument("--keep-lora", action="store_true", help="keep LoRA apart instead of merging it")
+    parser.add_argument(
+        "--to",
+        choices=FORMS,
+        default="hf",
+        help="hf: a folder for transformers' from_pretrained; adapter: what was trained alone; original: a .pth for "
+        "the original's code; phi: the language model alone, LoRA merged (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the folder (original: file) to write")
+    parser.add_argument(
+        "--dtype",
+        choices=["bf16", "fp16", "fp32"],
+        help="of all weights (default: bf16; adapter and original: as they are)",
+    )
+    parser.add_argument("--keep-lora", action="store_true", help="hf: keep LoRA apart instead of merging it")
+    parser.add_argument(
+        "--layout",
+        choices=["fused", "split"],
+        default="split",
+        help="phi: query_key_value in one, as the original's code wants it, or q, k and v apart, as transformers has "
+        "them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="hf: results that eval/ has written with --json, for the model card",
+    )
+    add_recipe_arguments(parser)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to say where the base weights lie, for weights that do not tell it themselves."""
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="the stage's YAML, which names the base weights (default: the run's own; for the original's files the "
+        "published recipe of their stage)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one value of that recipe, e.g. --set model.phi=weights/phi-2; may be given any number of times",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
-    import torch
+    refuse_existing(args.out)
+    _check_options(args)
 
-    export_hf(args.trained, args.out, dtype=getattr(torch, DTYPES[args.dtype]), merge_lora=not args.keep_lora)
-    print(f"{args.out}: load it with TinyGPTVForConditionalGeneration.from_pretrained")
+    from tinygptv_ds.convert import export_hf, export_parts
+    from tinygptv_ds.convert.resolve import resolve, resolve_trained
+    from tinygptv_ds.convert.write import DTYPES
+
+    dtype = DTYPES["bf16"] if args.dtype is None and args.to in _WHOLE else DTYPES.get(args.dtype)
+    if args.to == "original":
+        opened, trained = resolve_trained(args.trained, args.recipe, args.set)
+        export_parts.export_original(opened, trained, args.out, dtype=dtype)
+        print(f"{args.out}: name it as `ckpt` in a configuration of the original's")
+        return
+    resolved = resolve(args.trained, args.recipe, args.set)
+    if args.to == "hf":
+        export_hf.export_hf(resolved, args.out, dtype=dtype, merge=not args.keep_lora, scores=args.scores)
+        print(f"{args.out}: load it with TinyGPTVForConditionalGeneration.from_pretrained")
+    elif args.to == "adapter":
+        export_parts.export_adapter(resolved, args.out, dtype=dtype)
+        print(f"{args.out}: name it as model.init_from of a recipe, or as the model of eval/, on the same base weights")
+    else:
+        export_parts.export_phi(resolved, args.out, layout=args.layout, dtype=dtype)
+        print(f"{args.out}: name it as model.phi of a recipe; its README.md says what else can load it")
 
 
-def export_hf(trained: Path, out: Path, *, dtype: torch.dtype, merge_lora: bool = True) -> None:
-    """Write a self-contained folder: configuration, safetensors, tokenizer; complete or not at all.
-
-    Args:
-        trained: a run directory or its `model/`; its provenance.json says where the base weights lie.
-        out: the folder, for `TinyGPTVForConditionalGeneration.from_pretrained`; must not exist yet, or be empty.
-        dtype: of all weights.
-        merge_lora: merge LoRA into the weights that it adapts.
+def refuse_existing(out: Path) -> None:
+    """See that nothing is overwritten.
 
     Raises:
-        WeightsError: base or trained weights are missing or do not fit, or `out` is in use.
+        WeightsError: `out` is there and no empty folder.
     """
-    from tinygptv_ds.convert.merge import merge_lora as merge
-    from tinygptv_ds.convert.trained import PROVENANCE, trained_file
-
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_file() or (out.exists() and any(out.iterdir())):
         raise WeightsError(f"{out} is already there; choose another --out, or remove it")
-    model, tokenizer = _assembled(trained, dtype)
-    if merge_lora:
-        merge(model)
-    model.to(dtype)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.copy(trained_file(trained).with_name(PROVENANCE), partial)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
 
 
-def load_run(trained: Path, *, dtype: torch.dtype) -> tuple[TinyGPTVForConditionalGeneration, PreTrainedTokenizerBase]:
-    """The model of a run on its base weights, all in one dtype, and its tokenizer.
-
-    Args:
-        trained: a run directory or its `model/`; its provenance.json says where the base weights lie.
-        dtype: of all weights.
-
-    Raises:
-        WeightsError: base or trained weights are missing or do not fit.
-    """
-    model, tokenizer = _assembled(trained, dtype)
-    return model.to(dtype), tokenizer
-
-
-def _assembled(
-    trained: Path, frozen_dtype: torch.dtype
-) -> tuple[TinyGPTVForConditionalGeneration, PreTrainedTokenizerBase]:
-    """The model of a run with what was trained in fp32, so that LoRA is not rounded before it is merged."""
-    from tinygptv_ds.convert.assemble import assemble, load_tokenizer
-    from tinygptv_ds.convert.trained import trained_file
-    from tinygptv_ds.models.configuration import TinyGPTVConfig
-
-    folder = trained_file(trained).parent
-    base = _base_paths(folder)
-    model = assemble(TinyGPTVConfig.from_pretrained(folder), base, folder, frozen_dtype=frozen_dtype)
-    return model, load_tokenizer(base["phi"])
-
-
-def _base_paths(folder: Path) -> dict[str, Path]:
-    """Where the base weights lie that a run was trained on.
-
-    Raises:
-        WeightsError: provenance.json does not tell, or something is no longer there.
-    """
-    from tinygptv_ds.convert.files import read_json
-    from tinygptv_ds.convert.trained import BASE_PARTS, PROVENANCE
-
-    base = read_json(folder / PROVENANCE).get("base") or {}
-    untold = [part for part in BASE_PARTS if "path" not in (base.get(part) or {})]
-    if untold:
-        raise WeightsError(f"{folder / PROVENANCE} does not say where {', '.join(untold)} lies; add its path there")
-    paths = {part: Path(base[part]["path"]) for part in BASE_PARTS}
-    missing = [f"{part} ({path})" for part, path in paths.items() if not path.exists()]
+def _check_options(args: argparse.Namespace) -> None:
+    """An option of another form would be without effect."""
+    only = {"--keep-lora": (args.keep_lora, "hf"), "--scores": (args.scores, "hf")}
+    only["--layout fused"] = (args.layout == "fused", "phi")
+    for option, (given, form) in only.items():
+        if given and args.to != form:
+            raise ConfigError(f"{option} is for --to {form}; leave it out with --to {args.to}")
+    missing = [str(path) for path in args.scores if not path.is_file()]
     if missing:
-        raise WeightsError(
-            f"the base weights of {folder} are gone: {', '.join(missing)}; "
-            f"put them back, or correct the path in {PROVENANCE}"
-        )
-    return paths
+        raise ConfigError(f"--scores: {', '.join(missing)} not there; eval/ writes such a file with --json FILE")

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Mapping
+from functools import partial
 
-from tinygptv_ds.models.lora import LoRALinear
-from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+import torch
+from torch import Tensor
+
+from tinygptv_ds.convert.storage import Stored
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.trainable import lora
+
+_A = ".lora_A.weight"
 
 
 def merged_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-    """`W + scaling * B A`, computed in fp32, in the dtype of W."""
-    return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=scaling).to(weight.dtype)
+    """`W + scaling * B A`, computed and returned in fp32."""
+    return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=scaling)
 
 
-def merge_lora(model: TinyGPTVForConditionalGeneration) -> None:
-    """Replace every LoRA layer by a plain one with the merged weight, in place; `config.lora_r` becomes 0."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    for name, layer in layers.items():
-        plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        weight = merged_weight(
-            layer.weight.detach(), layer.lora_A.weight.detach(), layer.lora_B.weight.detach(), layer.scaling
-        )
-        plain.weight, plain.bias = nn.Parameter(weight), layer.bias
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain)
-    model.config.lora_r = 0
+def merge_lora(weights: Mapping[str, Stored], config: TinyGPTVConfig) -> dict[str, Stored]:
+    """The weights of the same model without LoRA; each merged one is computed in fp32 when it is read.
+
+    Args:
+        weights: all weights by canonical name.
+        config: the model's, for LoRA's scale.
+    """
+    merged = {name: stored for name, stored in weights.items() if not lora(name)}
+    for name in weights:
+        if name.endswith(_A):
+            layer = name.removesuffix(_A)
+            parts = (weights[f"{layer}.weight"], weights[name], weights[f"{layer}.lora_B.weight"])
+            read = partial(_read_merged, parts, config.lora_alpha / config.lora_r)
+            merged[f"{layer}.weight"] = Stored(parts[0].shape, torch.float32, read)
+    return merged
+
+
+def _read_merged(parts: tuple[Stored, Stored, Stored], scaling: float) -> Tensor:
+    weight, lora_a, lora_b = (part.read() for part in parts)
+    return merged_weight(weight, lora_a, lora_b, scaling)

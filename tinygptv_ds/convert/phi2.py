@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PhiConfig
 
-from tinygptv_ds.convert.files import Source, Stored, listing, open_weights, read_json, rename_all
+from tinygptv_ds.convert.files import Source, rename_all
+from tinygptv_ds.convert.storage import Stored, listing, open_weights, read_json
 from tinygptv_ds.errors import WeightsError
 
 PREFIX = "language_model."
@@ -27,14 +28,16 @@ ADDED_NORMS = re.compile(
     r"language_model\.model\.layers\.\d+\.(self_attn\.[qk]_layernorm\.(weight|bias)|post_layernorm\.weight)"
 )
 _SPLIT = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.(weight|bias)")
+# The first remote code's names and today's, the layers' apart; in this order both ways.
 _REMOTE_NAMES = (
-    (r"^transformer\.embd\.wte\.", "model.embed_tokens."),
-    (r"^transformer\.h\.(\d+)\.ln\.", r"model.layers.\1.input_layernorm."),
-    (r"^transformer\.h\.(\d+)\.mixer\.Wqkv\.", r"model.layers.\1.self_attn.query_key_value."),
-    (r"^transformer\.h\.(\d+)\.mixer\.out_proj\.", r"model.layers.\1.self_attn.dense."),
-    (r"^transformer\.h\.(\d+)\.mlp\.", r"model.layers.\1.mlp."),
-    (r"^lm_head\.ln\.", "model.final_layernorm."),
-    (r"^lm_head\.linear\.", "lm_head."),
+    ("transformer.embd.wte.", "model.embed_tokens."),
+    ("lm_head.ln.", "model.final_layernorm."),
+    ("lm_head.linear.", "lm_head."),
+)
+_REMOTE_IN_LAYER = (
+    ("ln.", "input_layernorm."),
+    ("mixer.Wqkv.", "self_attn.query_key_value."),
+    ("mixer.out_proj.", "self_attn.dense."),
 )
 _OLD_FIELDS = {
     "hidden_size": "n_embd",
@@ -66,6 +69,11 @@ def fuse_remote(wqkv: Tensor, heads: int) -> Tensor:
 def unfuse_remote(fused: Tensor, heads: int) -> Tensor:
     """The inverse of `fuse_remote`."""
     return fused.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def in_layer(name: str) -> str:
+    """A canonical name of a block without the block: `self_attn.q_layernorm.weight`."""
+    return name.split(".", 4)[-1]
 
 
 def layout(names: Iterable[str], path: Path) -> str:
@@ -110,22 +118,37 @@ def to_canonical(stored: Mapping[str, Stored], heads: int, path: Path) -> Source
         stored = _fuse_all(stored, heads, path)
     elif kind == "remote":
         stored = {
-            name: Stored(t.shape, partial(_read_remote, t, heads)) if ".mixer.Wqkv." in name else t
+            name: Stored(t.shape, t.dtype, partial(_read_remote, t, heads)) if ".mixer.Wqkv." in name else t
             for name, t in stored.items()
         }
     return rename_all(stored, _canonical_name, path)
 
 
-def to_split(weights: Iterable[tuple[str, Tensor]], heads: int) -> Iterator[tuple[str, Tensor]]:
-    """Canonical tensors, LoRA merged, one by one to the names of transformers' `PhiForCausalLM` (q/k/v apart)."""
-    for name, tensor in weights:
+def to_layout(weights: Mapping[str, Stored], heads: int, kind: str) -> dict[str, Stored]:
+    """The inverse of `to_canonical`: Phi's tensors, LoRA merged, under the names of a layout.
+
+    Args:
+        weights: by canonical name; the rest of a TinyGPT-V is left out.
+        heads: attention heads.
+        kind: "fused", "split" or "remote".
+    """
+    found: dict[str, Stored] = {}
+    for name, stored in weights.items():
+        if not name.startswith(PREFIX):
+            continue
         plain = name.removeprefix(PREFIX)
-        before, fused, kind = plain.partition(".query_key_value.")
-        if fused:
-            parts = zip("qkv", split_fused(tensor, heads), strict=True)
-            yield from ((f"{before}.{letter}_proj.{kind}", part) for letter, part in parts)
+        before, fused, ending = plain.partition(".query_key_value.")
+        if fused and kind == "split":
+            shape = (stored.shape[0] // 3, *stored.shape[1:])
+            for number, letter in enumerate("qkv"):
+                read = partial(_read_third, stored, heads, number)
+                found[f"{before}.{letter}_proj.{ending}"] = Stored(shape, stored.dtype, read)
+        elif kind == "remote":
+            read = partial(_read_unfused, stored, heads)
+            found[_remote_name(plain)] = Stored(stored.shape, stored.dtype, read) if fused else stored
         else:
-            yield plain, tensor
+            found[plain] = stored
+    return found
 
 
 def phi_config(folder: Path) -> PhiConfig:
@@ -201,9 +224,26 @@ def _refuse_unknown(path: Path, raw: dict, activation: object, heads: object) ->
 def _canonical_name(name: str) -> str | None:
     if "rotary_emb." in name:  # cosine tables that some versions saved
         return None
-    for pattern, replacement in _REMOTE_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return PREFIX + name
+    return PREFIX + _renamed(name, "transformer.h.", "model.layers.", 0)
+
+
+def _remote_name(name: str) -> str:
+    return _renamed(name, "model.layers.", "transformer.h.", 1)
+
+
+def _renamed(name: str, layers: str, to_layers: str, old: int) -> str:
+    """A name of the first remote code as today's (`old` 0), or the other way round (1); others stay as they are."""
+    if name.startswith(layers):
+        number, _, rest = name.removeprefix(layers).partition(".")
+        return f"{to_layers}{number}.{_swapped(rest, _REMOTE_IN_LAYER, old)}"
+    return _swapped(name, _REMOTE_NAMES, old)
+
+
+def _swapped(name: str, pairs: Sequence[tuple[str, str]], old: int) -> str:
+    for pair in pairs:
+        if name.startswith(pair[old]):
+            return pair[1 - old] + name.removeprefix(pair[old])
+    return name
 
 
 def _fuse_all(stored: Mapping[str, Stored], heads: int, path: Path) -> dict[str, Stored]:
@@ -220,12 +260,22 @@ def _fuse_all(stored: Mapping[str, Stored], heads: int, path: Path) -> dict[str,
             parts = [stored[n] for n in names]
             rows = sum(part.shape[0] for part in parts)
             shape = (rows, *tensor.shape[1:])
-            fused[f"{match[1]}.query_key_value.{match[3]}"] = Stored(shape, partial(_read_split, parts, heads))
+            fused[f"{match[1]}.query_key_value.{match[3]}"] = Stored(
+                shape, tensor.dtype, partial(_read_split, parts, heads)
+            )
     return fused
 
 
 def _read_split(parts: list[Stored], heads: int) -> Tensor:
     return fuse_split(*(part.read() for part in parts), heads)
+
+
+def _read_third(stored: Stored, heads: int, number: int) -> Tensor:
+    return split_fused(stored.read(), heads)[number]
+
+
+def _read_unfused(stored: Stored, heads: int) -> Tensor:
+    return unfuse_remote(stored.read(), heads)
 
 
 def _read_remote(stored: Stored, heads: int) -> Tensor:

@@ -11,19 +11,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tinygptv_ds.convert import blip2
-from tinygptv_ds.convert.files import Source, Stored, rename_all
+from tinygptv_ds.convert.files import Source, rename_all
+from tinygptv_ds.convert.storage import Stored
 
-_LLM = re.compile(r"^llama_model\.(base_model\.model\.)?")
+# The one buffer that the original saves: positions of BERT's text, which nothing computes with. int64 [1, 512].
+BUFFER = "Qformer.bert.embeddings.position_ids"
+BUFFER_LENGTH = 512
+
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
+_LLM = re.compile(r"^(llama_model\.(base_model\.model\.)?|base_model\.model\.)")
 _ADAPTER_NAME = re.compile(r"\.lora_([AB])\.(?!weight$)[^.]+\.weight$")
+_COPIED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
 def canonical_name(name: str) -> str | None:
-    """The canonical name of one of the original's tensors; None for the buffer that nothing needs."""
-    name = name.removeprefix("module.")
+    """The canonical name of one of the original's tensors; None for what nothing needs."""
+    name = _WRAPPERS.sub("", name)
     if name.startswith("Qformer."):
         return blip2.canonical_name(name)
     if _LLM.match(name):
+        if ".original_module." in name:  # peft's copy of a module from before the training
+            return None
         name = _LLM.sub("language_model.", name).replace(".base_layer.", ".")
+        name = _COPIED_MODULE.sub(".", name)
         return _ADAPTER_NAME.sub(r".lora_\1.weight", name)
     return name
 

@@ -1,101 +1,51 @@
-"""What a stage trained: a run's `model/` folder, and loading it or one of the original's files into a model."""
+"""What a stage trained, in whatever form it comes, under canonical names and loaded into a model.
+
+Taken are run directories and their `model/`, checkpoints of ours and of DeepSpeed's, exported models with LoRA kept,
+adapters, MiniGPT-4's projection, and the original's own `checkpoint_N.pth` and released files.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import save_file
+import yaml
 from torch import Tensor, nn
 
-from tinygptv_ds import __version__
-from tinygptv_ds.config.schema import Recipe
-from tinygptv_ds.convert.files import Source, check_weights, copy_weights, open_weights, read_json
+from tinygptv_ds.convert.files import Source, check_weights, copy_weights
+from tinygptv_ds.convert.opened import KINDS, Opened, open_any
+from tinygptv_ds.convert.storage import read_json
 from tinygptv_ds.convert.tinygptv_pth import original_source
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.trainable import lora, norms, projections
 
-WEIGHTS = "trained.safetensors"
-PROVENANCE = "provenance.json"
-BASE_PARTS = ("phi", "eva_vit", "qformer")
-_FIRST_PROJECTION = {"llama_proj.weight", "llama_proj.bias"}
+PARTS = {
+    "llama_proj": lambda name: name.startswith("llama_proj."),
+    "llama_proj2": lambda name: name.startswith("llama_proj2."),
+    "norms": norms,
+    "lora": lora,
+}
+_ABSENT = {
+    "llama_proj": "the first projection; it is no whole file of TinyGPT-V",
+    "llama_proj2": "the second projection; it is no whole file of TinyGPT-V",
+    "norms": "trained norms, without which Phi answers 'the the the'; a file with LoRA alone, as peft saves it, is not "
+    "enough: name the whole checkpoint",
+    "lora": "LoRA: it is of stage 1, or of a run without; name the weights of the stage before this one",
+}
 
 
-def provenance_of(recipe: Recipe) -> dict[str, Any]:
-    """What `save_trained` notes of a run: stage, recipe, and where the base weights lie, with their sizes in bytes."""
-    paths = {part: Path(getattr(recipe.model, part)).resolve() for part in BASE_PARTS}
-    return {
-        "stage": recipe.stage,
-        "recipe": dataclasses.asdict(recipe),
-        "base": {part: {"path": str(path), "bytes": _bytes(path)} for part, path in paths.items()},
-    }
-
-
-def save_trained(state: Mapping[str, Tensor], config: TinyGPTVConfig, out: Path, provenance: Mapping[str, Any]) -> None:
-    """Write a run's `model/` folder, complete or not at all; one that is there is replaced.
-
-    Args:
-        state: what was trained, by canonical name; stored in fp32.
-        config: the model's.
-        out: the folder; it gets `trained.safetensors`, `config.json` and `provenance.json`.
-        provenance: from `provenance_of`; the hash of the weights and the versions are added.
-    """
-    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
-    save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
-    config.save_pretrained(partial)
-    notes = {
-        **provenance,
-        "sha256": {WEIGHTS: _sha256(partial / WEIGHTS)},
-        "versions": {"tinygptv_ds": __version__, "torch": str(torch.__version__)},
-    }
-    (partial / PROVENANCE).write_text(json.dumps(notes, indent=2, default=str) + "\n", encoding="utf-8")
-    for file in partial.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def trained_file(path: Path) -> Path:
-    """The weights' file for a run directory, its `model/`, or the file itself.
-
-    Raises:
-        WeightsError: there is none.
-    """
-    if path.is_file():
-        return path
-    for file in (path / "model" / WEIGHTS, path / WEIGHTS):
-        if file.is_file():
-            return file
-    if path.is_dir():
-        raise WeightsError(f"{path}: no model/{WEIGHTS} there; the run has not finished, or this is no run directory")
-    raise WeightsError(f"{path}: no such run or file; give a run directory, its model/ folder, or a .pth of TinyGPT-V")
-
-
-def load_trained(model: nn.Module | Mapping[str, Tensor], path: Path) -> set[str]:
+def load_trained(model: nn.Module | Mapping[str, Tensor], path: Path, fresh_parts: Collection[str] = ()) -> set[str]:
     """Copy the trained weights of an earlier stage into a model.
 
-    Norms and projections must all be there, LoRA all or not at all (stage 1 trains none); a Q-Former may be. A file
-    that holds nothing but `llama_proj` (MiniGPT-4's) starts the first projection.
+    Projections, norms and, where the model has it, LoRA must all be there; other weights (the Q-Former that the first
+    release had trained) are taken where they are.
 
     Args:
         model: the model, or its parameters by canonical name.
-        path: a run directory, its `model/`, the file in it, or a `.pth` of the original.
+        path: anything that `open_any` opens.
+        fresh_parts: of `PARTS`, those that the file may be without; they keep the values that they have.
 
     Returns:
         The canonical names that were loaded.
@@ -103,79 +53,134 @@ def load_trained(model: nn.Module | Mapping[str, Tensor], path: Path) -> set[str
     Raises:
         WeightsError: a key is missing, unknown or of another shape, or LoRA does not fit the model's.
     """
-    source = fitting_source(model, path)
+    source = fitting_source(model, path, fresh_parts)
     copy_weights(_parameters(model), source.weights)
     return set(source.weights)
 
 
-def fitting_source(model: nn.Module | Mapping[str, Tensor], path: Path) -> Source:
+def fitting_source(model: nn.Module | Mapping[str, Tensor], path: Path, fresh_parts: Collection[str] = ()) -> Source:
     """The weights that `load_trained` would load, checked against the model but not read yet."""
-    file = trained_file(Path(path))
-    source = original_source(open_weights(file), file)
+    opened = open_any(Path(path))
+    source = trained_source(opened)
     config = getattr(model, "config", None)
     if config is not None and config.lora_r:
-        _check_lora_scale(config, source)
-    _check_trained({name: tuple(target.shape) for name, target in _parameters(model).items()}, source)
+        _check_lora_scale(config, opened)
+    _check_trained({name: tuple(target.shape) for name, target in _parameters(model).items()}, source, fresh_parts)
     return source
+
+
+def trained_source(opened: Opened) -> Source:
+    """Trained weights under canonical names.
+
+    Raises:
+        WeightsError: the file holds something else, or a model whose LoRA is merged into its base.
+    """
+    if opened.kind not in ("trained", "projection", "model"):
+        raise WeightsError(f"{opened.path} is a base model ({KINDS[opened.kind]}), not what TinyGPT-V has trained")
+    source = original_source(opened.stored, opened.path)
+    if opened.kind != "model":
+        return Source(opened.path, source.weights, [*source.ignored, *opened.ignored])
+    if opened.notes.get("lora") == "merged":
+        raise WeightsError(
+            f"{opened.path} is an exported model with LoRA merged into its base, from which a stage cannot go on; name "
+            "the run that it comes from, or export it with --to adapter or --keep-lora"
+        )
+    beside_base = set(opened.notes.get("beside_base", ()))
+    wanted = {n for n in source.weights if projections(n) or norms(n) or lora(n) or n in beside_base}
+    base = sorted(source.weights.keys() - wanted)
+    return Source(opened.path, {n: t for n, t in source.weights.items() if n in wanted}, base)
+
+
+def beside_base(source: Source) -> list[str]:
+    """What trained weights hold of the parts that come from the base models otherwise: they replace theirs."""
+    return [name for name in source.weights if not (projections(name) or norms(name) or lora(name))]
+
+
+def lora_rank(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """LoRA's rank from the shapes of its A matrices; 0 without any."""
+    return max((shape[0] for name, shape in shapes.items() if ".lora_A." in name), default=0)
 
 
 def _parameters(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return dict(model.named_parameters()) if isinstance(model, nn.Module) else model
 
 
-def _check_trained(shapes: Mapping[str, tuple[int, ...]], source: Source) -> None:
+def _check_trained(shapes: Mapping[str, tuple[int, ...]], source: Source, fresh_parts: Collection[str]) -> None:
     given = source.weights.keys()
-    if given == _FIRST_PROJECTION:
-        LOGGER.warning("%s holds llama_proj alone: a start for the first projection, nothing else", source.path)
-        required = _FIRST_PROJECTION
-    else:
-        _check_lora(shapes, source)
-        has_lora = any(map(lora, given))
-        required = {name for name in shapes if projections(name) or norms(name) or (has_lora and lora(name))}
+    _check_lora_rank(shapes, source)
+    required: set[str] = set()
+    for part, belongs in PARTS.items():
+        wanted = set(filter(belongs, shapes))
+        if wanted and not any(map(belongs, given)):
+            if part not in fresh_parts:
+                raise WeightsError(_without(part, source))
+            LOGGER.info("%s holds no %s, which starts afresh", source.path, part)
+            continue
+        required |= wanted
     check_weights(
         {name: shape for name, shape in shapes.items() if name in required or name in given},
         source,
-        "Trained weights go with the Phi, Q-Former, proj_hidden_size and lora_targets that they were trained with: "
-        "point model.* at the same ones, or init_from at another run",
+        _likely_cause(source, shapes),
     )
 
 
-def _check_lora(shapes: Mapping[str, tuple[int, ...]], source: Source) -> None:
-    def ranks(named: Mapping[str, tuple[int, ...]]) -> set[int]:
-        return {shape[0] for name, shape in named.items() if ".lora_A." in name}
+def _without(part: str, source: Source) -> str:
+    if source.weights.keys() <= {"llama_proj.weight", "llama_proj.bias"}:
+        told = "llama_proj alone, as MiniGPT-4's files do: a start for stage 1, in which all else starts afresh"
+        return f"{source.path} holds {told} (--set 'model.fresh_parts=[llama_proj2, norms, lora]')"
+    return (
+        f"{source.path} holds no {_ABSENT[part]}, or let that part start from its initial values with "
+        f"--set 'model.fresh_parts=[{part}]'"
+    )
 
-    in_file, in_model = ranks({name: stored.shape for name, stored in source.weights.items()}), ranks(shapes)
-    if not in_file or in_file == in_model:
+
+def _check_lora_rank(shapes: Mapping[str, tuple[int, ...]], source: Source) -> None:
+    in_file, in_model = lora_rank({name: stored.shape for name, stored in source.weights.items()}), lora_rank(shapes)
+    if in_file in (0, in_model):
         return
-    rank = max(in_file)
-    if not in_model:
-        raise WeightsError(
-            f"{source.path} holds LoRA of rank {rank}, the model has none (lora_r 0); set model.lora_r={rank}"
-        )
+    has = f"model's is {in_model}" if in_model else "model has none (lora_r 0)"
     raise WeightsError(
-        f"{source.path} holds LoRA of rank {rank}, the model's is {max(in_model)}; set model.lora_r={rank}, "
-        "or start from the weights of a stage without LoRA"
+        f"{source.path} holds LoRA of rank {in_file}, the {has}; set model.lora_r={in_file}, or start from "
+        f"weights {'of that rank' if in_model else 'of a stage without LoRA'}"
     )
 
 
-def _check_lora_scale(config: TinyGPTVConfig, source: Source) -> None:
+def _likely_cause(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Why these weights may not fit, by the names that do not."""
+    unknown = [name for name in source.weights if name not in shapes]
+    first = source.weights.get("llama_proj.weight")
+    if any(".lora_magnitude" in name for name in unknown):
+        return "The LoRA is of the kind DoRA, which the model has not"
+    if any(f".{letter}_proj.lora_" in name for name in unknown for letter in "qkv"):
+        return (
+            "LoRA was trained on split q/k/v projections, each with an A of its own; TinyGPT-V has one on the fused "
+            "query_key_value. Merge it into that model's weights instead"
+        )
+    if first is not None and first.shape[0] == 5120 != shapes.get("llama_proj.weight", (0,))[0]:
+        return "This is the projection of MiniGPT-4's 13B model; take that of Vicuna-7B, which is 4096 wide"
+    return (
+        "Trained weights go with the Phi, Q-Former, proj_hidden_size and lora_targets that they were trained with: "
+        "point model.* at the same ones, or init_from at another run"
+    )
+
+
+def _check_lora_scale(config: TinyGPTVConfig, opened: Opened) -> None:
     """Weights trained under another alpha would be applied with another strength."""
-    beside = source.path.with_name("config.json")
-    if source.path.name != WEIGHTS or not beside.is_file():
-        return
-    trained = read_json(beside)
-    if trained.get("lora_r") and trained.get("lora_alpha") != config.lora_alpha:
+    trained = _trained_alpha(opened)
+    if trained is not None and trained != config.lora_alpha:
         raise WeightsError(
-            f"{source.path} was trained with lora_alpha {trained.get('lora_alpha')}, the model has "
-            f"{config.lora_alpha}; set model.lora_alpha={trained.get('lora_alpha')}"
+            f"{opened.path} was trained with lora_alpha {trained}, the model has {config.lora_alpha}; "
+            f"set model.lora_alpha={trained}"
         )
 
 
-def _bytes(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.glob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _trained_alpha(opened: Opened) -> float | None:
+    """The alpha that a run's own files note; the original's checkpoints do not tell it reliably."""
+    if opened.folder is None:
+        return None
+    if (opened.folder / "config.json").is_file():
+        config = read_json(opened.folder / "config.json")
+        return config.get("lora_alpha") if config.get("lora_r") else None
+    recipe = opened.folder / "recipe.yaml"
+    model = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("model", {}) if recipe.is_file() else {}
+    return model.get("lora_alpha") if model.get("lora_r") else None

@@ -6,40 +6,34 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tinygptv_ds.convert.export import load_run
-from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.convert.resolve import resolve
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.processor import TinyGPTVProcessor
-from tinygptv_ds.processing.sequence import ImageTokens
-
-Picture = bytes | Path | Image.Image
+from tinygptv_ds.processing.processor import Picture, TinyGPTVProcessor
 
 
-def load_model(path: Path, dtype: torch.dtype) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor]:
+def load_model(
+    path: Path, dtype: torch.dtype, *, recipe: Path | None = None, overrides: Sequence[str] = ()
+) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor]:
     """A model ready to answer, on the GPU where there is one.
 
     Args:
-        path: an exported folder, a finished run directory, or its `model/`.
+        path: an exported folder, or trained weights in any form that `resolve` takes.
         dtype: of the weights.
+        recipe: for trained weights that do not tell where their base lies, as in `resolve`.
+        overrides: changes to that recipe.
 
     Raises:
-        WeightsError: there is no model at `path`.
+        WeightsError: there is no model at `path`, or its base weights are not found.
     """
-    if (path / "config.json").is_file() and (path / "tokenizer_config.json").is_file():
+    if (path / "config.json").is_file() and (path / "processor_config.json").is_file():
         transformers_logging.disable_progress_bar()
         model = TinyGPTVForConditionalGeneration.from_pretrained(path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    elif path.exists():
-        model, tokenizer = load_run(path, dtype=dtype)
+        processor = TinyGPTVProcessor.from_pretrained(path)
     else:
-        raise WeightsError(f"{path} does not exist; name an exported folder or a finished run directory")
-    config = model.config
-    image = ImageTokens(config.image_token_id, config.num_query_tokens)
-    processor = TinyGPTVProcessor(tokenizer, config.vision_config.image_size, image)
+        found = resolve(path, recipe, overrides)
+        model, processor = found.model(dtype), TinyGPTVProcessor.for_model(found.config, found.tokenizer())
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
@@ -69,7 +63,7 @@ def answers(
     """
     for first in range(0, len(questions), batch_size):
         chunk = questions[first : first + batch_size]
-        inputs = processor([text for text, _ in chunk], [pictures for _, pictures in chunk], begin_token=begin_token)
+        inputs = processor([list(p) for _, p in chunk], [text for text, _ in chunk], begin_token=begin_token)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with torch.no_grad():
             ids = model.generate(
@@ -79,4 +73,4 @@ def answers(
                 eos_token_id=processor.stop_ids(stop),
                 pad_token_id=processor.tokenizer.bos_token_id,
             )
-        yield from processor.decode(ids[:, inputs["input_ids"].shape[1] :], stop)
+        yield from processor.answers(ids[:, inputs["input_ids"].shape[1] :], stop)

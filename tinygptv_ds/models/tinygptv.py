@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Blip2QFormerModel, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Blip2QFormerModel,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -21,6 +27,7 @@ from tinygptv_ds.models.eva_vit import build_eva_vit
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.loss import token_losses
 from tinygptv_ds.models.phi import PhiForCausalLM, RMSNorm
+from tinygptv_ds.processing.processor import TinyGPTVProcessor
 
 # CLIP's statistics, which BLIP-2's image processor normalises with.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -67,6 +74,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = PhiForCausalLM(config)
         self.attention = "auto"
         self.always_run_vision = False
+        self.beside_base: dict[str, Tensor] = {}  # frozen weights that are not those of the base models' files
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -287,3 +295,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products run in: autocast's inside autocast, else the tensor's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+# So that transformers' Auto classes load an exported folder.
+AutoModelForImageTextToText.register(TinyGPTVConfig, TinyGPTVForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(TinyGPTVConfig, TinyGPTVProcessor, exist_ok=True)

@@ -17,7 +17,7 @@ from tinygptv_ds.errors import DataError
 MAX_PIXELS = 100_000_000
 
 
-def open_image(source: bytes | Path | Image.Image) -> Image.Image:
+def open_image(source: bytes | str | Path | Image.Image) -> Image.Image:
     """Decode to RGB (alpha dropped, EXIF rotation ignored).
 
     Raises:
@@ -31,11 +31,11 @@ def open_image(source: bytes | Path | Image.Image) -> Image.Image:
                 raise DataError(f"a picture of {image.width} x {image.height} pixels is refused (limit {MAX_PIXELS:,})")
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        name = f"{source}: " if isinstance(source, Path) else ""
+        name = f"{source}: " if isinstance(source, str | Path) else ""
         raise DataError(f"{name}the picture cannot be decoded: {error}") from error
 
 
-def to_pixels(source: bytes | Path | Image.Image, image_size: int) -> np.ndarray:
+def to_pixels(source: bytes | str | Path | Image.Image, image_size: int) -> np.ndarray:
     """uint8 `[3, image_size, image_size]`; errors as in `open_image`."""
     resized = open_image(source).resize((image_size, image_size), Image.Resampling.BICUBIC)
     return np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1).copy()

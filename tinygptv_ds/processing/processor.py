@@ -9,39 +9,76 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.processing_utils import ProcessorMixin
 
+from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.images import to_pixels
-from tinygptv_ds.processing.sequence import ImageTokens, prompt_ids, tokenize
+from tinygptv_ds.processing.sequence import ImageTokens, prompt_ids, tokenize, wrap
+from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
+
+Picture = bytes | str | Path | Image.Image  # encoded, a path, or decoded
 
 
-class TinyGPTVProcessor:
-    """Turns prompts with `<ImageHere>` and their pictures into padded inputs for `generate`.
+class TinyGPTVProcessor(ProcessorMixin):
+    """Turns prompts with `<ImageHere>` and their pictures into padded inputs for `generate`, and tokens into answers.
+
+    It is saved with an exported model, and `AutoProcessor` loads it from there.
 
     Args:
         tokenizer: Phi's.
         image_size: side of the square pictures.
-        image: how a picture stands in a row.
+        num_query_tokens: rows a picture takes in the sequence.
+        image_token_id: the id that stands at these.
+        prompt_template: how a question was wrapped in training, with `{}` for the question; None: no wrap.
+        end_sym: what ended every answer in training.
+        chat_template: of transformers; TinyGPT-V has none of its own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_size: int, image: ImageTokens) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_size: int = 224,
+        num_query_tokens: int = 32,
+        image_token_id: int = 51199,
+        prompt_template: str | None = None,
+        end_sym: str = "###",
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
         self.image_size = image_size
-        self.image = image
+        self.num_query_tokens = num_query_tokens
+        self.image_token_id = image_token_id
+        self.prompt_template = prompt_template
+        self.end_sym = end_sym
+
+    @classmethod
+    def for_model(cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> TinyGPTVProcessor:
+        """The processor that goes with a model's configuration."""
+        return cls(
+            tokenizer,
+            image_size=config.vision_config.image_size,
+            num_query_tokens=config.num_query_tokens,
+            image_token_id=config.image_token_id,
+            prompt_template=config.prompt_template,
+            end_sym=config.end_sym,
+        )
 
     def __call__(
         self,
-        prompts: Sequence[str],
-        images: Sequence[Sequence[bytes | Path | Image.Image]],
+        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
+        text: str | Sequence[str] = (),
         *,
         begin_token: bool = False,
-    ) -> dict[str, Tensor]:
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
         """Left-padded inputs for a batch of prompts.
 
         Args:
-            prompts: each with as many `<ImageHere>` as it has pictures.
-            images: the pictures of each prompt.
+            images: the pictures of each prompt; a flat list is dealt out by the placeholders.
+            text: prompts, each with as many `<ImageHere>` as it has pictures; see `prompt`.
             begin_token: put the begin token in front, as in training. The original does not at inference.
+            return_tensors: "pt", the only kind there is.
 
         Returns:
             `input_ids` and `attention_mask`, int64 `[B, L]`, and `pixel_values`, uint8 `[N, 3, S, S]`, where there is
@@ -50,31 +87,61 @@ class TinyGPTVProcessor:
         Raises:
             DataError: placeholders and pictures do not match, or a picture cannot be decoded.
         """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' is supported")
+        prompts = [text] if isinstance(text, str) else list(text)
+        dealt = _deal(images, prompts)
         begin = [self.tokenizer.bos_token_id] if begin_token else []
+        tokens = ImageTokens(self.image_token_id, self.num_query_tokens)
         rows = [
-            begin + prompt_ids(self.tokenizer, prompt, len(pictures), self.image)
-            for prompt, pictures in zip(prompts, images, strict=True)
+            begin + prompt_ids(self.tokenizer, prompt, len(pictures), tokens)
+            for prompt, pictures in zip(prompts, dealt, strict=True)
         ]
-        longest = max(map(len, rows))
+        longest = max(map(len, rows), default=0)
         pad = self.tokenizer.bos_token_id
         inputs = {
             "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
             "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
         }
-        pixels = [to_pixels(picture, self.image_size) for pictures in images for picture in pictures]
+        pixels = [to_pixels(picture, self.image_size) for pictures in dealt for picture in pictures]
         if pixels:
             inputs["pixel_values"] = torch.from_numpy(np.stack(pixels))
-        return inputs
+        return BatchFeature(inputs)
 
-    def stop_ids(self, stop: str) -> list[int]:
+    def prompt(self, question: str, num_images: int = 1) -> str:
+        """A question as the training worded it: behind its pictures, inside the template."""
+        words = f"{IMAGE_TAG * num_images} {question} " if num_images else question
+        return wrap(self.prompt_template, words)
+
+    def stop_ids(self, stop: str | None = None) -> list[int]:
         """Tokens that end generation: the end token, and `stop` (also after a space) where that is one token.
 
-        What continues past a stop of several tokens is cut by `decode`.
+        What continues past a stop of several tokens is cut by `answers`. None stops at `end_sym`.
         """
+        stop = self.end_sym if stop is None else stop
         forms = [tokenize(self.tokenizer, form) for form in (stop, f" {stop}")]
         return [self.tokenizer.eos_token_id, *(ids[0] for ids in forms if len(ids) == 1)]
 
-    def decode(self, ids: Tensor, stop: str) -> list[str]:
-        """The answers in new tokens `[B, T]`: cut at the end token and at `stop`, stripped."""
+    def answers(self, ids: Tensor, stop: str | None = None) -> list[str]:
+        """The answers in new tokens `[B, T]`: cut at the end token and at `stop` (None: `end_sym`), stripped."""
+        stop = self.end_sym if stop is None else stop
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [(text.split(stop)[0] if stop.strip() else text.split("\n")[0]).strip() for text in texts]
+
+
+def _deal(
+    images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None, prompts: Sequence[str]
+) -> list[list[Picture]]:
+    """The pictures of each prompt."""
+    given = [] if images is None else [images] if isinstance(images, Picture) else list(images)
+    if any(not isinstance(each, Picture) for each in given):
+        if len(given) != len(prompts):
+            raise DataError(f"{len(given)} lists of pictures for {len(prompts)} prompts; give one list a prompt")
+        return [[each] if isinstance(each, Picture) else list(each) for each in given]
+    counts = [prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts]
+    if sum(counts) != len(given):
+        raise DataError(
+            f"the prompts hold {sum(counts)} times {IMAGE_PLACEHOLDER}, but there are {len(given)} pictures"
+        )
+    remaining = iter(given)
+    return [[next(remaining) for _ in range(count)] for count in counts]

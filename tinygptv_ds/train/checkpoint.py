@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import nn
 
 from tinygptv_ds.config.load import recipe_dict
 from tinygptv_ds.config.schema import Recipe
+from tinygptv_ds.disk import sha256, whole_folder
 from tinygptv_ds.errors import CheckpointError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.engine import MOMENTS, Engine
@@ -70,27 +71,20 @@ def save_checkpoint(engine: Engine, step: int) -> None:
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "state.safetensors")
-    state["sha256"] = _sha256(temporary / "state.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    for file in temporary.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with whole_folder(folder) as partial:
+        save_file(tensors, partial / "state.safetensors")
+        state["sha256"] = sha256(partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
 def _remove_old(checkpoints: Path, keep: int) -> None:
-    for old in sorted(p for p in checkpoints.glob("step-*") if p.suffix != ".tmp")[:-keep]:
+    for old in _complete(checkpoints)[:-keep]:
         shutil.rmtree(old)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _complete(checkpoints: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first; not those that were being written when the run was killed."""
+    return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +101,7 @@ def latest_checkpoint(job: Job) -> Checkpoint | None:
     Raises:
         CheckpointError: it is of another recipe; the sections that differ are named.
     """
-    folders = sorted((p for p in (job.run_dir / "checkpoints").glob("step-*") if p.suffix != ".tmp"), reverse=True)
-    for folder in folders:
+    for folder in reversed(_complete(job.run_dir / "checkpoints")):
         try:
             checkpoint = _read(folder)
         except (OSError, ValueError) as error:
@@ -130,7 +123,7 @@ def _read(folder: Path) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text())
     if not isinstance(state, dict) or not {"step", "optimizer_steps", "loss_scale", "recipe", "sha256"} <= state.keys():
         raise ValueError("state.json is incomplete")
-    found = _sha256(folder / "state.safetensors")
+    found = sha256(folder / "state.safetensors")
     if found != state["sha256"]:
         raise ValueError(f"state.safetensors has sha256 {found}, expected {state['sha256']}")
     return Checkpoint(folder, state)

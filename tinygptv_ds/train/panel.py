@@ -52,8 +52,9 @@ class Panel:
 
     def _answers(self) -> list[str]:
         tokens = self._tokens
-        processor = TinyGPTVProcessor(tokens.tokenizer, tokens.image_size, tokens.image)
-        inputs = processor([p for p, _, _ in self._samples], [i for _, _, i in self._samples], begin_token=True)
+        processor = TinyGPTVProcessor.for_model(self._engine.module.config, tokens.tokenizer)
+        prompts, pictures = [p for p, _, _ in self._samples], [list(i) for _, _, i in self._samples]
+        inputs = processor(pictures, prompts, begin_token=True)
         inputs = {name: tensor.to(self._engine.device) for name, tensor in inputs.items()}
         with self._engine.inference() as model:
             ids = model.generate(
@@ -64,7 +65,7 @@ class Panel:
                 synced_gpus=self._engine.job.zero_stage == 3,
                 pad_token_id=tokens.tokenizer.bos_token_id,
             )
-        return processor.decode(ids[:, inputs["input_ids"].shape[1] :], tokens.text.end_sym)
+        return processor.answers(ids[:, inputs["input_ids"].shape[1] :], tokens.text.end_sym)
 
 
 def _choose(stream: OpenStream, tokens: Tokens, count: int) -> list[tuple[str, str, tuple[bytes, ...]]]:

@@ -1,0 +1,67 @@
+"""Files and folders that appear under their name complete or not at all, and hashes of files. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_BLOCK = 1 << 20
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into; it gets the name `out` when the block ends well, and is removed when it does not.
+
+    One that is already there stays until then and is replaced. A killed process leaves `out.partial`, which the next
+    attempt removes.
+    """
+    partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                sync(file)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(out: Path) -> Iterator[Path]:
+    """A path to write a file at; it gets the name `out` when the block ends well, and is removed when it does not."""
+    partial = out.with_name(out.name + ".partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        sync(partial)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    partial.replace(out)
+
+
+def sync(file: Path) -> None:
+    """Have the system put a file's content on the disk."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def sha256(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
+    """The hash of a file; `progress` is called with the number of bytes of each block."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
