@@ -16,6 +16,8 @@ USER_ERROR = 2
 VERBS = {
     "doctor": ("what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor"),
     "prepare": ("turn a dataset's own files into shards", "tinygptv_ds.data.prepare"),
+    "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.convert.inspect"),
+    "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.convert.convert"),
     "export": (
         "write a run's model for inference, as an adapter, or for the original's code",
         "tinygptv_ds.convert.export",

@@ -53,6 +53,7 @@ def base(tmp_path: Path, values: dict[str, Tensor]) -> Callable[..., ModelSectio
         qformer: Callable = dict,
         layout: str = "split",
         phi_folder: Path | None = None,
+        qformer_file: Path | None = None,
         **section: object,
     ) -> ModelSection:
         folder = tmp_path / "base"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 from weight_layouts import PHI, blip2_state, tokenizer
 
 from tinygptv_ds.config.schema import ModelSection, TextSection
@@ -139,15 +139,39 @@ def test_the_report(base: Base, values: dict[str, Tensor], caplog: pytest.LogCap
     assert "initialised: 4 tensors of projections, 8 tensors of LoRA, 10 tensors of added norms" in caplog.text
 
 
-def test_transformers_own_blip2_layout(base: Base, values: dict[str, Tensor], tmp_path: Path) -> None:
-    state = {name: tensor for name, tensor in values.items() if name.startswith(("qformer.", "query_tokens"))}
-    for kind in ("weight", "bias"):
-        state[f"vision_model.post_layernorm.{kind}"] = values[f"ln_vision.{kind}"]
-    unused = ("vision_model.encoder.layers.0.mlp.fc1.bias", "language_projection.bias", "language_model.lm_head.bias")
-    (tmp_path / "hf").mkdir()
-    save_file(state | {name: torch.zeros(1) for name in unused}, tmp_path / "hf/model.safetensors")
+@pytest.mark.parametrize("kind", [Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval])
+def test_transformers_own_blip2(base: Base, tmp_path: Path, kind: type) -> None:
+    """A folder as transformers saves it: query tokens, ln_vision and Q-Former are taken, the rest is known by name."""
+    torch.manual_seed(1)
+    theirs = kind(blip2_config(with_text=kind is Blip2ForImageTextRetrieval))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_()
+    theirs.save_pretrained(tmp_path / "hf")
+    state = theirs.state_dict()
     built = build(dataclasses.replace(base(), qformer=str(tmp_path / "hf")))
-    assert all(torch.equal(built[n], values[n]) for n in values if n.startswith(("qformer.", "query_", "ln_vision.")))
+    ours = {n: t for n, t in built.items() if n.startswith(("qformer.", "query_tokens"))}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.items())
+    for ending in ("weight", "bias"):
+        assert torch.equal(built[f"ln_vision.{ending}"], state[f"vision_model.post_layernorm.{ending}"])
+
+
+def blip2_config(with_text: bool) -> Blip2Config:
+    sizes = {"num_attention_heads": 2, "intermediate_size": 8}
+    return Blip2Config(
+        vision_config={"hidden_size": 8, "num_hidden_layers": 1, "image_size": 28, **sizes},
+        qformer_config={
+            "hidden_size": 6,
+            "num_hidden_layers": 3,
+            "encoder_hidden_size": 8,
+            "vocab_size": 9,
+            "use_qformer_text_input": with_text,
+            **sizes,
+        },
+        text_config={"model_type": "t5", "d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9},
+        num_query_tokens=3,
+        image_text_hidden_size=4,
+    )
 
 
 def without(name: str) -> Callable[[dict], dict]:

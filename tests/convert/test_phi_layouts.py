@@ -12,16 +12,8 @@ from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 from weight_layouts import HEADS, PHI, phi_state, save_phi
 
-from tinygptv_ds.convert.phi2 import (
-    fuse_remote,
-    fuse_split,
-    parse_config,
-    phi_config,
-    phi_source,
-    split_fused,
-    to_layout,
-    unfuse_remote,
-)
+from tinygptv_ds.convert.phi2 import fuse_remote, fuse_split, phi_source, split_fused, to_layout, unfuse_remote
+from tinygptv_ds.convert.phi_config import parse_config, phi_config
 from tinygptv_ds.errors import WeightsError
 
 heads_and_dims = st.tuples(st.integers(1, 5), st.integers(1, 6))

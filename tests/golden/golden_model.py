@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinygptv_ds.convert.files import Source, check_weights, copy_weights
-from tinygptv_ds.convert.phi2 import parse_config
+from tinygptv_ds.convert.phi_config import parse_config
 from tinygptv_ds.convert.storage import open_weights
 from tinygptv_ds.convert.tinygptv_pth import canonical_name, original_source
 from tinygptv_ds.models.configuration import TinyGPTVConfig

@@ -18,7 +18,8 @@ from tinygptv_ds.config.schema import ModelSection, TextSection
 from tinygptv_ds.convert.blip2 import blip2_source, qformer_config
 from tinygptv_ds.convert.eva import eva_config, eva_source
 from tinygptv_ds.convert.files import Source, check_weights, copy_weights
-from tinygptv_ds.convert.phi2 import ADDED_NORMS, in_layer, phi_config, phi_source
+from tinygptv_ds.convert.phi2 import ADDED_NORMS, in_layer, phi_source
+from tinygptv_ds.convert.phi_config import phi_config
 from tinygptv_ds.convert.storage import Stored, in_memory, listing
 from tinygptv_ds.convert.trained import beside_base, fitting_source
 from tinygptv_ds.errors import WeightsError

@@ -26,11 +26,12 @@ _RENAMES = (
 )
 # What BLIP-2's files hold beside the three parts: the text side of the Q-Former, other vision towers and LLMs.
 _UNUSED = re.compile(
-    r"Qformer\.bert\.(embeddings\.(word_embeddings|position_embeddings|position_ids)|pooler\.)"
-    r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
+    r"(Qformer\.bert\.|qformer\.)?embeddings\.(word_embeddings|position_embeddings|position_ids)"
+    r"|(Qformer\.bert|qformer)\.(pooler\.|encoder\.layer\.\d+\.(intermediate|output)\.)"
     r"|Qformer\.cls\."
     r"|(t5_proj|opt_proj|llm_proj|language_projection|t5_model|opt_model|llm_model|language_model)\."
     r"|(visual_encoder|vision_model)\."
+    r"|(vision_proj|text_proj|vision_projection|text_projection|itm_head)\.|temp$"
 )
 _LAYER = r"qformer\.encoder\.layer\.(\d+)\."
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -65,12 +66,28 @@ def eva_source(path: Path, config: EvaViTConfig) -> Source:
         return None if unused or name.startswith(("norm.", "fc_norm.", "head.")) else PREFIX + name
 
     source = rename_all(open_weights(path), rename, path)
-    positions = source.weights.get(_POSITIONS)
-    if positions is not None:
-        patches = (config.image_size // config.patch_size) ** 2
-        shape = (1, 1 + patches, positions.shape[-1])
-        source.weights[_POSITIONS] = Stored(shape, positions.dtype, partial(_resized, positions, patches))
-    return source
+    return Source(path, resized(source.weights, config.image_size, path), source.ignored)
+
+
+def resized(weights: Mapping[str, Stored], image_size: int, path: Path) -> dict[str, Stored]:
+    """The same weights, position embeddings interpolated to another image size when they are read.
+
+    Args:
+        weights: by canonical name.
+        image_size: side of the pictures in pixels.
+        path: the file, for errors.
+
+    Raises:
+        WeightsError: patches do not tile that size.
+    """
+    positions, patch = weights.get(_POSITIONS), weights.get(PREFIX + "patch_embed.proj.weight")
+    if positions is None or patch is None:
+        return dict(weights)
+    if image_size % patch.shape[-1]:
+        raise WeightsError(f"{path}: patches of {patch.shape[-1]} pixels do not tile a picture of {image_size}")
+    patches = (image_size // patch.shape[-1]) ** 2
+    shape = (1, 1 + patches, positions.shape[-1])
+    return {**weights, _POSITIONS: Stored(shape, positions.dtype, partial(_resized, positions, patches))}
 
 
 def _resized(positions: Stored, patches: int) -> Tensor:

@@ -17,7 +17,7 @@ from tinygptv_ds.convert.files import Source
 from tinygptv_ds.convert.phi2 import ADDED_NORMS, in_layer
 from tinygptv_ds.convert.trained import lora_rank
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.models.configuration import EvaViTConfig, TinyGPTVConfig
+from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
 from tinygptv_ds.models.eva_vit import build_eva_vit
 from tinygptv_ds.models.phi import PhiForCausalLM
 from tinygptv_ds.models.trainable import lora, norms
@@ -82,7 +82,7 @@ def _trained(source: Source, shapes: Shapes) -> Shapes:
     projections = _projections(shapes)
     width = shapes["llama_proj2.weight"][0]
     inner = shapes.get(_LAYER + "mlp.fc1.lora_B.weight", (width,))[0]
-    learnt = {n: s for n, s in _llm(shapes, 1, width, inner).items() if norms(n) or lora(n)}
+    learnt = {n: s for n, s in _llm(shapes, PHI_2["vocab_size"], width, inner).items() if norms(n) or lora(n)}
     qformer: Shapes = {}
     if any(name.startswith("qformer.") for name in shapes):
         qformer = {n: s for n, s in _blip2(source, shapes).items() if not n.startswith("ln_vision.")}

@@ -47,6 +47,39 @@ def rename_all(stored: Mapping[str, Stored], rename: Callable[[str], str | None]
     return Source(path, weights, ignored)
 
 
+@dataclass(frozen=True)
+class Match:
+    """How the names and shapes of a source agree with those that are expected.
+
+    Attributes:
+        matched: names that agree in shape.
+        missing: names that are not there.
+        unexpected: names that are there besides.
+        wrong_shape: name, shape there and shape expected, in words.
+    """
+
+    matched: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    wrong_shape: list[str]
+
+    def __str__(self) -> str:
+        told = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": self.wrong_shape}
+        return "; ".join(f"{what}: {listing(names)}" for what, names in told.items() if names)
+
+
+def compare(expected: Mapping[str, tuple[int, ...]], source: Source) -> Match:
+    """Hold a source's names and shapes against expected ones; the `Match` reads "" where all agree."""
+    given = {name: stored.shape for name, stored in source.weights.items()}
+    differing = [name for name, shape in expected.items() if given.get(name, shape) != tuple(shape)]
+    return Match(
+        matched=[name for name, shape in expected.items() if given.get(name) == tuple(shape)],
+        missing=[name for name in expected if name not in given],
+        unexpected=[name for name in given if name not in expected],
+        wrong_shape=[f"{name} is {list(given[name])} instead of {list(expected[name])}" for name in differing],
+    )
+
+
 def check_weights(expected: Mapping[str, tuple[int, ...]], source: Source, advice: str) -> None:
     """See that a source supplies exactly these names in these shapes.
 
@@ -58,20 +91,9 @@ def check_weights(expected: Mapping[str, tuple[int, ...]], source: Source, advic
     Raises:
         WeightsError: anything is missing, unexpected or of another shape.
     """
-    given = source.weights
-    wrong_shape = [
-        f"{name} is {list(given[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in given and given[name].shape != tuple(shape)
-    ]
-    problems = {
-        "missing": expected.keys() - given.keys(),
-        "unexpected": given.keys() - expected.keys(),
-        "wrong shape": wrong_shape,
-    }
-    told = [f"{what}: {listing(names)}" for what, names in problems.items() if names]
-    if told:
-        raise WeightsError(f"{source.path}: {'; '.join(told)}. {advice}")
+    problems = str(compare(expected, source))
+    if problems:
+        raise WeightsError(f"{source.path}: {problems}. {advice}")
 
 
 def copy_weights(targets: Mapping[str, Tensor], weights: Mapping[str, Stored]) -> None:

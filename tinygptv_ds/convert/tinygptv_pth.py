@@ -7,7 +7,7 @@ names; from 0.3 on it adds the adapter's name (`lora_A.default.weight`), later a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tinygptv_ds.convert import blip2
@@ -48,3 +48,16 @@ def original_name(name: str, *, lora: bool) -> str:
 def original_source(stored: Mapping[str, Stored], path: Path) -> Source:
     """The tensors of one of the original's files under canonical names."""
     return rename_all(stored, canonical_name, path)
+
+
+def spelling(names: Iterable[str]) -> str:
+    """How the names of trained weights are spelled, in words."""
+    names = list(names)
+    if any(name.startswith("language_model.") for name in names):
+        return "canonical names"
+    if any(".base_layer." in name or re.search(r"\.lora_A\.[^.]+\.weight$", name) for name in names):
+        return "the original's names, LoRA as peft spells it from 0.3 on"
+    if any(".lora_A." in name for name in names):
+        wrapped = any(".base_model." in name or name.startswith("base_model.") for name in names)
+        return f"the original's names, LoRA as peft 0.2 spells it{'' if wrapped else ', without its wrapper'}"
+    return "the original's names, without LoRA"

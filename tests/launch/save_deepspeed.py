@@ -1,0 +1,35 @@
+"""Stage 4 as its script has it, ending with a checkpoint in DeepSpeed's own format beside the run's model/."""
+
+from pathlib import Path
+
+from tinygptv_ds.cli import run_command
+from tinygptv_ds.train.job import parse_job
+
+
+def main() -> None:
+    job = parse_job(None, Path(__file__).parents[2] / "stages/stage4.yaml")
+
+    from tinygptv_ds.convert.assemble import build_model
+    from tinygptv_ds.convert.model_folder import save_trained
+    from tinygptv_ds.convert.provenance import provenance_of
+    from tinygptv_ds.data.loader import open_tokens
+    from tinygptv_ds.data.stream import open_stream
+    from tinygptv_ds.models.trainable import lora, norms, projections, train_only
+    from tinygptv_ds.train.engine import DTYPES, start_distributed, start_engine
+    from tinygptv_ds.train.loop import train
+
+    start_distributed(job)
+    model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])
+    train_only(model, projections, norms, lora)
+    stream, tokens = open_stream(job.recipe), open_tokens(job.recipe, model.config)
+    with start_engine(model, job) as engine:
+        train(engine, stream, tokens)
+        trained = engine.trained_state()
+        for name, lean in (("lean", True), ("whole", False)):
+            engine.deepspeed.save_checkpoint(str(job.run_dir / name), exclude_frozen_parameters=lean)
+        if job.ranks.is_main:
+            save_trained(trained, model.config, job.run_dir / "model", provenance_of(job.recipe))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,59 @@
+"""What two ranks write in DeepSpeed's own format is read as what they trained, under ZeRO-2 and ZeRO-3."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from launcher import ROOT, Run, deepspeed_script, run
+from safetensors.torch import load_file
+
+from tinygptv_ds.convert.opened import open_any
+from tinygptv_ds.convert.resolve import resolve
+from tinygptv_ds.errors import WeightsError
+
+SETS = {
+    2: ["deepspeed.zero_optimization.stage=2"],
+    # Small sub-groups: the fp32 values of a rank then lie in several rows.
+    3: ["deepspeed.zero_optimization.stage=3", "deepspeed.zero_optimization.sub_group_size=600"],
+}
+
+
+@pytest.fixture(scope="module", params=SETS, ids=lambda stage: f"ZeRO-{stage}")
+def done(request: pytest.FixtureRequest, weights: Path, shards: dict[str, Path], tmp_path_factory) -> tuple[int, Run]:
+    folder = tmp_path_factory.mktemp("deepspeed")
+    raw = tiny.recipe(weights, shards, train__steps_per_epoch=2)
+    recipe = tiny.write_recipe(folder / "recipe.yaml", raw)
+    sets = [f"--set={text}" for text in SETS[request.param]]
+    return request.param, run(deepspeed_script("tests/launch/save_deepspeed.py"), recipe, folder / "run", *sets)
+
+
+@pytest.mark.parametrize("name", ["lean", "whole"])
+def test_every_bit_of_what_was_trained(done: tuple[int, Run], name: str) -> None:
+    stage, ended = done
+    trained = load_file(ended.folder / "model/trained.safetensors")
+    opened = open_any(ended.folder / name)
+    assert opened.container == f"DeepSpeed checkpoint (ZeRO-{stage}, 2 rank(s))"
+    assert opened.stored.keys() == trained.keys()
+    for key, stored in opened.stored.items():
+        assert stored.shape == tuple(trained[key].shape)
+        assert torch.equal(stored.read(), trained[key]), key
+    assert bool(opened.ignored) is (name == "whole")  # the frozen weights
+
+
+def test_the_whole_model_from_it(done: tuple[int, Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its recipe lies in the run directory around it."""
+    monkeypatch.chdir(ROOT)
+    found = resolve(done[1].folder / "lean/global_step2")
+    assert (found.recipe.stage, found.config.lora_r) == (4, 4)
+    weights = found.weights()
+    trained = load_file(done[1].folder / "model/trained.safetensors")
+    assert all(torch.equal(weights[name].read(), tensor) for name, tensor in trained.items())
+
+
+def test_a_rank_that_is_missing_is_noticed(done: tuple[int, Run], tmp_path: Path) -> None:
+    for file in (done[1].folder / "lean/global_step2").iterdir():
+        if "rank_1" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(WeightsError, match=r"written by 2 ranks, but there are 1 \*_optim_states\.pt"):
+        open_any(tmp_path)
