@@ -1,4 +1,4 @@
-"""What all tests share: `--golden=DIR`, a tiny model's weights and shards, and no GPU, no network, no hub."""
+"""What all tests share: `--golden DIR`, a tiny model's weights and shards, and no GPU, no network, no hub."""
 
 import os
 import socket
@@ -18,7 +18,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    # Written as --golden=DIR: pytest takes a DIR apart from its option for a folder of tests, and reads no conftest.py.
+    # pytest tests/golden --golden DIR; without a folder of tests before it, pytest takes a DIR apart from its option
+    # for one: --golden=DIR then.
     parser.addoption("--golden", metavar="DIR", help="folder with the reference data (default: tests/golden/data)")
 
 

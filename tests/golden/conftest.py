@@ -1,9 +1,13 @@
-"""Reference values of the original TinyGPT-V; `pytest --golden=DIR` checks against another set of the same layout."""
+"""Reference values of the original TinyGPT-V; `pytest tests/golden --golden DIR` takes another set of this layout.
+
+Nothing in these tests may assume the sizes, names or cases of the set that lies beside them.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 _DEFAULT = Path(__file__).parent / "data"
 
@@ -18,7 +22,48 @@ def golden(request: pytest.FixtureRequest) -> Path:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each dataset (`map_name`, `shard_name`) and oddity of the set in use."""
+    """One test for each case that the set in use holds."""
+    _generate_language_model(metafunc)
+    _generate_full_model(metafunc)
+    _generate_datasets(metafunc)
+
+
+def _generate_language_model(metafunc: pytest.Metafunc) -> None:
+    """`phi_case` and `lora_case` have a loss, `greedy_case` has generated tokens."""
+    for fixture, part, sign in (
+        ("phi_case", "phi", "loss"),
+        ("lora_case", "lora", "loss"),
+        ("greedy_case", "phi", "new_tokens"),
+    ):
+        if fixture in metafunc.fixturenames:
+            files = sorted((_folder(metafunc.config) / part).glob("*.safetensors"))
+            metafunc.parametrize(fixture, [file.stem for file in files if sign in names_in(file)])
+
+
+def _generate_full_model(metafunc: pytest.Metafunc) -> None:
+    """`full_name` is a model; the others are cases of one, told apart by what their JSON holds."""
+    root = _folder(metafunc.config) / "full"
+    if "full_name" in metafunc.fixturenames:
+        metafunc.parametrize("full_name", sorted(path.parent.name for path in root.glob("*/weights.safetensors")))
+    signs = {"training_case": "samples", "greedy_prompts": "new_tokens", "candidates_case": "candidates_by_index"}
+    signs["prompt_case"] = "texts"
+    for fixture in signs.keys() & set(metafunc.fixturenames):
+        cases = [
+            path for path in sorted(root.glob("*/cases/*.json")) if signs[fixture] in json.loads(path.read_bytes())
+        ]
+        if fixture == "prompt_case":
+            cases = [path for path in cases if "layout" in json.loads(path.read_bytes())]
+        metafunc.parametrize(fixture, cases, ids=[f"{path.parents[1].name}/{path.stem}" for path in cases])
+
+
+def names_in(file: Path) -> set[str]:
+    """The tensors of a safetensors file."""
+    with safe_open(file, framework="np") as opened:
+        return set(opened.keys())
+
+
+def _generate_datasets(metafunc: pytest.Metafunc) -> None:
+    """Datasets (`map_name`, `shard_name`) and oddities."""
     wanted = {"map_name", "shard_name", "oddity"} & set(metafunc.fixturenames)
     if not wanted:
         return

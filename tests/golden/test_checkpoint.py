@@ -1,12 +1,17 @@
 """A checkpoint as the original saves it: read, loss after loading, and one more step with its optimizer."""
 
+import argparse
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from golden_model import LOSS, full_model, pack_layout, read, tensors
 from torch import Tensor
 
+from tinygptv_ds.convert import convert, export
+from tinygptv_ds.convert.inspect import inspect
 from tinygptv_ds.convert.storage import load_torch, open_weights
 from tinygptv_ds.convert.tinygptv_pth import canonical_name
 from tinygptv_ds.convert.trained import load_trained
@@ -26,7 +31,8 @@ def expected(folder: Path) -> dict:
 
 @pytest.fixture
 def file(folder: Path) -> Path:
-    return next(folder.glob("*.pth"))
+    (file,) = folder.glob("*.pth")
+    return file
 
 
 @pytest.fixture
@@ -72,6 +78,46 @@ def test_one_more_step(
         )
     loss = loss_of(model, golden, expected).item()
     assert loss == pytest.approx(expected["loss_after_one_more_step"], rel=LOSS["rtol"])
+
+
+def test_imported_and_exported_again(file: Path, expected: dict, tmp_path: Path) -> None:
+    """Through our own names and back, every bit and key is there, and what lies beside "model" too."""
+    before = load_torch(file)
+    call(export, str(file), "--to", "original", "--out", str(tmp_path / "direct.pth"))
+    assert_equal(load_torch(tmp_path / "direct.pth"), before)
+    assert list(load_torch(tmp_path / "direct.pth")["model"]) == [entry["name"] for entry in expected["model_keys"]]
+    call(convert, str(file), "--out", str(tmp_path / "ours.safetensors"))
+    call(export, str(tmp_path / "ours.safetensors"), "--to", "original", "--out", str(tmp_path / "again.pth"))
+    assert_equal(load_torch(tmp_path / "again.pth")["model"], before["model"])
+
+
+def test_inspected(file: Path, expected: dict) -> None:
+    report = inspect(file)
+    buffers = len(expected["model_keys"]) - len(report.matched)
+    assert (report.incomplete, len(report.ignored)) == ("", buffers)
+    assert f"epoch {expected['epoch']}" in report.beside
+
+
+def call(verb: ModuleType, *argv: str) -> None:
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    verb.run(parser.parse_args(argv))
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    if isinstance(theirs, Tensor):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert_equal(ours[key], value)
+    elif isinstance(theirs, list | tuple):
+        assert (type(ours), len(ours)) == (type(theirs), len(theirs))
+        for mine, other in zip(ours, theirs, strict=True):
+            assert_equal(mine, other)
+    else:
+        assert ours == theirs
 
 
 def restored_optimizer(model: TinyGPTVForConditionalGeneration, saved: dict, expected: dict) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ Random choices are unrolled on both sides: the same outcomes with the same proba
 import io
 import json
 import pickle
+import re
 import shutil
 from collections import defaultdict
 from fractions import Fraction
@@ -179,15 +180,20 @@ def usable(sample: object) -> bool:
     return True
 
 
+def picture_of(content: object, folder: Path) -> Path:
+    """The one picture that the entries name, by its file name or its number."""
+    numbers = {int(digits) for digits in re.findall(r"\d+", json.dumps(content))}
+    known = sorted(path for path in folder.iterdir() if path.stat().st_size)
+    return next((path for path in known if int(path.stem.rpartition("_")[2]) in numbers), known[0])
+
+
 def test_oddities(oddity: dict, golden: Path, tmp_path: Path) -> None:
     """Malformed annotations never crash: a sample, a skipped entry, or an error that says what is wrong."""
     name, content = oddity["dataset"], oddity["content"]
     files = [file for file in DATASETS[name].files if Path(file).suffix in (".json", ".p")]
     pictures = next((Path(f) for f in DATASETS[name].files if not Path(f).suffix), Path("coco/train2014"))
     (tmp_path / pictures / "folder.jpg").mkdir(parents=True)
-    coco = sorted((golden / "datasets/roots/_coco/train2014").iterdir())
-    picture = next(path for path in coco if path.name.endswith("000000000009.jpg"))
-    shutil.copy(picture, tmp_path / pictures)
+    shutil.copy(picture_of(content, golden / "datasets/roots/_coco/train2014"), tmp_path / pictures)
     for file in files:
         path = tmp_path / file
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,13 +33,19 @@ def assert_features(folder: Path, model: torch.nn.Module, expected: dict) -> Non
     torch.testing.assert_close(normed, expected["ln_vision_output"], **HIDDEN)
 
 
-@pytest.mark.parametrize("file", ["weights.safetensors", "checkpoint_one_block_more.safetensors"])
-def test_forward(golden: Path, file: str) -> None:
+@pytest.mark.parametrize("more", [False, True])
+def test_forward(golden: Path, more: bool) -> None:
+    """From the bare weights, and from a file with blocks, a norm and a head more, as the published one has them."""
     folder = golden / "eva_vit"
     config = read(folder / "config.json")
-    model, ignored = load(folder / file, config, config["img_size"])
+    model, ignored = load(published(folder) if more else folder / "weights.safetensors", config, config["img_size"])
     assert_features(folder, model, tensors(folder / "forward.safetensors"))
-    assert sorted(ignored) == (sorted(config["checkpoint_extra_keys"]) if "more" in file else [])
+    assert sorted(ignored) == (sorted(config["checkpoint_extra_keys"]) if more else [])
+
+
+def published(folder: Path) -> Path:
+    (file,) = folder.glob("checkpoint*.safetensors")
+    return file
 
 
 def test_sizes_from_shapes(golden: Path) -> None:
@@ -57,7 +63,7 @@ def test_positions_for_another_image_size(golden: Path, tmp_path: Path) -> None:
     resized = interpolate_pos_embed(expected["pos_embed_in"], patches)
     torch.testing.assert_close(resized, expected["pos_embed_out"], rtol=0, atol=1e-6)
 
-    stored = tensors(folder / "checkpoint_one_block_more.safetensors") | {"pos_embed": expected["pos_embed_in"]}
+    stored = tensors(published(folder)) | {"pos_embed": expected["pos_embed_in"]}
     save_file(stored, tmp_path / "eva.safetensors")
     model, _ = load(tmp_path / "eva.safetensors", config, config["interpolate"]["to_image_size"])
     assert_features(folder, model, expected)

@@ -1,6 +1,6 @@
 """The whole model on every reference case, its layout packed: picture embeddings, loss, gradients, greedy tokens."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,6 @@ from golden_model import (
     assert_gradients,
     full_config,
     full_model,
-    pack,
     pack_layout,
     read,
     tensors,
@@ -21,13 +20,12 @@ from transformers import AutoTokenizer
 
 from tinygptv_ds.config.schema import TextSection
 from tinygptv_ds.convert.tinygptv_pth import canonical_name, original_name
+from tinygptv_ds.infer.candidates import CandidateLosses, Choice, batch_means, candidate_losses, rank
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.models.trainable import lora, norms, projections, train_only, weight_decay_groups
-from tinygptv_ds.processing.sequence import ImageTokens, Sequence, build_sequence
-from tinygptv_ds.processing.text import Rendered
+from tinygptv_ds.processing.processor import TinyGPTVProcessor
 
-SPECIAL = ("generate", "multi_select")
 PARTS = {
     "visual_encoder": "visual_encoder",
     "ln_vision": "ln_vision",
@@ -35,21 +33,6 @@ PARTS = {
     "query_tokens": "query_tokens",
     "language_model": "llama_model",
 }
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each model and each case that the set in use lists."""
-    root = Path(metafunc.config.getoption("golden", None) or Path(__file__).parent / "data") / "full"
-    names = sorted(path.parent.name for path in root.glob("*/weights.safetensors"))
-    if "full_name" in metafunc.fixturenames:
-        metafunc.parametrize("full_name", names)
-    for case in SPECIAL:
-        if f"with_{case}" in metafunc.fixturenames:
-            having = [name for name in names if (root / name / f"cases/{case}.json").is_file()]
-            metafunc.parametrize(f"with_{case}", having)
-    if "full_case" in metafunc.fixturenames:
-        cases = [(name, path.stem) for name in names for path in sorted((root / name / "cases").glob("*.json"))]
-        metafunc.parametrize("full_case", [case for case in cases if case[1] not in SPECIAL], ids="/".join)
 
 
 def folder_of(golden: Path, name: str) -> Path:
@@ -67,11 +50,9 @@ def train_as_published(model: TinyGPTVForConditionalGeneration) -> list[str]:
     return train_only(model, *parts)
 
 
-def test_case(golden: Path, full_case: tuple[str, str]) -> None:
-    name, case_name = full_case
-    path = folder_of(golden, name) / "cases" / case_name
-    case, expected = read(path.with_suffix(".json")), tensors(path.with_suffix(".safetensors"))
-    model = full_model(folder_of(golden, name))
+def test_case(training_case: Path) -> None:
+    case, expected = read(training_case), tensors(training_case.with_suffix(".safetensors"))
+    model = full_model(training_case.parents[1])
     train_as_published(model)
     packed = pack_layout(case, expected["attention_mask"], expected["targets"], model.config.image_token_id)
     images = pixels(expected)
@@ -81,16 +62,15 @@ def test_case(golden: Path, full_case: tuple[str, str]) -> None:
     loss = out.token_losses.mean() + out.anchor
     torch.testing.assert_close(loss, expected["loss"], **LOSS)
     assert loss.item() == pytest.approx(case["loss"], rel=LOSS["rtol"])
-    gradients = path.with_name(f"{case_name}_grads.safetensors")
+    gradients = training_case.with_name(f"{training_case.stem}_grads.safetensors")
     if gradients.is_file():
         loss.backward()
         assert_gradients(model, tensors(gradients))
 
 
-def test_greedy(golden: Path, with_generate: str) -> None:
-    folder = folder_of(golden, with_generate)
-    case, expected = read(folder / "cases/generate.json"), tensors(folder / "cases/generate.safetensors")
-    model = full_model(folder)
+def test_greedy(greedy_prompts: Path) -> None:
+    case, expected = read(greedy_prompts), tensors(greedy_prompts.with_suffix(".safetensors"))
+    model = full_model(greedy_prompts.parents[1])
     pad = model.config.pad_token_id
     ids = [
         [model.config.image_token_id if isinstance(item, dict) else pad if item == "pad" else item for item in row]
@@ -113,46 +93,42 @@ def test_greedy(golden: Path, with_generate: str) -> None:
     assert out.tolist() == case["new_tokens"]
 
 
-def test_candidates(golden: Path, with_multi_select: str) -> None:
-    """The loss of each candidate answer by itself; the lowest wins."""
-    folder = folder_of(golden, with_multi_select)
-    path = folder / "cases/multi_select.json"
-    case, images = read(path), pixels(tensors(path.with_suffix(".safetensors")))
-    model, sequences = full_model(folder), candidate_rows(folder, case)
-    for b, losses in enumerate(case["per_sample_losses"]):
-        ours = []
-        for sequence in (sequences(b, c) for c in range(len(losses))):
-            packed = pack(torch.ones(1, len(sequence)), torch.tensor(sequence.labels)[None])
-            with torch.no_grad():
-                out = model(
-                    torch.tensor(sequence.input_ids),
-                    pixel_values=images[b : b + 1],
-                    image_rows=torch.tensor(sequence.image_rows),
-                    **packed.inputs,
-                )
-            ours.append(out.token_losses.mean().item())
-        assert ours == pytest.approx(losses, rel=LOSS["rtol"])
-        offered = [loss if c < case["num_cand"][b] else float("inf") for c, loss in enumerate(ours)]
-        assert sorted(range(len(ours)), key=offered.__getitem__) == case["per_sample_ranks"][b]
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_candidates(candidates_case: Path, batch_size: int) -> None:
+    """The loss of each candidate answer by itself, whatever the batch; the lowest wins."""
+    case, folder = read(candidates_case), candidates_case.parents[1]
+    for b, found in enumerate(losses_of(case, folder, candidates_case, batch_size)):
+        assert found.means.tolist() == pytest.approx(case["per_sample_losses"][b], rel=LOSS["rtol"])
+        assert rank(found.means, case["num_cand"][b]) == case["per_sample_ranks"][b]
 
 
-def candidate_rows(folder: Path, case: dict) -> Callable[[int, int], Sequence]:
+def test_candidates_as_the_original_ranks_them(candidates_case: Path) -> None:
+    """One mean a batch, by which all its questions get the same answer."""
+    case, folder = read(candidates_case), candidates_case.parents[1]
+    means = batch_means(list(losses_of(case, folder, candidates_case, 8)))
+    assert means.tolist() == pytest.approx(case["original_batch_mean_losses"], rel=LOSS["rtol"])
+    assert [rank(means, case["num_cand"][0])] == case["original_batch_ranks"]
+
+
+def losses_of(case: dict, folder: Path, path: Path, batch_size: int) -> Iterator[CandidateLosses]:
     config = read(folder / "config.json")
     tokenizer = AutoTokenizer.from_pretrained(folder / config["tokenizer"])
-    template = config.get("prompt_template") if config.get("chat_template") else None
     text = TextSection(
-        prompt_template=template,
+        prompt_template=config.get("prompt_template") if config.get("chat_template") else None,
         end_sym=config["end_sym"],
         max_txt_len=config["max_txt_len"],
         max_context_len=config["max_context_len"],
     )
-    image = ImageTokens(config["phi"]["vocab_size"] - 1, config["qformer"]["num_query_tokens"])
-
-    def row(b: int, c: int) -> Sequence:
-        rendered = Rendered([(case["texts"][b], case["candidates_by_index"][c][b])])
-        return build_sequence(rendered, 1, tokenizer, text, image, lambda n: 0)
-
-    return row
+    model = full_model(folder)
+    processor = TinyGPTVProcessor.for_model(model.config, tokenizer)
+    images = pixels(tensors(path.with_suffix(".safetensors")))
+    candidates = zip(*case["candidates_by_index"], strict=True)
+    choices = [
+        Choice(question, [image], c) for question, image, c in zip(case["texts"], images, candidates, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch:  # the reference's pictures are normalised tensors
+        patch.setattr("tinygptv_ds.infer.candidates.to_pixels", lambda picture, _: picture.numpy())
+        yield from candidate_losses(model, processor, choices, text, batch_size=batch_size)
 
 
 def test_trainable_names(golden: Path, full_name: str) -> None:

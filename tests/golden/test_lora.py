@@ -11,6 +11,7 @@ from test_phi import (
     gradients_of,
     hidden_states,
     inputs,
+    labels_of,
     load_language_model,
     padded_loss,
 )
@@ -27,25 +28,25 @@ def model(golden: Path) -> TinyGPTVForConditionalGeneration:
 
 
 @pytest.fixture
-def expected(golden: Path) -> dict:
-    return tensors(golden / "lora/right_padded.safetensors")
+def expected(golden: Path, lora_case: str) -> dict:
+    return tensors(golden / f"lora/{lora_case}.safetensors")
 
 
 def run_padded(model: TinyGPTVForConditionalGeneration, expected: dict) -> tuple:
     embeds, mask = inputs(model, expected)
     states = hidden_states(model, embeds, mask)
     logits = model.language_model.lm_head(states[-1])
-    return embeds, mask, (states, logits, padded_loss(logits, expected["labels"]))
+    return embeds, mask, (states, logits, padded_loss(logits, labels_of(expected)))
 
 
-def test_padded(golden: Path, model: TinyGPTVForConditionalGeneration, expected: dict) -> None:
+def test_padded(golden: Path, model: TinyGPTVForConditionalGeneration, expected: dict, lora_case: str) -> None:
     embeds, mask, outputs = run_padded(model, expected)
-    gradients = gradients_of(golden / "lora", "right_padded", expected)
+    gradients = gradients_of(golden / "lora", lora_case, expected)
     assert_outputs(model, expected, gradients, embeds, outputs, mask)
 
 
-def test_packed(golden: Path, model: TinyGPTVForConditionalGeneration, expected: dict) -> None:
-    assert_packed(model, expected, gradients_of(golden / "lora", "right_padded", expected))
+def test_packed(golden: Path, model: TinyGPTVForConditionalGeneration, expected: dict, lora_case: str) -> None:
+    assert_packed(model, expected, gradients_of(golden / "lora", lora_case, expected))
 
 
 def test_merged(golden: Path, model: TinyGPTVForConditionalGeneration, expected: dict) -> None:

@@ -23,7 +23,9 @@ def test_sizes_from_shapes(golden: Path) -> None:
     config = read(golden / "qformer/config.json")
     source = blip2.blip2_source(golden / "qformer/weights.safetensors")
     found = blip2.qformer_config(source, config["num_attention_heads"])
-    for name, size in qformer_config(config, config["encoder_width"]).items():
+    sizes = qformer_config(config, config["encoder_width"])
+    sizes.pop("cross_attention_frequency")  # what it means is compared below: with one such layer several are alike
+    for name, size in sizes.items():
         assert getattr(found, name) == size, name
     assert [i for i in range(found.num_hidden_layers) if i % found.cross_attention_frequency == 0] == config[
         "cross_attention_layers"

@@ -29,10 +29,9 @@ def test_curves(golden: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_the_recipes_are_these_curves(stage: int, golden: Path) -> None:
-    curve = json.loads((golden / "schedule/lr.json").read_bytes()).get(f"stage{stage}")
-    if curve is None:
-        pytest.skip("no such curve in this set")
+def test_the_recipes_are_the_published_curves(stage: int) -> None:
+    """Those of the set beside, whatever other sets call theirs."""
+    curve = json.loads((Path(__file__).parent / "data/schedule/lr.json").read_bytes())[f"stage{stage}"]
     recipe = load_recipe(STAGES / f"stage{stage}.yaml")
     o, t = recipe.optimizer, recipe.train
     assert (o.lr, o.min_lr, o.warmup_lr, o.warmup_steps, o.weight_decay, t.epochs, t.steps_per_epoch) == tuple(

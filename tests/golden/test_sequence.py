@@ -9,19 +9,10 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tinygptv_ds.config.schema import TextSection
-from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence, prompt_ids, prompt_text
+from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence, prompt_ids
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, Rendered
 
 IMAGE = -1  # stands for a row of a picture; no token has this id
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each case of each model of the set in use."""
-    root = Path(metafunc.config.getoption("golden") or Path(__file__).parent / "data") / "full"
-    for wanted in ("training_case", "prompt_case"):
-        if wanted in metafunc.fixturenames:
-            cases = [p for p in sorted(root.glob("*/cases/*.json")) if ("samples" in read(p)) == (wanted[0] == "t")]
-            metafunc.parametrize(wanted, cases, ids=[f"{p.parents[1].name}/{p.stem}" for p in cases])
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -97,21 +88,7 @@ def in_words(sequence: Sequence, image: ImageTokens, first_picture: int) -> list
 def test_prompts_of_inference(prompt_case: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Without a begin token, and with the strings as they are."""
     case = read(prompt_case)
-    if "layout" not in case:
-        pytest.skip("this case has no layout")
     image = ImageTokens(IMAGE, case["query_rows_per_image"])
     for text, layout in zip(case["texts"], case["layout"], strict=True):
         expected = [IMAGE if isinstance(item, dict) else item for item in layout if item != "pad"]
         assert prompt_ids(tokenizer, text, text.count(IMAGE_PLACEHOLDER), image) == expected
-
-
-def test_the_prompt_pool_of_stage_3(golden: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A bare caption is asked for with a drawn entry in the stage's template: the reference's very string."""
-    path = golden / "full/minigpt4_lora/cases/b_prompt_list.json"
-    if not path.is_file():
-        pytest.skip("not in this set")
-    text = TextSection(prompts="stage3", prompt_template="###Human: {} ###Assistant: ")
-    prompts = [prompt_text(Rendered(((None, "a"),)), 1, text, lambda n, i=i: i) for i in range(4)]
-    assert len(set(prompts)) == 4
-    (given,) = read(path)["settings"]["prompt_list"]
-    assert given.replace(" .", ".") in prompts

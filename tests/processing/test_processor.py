@@ -60,7 +60,13 @@ def test_pictures_must_match(processor: TinyGPTVProcessor) -> None:
 
 @pytest.mark.parametrize(
     ("answer", "stop", "expected"),
-    [("red###blue", "###", "red"), (" a red bus ", "###", "a red bus"), ("red\nblue", "\n", "red"), ("", "###", "")],
+    [
+        ("red###blue", "###", "red"),
+        (" a red bus ", "###", "a red bus"),
+        ("red\nblue", "\n", "red"),
+        ("", "###", ""),
+        ("red###blue\n", "", "red###blue"),
+    ],
 )
 def test_answers_end_at_the_end_symbol(answer: str, stop: str, expected: str, processor: TinyGPTVProcessor) -> None:
     ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]

@@ -80,6 +80,7 @@ class TextSection:
 
     Attributes:
         prompts: a pool of prompts.yaml that captions are asked for with ("stage3"), or None: bare captions.
+        prompt_per: one of `prompts` is drawn for each "sample", or for each "step", as the original does.
         prompt_template: wraps every question, `{}` stands for it; None: no wrap.
         end_sym: ends every answer; learnt, and where generation stops.
         max_txt_len: answer tokens at most, `end_sym` included (a longer answer loses it).
@@ -87,6 +88,7 @@ class TextSection:
     """
 
     prompts: str | None = None
+    prompt_per: str = "sample"
     prompt_template: str | None = None
     end_sym: str = "\n"
     max_txt_len: int = 32
@@ -97,6 +99,7 @@ class TextSection:
         _require(self.max_context_len > 0, "text.max_context_len must be positive")
         template_ok = self.prompt_template is None or self.prompt_template.count("{}") == 1
         _require(template_ok, "text.prompt_template must hold {} exactly once, where the question goes")
+        _require(self.prompt_per in ("sample", "step"), "text.prompt_per must be sample or step")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ class DataSection:
 
     Attributes:
         datasets: what is mixed.
+        homogeneous: every step holds one dataset, drawn by weight; in the original each rank draws one for itself.
         validation: datasets for the panel of generated answers; empty: the training sets' first samples.
         num_workers: loader processes per rank, whatever the number of datasets, and no more than the rank has cores;
             0 loads in the training process.
@@ -133,6 +137,7 @@ class DataSection:
     """
 
     datasets: list[DatasetSection]
+    homogeneous: bool = False
     validation: list[DatasetSection] = field(default_factory=list)
     num_workers: int = 2
     shuffle_shards: int = 16

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from tinygptv_ds.config.schema import Recipe, TextSection
 from tinygptv_ds.data.batch import Batch, Sample, collate
-from tinygptv_ds.data.mixture import SampleRef, sample_rng
+from tinygptv_ds.data.mixture import SampleRef, sample_rng, step_rng
 from tinygptv_ds.data.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream import OpenStream
 from tinygptv_ds.errors import DataError
@@ -79,6 +79,8 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
     draw = sample_rng(stream.seed, ref)
     try:
         rendered = render(raw.record, len(raw.images), draw, clean=stream.sections[ref.dataset].clean)
+        if tokens.text.prompt_per == "step":
+            draw = step_rng(stream.seed, ref.position // stream.batch_size)
         sequence = build_sequence(rendered, len(raw.images), tokens.tokenizer, tokens.text, tokens.image, draw)
     except DataError as error:
         raise SampleError("bad_record", f"{where}: {error}") from error

@@ -124,13 +124,22 @@ def sample_rng(seed: int, ref: SampleRef) -> Callable[[int], int]:
 
     Depends on neither the position in the stream nor on who reads it.
     """
+    return _draws(seed, "sample", ref.dataset, ref.epoch, ref.shard, ref.index)
+
+
+def step_rng(seed: int, step: int) -> Callable[[int], int]:
+    """As `sample_rng`, the same for all samples of a step."""
+    return _draws(seed, "step", step)
+
+
+def _draws(*key: object) -> Callable[[int], int]:
     calls = 0
 
     def draw(n: int) -> int:
         nonlocal calls
         calls += 1
         # 256 bits: the remainder's bias is far below what could ever be noticed
-        return stable_hash(seed, "sample", ref.dataset, ref.epoch, ref.shard, ref.index, calls) % n
+        return stable_hash(*key, calls) % n
 
     return draw
 

@@ -61,7 +61,7 @@ def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None) ->
     }
     mixture = Mixture({section.name: section.weight for section in sections}, seed=recipe.seed)
     return OpenStream(
-        Stream(orders, mixture, batch_size=recipe.train.batch_size),
+        Stream(orders, mixture, batch_size=recipe.train.batch_size, homogeneous=recipe.data.homogeneous),
         {section.name: section for section in sections},
         shards,
         recipe.train.batch_size,

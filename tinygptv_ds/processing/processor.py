@@ -116,17 +116,18 @@ class TinyGPTVProcessor(ProcessorMixin):
     def stop_ids(self, stop: str | None = None) -> list[int]:
         """Tokens that end generation: the end token, and `stop` (also after a space) where that is one token.
 
-        What continues past a stop of several tokens is cut by `answers`. None stops at `end_sym`.
+        What continues past a stop of several tokens is cut by `answers`. None stops at `end_sym`, "" at the end token
+        alone, as the original does in its benchmarks.
         """
         stop = self.end_sym if stop is None else stop
-        forms = [tokenize(self.tokenizer, form) for form in (stop, f" {stop}")]
+        forms = [tokenize(self.tokenizer, form) for form in (stop, f" {stop}")] if stop else []
         return [self.tokenizer.eos_token_id, *(ids[0] for ids in forms if len(ids) == 1)]
 
     def answers(self, ids: Tensor, stop: str | None = None) -> list[str]:
         """The answers in new tokens `[B, T]`: cut at the end token and at `stop` (None: `end_sym`), stripped."""
         stop = self.end_sym if stop is None else stop
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [(text.split(stop)[0] if stop.strip() else text.split("\n")[0]).strip() for text in texts]
+        return [(text.split(stop)[0] if stop else text).strip() for text in texts]
 
 
 def _deal(

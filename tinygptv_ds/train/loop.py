@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from tinygptv_ds.config.schema import OptimizerSection
 from tinygptv_ds.data.batch import Batch
 from tinygptv_ds.data.loader import Loaded, MicroBatches, Tokens, micro_batches
 from tinygptv_ds.data.stream import OpenStream
@@ -31,6 +32,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         TinyGPTVError: the loss is no longer finite.
     """
     recipe, ranks = engine.job.recipe, engine.job.ranks
+    warn_of_rising_rate(recipe.optimizer)
     total = recipe.train.total_steps
     dataset = MicroBatches(stream, tokens, rank=ranks.rank, world_size=ranks.world_size, steps=total)
     loader = micro_batches(
@@ -64,6 +66,17 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
             save_checkpoint(engine, done)
     panel.write(reporter.board, total)
     reporter.close()
+
+
+def warn_of_rising_rate(optimizer: OptimizerSection) -> None:
+    """The published stage 4 does it, most likely by mistake; MiniGPT-v2's own recipe falls to 1e-6."""
+    if optimizer.min_lr > optimizer.lr:
+        LOGGER.warning(
+            "the learning rate rises from %g towards %g: optimizer.min_lr lies above optimizer.lr, as in the published "
+            "stage 4; --set optimizer.min_lr=1e-6 lets it fall",
+            optimizer.lr,
+            optimizer.min_lr,
+        )
 
 
 def _optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums) -> None:

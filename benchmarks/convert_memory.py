@@ -1,0 +1,148 @@
+"""Peak memory and speed of loading, converting and exporting weights of the published size, made up.
+
+Each operation runs in a process of its own; its peak is the largest resident set that the system saw, the Python
+interpreter and its libraries included. The limit for converting Phi-2 and for assembling the whole model is 1.3 times
+the size of what comes out.
+
+    python benchmarks/convert_memory.py [--dir FOLDER] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.made_up import SIZES, make_weights
+from tinygptv_ds.cli import run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 1.3
+# VmHWM and not ru_maxrss, which a child process inherits from its parent.
+MEASURE = """
+import json, sys, time
+sys.path.insert(0, {root!r})
+began = time.perf_counter()
+{code}
+seconds = time.perf_counter() - began
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([1024 * peak, seconds]))
+"""
+BUILD = """
+import torch
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.convert.assemble import build_model
+recipe = load_recipe({recipe!r})
+model = build_model(recipe.model, recipe.text, frozen_dtype=torch.bfloat16)
+assert sum(p.numel() for p in model.parameters()) > 0
+"""
+VERB = "from tinygptv_ds.cli import main\nmain({argv!r})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation.
+
+    Attributes:
+        name: what was done.
+        output: bytes of what came out, in memory or on disk.
+        peak: bytes of the largest resident set.
+        seconds: wall clock.
+    """
+
+    name: str
+    output: int
+    peak: int
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """Peak over output."""
+        return self.peak / self.output
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the weights, measure every operation, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", type=Path, help="where the weights go, 45 GB (default: a temporary folder)")
+    parser.add_argument("--size", choices=list(SIZES), default="published", help="tiny: to try the script out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        rows = measure_all(Path(folder), args.size)
+    if args.json:
+        figures = {"machine": platform.platform(), "size": args.size, "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_all(folder: Path, size: str) -> list[Row]:
+    """Every operation, printed as it is done; what one writes is removed before the next."""
+    print(f"making weights of the {size} size in {folder}", flush=True)
+    made = make_weights(folder, size)
+    recipe = ["--recipe", str(made.recipe)]
+    nothing = measure("import torch, transformers, tinygptv_ds.convert.resolve")
+    print(f"\n{'operation':46} {'output':>9} {'peak':>9} {'peak/output':>11} {'seconds':>8}")
+    print(f"{'(the libraries alone)':46} {'':>9} {nothing[0] / 1e9:>6.2f} GB", flush=True)
+    phi, phi_bin, trained = str(made.phi), str(made.phi_bin), str(made.trained)
+    verbs = {
+        "convert Phi-2, split fp16 -> fused bf16": ["convert", phi, "--dtype", "bf16"],
+        "convert Phi-2, split fp16 -> fused fp32": ["convert", phi, "--dtype", "fp32"],
+        "convert Phi-2, remote code .bin -> split": ["convert", phi_bin, "--layout", "split"],
+        "convert eva_vit_g.pth to 448 pixels": ["convert", str(made.eva_vit), "--image-size", str(made.larger)],
+        "export hf, LoRA merged, bf16": ["export", trained, *recipe],
+        "export hf, LoRA kept, fp32": ["export", trained, *recipe, "--keep-lora", "--dtype", "fp32"],
+        "export phi, split bf16": ["export", trained, *recipe, "--to", "phi"],
+        "export adapter, fp32": ["export", trained, *recipe, "--to", "adapter"],
+    }
+    rows = []
+    for name, argv in verbs.items():
+        out = folder / "out"
+        peak, seconds = measure(VERB.format(argv=[*argv, "--out", str(out)]))
+        rows.append(Row(name, size_on_disk(out), peak, seconds))
+        show(rows[-1])
+        subprocess.run(["rm", "-r", str(out)], check=True)
+    peak, seconds = measure(BUILD.format(recipe=str(made.recipe)))
+    rows.append(Row("build_model of stage 4, frozen bf16", made.model_bytes, peak, seconds))
+    show(rows[-1])
+    return rows
+
+
+def measure(code: str) -> tuple[int, float]:
+    """Peak bytes and seconds of Python code in a process of its own."""
+    script = MEASURE.format(root=str(ROOT), code=code)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{code}\nended with {done.returncode}:\n{done.stderr}")
+    peak, seconds = json.loads(done.stdout.strip().splitlines()[-1])
+    return peak, seconds
+
+
+def show(row: Row) -> None:
+    """One line of the table."""
+    print(
+        f"{row.name:46} {row.output / 1e9:>6.2f} GB {row.peak / 1e9:>6.2f} GB {row.ratio:>11.2f} {row.seconds:>8.0f}",
+        flush=True,
+    )
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file or of all files of a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+if __name__ == "__main__":
+    began = time.perf_counter()
+    run_command(main)
+    print(f"{time.perf_counter() - began:.0f} s in all")
