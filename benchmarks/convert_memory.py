@@ -4,7 +4,7 @@ Each operation runs in a process of its own; its peak is the largest resident se
 interpreter and its libraries included. The limit for converting Phi-2 and for assembling the whole model is 1.3 times
 the size of what comes out.
 
-    python benchmarks/convert_memory.py [--dir FOLDER] [--json FILE]
+    python benchmarks/convert_memory.py [--dir FOLDER] [--only TEXT] [--json FILE]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -76,17 +77,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, help="where the weights go, 45 GB (default: a temporary folder)")
     parser.add_argument("--size", choices=list(SIZES), default="published", help="tiny: to try the script out")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the operations with this in their name")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        rows = measure_all(Path(folder), args.size)
+        rows = measure_all(Path(folder), args.size, args.only)
     if args.json:
         figures = {"machine": platform.platform(), "size": args.size, "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def measure_all(folder: Path, size: str) -> list[Row]:
-    """Every operation, printed as it is done; what one writes is removed before the next."""
+def measure_all(folder: Path, size: str, only: str = "") -> list[Row]:
+    """Every operation with `only` in its name, printed as it is done; what one writes is removed before the next."""
     print(f"making weights of the {size} size in {folder}", flush=True)
     made = make_weights(folder, size)
     recipe = ["--recipe", str(made.recipe)]
@@ -106,14 +108,17 @@ def measure_all(folder: Path, size: str) -> list[Row]:
     }
     rows = []
     for name, argv in verbs.items():
+        if only not in name:
+            continue
         out = folder / "out"
         peak, seconds = measure(VERB.format(argv=[*argv, "--out", str(out)]))
         rows.append(Row(name, size_on_disk(out), peak, seconds))
         show(rows[-1])
-        subprocess.run(["rm", "-r", str(out)], check=True)
-    peak, seconds = measure(BUILD.format(recipe=str(made.recipe)))
-    rows.append(Row("build_model of stage 4, frozen bf16", made.model_bytes, peak, seconds))
-    show(rows[-1])
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+    if only in (name := "build_model of stage 4, frozen bf16"):
+        peak, seconds = measure(BUILD.format(recipe=str(made.recipe)))
+        rows.append(Row(name, made.model_bytes, peak, seconds))
+        show(rows[-1])
     return rows
 
 

@@ -25,13 +25,14 @@ from tinygptv_ds.models.trainable import lora, norms, projections
 ROOT = Path(__file__).resolve().parents[1]
 _TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 _TINY_QFORMER = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+_SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id")
 _TINY_PHI = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 SIZES = {
     "published": TinyGPTVConfig(lora_r=64),
     "tiny": TinyGPTVConfig(
         vision_config={**_TINY_VIT, "image_size": 28},
         qformer_config={**_TINY_QFORMER, "encoder_hidden_size": 16},
-        text_config={**PHI_2, **_TINY_PHI, "num_attention_heads": 2, "eos_token_id": 40, "bos_token_id": 40},
+        text_config={**PHI_2, **_TINY_PHI, "num_attention_heads": 2, **dict.fromkeys(_SPECIAL, 40)},
         num_query_tokens=4,
         proj_hidden_size=24,
         lora_r=4,

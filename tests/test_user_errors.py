@@ -65,7 +65,7 @@ def test_help_of_a_stage(number: int) -> None:
 def test_help_of_the_command_line() -> None:
     done = cli("--help")
     assert done.returncode == 0, done.stderr
-    for verb in ("doctor", "prepare", "export"):
+    for verb in ("doctor", "prepare", "inspect", "convert", "export"):
         assert verb in done.stdout
         assert cli(verb, "--help").returncode == 0
 
@@ -148,5 +148,14 @@ def test_a_run_directory_in_use(recipe_file: Callable[..., Path], tmp_path: Path
 def test_verbs(tmp_path: Path) -> None:
     message = one_error(cli("prepare", "gqa", "--root", str(tmp_path), "--out", str(tmp_path / "out")))
     assert "train_balanced_questions.json" in message
+    (tmp_path / "mine").write_text("mine")
+    there, away, out = str(tmp_path / "mine"), str(tmp_path / "nowhere"), str(tmp_path / "out")
+    for verb, *options in (["inspect"], ["convert", "--out", out], ["export", "--out", out]):
+        assert f"{away}: no such file or folder" in one_error(cli(verb, away, *options))
+    for verb in ("convert", "export"):
+        assert f"{there} is already there; choose another --out" in one_error(cli(verb, there, "--out", there))
+    assert "no recipe at" in one_error(cli("export", there, "--out", out, "--recipe", away))
+    stage_1 = ["--recipe", str(ROOT / "stages/stage1.yaml"), "--set", "model.fi=x"]
+    assert "did you mean phi?" in one_error(cli("export", there, "--out", out, *stage_1))
     done = cli("prepair")
     assert done.returncode == 2 and "invalid choice" in done.stderr

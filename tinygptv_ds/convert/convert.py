@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygptv_ds.convert.export import refuse_existing
+from tinygptv_ds.convert.export import refuse_existing, require
 from tinygptv_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
+    require(args.source)
     refuse_existing(args.out)
 
     from tinygptv_ds.convert.opened import KINDS, open_any

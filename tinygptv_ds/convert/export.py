@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.errors import ConfigError, WeightsError
 
 FORMS = ("hf", "adapter", "original", "phi")
@@ -80,8 +81,11 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
+    require(args.trained)
     refuse_existing(args.out)
     _check_options(args)
+    if args.recipe is not None:
+        load_recipe(args.recipe, args.set)  # mistakes in it show before torch is loaded
 
     from tinygptv_ds.convert import export_hf, export_parts
     from tinygptv_ds.convert.resolve import resolve, resolve_trained
@@ -103,6 +107,16 @@ def run(args: argparse.Namespace) -> None:
     else:
         export_parts.export_phi(resolved, args.out, layout=args.layout, dtype=dtype)
         print(f"{args.out}: name it as model.phi of a recipe; its README.md says what else can load it")
+
+
+def require(path: Path) -> None:
+    """See that there is anything to read.
+
+    Raises:
+        WeightsError: there is not.
+    """
+    if not path.exists():
+        raise WeightsError(f"{path}: no such file or folder; correct the path")
 
 
 def refuse_existing(out: Path) -> None:

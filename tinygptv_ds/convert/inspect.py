@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinygptv_ds.convert.export import require
 from tinygptv_ds.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         WeightsError: the weights are damaged, unknown, or not complete; the report is printed before.
     """
+    require(args.path)
     report = inspect(args.path)
     print(json.dumps(asdict(report), indent=2) if args.json else report)
     if report.incomplete:

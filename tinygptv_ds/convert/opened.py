@@ -25,7 +25,7 @@ KINDS = {
     "trained": "trained weights of TinyGPT-V",
     "model": "whole TinyGPT-V",
 }
-_PHI = re.compile(r"\.mixer\.Wqkv\.|\.self_attn\.(query_key_value|[qkv]_proj)\.")
+_PHI = re.compile(r"transformer\.h\.\d+\.mixer\.Wqkv\.|model\.layers\.\d+\.self_attn\.(query_key_value|[qkv]_proj)\.")
 _TRAINED = re.compile(
     r"(module\.)?(_orig_mod\.)?(llama_model\.|llama_proj2?\."
     r"|language_model\..*(q_layernorm|k_layernorm|post_layernorm|\.lora_[AB])\.|base_model\.model\..*\.lora_[AB]\.)"
@@ -109,7 +109,7 @@ def kind_of(names: Iterable[str], path: Path) -> str:
         return "blip2"
     if any(name.startswith("blocks.") for name in names):
         return "eva_vit"
-    if any(map(_PHI.search, names)):
+    if any(map(_PHI.match, names)):
         return "phi"
     raise WeightsError(
         f"{path}: holds {listing(names)}: neither {', nor '.join(KINDS.values())}. Is it the file you meant?"

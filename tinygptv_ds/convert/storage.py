@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -118,7 +119,9 @@ def weight_files(path: Path) -> list[Path]:
         files = sorted(path.glob(pattern))
         if files:
             return files
-    raise WeightsError(f"{path}: no weights there (*.safetensors or pytorch_model*.bin)")
+    others = sorted(path.glob("*.pth")) + sorted(path.glob("*.pt"))
+    hint = f"; name the file itself: {others[0]}" if others else ""
+    raise WeightsError(f"{path}: no weights there (*.safetensors or pytorch_model*.bin){hint}")
 
 
 def is_safetensors(path: Path) -> bool:
@@ -139,8 +142,10 @@ def open_torch(path: Path, known: Sequence[tuple[Any, str]] = ()) -> object:
         WeightsError: the file is damaged, or holds other Python objects.
     """
     with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if not is_zip:  # before torch 1.6: nothing to be seen without reading all
+        head = file.read(2)
+    if head != b"PK" and not head.startswith(b"\x80"):  # an archive, or a pickle
+        raise WeightsError(f"{path}: neither a safetensors nor a PyTorch file, or damaged; fetch or copy it again")
+    if head != b"PK":  # before torch 1.6: nothing to be seen without reading all
         return _map_tensors(load_torch(path, known), in_memory)
     with FakeTensorMode():
         content = load_torch(path, known)
@@ -157,10 +162,11 @@ def load_torch(path: Path, known: Sequence[tuple[Any, str]] = ()) -> object:
         with torch.serialization.safe_globals(list(known)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().split("\n")[0]
+        found = re.search(r"(?:Unsupported \w+: |unsupported )(?:GLOBAL )?([\w.]+)", str(error))
+        what = f" ({found[1]})" if found else ""
         raise WeightsError(
-            f"{path}: holds more than tensors and plain values, or is damaged; it is not opened because unpickling "
-            f"could run code ({reason}). Take a safetensors version, or one saved with torch.save of a plain state dict"
+            f"{path}: holds more than tensors and plain values{what}, or is damaged; it is not opened because "
+            "unpickling could run code. Take a safetensors version, or one saved with torch.save of a plain state dict"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
