@@ -155,7 +155,7 @@ def test_verbs(tmp_path: Path) -> None:
     for verb in ("convert", "export"):
         assert f"{there} is already there; choose another --out" in one_error(cli(verb, there, "--out", there))
     assert "no recipe at" in one_error(cli("export", there, "--out", out, "--recipe", away))
-    stage_1 = ["--recipe", str(ROOT / "stages/stage1.yaml"), "--set", "model.fi=x"]
+    stage_1 = ["--recipe", str(ROOT / "stages/stage1.yaml"), "--set", "model.phy=x"]
     assert "did you mean phi?" in one_error(cli("export", there, "--out", out, *stage_1))
     done = cli("prepair")
     assert done.returncode == 2 and "invalid choice" in done.stderr
