@@ -92,9 +92,12 @@ def _checked(opened: Opened) -> Source:
     from tinygptv_ds.convert.expected import expected_shapes, in_order
     from tinygptv_ds.convert.files import Source, check_weights
     from tinygptv_ds.convert.phi_config import check_config, phi_config
+    from tinygptv_ds.convert.trained import recipe_beside, whole_source
 
     config = phi_config(_phi_folder(opened)) if opened.kind == "phi" else None
     source = canonical_source(opened, 1 if config is None else config.num_attention_heads)
+    if opened.of_one_stage:
+        source = whole_source(opened, recipe_beside(opened).get("init_from"))
     expected = expected_shapes(opened.kind, source)
     check_weights(expected, source, f"`python -m tinygptv_ds inspect {opened.path}` tells what is there")
     if config is not None:

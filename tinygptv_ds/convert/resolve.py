@@ -25,7 +25,7 @@ from tinygptv_ds.convert.provenance import size_of
 from tinygptv_ds.convert.published import released_by_size
 from tinygptv_ds.convert.stage import guess_stage
 from tinygptv_ds.convert.storage import Stored
-from tinygptv_ds.convert.trained import beside_base, fitting_source, trained_source
+from tinygptv_ds.convert.trained import check_fit, trained_source, whole_source
 from tinygptv_ds.errors import ConfigError, WeightsError
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -85,23 +85,23 @@ def resolve(path: Path, recipe: Path | None = None, overrides: Sequence[str] = (
     _check_stage(opened, found)
     _check_base(opened, found)
     config = model_config(found.model, found.text)
-    trained = fitting_source(meta_model(config), opened.path)
-    return Resolved(opened, found, config, _with_carried(opened, trained, found))
+    trained = whole_source(opened, found.model.init_from)
+    check_fit(meta_model(config), opened, trained)
+    return Resolved(opened, found, config, trained)
 
 
 def resolve_trained(path: Path, recipe: Path | None = None, overrides: Sequence[str] = ()) -> tuple[Opened, Source]:
     """The trained weights alone, for which no base is needed; arguments and errors as of `resolve`."""
     opened = open_any(Path(path))
-    trained = trained_source(opened)
-    if opened.of_one_stage:
-        found = load_recipe(recipe, overrides) if recipe else _recipe_of(opened, overrides)
-        trained = _with_carried(opened, trained, found)
-    return opened, trained
+    if not opened.of_one_stage:
+        return opened, trained_source(opened)
+    found = load_recipe(recipe, overrides) if recipe else _recipe_of(opened, overrides)
+    return opened, whole_source(opened, found.model.init_from)
 
 
 def _recipe_of(opened: Opened, overrides: Sequence[str]) -> Recipe:
     noted = opened.notes.get("recipe")
-    if isinstance(noted, dict) and "model" in noted:
+    if isinstance(noted, dict) and isinstance(noted.get("model"), dict):  # a checkpoint notes hashes alone
         return build_recipe(apply_overrides(noted, overrides), f"{opened.folder}/provenance.json")
     if opened.folder is not None and (opened.folder / "recipe.yaml").is_file():
         return load_recipe(opened.folder / "recipe.yaml", overrides)
@@ -142,18 +142,3 @@ def _check_base(opened: Opened, recipe: Recipe) -> None:
                 f"{path} has changed since {opened.path} was trained on it: {size_of(path)} bytes instead of "
                 f"{note['bytes']}. Put the old files back, or say where they are with --set model.{part}=PATH"
             )
-
-
-def _with_carried(opened: Opened, trained: Source, recipe: Recipe) -> Source:
-    """A checkpoint holds what its stage trains; what `init_from` held besides is still part of the model."""
-    if not opened.of_one_stage or recipe.model.init_from is None:
-        return trained
-    try:
-        before = trained_source(open_any(Path(recipe.model.init_from)))
-    except WeightsError as error:
-        raise WeightsError(
-            f"{opened.path} began from {recipe.model.init_from}, which may hold more than this stage trains: {error}. "
-            "Say where it is with --set model.init_from=PATH (null if it was without a Q-Former)"
-        ) from None
-    carried = {name: before.weights[name] for name in beside_base(before) if name not in trained.weights}
-    return Source(trained.path, carried | trained.weights, trained.ignored)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import Tensor, nn
@@ -61,12 +62,19 @@ def load_trained(model: nn.Module | Mapping[str, Tensor], path: Path, fresh_part
 def fitting_source(model: nn.Module | Mapping[str, Tensor], path: Path, fresh_parts: Collection[str] = ()) -> Source:
     """The weights that `load_trained` would load, checked against the model but not read yet."""
     opened = open_any(Path(path))
-    source = trained_source(opened)
+    source = whole_source(opened, recipe_beside(opened).get("init_from"))
+    check_fit(model, opened, source, fresh_parts)
+    return source
+
+
+def check_fit(
+    model: nn.Module | Mapping[str, Tensor], opened: Opened, source: Source, fresh_parts: Collection[str] = ()
+) -> None:
+    """See that trained weights are those of this model; arguments and errors as of `load_trained`."""
     config = getattr(model, "config", None)
     if config is not None and config.lora_r:
         _check_lora_scale(config, opened)
     _check_trained({name: tuple(target.shape) for name, target in _parameters(model).items()}, source, fresh_parts)
-    return source
 
 
 def trained_source(opened: Opened) -> Source:
@@ -89,6 +97,39 @@ def trained_source(opened: Opened) -> Source:
     wanted = {n for n in source.weights if projections(n) or norms(n) or lora(n) or n in beside_base}
     base = sorted(source.weights.keys() - wanted)
     return Source(opened.path, {n: t for n, t in source.weights.items() if n in wanted}, base)
+
+
+def whole_source(opened: Opened, init_from: str | None) -> Source:
+    """As `trained_source`, and for a checkpoint what `init_from` held besides: still part of the model.
+
+    Args:
+        opened: where the weights lie.
+        init_from: what the stage began from, by its recipe.
+
+    Raises:
+        WeightsError: as of `trained_source`, or `init_from` is no longer there.
+    """
+    source = trained_source(opened)
+    if not opened.of_one_stage or init_from is None:
+        return source
+    try:
+        before = open_any(Path(init_from))
+        carried = whole_source(before, recipe_beside(before).get("init_from")).weights
+    except WeightsError as error:
+        raise WeightsError(
+            f"{opened.path} began from {init_from}, which may hold more than this stage trains: {error}. Put it back, "
+            "or say where it is with --set model.init_from=PATH (null if it was without a Q-Former)"
+        ) from None
+    added = {n: t for n, t in carried.items() if not (projections(n) or norms(n) or lora(n) or n in source.weights)}
+    return Source(source.path, added | source.weights, source.ignored)
+
+
+def recipe_beside(opened: Opened) -> dict[str, Any]:
+    """The model section of the recipe.yaml of the run that a checkpoint lies in; empty without one."""
+    recipe = None if opened.folder is None else opened.folder / "recipe.yaml"
+    if recipe is None or not recipe.is_file():
+        return {}
+    return (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("model") or {}
 
 
 def beside_base(source: Source) -> list[str]:
@@ -181,6 +222,5 @@ def _trained_alpha(opened: Opened) -> float | None:
     if (opened.folder / "config.json").is_file():
         config = read_json(opened.folder / "config.json")
         return config.get("lora_alpha") if config.get("lora_r") else None
-    recipe = opened.folder / "recipe.yaml"
-    model = (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("model", {}) if recipe.is_file() else {}
+    model = recipe_beside(opened)
     return model.get("lora_alpha") if model.get("lora_r") else None
