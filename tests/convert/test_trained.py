@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from weight_layouts import tiny_config
@@ -15,8 +17,8 @@ from weight_layouts import tiny_config
 from tinygptv_ds.config.schema import ModelSection, TextSection
 from tinygptv_ds.convert.assemble import build_model
 from tinygptv_ds.convert.model_folder import save_trained
-from tinygptv_ds.convert.tinygptv_pth import original_name
-from tinygptv_ds.convert.trained import load_trained
+from tinygptv_ds.convert.tinygptv_pth import canonical_name, original_name
+from tinygptv_ds.convert.trained import PARTS, load_trained
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -131,6 +133,10 @@ SPELLINGS = {
     "other adapter": lambda name: original_name(name, lora=True).replace("_A.", "_A.mine.").replace("_B.", "_B.mine."),
     "without wrapper": lambda name: original_name(name, lora=False),
     "wrapped for several devices": lambda name: "module." + original_name(name, lora=True),
+    "compiled": lambda name: "_orig_mod." + original_name(name, lora=True),
+    "norms as modules to save": lambda name: re.sub(
+        r"(_layernorm)\.", r"\1.modules_to_save.default.", original_name(name, lora=True)
+    ),
 }
 
 
@@ -144,6 +150,22 @@ def test_every_spelling_of_the_original(tmp_path: Path, trained: dict, fresh: Ca
     )
     model = fresh()
     assert load_trained(model, tmp_path / "checkpoint_3.pth") == set(trained)
+    assert_loaded(model, trained)
+
+
+def test_as_the_installed_peft_names_them(tmp_path: Path, values: dict, trained: dict, fresh: Callable) -> None:
+    """Phi wrapped by peft itself, under the original's attribute `llama_model`; only what it trains is saved."""
+    phi = fresh(lora_r=0).language_model
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["query_key_value", "dense"])
+    wrapped = get_peft_model(phi, config)  # not a transformers model: peft takes any module
+    names = {f"llama_model.{name}" for name, _ in wrapped.named_parameters()}
+    canonical = {canonical_name(name): name for name in names}
+    assert canonical.keys() == {name for name in values if name.startswith("language_model.")}
+    state = {canonical.get(name, name): tensor for name, tensor in trained.items()}
+    assert any(".lora_A.default.weight" in name for name in state)
+    torch.save({"model": state}, tmp_path / "x.pth")
+    model = fresh()
+    assert load_trained(model, tmp_path / "x.pth") == set(trained)
     assert_loaded(model, trained)
 
 
@@ -197,6 +219,55 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(WeightsError, match=message):
         load_trained(target, save(tmp_path, state))
     assert all(torch.equal(p, before[name]) for name, p in target.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ("lora", r"holds no LoRA: it is of stage 1, .* --set 'model\.fresh_parts=\[lora\]'"),
+        ("norms", r"holds no trained norms, without which Phi answers 'the the the'"),
+        ("llama_proj2", "holds no second projection"),
+    ],
+)
+def test_weights_of_the_wrong_stage(tmp_path: Path, trained: dict, fresh: Callable, part: str, named: str) -> None:
+    """A part that is not there at all is an error, unless the recipe lets it start afresh."""
+    state = {name: tensor for name, tensor in trained.items() if not PARTS[part](name)}
+    model = fresh()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(WeightsError, match=named):
+        load_trained(model, save(tmp_path, state))
+    assert load_trained(model, save(tmp_path, state), [part]) == set(state)
+    assert_loaded(model, state | {name: before[name] for name in trained if PARTS[part](name)})
+
+
+ATTENTION = "llama_model.base_model.model.model.layers.0.self_attn."
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda s: s.update({ATTENTION + "q_proj.lora_A.default.weight": torch.zeros(3, 12)}), "on split q/k/v"),
+        (
+            lambda s: s.update({ATTENTION + "dense.lora_magnitude_vector.default.weight": torch.zeros(12)}),
+            "of the kind DoRA",
+        ),
+        (lambda s: s.update({"llama_proj.weight": torch.zeros(5120, 6)}), "projection of MiniGPT-4's 13B model"),
+        (lambda s: s.update({"llama_proj.weight": torch.zeros(7, 6)}), r"point model\.\* at the same ones"),
+    ],
+    ids=["split", "DoRA", "13B", "another model"],
+)
+def test_likely_causes(tmp_path: Path, trained: dict, fresh: Callable, change: Callable, cause: str) -> None:
+    state = dict(trained)
+    change(state)
+    with pytest.raises(WeightsError, match=cause):
+        load_trained(fresh(), save(tmp_path, state))
+
+
+def test_lora_alone_is_not_enough(tmp_path: Path, trained: dict, fresh: Callable) -> None:
+    """As peft's own save_pretrained writes it."""
+    state = {n.replace("language_model.", "base_model.model."): t for n, t in trained.items() if lora(n)}
+    with pytest.raises(WeightsError, match="holds no first projection; it is no whole file of TinyGPT-V"):
+        load_trained(fresh(), save(tmp_path, state))
 
 
 def test_another_alpha_is_refused(run: Path, fresh: Callable) -> None:

@@ -29,8 +29,8 @@ PARTS = {
     "lora": lora,
 }
 _ABSENT = {
-    "llama_proj": "the first projection; it is no whole file of TinyGPT-V",
-    "llama_proj2": "the second projection; it is no whole file of TinyGPT-V",
+    "llama_proj": "first projection; it is no whole file of TinyGPT-V: name the whole checkpoint",
+    "llama_proj2": "second projection; it is no whole file of TinyGPT-V: name the whole checkpoint",
     "norms": "trained norms, without which Phi answers 'the the the'; a file with LoRA alone, as peft saves it, is not "
     "enough: name the whole checkpoint",
     "lora": "LoRA: it is of stage 1, or of a run without; name the weights of the stage before this one",

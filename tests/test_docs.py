@@ -1,0 +1,38 @@
+"""What the documents name is there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+
+
+def functions(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tests_and_files_that_are_named(document: Path) -> None:
+    text = document.read_text()
+    for file, test in set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)):
+        assert test in functions(ROOT / file), f"{file}::{test}"
+    for path in set(
+        re.findall(r"`((?:tinygptv_ds|stages|eval|docs|benchmarks|ds_configs|launch|tests)/[\w/.]+)`", text)
+    ):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_table_of_weights_names_every_kind() -> None:
+    """One row at least for every form and kind that the verbs know."""
+    from tinygptv_ds.convert.export import FORMS
+    from tinygptv_ds.convert.opened import KINDS
+
+    text = (ROOT / "docs/weights.md").read_text()
+    assert all(f"| `{form}` |" in text for form in FORMS)
+    words = {"phi": "Phi-2", "eva_vit": "eva_vit_g.pth", "blip2": "blip2_pretrained_flant5xxl.pth"}
+    words |= {"projection": "MiniGPT-4's projection", "trained": "checkpoint_N.pth", "model": "exported `hf` folder"}
+    assert words.keys() == KINDS.keys()
+    assert all(word in text for word in words.values())
