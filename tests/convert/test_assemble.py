@@ -100,6 +100,12 @@ def test_configuration(base: Base) -> None:
     assert (config.prompt_template, config.end_sym) == ("[INST] {} [/INST]", "###")
 
 
+def test_a_value_beyond_fp16_is_refused(base: Base) -> None:
+    section = base(eva=lambda state: state | {"blocks.1.norm1.bias": torch.full((8,), 1e5)})
+    with pytest.raises(WeightsError, match=r"blocks\.1\.norm1\.bias holds values up to 1e\+05, above fp16's"):
+        build(section, torch.float16)
+
+
 def test_the_tokenizer_tells_the_end_token(base: Base, caplog: pytest.LogCaptureFixture) -> None:
     """A config.json written with the defaults of transformers' PhiConfig ends at 2, which is '#'."""
     section = base()

@@ -152,7 +152,7 @@ def test_a_value_beyond_fp16_is_refused(
     name = "blocks.0.mlp.fc2.bias"
     base(eva=lambda state: state | {name: values[f"visual_encoder.{name}"] + 1e5})
     with pytest.raises(
-        WeightsError, match=r"fc2\.bias holds values up to 1e\+05, above fp16's 65504; write bf16 or fp32"
+        WeightsError, match=r"fc2\.bias holds values up to 1e\+05, above fp16's 65504; take bf16 or fp32"
     ):
         export(run, tmp_path / "out", "--dtype", "fp16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]

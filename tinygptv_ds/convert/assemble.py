@@ -158,7 +158,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         WeightsError: there is none, or it is damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         raise WeightsError(f"{folder}: no usable tokenizer ({reason}); fetch Phi's tokenizer files into it") from None

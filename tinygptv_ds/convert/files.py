@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tinygptv_ds.convert.storage import Stored, listing
+from tinygptv_ds.convert.write import convert_tensor
 from tinygptv_ds.errors import WeightsError
 
 
@@ -97,7 +98,11 @@ def check_weights(expected: Mapping[str, tuple[int, ...]], source: Source, advic
 
 
 def copy_weights(targets: Mapping[str, Tensor], weights: Mapping[str, Stored]) -> None:
-    """Read each tensor and copy it into its target, one at a time, in the target's dtype."""
+    """Read each tensor and copy it into its target, one at a time, in the target's dtype.
+
+    Raises:
+        WeightsError: a value does not fit into that dtype.
+    """
     with torch.no_grad():
         for name, stored in weights.items():
-            targets[name].copy_(stored.read())
+            targets[name].copy_(convert_tensor(name, stored.read(), targets[name].dtype))

@@ -77,7 +77,7 @@ def convert_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     converted = tensor.to(dtype)
     if dtype == torch.float16 and not converted.isfinite().all() and tensor.isfinite().all():
         raise WeightsError(
-            f"{name} holds values up to {tensor.abs().max():.3g}, above fp16's 65504; write bf16 or fp32 instead"
+            f"{name} holds values up to {tensor.abs().max():.3g}, above fp16's 65504; take bf16 or fp32 instead"
         )
     return converted
 

@@ -36,7 +36,7 @@ class Tokens:
 
 def open_tokens(recipe: Recipe, config: PretrainedConfig) -> Tokens:
     """The tokenizer beside Phi's weights, and what the model's configuration says of pictures."""
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi, local_files_only=True, trust_remote_code=False)
     image = ImageTokens(config.image_token_id, config.num_query_tokens)
     return Tokens(tokenizer, recipe.text, image, config.vision_config.image_size)
 
