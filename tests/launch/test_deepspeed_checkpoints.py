@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tinygptv_ds.convert.opened import open_any
 from tinygptv_ds.convert.resolve import resolve
+from tinygptv_ds.convert.trained import load_trained
 from tinygptv_ds.errors import WeightsError
 
 SETS = {
@@ -39,6 +40,13 @@ def test_every_bit_of_what_was_trained(done: tuple[int, Run], name: str) -> None
         assert stored.shape == tuple(trained[key].shape)
         assert torch.equal(stored.read(), trained[key]), key
     assert bool(opened.ignored) is (name == "whole")  # the frozen weights
+
+
+def test_a_stage_starts_from_it(done: tuple[int, Run]) -> None:
+    trained = load_file(done[1].folder / "model/trained.safetensors")
+    parameters = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
+    assert load_trained(parameters, done[1].folder / "lean") == trained.keys()
+    assert all(torch.equal(parameters[name], tensor) for name, tensor in trained.items())
 
 
 def test_the_whole_model_from_it(done: tuple[int, Run], monkeypatch: pytest.MonkeyPatch) -> None:

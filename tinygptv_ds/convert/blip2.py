@@ -75,7 +75,10 @@ def qformer_config(source: Source, heads: int) -> Blip2QFormerConfig:
     names = ("query_tokens", first + "crossattention.attention.key.weight", first + "intermediate_query.dense.weight")
     missing = [name for name in names if name not in source.weights]
     if missing:
-        raise WeightsError(f"{source.path}: no BLIP-2 Q-Former: {listing(missing)} missing")
+        raise WeightsError(
+            f"{source.path}: no BLIP-2 Q-Former: {listing(missing)} missing; name blip2_pretrained_flant5xxl.pth, or a "
+            "file of its names"
+        )
     width, vision_width = source.weights[names[1]].shape
     if width % heads:
         raise WeightsError(

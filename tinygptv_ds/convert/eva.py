@@ -35,7 +35,10 @@ def eva_config(path: Path, *, image_size: int, depth: int, heads: int) -> EvaViT
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     missing = [name for name in needed if name not in stored]
     if missing:
-        raise WeightsError(f"{path}: no EVA ViT: {listing(missing)} missing among {listing(stored)}")
+        raise WeightsError(
+            f"{path}: no EVA ViT: {listing(missing)} missing among {listing(stored)}; name eva_vit_g.pth, or a file of "
+            "its names"
+        )
     width, patch = stored["cls_token"].shape[-1], stored["patch_embed.proj.weight"].shape[-1]
     blocks = 1 + max(int(match[1]) for name in stored if (match := re.match(r"blocks\.(\d+)\.", name)))
     if blocks < depth:

@@ -84,7 +84,11 @@ def trained_source(opened: Opened) -> Source:
         WeightsError: the file holds something else, or a model whose LoRA is merged into its base.
     """
     if opened.kind not in ("trained", "projection", "model"):
-        raise WeightsError(f"{opened.path} is a base model ({KINDS[opened.kind]}), not what TinyGPT-V has trained")
+        place = {"phi": "phi", "eva_vit": "eva_vit", "blip2": "qformer"}[opened.kind]
+        raise WeightsError(
+            f"{opened.path} is a base model ({KINDS[opened.kind]}), not what TinyGPT-V has trained; its place is "
+            f"model.{place}"
+        )
     source = original_source(opened.stored, opened.path)
     if opened.kind != "model":
         return Source(opened.path, source.weights, [*source.ignored, *opened.ignored])
