@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tinygptv_ds.data.reader import ShardReader
 from tinygptv_ds.data.shards import expand_shards, sample_count
+from tinygptv_ds.disk import whole_file
 from tinygptv_ds.errors import ConfigError, DataError
 
 
@@ -104,7 +105,5 @@ def ask_model(
 
 def save_json(path: Path, result: dict) -> None:
     """Write `result`, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import shutil
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +33,7 @@ from tinygptv_ds.cli import run_command
 from tinygptv_ds.convert.blip2 import original_name
 from tinygptv_ds.convert.phi2 import ADDED_NORMS, to_layout
 from tinygptv_ds.convert.storage import in_memory
+from tinygptv_ds.disk import whole_file, whole_folder
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 
@@ -67,9 +67,8 @@ def make_standins(out: Path, *, seed: int, steps: int | None = None) -> dict:
     with ProcessPoolExecutor(2, mp_context=context, initializer=_end_with_parent) as pool:
         vision, text = pool.submit(make_vision, out, seed, steps), pool.submit(make_phi, out, seed, steps)
         made = {"settings": settings, "digits_read": vision.result(), "text_loss": text.result()}
-    partial = manifest.with_name(MANIFEST + ".partial")
-    partial.write_text(json.dumps(made, indent=2) + "\n")
-    partial.replace(manifest)
+    with whole_file(manifest) as partial:
+        partial.write_text(json.dumps(made, indent=2) + "\n")
     return made
 
 
@@ -127,12 +126,9 @@ def make_phi(out: Path, seed: int, steps: int | None) -> float:
     trained = replace(training, steps=steps) if steps is not None else training
     loss = pretrain_text.train_text(model, tokenizer, trained, seed)
     phi = phi_layout(model)
-    partial = out / (PHI + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    phi.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(out / PHI, ignore_errors=True)
-    partial.replace(out / PHI)
+    with whole_folder(out / PHI) as partial:
+        phi.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return loss
 
 
@@ -170,9 +166,8 @@ def phi_layout(model: TinyGPTVForConditionalGeneration) -> PhiForCausalLM:
 
 def _save(value: dict, path: Path) -> None:
     """Complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(value, partial)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        torch.save(value, partial)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def test_a_broken_upload_is_known_by_its_size(tmp_path: Path) -> None:
         inspect(tmp_path / "TinyGPT-V_for_Stage4.pth")
 
 
-def test_base_as_trained_and_trained_as_base(base: Callable[..., ModelSection], run: Path) -> None:
+def test_a_base_model_as_trained_weights(base: Callable[..., ModelSection], run: Path) -> None:
     from tinygptv_ds.convert.opened import open_any
     from tinygptv_ds.convert.trained import trained_source
 
