@@ -20,7 +20,7 @@ from tinygptv_ds.convert.storage import Stored
 from tinygptv_ds.convert.tinygptv_pth import original_name
 from tinygptv_ds.convert.write import write_weights
 from tinygptv_ds.models.configuration import PHI_2, TinyGPTVConfig
-from tinygptv_ds.models.trainable import lora, norms, projections
+from tinygptv_ds.models.trainable import learnt, lora
 
 ROOT = Path(__file__).resolve().parents[1]
 _TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -78,7 +78,7 @@ def make_weights(folder: Path, size: str) -> MadeUp:
         trained=folder / "stage4.pth",
         recipe=folder / "stage4.yaml",
         larger=2 * config.vision_config.image_size,
-        model_bytes=sum(torch.Size(shape).numel() * (4 if is_trained(name) else 2) for name, shape in shapes.items()),
+        model_bytes=sum(torch.Size(shape).numel() * (4 if learnt(name) else 2) for name, shape in shapes.items()),
     )
     _make_phi(made, shapes, config)
     depth = config.vision_config.num_hidden_layers
@@ -88,16 +88,11 @@ def make_weights(folder: Path, size: str) -> MadeUp:
     parts = ("qformer.", "ln_vision.", "query_tokens")
     qformer = {blip2.original_name(n): random(s, torch.float32) for n, s in shapes.items() if n.startswith(parts)}
     torch.save({"model": qformer}, made.qformer)
-    trained = {original_name(n, lora=True): random(s, torch.float32) for n, s in shapes.items() if is_trained(n)}
+    trained = {original_name(n, lora=True): random(s, torch.float32) for n, s in shapes.items() if learnt(n)}
     moments = {i: {"exp_avg": t, "exp_avg_sq": t.square()} for i, t in enumerate(trained.values())}
     torch.save({"model": trained, "optimizer": {"state": moments}, "epoch": 49}, made.trained)
     made.recipe.write_text(yaml.safe_dump(_recipe(made, config)), encoding="utf-8")
     return made
-
-
-def is_trained(name: str) -> bool:
-    """Whether stages 2 to 4 train it."""
-    return projections(name) or norms(name) or lora(name)
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ from tinygptv_ds.config.schema import (
 from tinygptv_ds.convert.model_folder import save_trained
 from tinygptv_ds.convert.provenance import provenance_of
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import lora, norms, projections
+from tinygptv_ds.models.trainable import learnt
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def values(reference: TinyGPTVForConditionalGeneration) -> dict[str, Tensor]:
 
 @pytest.fixture
 def trained(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in values.items() if projections(name) or norms(name) or lora(name)}
+    return {name: tensor for name, tensor in values.items() if learnt(name)}
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`convert` writes every input in the layout that is wanted, and what it writes is what it read."""
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from verbs import call
 from weight_layouts import HEADS, PHI, blip2_state, eva_state, phi_state, save_phi
 
 from tinygptv_ds.config.schema import ModelSection, TextSection
@@ -26,9 +26,7 @@ LAYOUTS = ["split", "fused", "remote"]
 
 
 def convert(source: Path, out: Path, *options: str) -> Path:
-    parser = argparse.ArgumentParser()
-    verb.add_arguments(parser)
-    verb.run(parser.parse_args([str(source), "--out", str(out), *options]))
+    call(verb, source, "--out", out, *options)
     return out
 
 

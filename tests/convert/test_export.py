@@ -1,6 +1,5 @@
 """Every exported form stands for the run's model: the same answers, the same values, loadable where it says."""
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from verbs import call
 from weight_layouts import tiny_config
 
 from tinygptv_ds.config.schema import ModelSection, TextSection
@@ -48,9 +48,7 @@ def model(base: Callable[..., ModelSection], run: Path) -> TinyGPTVForConditiona
 
 def export(source: Path, out: Path, *options: str) -> Path:
     """The verb, whose errors come as exceptions here."""
-    parser = argparse.ArgumentParser()
-    verb.add_arguments(parser)
-    verb.run(parser.parse_args([str(source), "--out", str(out), *options]))
+    call(verb, source, "--out", out, *options)
     return out
 
 

@@ -1,6 +1,5 @@
 """`inspect` says what a file is from its content alone, and names what is not as it should be."""
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from verbs import call
 from weight_layouts import blip2_state, eva_state, phi_state, save_phi
 
 from tinygptv_ds.config.schema import ModelSection
@@ -152,23 +152,17 @@ def test_what_is_not_right_is_named(tmp_path: Path, trained: dict, spoil: Callab
     assert told in report.incomplete
 
 
-def call(*argv: str) -> None:
-    parser = argparse.ArgumentParser()
-    verb.add_arguments(parser)
-    verb.run(parser.parse_args(argv))
-
-
 def test_the_verb_reports_before_it_complains(
     tmp_path: Path, trained: dict, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"model": original(trained)}, tmp_path / "x.pth")
-    call(str(tmp_path / "x.pth"), "--json")
+    call(verb, tmp_path / "x.pth", "--json")
     told = json.loads(capsys.readouterr().out)
     assert told["matched"] == inspect(tmp_path / "x.pth").matched
     trained.pop("llama_proj.bias")
     torch.save({"model": original(trained)}, tmp_path / "x.pth")
     with pytest.raises(WeightsError, match=r"is not complete, .*: missing: llama_proj\.bias"):
-        call(str(tmp_path / "x.pth"))
+        call(verb, tmp_path / "x.pth")
     assert "missing      1: llama_proj.bias" in capsys.readouterr().out
 
 

@@ -19,7 +19,7 @@ from tinygptv_ds.convert.assemble import build_model
 from tinygptv_ds.convert.model_folder import save_trained
 from tinygptv_ds.convert.tinygptv_pth import canonical_name, original_name
 from tinygptv_ds.convert.trained import PARTS, load_trained
-from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.errors import ConfigError, WeightsError
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.models.trainable import lora
@@ -287,6 +287,18 @@ def test_an_unfinished_run_is_refused(tmp_path: Path, fresh: Callable) -> None:
         load_trained(fresh(), tmp_path)
     with pytest.raises(WeightsError, match="no such run or file"):
         load_trained(fresh(), tmp_path / "nowhere")
+
+
+def test_a_damaged_recipe_beside_a_checkpoint_is_named(tmp_path: Path, trained: dict, fresh: Callable) -> None:
+    """It would tell what else belongs to the model."""
+    folder = tmp_path / "checkpoints/step-00000001"
+    folder.mkdir(parents=True)
+    save_file({f"weight/{name}": tensor for name, tensor in trained.items()}, folder / "state.safetensors")
+    (folder / "state.json").write_text("{}")
+    assert load_trained(fresh(), folder) == set(trained)
+    (tmp_path / "recipe.yaml").write_text("model: {phi: [")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml is not valid YAML"):
+        load_trained(fresh(), folder)
 
 
 def test_a_chain_of_stages(base: Callable[..., ModelSection], tmp_path: Path, trained: dict) -> None:

@@ -1,14 +1,13 @@
 """A checkpoint as the original saves it: read, loss after loading, and one more step with its optimizer."""
 
-import argparse
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from golden_model import LOSS, full_model, pack_layout, read, tensors
 from torch import Tensor
+from verbs import call
 
 from tinygptv_ds.convert import convert, export
 from tinygptv_ds.convert.inspect import inspect
@@ -96,12 +95,6 @@ def test_inspected(file: Path, expected: dict) -> None:
     buffers = len(expected["model_keys"]) - len(report.matched)
     assert (report.incomplete, len(report.ignored)) == ("", buffers)
     assert f"epoch {expected['epoch']}" in report.beside
-
-
-def call(verb: ModuleType, *argv: str) -> None:
-    parser = argparse.ArgumentParser()
-    verb.add_arguments(parser)
-    verb.run(parser.parse_args(argv))
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:

@@ -15,7 +15,7 @@ from tinygptv_ds.convert.assemble import build_model, meta_model, model_config
 from tinygptv_ds.convert.resolve import resolve, resolve_trained
 from tinygptv_ds.convert.tinygptv_pth import original_name
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.models.trainable import lora, norms, projections
+from tinygptv_ds.models.trainable import learnt
 
 QFORMER = ("qformer.", "query_tokens")
 
@@ -27,7 +27,7 @@ def first_release(recipe: Path, file: Path) -> dict[str, Tensor]:
     values = {
         name: 0.1 * torch.randn(parameter.shape)
         for name, parameter in meta_model(model_config(loaded.model, loaded.text)).named_parameters()
-        if projections(name) or norms(name) or lora(name) or name.startswith(QFORMER)
+        if learnt(name) or name.startswith(QFORMER)
     }
     torch.save({"model": {original_name(name, lora=True): tensor for name, tensor in values.items()}}, file)
     return {name: tensor for name, tensor in values.items() if name.startswith(QFORMER)}

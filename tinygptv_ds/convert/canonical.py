@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 from tinygptv_ds.convert.blip2 import canonical_name as blip2_name
-from tinygptv_ds.convert.eva import PREFIX as EVA
+from tinygptv_ds.convert.eva import canonical_name as eva_name
 from tinygptv_ds.convert.files import Source, rename_all
 from tinygptv_ds.convert.opened import Opened
 from tinygptv_ds.convert.phi2 import to_canonical
@@ -26,12 +24,8 @@ def canonical_source(opened: Opened, heads: int) -> Source:
     if opened.kind == "phi":
         return to_canonical(opened.stored, heads, opened.path)
     if opened.kind == "eva_vit":
-        return rename_all(opened.stored, _eva_name, opened.path)
+        return rename_all(opened.stored, eva_name, opened.path)
     if opened.kind == "blip2":
         return rename_all(opened.stored, blip2_name, opened.path)
     source = original_source(opened.stored, opened.path)
     return Source(opened.path, source.weights, [*source.ignored, *opened.ignored])
-
-
-def _eva_name(name: str) -> str | None:
-    return None if re.match(r"(norm|fc_norm|head)\.", name) else EVA + name

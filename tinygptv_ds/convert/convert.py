@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygptv_ds.convert.export import refuse_existing, require
+from tinygptv_ds.convert.paths import refuse_existing, require
 from tinygptv_ds.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,12 +92,12 @@ def _checked(opened: Opened) -> Source:
     from tinygptv_ds.convert.expected import expected_shapes, in_order
     from tinygptv_ds.convert.files import Source, check_weights
     from tinygptv_ds.convert.phi_config import check_config, phi_config
-    from tinygptv_ds.convert.trained import recipe_beside, whole_source
+    from tinygptv_ds.convert.trained import init_from_of, whole_source
 
     config = phi_config(_phi_folder(opened)) if opened.kind == "phi" else None
     source = canonical_source(opened, 1 if config is None else config.num_attention_heads)
     if opened.of_one_stage:
-        source = whole_source(opened, recipe_beside(opened).get("init_from"))
+        source = whole_source(opened, init_from_of(opened))
     expected = expected_shapes(opened.kind, source)
     check_weights(expected, source, f"`python -m tinygptv_ds inspect {opened.path}` tells what is there")
     if config is not None:
@@ -126,18 +126,16 @@ def _write_file(opened: Opened, source: Source, out: Path, image_size: int | Non
 
 def _write_phi(opened: Opened, source: Source, out: Path, layout: str, dtype: torch.dtype | None) -> None:
     from tinygptv_ds.convert.phi2 import ADDED_NORMS, to_layout
-    from tinygptv_ds.convert.phi_config import phi_config
+    from tinygptv_ds.convert.phi_config import phi_config, save_config
     from tinygptv_ds.convert.write import stored_dtype, write_weights
     from tinygptv_ds.disk import whole_folder
 
     folder = _phi_folder(opened)
     config = phi_config(folder)
-    config.architectures = ["PhiForCausalLM"]
     config.qk_layernorm = any(map(ADDED_NORMS.fullmatch, source.weights))
-    config.dtype = stored_dtype(next(iter(source.weights.values())), dtype)
     with whole_folder(out) as partial:
         write_weights(partial, to_layout(source.weights, config.num_attention_heads, layout), dtype=dtype)
-        config.save_pretrained(partial)
+        save_config(config, partial, stored_dtype(next(iter(source.weights.values())), dtype))
         for name in _TOKENIZER:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, partial / name)

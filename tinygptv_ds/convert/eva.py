@@ -57,6 +57,11 @@ def eva_config(path: Path, *, image_size: int, depth: int, heads: int) -> EvaViT
     )
 
 
+def canonical_name(name: str) -> str | None:
+    """The canonical name of a tensor of the file, or None for the final norm and the head, which BLIP-2 leaves out."""
+    return None if name.startswith(("norm.", "fc_norm.", "head.")) else PREFIX + name
+
+
 def eva_source(path: Path, config: EvaViTConfig) -> Source:
     """The file's weights under canonical names, position embeddings resized to `config.image_size`.
 
@@ -66,7 +71,7 @@ def eva_source(path: Path, config: EvaViTConfig) -> Source:
     def rename(name: str) -> str | None:
         block = re.match(r"blocks\.(\d+)\.", name)
         unused = block is not None and int(block[1]) >= config.num_hidden_layers
-        return None if unused or name.startswith(("norm.", "fc_norm.", "head.")) else PREFIX + name
+        return None if unused else canonical_name(name)
 
     source = rename_all(open_weights(path), rename, path)
     return Source(path, resized(source.weights, config.image_size, path), source.ignored)

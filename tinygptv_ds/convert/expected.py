@@ -27,11 +27,6 @@ _LLM = "language_model."
 _LAYER = _LLM + "model.layers.0."
 
 
-def shapes_of(source: Source) -> Shapes:
-    """Shapes by canonical name."""
-    return {name: stored.shape for name, stored in source.weights.items()}
-
-
 def expected_shapes(kind: str, source: Source) -> Shapes:
     """Names and shapes of a complete file as wide and with as many layers as this one, in the model's order.
 
@@ -42,7 +37,7 @@ def expected_shapes(kind: str, source: Source) -> Shapes:
     Raises:
         WeightsError: too little is there to tell the sizes.
     """
-    shapes = shapes_of(source)
+    shapes = source.shapes
     try:
         if kind == "phi":
             return _phi(shapes)

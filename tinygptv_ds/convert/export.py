@@ -14,7 +14,8 @@ import argparse
 from pathlib import Path
 
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.errors import ConfigError, WeightsError
+from tinygptv_ds.convert.paths import refuse_existing, require
+from tinygptv_ds.errors import ConfigError
 
 FORMS = ("hf", "adapter", "original", "phi")
 _WHOLE = ("hf", "phi")  # written in bf16 unless told otherwise; what is small stays as it is
@@ -58,11 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="hf: results that eval/ has written with --json, for the model card",
     )
-    add_recipe_arguments(parser)
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """How to say where the base weights lie, for weights that do not tell it themselves."""
     parser.add_argument(
         "--recipe",
         type=Path,
@@ -107,26 +103,6 @@ def run(args: argparse.Namespace) -> None:
     else:
         export_parts.export_phi(resolved, args.out, layout=args.layout, dtype=dtype)
         print(f"{args.out}: name it as model.phi of a recipe; its README.md says what else can load it")
-
-
-def require(path: Path) -> None:
-    """See that there is anything to read.
-
-    Raises:
-        WeightsError: there is not.
-    """
-    if not path.exists():
-        raise WeightsError(f"{path}: no such file or folder; correct the path")
-
-
-def refuse_existing(out: Path) -> None:
-    """See that nothing is overwritten.
-
-    Raises:
-        WeightsError: `out` is there and no empty folder.
-    """
-    if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise WeightsError(f"{out} is already there; choose another --out, or remove it")
 
 
 def _check_options(args: argparse.Namespace) -> None:

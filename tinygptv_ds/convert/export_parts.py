@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PhiConfig
 
 from tinygptv_ds.convert.expected import expected_shapes, in_order
 from tinygptv_ds.convert.files import Source, check_weights
@@ -16,6 +15,7 @@ from tinygptv_ds.convert.merge import merge_lora
 from tinygptv_ds.convert.model_folder import write_model
 from tinygptv_ds.convert.opened import Opened
 from tinygptv_ds.convert.phi2 import to_layout
+from tinygptv_ds.convert.phi_config import save_config
 from tinygptv_ds.convert.provenance import hashed, shareable, write_provenance
 from tinygptv_ds.convert.resolve import Resolved
 from tinygptv_ds.convert.storage import Stored
@@ -63,21 +63,13 @@ def export_phi(resolved: Resolved, out: Path, *, layout: str, dtype: torch.dtype
     text = config.text_config
     with whole_folder(out) as partial:
         write_weights(partial, to_layout(merged, text.num_attention_heads, layout), dtype=dtype)
-        phi_config_for(text, dtype).save_pretrained(partial)
+        save_config(text, partial, dtype)
         resolved.tokenizer().save_pretrained(partial)
         write_provenance(partial, shareable(resolved))
         keys = "`query_key_value`" if layout == "fused" else "`q_proj`, `k_proj`, `v_proj`"
         original = _FOR_ORIGINAL if layout == "fused" else ""
         readme = _PHI_README.format(name=out.name, layout=layout, keys=keys, original=original)
         (partial / "README.md").write_text(readme, encoding="utf-8")
-
-
-def phi_config_for(text: PhiConfig, dtype: torch.dtype) -> PhiConfig:
-    """A configuration to lie beside Phi's weights in `dtype`."""
-    config = PhiConfig(**text.to_dict())
-    config.architectures = ["PhiForCausalLM"]
-    config.dtype = dtype
-    return config
 
 
 def export_original(opened: Opened, trained: Source, out: Path, *, dtype: torch.dtype | None) -> None:

@@ -28,6 +28,11 @@ class Source:
     weights: dict[str, Stored]
     ignored: list[str]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by canonical name."""
+        return {name: stored.shape for name, stored in self.weights.items()}
+
 
 def rename_all(stored: Mapping[str, Stored], rename: Callable[[str], str | None], path: Path) -> Source:
     """Give every tensor its canonical name; those renamed to None are ignored.
@@ -71,7 +76,7 @@ class Match:
 
 def compare(expected: Mapping[str, tuple[int, ...]], source: Source) -> Match:
     """Hold a source's names and shapes against expected ones; the `Match` reads "" where all agree."""
-    given = {name: stored.shape for name, stored in source.weights.items()}
+    given = source.shapes
     differing = [name for name, shape in expected.items() if given.get(name, shape) != tuple(shape)]
     return Match(
         matched=[name for name, shape in expected.items() if given.get(name) == tuple(shape)],

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygptv_ds.convert.export import require
+from tinygptv_ds.convert.paths import require
 from tinygptv_ds.errors import WeightsError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def inspect(path: Path) -> Report:
         WeightsError: they are damaged, or of no kind that is known.
     """
     from tinygptv_ds.convert.canonical import canonical_source
-    from tinygptv_ds.convert.expected import expected_shapes, shapes_of
+    from tinygptv_ds.convert.expected import expected_shapes
     from tinygptv_ds.convert.files import compare
     from tinygptv_ds.convert.opened import KINDS, open_any
     from tinygptv_ds.convert.provenance import hashes
@@ -150,7 +150,7 @@ def inspect(path: Path) -> Report:
         released=f"{released[0].name} ({released[0].note})" if released else None,
         stage=_stage(opened, source),
         layout=_layout(opened),
-        lora_r=lora_rank(shapes_of(source)),
+        lora_r=lora_rank(source.shapes),
         lora_targets=sorted({n.split(".lora_A.")[0].rpartition(".")[2] for n in source.weights if ".lora_A." in n}),
         qformer=any(name.startswith("qformer.") for name in source.weights),
         beside=_beside(opened),

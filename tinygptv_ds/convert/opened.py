@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.convert.deepspeed import open_deepspeed, step_folder
-from tinygptv_ds.convert.published import released_by_size
+from tinygptv_ds.convert.published import Released, released_by_size
 from tinygptv_ds.convert.storage import Stored, listing, open_file, open_weights, read_json, weight_files
+from tinygptv_ds.convert.tinygptv_pth import unwrapped
 from tinygptv_ds.errors import WeightsError
 
 WEIGHTS = "trained.safetensors"
 PROVENANCE = "provenance.json"
+RECIPE = "recipe.yaml"
 STATE = "state.safetensors"
 _BESIDE = {WEIGHTS: PROVENANCE, STATE: "state.json"}  # with which a file is more than a file
 KINDS = {
@@ -27,7 +29,7 @@ KINDS = {
 }
 _PHI = re.compile(r"transformer\.h\.\d+\.mixer\.Wqkv\.|model\.layers\.\d+\.self_attn\.(query_key_value|[qkv]_proj)\.")
 _TRAINED = re.compile(
-    r"(module\.)?(_orig_mod\.)?(llama_model\.|llama_proj2?\."
+    r"(llama_model\.|llama_proj2?\."
     r"|language_model\..*(q_layernorm|k_layernorm|post_layernorm|\.lora_[AB])\.|base_model\.model\..*\.lora_[AB]\.)"
 )
 
@@ -57,6 +59,11 @@ class Opened:
     notes: dict[str, Any] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     of_one_stage: bool = False
+
+    @property
+    def released(self) -> Released | None:
+        """Which of the authors' released files this seems to be, by its size."""
+        return released_by_size(self.path.stat().st_size) if self.path.is_file() else None
 
 
 def open_any(path: Path) -> Opened:
@@ -99,9 +106,9 @@ def kind_of(names: Iterable[str], path: Path) -> str:
     Raises:
         WeightsError: of none.
     """
-    names = list(names)
+    names = [unwrapped(name) for name in names]
     if any(map(_TRAINED.match, names)):
-        if all(re.fullmatch(r"(module\.)?llama_proj\.(weight|bias)", name) for name in names):
+        if all(re.fullmatch(r"llama_proj\.(weight|bias)", name) for name in names):
             return "projection"
         whole = any(name.endswith("model.embed_tokens.weight") for name in names)
         return "model" if whole and any(name.startswith("visual_encoder.") for name in names) else "trained"
@@ -137,7 +144,7 @@ def _checkpoint(path: Path) -> Opened:
 def _deepspeed(path: Path, step: Path) -> Opened:
     found = open_deepspeed(step)
     container = f"DeepSpeed checkpoint (ZeRO-{found.zero_stage}, {found.ranks} rank(s))"
-    run = next((parent for parent in step.resolve().parents[:3] if (parent / "recipe.yaml").is_file()), None)
+    run = next((parent for parent in step.resolve().parents[:3] if (parent / RECIPE).is_file()), None)
     files = sorted(step.glob("*_states.pt"))
     kind = kind_of(found.weights, step)
     return Opened(path, container, kind, files, found.weights, run, {"step": found.step}, found.frozen, True)
@@ -153,5 +160,5 @@ def _refuse_unfinished(path: Path) -> None:
     checkpoints = sorted(path.glob("checkpoints/step-*[0-9]"))
     if checkpoints:
         raise WeightsError(f"{path}: the run has not finished; let it finish, or name its checkpoint {checkpoints[-1]}")
-    if (path / "recipe.yaml").is_file() and not any(path.glob("*.safetensors")):
+    if (path / RECIPE).is_file() and not any(path.glob("*.safetensors")):
         raise WeightsError(f"{path}: the run has not finished and has no checkpoint yet; start it again to go on")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from transformers import PhiConfig
 
 from tinygptv_ds.convert.phi2 import PREFIX
@@ -85,6 +86,14 @@ def check_config(config: PhiConfig, shapes: Mapping[str, tuple[int, ...]], path:
                 f"{path}: {name} is {getattr(config, name)}, but the weights beside it have {there}; it is another "
                 "Phi's, fetch the whole folder again"
             )
+
+
+def save_config(config: PhiConfig, folder: Path, dtype: torch.dtype) -> None:
+    """Write the config.json that goes with Phi's weights in `dtype`."""
+    saved = PhiConfig(**config.to_dict())
+    saved.architectures = ["PhiForCausalLM"]
+    saved.dtype = dtype
+    saved.save_pretrained(folder)
 
 
 def _rope(path: Path, raw: dict, head_dim: int) -> dict:

@@ -22,10 +22,9 @@ from tinygptv_ds.convert.assemble import (
 from tinygptv_ds.convert.files import Source
 from tinygptv_ds.convert.opened import Opened, open_any
 from tinygptv_ds.convert.provenance import size_of
-from tinygptv_ds.convert.published import released_by_size
 from tinygptv_ds.convert.stage import guess_stage
 from tinygptv_ds.convert.storage import Stored
-from tinygptv_ds.convert.trained import check_fit, trained_source, whole_source
+from tinygptv_ds.convert.trained import check_fit, recipe_beside, trained_source, whole_source
 from tinygptv_ds.errors import ConfigError, WeightsError
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -103,8 +102,9 @@ def _recipe_of(opened: Opened, overrides: Sequence[str]) -> Recipe:
     noted = opened.notes.get("recipe")
     if isinstance(noted, dict) and isinstance(noted.get("model"), dict):  # a checkpoint notes hashes alone
         return build_recipe(apply_overrides(noted, overrides), f"{opened.folder}/provenance.json")
-    if opened.folder is not None and (opened.folder / "recipe.yaml").is_file():
-        return load_recipe(opened.folder / "recipe.yaml", overrides)
+    beside = recipe_beside(opened, overrides)
+    if beside is not None:
+        return beside
     guess = guess_stage(opened, trained_source(opened))
     if len(guess.stages) > 1:
         raise WeightsError(
@@ -117,7 +117,7 @@ def _recipe_of(opened: Opened, overrides: Sequence[str]) -> Recipe:
 
 
 def _check_stage(opened: Opened, recipe: Recipe) -> None:
-    released = released_by_size(opened.path.stat().st_size) if opened.path.is_file() else None
+    released = opened.released
     if released is not None and released.stage != recipe.stage:
         raise ConfigError(
             f"{opened.path} is the released file of stage {released.stage}, but the recipe is of stage {recipe.stage}; "

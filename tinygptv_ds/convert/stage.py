@@ -7,7 +7,6 @@ from typing import Any
 
 from tinygptv_ds.convert.files import Source
 from tinygptv_ds.convert.opened import Opened
-from tinygptv_ds.convert.published import released_by_size
 from tinygptv_ds.models.trainable import lora
 
 
@@ -31,9 +30,8 @@ def guess_stage(opened: Opened, source: Source) -> StageGuess:
     """
     if isinstance(opened.notes.get("stage"), int):
         return StageGuess((opened.notes["stage"],), "its provenance.json")
-    released = released_by_size(opened.path.stat().st_size) if opened.path.is_file() else None
-    if released is not None:
-        return StageGuess((released.stage,), f"the size of the released {released.name}")
+    if opened.released is not None:
+        return StageGuess((opened.released.stage,), f"the size of the released {opened.released.name}")
     has_lora = any(map(lora, source.weights))
     stage = _by_configuration(opened.notes.get("config"), has_lora)
     if stage is not None:

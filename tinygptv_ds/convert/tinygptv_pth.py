@@ -24,9 +24,14 @@ _ADAPTER_NAME = re.compile(r"\.lora_([AB])\.(?!weight$)[^.]+\.weight$")
 _COPIED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
+def unwrapped(name: str) -> str:
+    """Without what DistributedDataParallel and torch.compile put in front."""
+    return _WRAPPERS.sub("", name)
+
+
 def canonical_name(name: str) -> str | None:
     """The canonical name of one of the original's tensors; None for what nothing needs."""
-    name = _WRAPPERS.sub("", name)
+    name = unwrapped(name)
     if name.startswith("Qformer."):
         return blip2.canonical_name(name)
     if _LLM.match(name):

@@ -6,21 +6,21 @@ adapters, MiniGPT-4's projection, and the original's own `checkpoint_N.pth` and 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from torch import Tensor, nn
 
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.convert.files import Source, check_weights, copy_weights
-from tinygptv_ds.convert.opened import KINDS, Opened, open_any
+from tinygptv_ds.convert.opened import KINDS, RECIPE, Opened, open_any
 from tinygptv_ds.convert.storage import read_json
 from tinygptv_ds.convert.tinygptv_pth import original_source
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
-from tinygptv_ds.models.trainable import lora, norms, projections
+from tinygptv_ds.models.trainable import learnt, lora, norms
 
 PARTS = {
     "llama_proj": lambda name: name.startswith("llama_proj."),
@@ -62,7 +62,7 @@ def load_trained(model: nn.Module | Mapping[str, Tensor], path: Path, fresh_part
 def fitting_source(model: nn.Module | Mapping[str, Tensor], path: Path, fresh_parts: Collection[str] = ()) -> Source:
     """The weights that `load_trained` would load, checked against the model but not read yet."""
     opened = open_any(Path(path))
-    source = whole_source(opened, recipe_beside(opened).get("init_from"))
+    source = whole_source(opened, init_from_of(opened))
     check_fit(model, opened, source, fresh_parts)
     return source
 
@@ -97,8 +97,8 @@ def trained_source(opened: Opened) -> Source:
             f"{opened.path} is an exported model with LoRA merged into its base, from which a stage cannot go on; name "
             "the run that it comes from, or export it with --to adapter or --keep-lora"
         )
-    beside_base = set(opened.notes.get("beside_base", ()))
-    wanted = {n for n in source.weights if projections(n) or norms(n) or lora(n) or n in beside_base}
+    beside = set(opened.notes.get("beside_base", ()))
+    wanted = {name for name in source.weights if learnt(name) or name in beside}
     base = sorted(source.weights.keys() - wanted)
     return Source(opened.path, {n: t for n, t in source.weights.items() if n in wanted}, base)
 
@@ -118,27 +118,36 @@ def whole_source(opened: Opened, init_from: str | None) -> Source:
         return source
     try:
         before = open_any(Path(init_from))
-        carried = whole_source(before, recipe_beside(before).get("init_from")).weights
+        carried = whole_source(before, init_from_of(before))
     except WeightsError as error:
         raise WeightsError(
             f"{opened.path} began from {init_from}, which may hold more than this stage trains: {error}. Put it back, "
             "or say where it is with --set model.init_from=PATH (null if it was without a Q-Former)"
         ) from None
-    added = {n: t for n, t in carried.items() if not (projections(n) or norms(n) or lora(n) or n in source.weights)}
+    added = {name: carried.weights[name] for name in beside_base(carried) if name not in source.weights}
     return Source(source.path, added | source.weights, source.ignored)
 
 
-def recipe_beside(opened: Opened) -> dict[str, Any]:
-    """The model section of the recipe.yaml of the run that a checkpoint lies in; empty without one."""
-    recipe = None if opened.folder is None else opened.folder / "recipe.yaml"
-    if recipe is None or not recipe.is_file():
-        return {}
-    return (yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("model") or {}
+def recipe_beside(opened: Opened, overrides: Sequence[str] = ()) -> Recipe | None:
+    """The recipe of the run that a checkpoint lies in, with `overrides` as of `--set`; None where there is none.
+
+    Raises:
+        ConfigError: recipe.yaml is damaged.
+    """
+    if not opened.of_one_stage or opened.folder is None or not (opened.folder / RECIPE).is_file():
+        return None
+    return load_recipe(opened.folder / RECIPE, overrides)
+
+
+def init_from_of(opened: Opened) -> str | None:
+    """What the stage of a checkpoint began from, by the recipe beside it."""
+    recipe = recipe_beside(opened)
+    return None if recipe is None else recipe.model.init_from
 
 
 def beside_base(source: Source) -> list[str]:
     """What trained weights hold of the parts that come from the base models otherwise: they replace theirs."""
-    return [name for name in source.weights if not (projections(name) or norms(name) or lora(name))]
+    return [name for name in source.weights if not learnt(name)]
 
 
 def lora_rank(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -180,7 +189,7 @@ def _without(part: str, source: Source) -> str:
 
 
 def _check_lora_rank(shapes: Mapping[str, tuple[int, ...]], source: Source) -> None:
-    in_file, in_model = lora_rank({name: stored.shape for name, stored in source.weights.items()}), lora_rank(shapes)
+    in_file, in_model = lora_rank(source.shapes), lora_rank(shapes)
     if in_file in (0, in_model):
         return
     has = f"model's is {in_model}" if in_model else "model has none (lora_r 0)"
@@ -221,10 +230,8 @@ def _check_lora_scale(config: TinyGPTVConfig, opened: Opened) -> None:
 
 def _trained_alpha(opened: Opened) -> float | None:
     """The alpha that a run's own files note; the original's checkpoints do not tell it reliably."""
-    if opened.folder is None:
-        return None
-    if (opened.folder / "config.json").is_file():
+    if opened.folder is not None and (opened.folder / "config.json").is_file():
         config = read_json(opened.folder / "config.json")
         return config.get("lora_alpha") if config.get("lora_r") else None
-    model = recipe_beside(opened)
-    return model.get("lora_alpha") if model.get("lora_r") else None
+    recipe = recipe_beside(opened)
+    return recipe.model.lora_alpha if recipe is not None and recipe.model.lora_r else None

@@ -45,22 +45,16 @@ def write_weights(
     with _bar(tensors, dtype, folder.name) as bar:
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write(folder / file, {name: tensors[name] for name in names}, dtype, {"format": "pt"}, bar)
+            _write(folder / file, {name: tensors[name] for name in names}, dtype, bar)
             weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": bar.total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_file(
-    path: Path,
-    tensors: Mapping[str, Stored],
-    *,
-    dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write one safetensors file; `metadata` is put beside `format: pt`, the rest as in `write_weights`."""
+def write_file(path: Path, tensors: Mapping[str, Stored], *, dtype: torch.dtype | None = None) -> None:
+    """Write one safetensors file; arguments and errors as of `write_weights`."""
     with _bar(tensors, dtype, path.name) as bar:
-        _write(path, tensors, dtype, {"format": "pt", **(metadata or {})}, bar)
+        _write(path, tensors, dtype, bar)
 
 
 def stored_dtype(stored: Stored, dtype: torch.dtype | None) -> torch.dtype:
@@ -74,6 +68,8 @@ def convert_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         WeightsError: a finite value became infinite.
     """
+    if tensor.dtype == dtype:
+        return tensor
     converted = tensor.to(dtype)
     if dtype == torch.float16 and not converted.isfinite().all() and tensor.isfinite().all():
         raise WeightsError(
@@ -104,21 +100,19 @@ def _shards(tensors: Mapping[str, Stored], dtype: torch.dtype | None, limit: int
     return shards
 
 
-def _write(
-    path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None, metadata: Mapping[str, str], bar: tqdm
-) -> None:
+def _write(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None, bar: tqdm) -> None:
     # Widest first, as the format's own library does: every tensor then lies at a multiple of its item size.
     order = sorted(tensors, key=lambda name: -stored_dtype(tensors[name], dtype).itemsize)
     with path.open("wb") as file:
-        file.write(_header({name: tensors[name] for name in order}, dtype, metadata))
+        file.write(_header({name: tensors[name] for name in order}, dtype))
         for data in _data(order, tensors, dtype):
             file.write(data.numpy())
             bar.update(len(data))
 
 
-def _header(tensors: Mapping[str, Stored], dtype: torch.dtype | None, metadata: Mapping[str, str]) -> bytes:
+def _header(tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> bytes:
     """Eight bytes of length, then JSON: dtype, shape and place of every tensor (the safetensors format)."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, stored in tensors.items():
         begin, end = end, end + _bytes(stored, dtype)

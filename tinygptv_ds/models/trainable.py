@@ -32,6 +32,11 @@ def lora(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
+def learnt(name: str) -> bool:
+    """All that the published stages train: projections, norm weights and LoRA."""
+    return projections(name) or norms(name) or lora(name)
+
+
 def train_only(model: nn.Module, *parts: Part) -> list[str]:
     """Freeze everything but the parts given; returns the trained names in model order.
 
