@@ -8,8 +8,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinygptv_ds.data.index import sample_count
 from tinygptv_ds.data.reader import ShardReader
-from tinygptv_ds.data.shards import expand_shards, sample_count
+from tinygptv_ds.data.shards import expand_shards
 from tinygptv_ds.disk import whole_file
 from tinygptv_ds.errors import ConfigError, DataError
 

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from tinygptv_ds.data import prepare as prepare_module
+from tinygptv_ds.data.index import sample_count
 from tinygptv_ds.data.prepare import add_arguments, prepare, run, write_samples
 from tinygptv_ds.data.reader import RawSample, ShardReader
 from tinygptv_ds.data.sets import DATASETS, PreparedSample, Skipped, how_to_get
 from tinygptv_ds.data.sets.common import box_string, inside
 from tinygptv_ds.data.sets.refcoco import load_refs
-from tinygptv_ds.data.shards import sample_count
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import IMAGE_TAG, render
 

@@ -13,18 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygptv_ds.data import shards
-from tinygptv_ds.data.shards import (
-    Member,
-    ShardIndex,
-    ShardWriter,
-    build_index,
-    expand_shards,
-    load_index,
-    sample_count,
-    sample_counts,
-    split_name,
-)
+from tinygptv_ds.data import index as index_module
+from tinygptv_ds.data.index import ShardIndex, build_index, load_index, sample_count, sample_counts
+from tinygptv_ds.data.shards import ShardWriter, expand_shards
+from tinygptv_ds.data.tar import Member, split_name
 from tinygptv_ds.errors import DataError
 
 
@@ -141,17 +133,17 @@ def test_index_of_a_read_only_folder_goes_to_the_cache(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tar = make_tar(tmp_path / "0.tar", samples(3))
-    write = shards._write_atomically
+    write = index_module._write_atomically
 
     def refuse(path: Path, data: bytes) -> None:
         if path.parent == tmp_path:
             raise OSError(errno.EROFS, "Read-only file system")
         write(path, data)
 
-    monkeypatch.setattr(shards, "_write_atomically", refuse)
+    monkeypatch.setattr(index_module, "_write_atomically", refuse)
     assert sample_count(tar) == 3
     assert not (tmp_path / "0.tar.idx").exists()
-    monkeypatch.setattr(shards, "build_index", None)  # from here on the stored one must do
+    monkeypatch.setattr(index_module, "build_index", None)  # from here on the stored one must do
     assert sample_count(tar) == len(load_index(tar)) == 3
     assert len(list(cache.rglob("*.idx"))) == 1
 
@@ -161,14 +153,14 @@ def test_index_that_can_be_stored_nowhere_is_an_error(tmp_path: Path, monkeypatc
         raise OSError(errno.EACCES, "Permission denied")
 
     tar = make_tar(tmp_path / "0.tar", samples(1))
-    monkeypatch.setattr(shards, "_write_atomically", refuse)
+    monkeypatch.setattr(index_module, "_write_atomically", refuse)
     with pytest.raises(DataError, match="XDG_CACHE_HOME"):
         build_index(tar)
 
 
 def test_many_shards_are_indexed_by_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tars = [make_tar(tmp_path / f"{i}.tar", samples(i + 1)) for i in range(3)]
-    monkeypatch.setattr(shards, "_MANY", 1)
+    monkeypatch.setattr(index_module, "_MANY", 1)
     assert sample_counts(tars, workers=2) == [1, 2, 3]
     assert all(tar.with_name(f"{tar.name}.idx").exists() for tar in tars)
 

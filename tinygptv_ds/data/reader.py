@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinygptv_ds.data.shards import Member, ShardIndex, load_index
+from tinygptv_ds.data.index import ShardIndex, load_index
+from tinygptv_ds.data.tar import Member
 from tinygptv_ds.errors import DataError
 
 IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])

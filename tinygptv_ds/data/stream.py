@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinygptv_ds.config.schema import DatasetSection, Recipe
+from tinygptv_ds.data.index import sample_counts
 from tinygptv_ds.data.mixture import Mixture, SampleRef, Stream
 from tinygptv_ds.data.order import DatasetOrder
-from tinygptv_ds.data.shards import expand_shards, sample_counts
+from tinygptv_ds.data.shards import expand_shards
 
 
 @dataclass(frozen=True)
