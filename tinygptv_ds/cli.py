@@ -16,6 +16,7 @@ USER_ERROR = 2
 VERBS = {
     "doctor": ("what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor"),
     "prepare": ("turn a dataset's own files into shards", "tinygptv_ds.data.prepare"),
+    "stream": ("what a run would be fed, one JSON line a sample", "tinygptv_ds.data.show_stream"),
     "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.convert.inspect"),
     "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.convert.convert"),
     "export": (
@@ -43,6 +44,8 @@ def run_command(command: Callable[[], None]) -> None:
         os._exit(USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # such as "| head" has seen enough
+        os._exit(0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.data.batch import Batch, Sample, collate
-from tinygptv_ds.data.loader import Loaded, MicroBatches, Tokens, micro_batches
+from tinygptv_ds.data.loader import Loaded, MicroBatches, Tokens, load_steps
 from tinygptv_ds.data.mixture import SampleRef
 from tinygptv_ds.data.shards import ShardWriter
 from tinygptv_ds.data.stream import OpenStream, open_stream
@@ -36,8 +36,15 @@ def stream_of(raw: dict[str, Any]) -> tuple[OpenStream, Tokens]:
 
 def load(raw: dict[str, Any], *, rank: int = 0, world: int = 1, workers: int = 0, first: int = 0) -> list[Loaded]:
     stream, tokens = stream_of(raw)
-    dataset = MicroBatches(stream, tokens, rank=rank, world_size=world, steps=STEPS)
-    return list(micro_batches(dataset, first=first, num_workers=workers, pin_memory=False))
+    dataset = MicroBatches(stream, tokens, rank=rank, world_size=world)
+    steps = load_steps(dataset, first=first, last=STEPS, num_workers=workers, pin_memory=False)
+    return [loaded for step in steps for loaded in step]
+
+
+def in_order(*ranks: list[Loaded]) -> list[tuple[SampleRef, list[int], list[int], Tensor]]:
+    """The samples of all ranks together, in the order of the stream."""
+    samples = [sample for rank in ranks for loaded in rank for sample in samples_of(loaded.batch)]
+    return sorted(samples, key=lambda sample: sample[0].position)
 
 
 def assert_same(ours: Batch, theirs: Batch) -> None:
@@ -71,11 +78,12 @@ def test_workers_change_nothing(workers: int, mixed: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_out_the_same_samples(world: int, mixed: dict[str, Any]) -> None:
-    """In order, byte for byte: micro-batch by micro-batch, rank by rank."""
-    alone = [sample for loaded in load(mixed) for sample in samples_of(loaded.batch)]
+    """Byte for byte the same, each on one rank, and as many on each."""
+    alone = in_order(load(mixed))
     ranks = [load(mixed, rank=rank, world=world) for rank in range(world)]
-    together = [sample for micro in zip(*ranks, strict=True) for loaded in micro for sample in samples_of(loaded.batch)]
-    assert len(alone) == STEPS * 8
+    assert {len(loaded.batch.sample_ids) for rank in ranks for loaded in rank} == {2}
+    together = in_order(*ranks)
+    assert len(alone) == len(together) == STEPS * 8
     for ours, theirs in zip(together, alone, strict=True):
         assert ours[:3] == theirs[:3]
         assert torch.equal(ours[3], theirs[3])
@@ -83,7 +91,7 @@ def test_ranks_share_out_the_same_samples(world: int, mixed: dict[str, Any]) -> 
 
 def test_samples_are_those_of_the_stream(mixed: dict[str, Any]) -> None:
     stream, _ = stream_of(mixed)
-    loaded = [ref for item in load(mixed) for ref in item.batch.sample_ids]
+    loaded = [sample[0] for sample in in_order(load(mixed))]
     assert loaded == [ref for step in range(STEPS) for ref in stream.order.step(step)]
     assert {ref.dataset for ref in loaded} == {"vqa", "text", "chat", "pair"}
 
@@ -91,14 +99,13 @@ def test_samples_are_those_of_the_stream(mixed: dict[str, Any]) -> None:
 def test_going_on_in_the_middle(mixed: dict[str, Any]) -> None:
     """What a resumed run reads is what an unbroken one would have read."""
     whole = load(mixed)
-    for ours, theirs in zip(load(mixed, first=6, workers=1), whole[6:], strict=True):
+    for ours, theirs in zip(load(mixed, first=2, workers=1), whole[8:], strict=True):
         assert_same(ours.batch, theirs.batch)
 
 
 def test_another_micro_batch_size_is_the_same_step(mixed: dict[str, Any], raw_recipe: RAW) -> None:
     other = load(raw_recipe(train__batch_size=8, train__micro_batch_size=4))
-    ours = [sample[:3] for loaded in other for sample in samples_of(loaded.batch)]
-    assert ours == [sample[:3] for loaded in load(mixed) for sample in samples_of(loaded.batch)]
+    assert [sample[:3] for sample in in_order(other)] == [sample[:3] for sample in in_order(load(mixed))]
 
 
 # ---- samples that cannot be used -------------------------------------------------------------------------------------
@@ -132,6 +139,7 @@ BAD = {
     "corrupt_image": {"jpg": jpeg(5)[:200]},
     "bad_record": {"json": json.dumps({"raw": True, "text": "<ImageHere> <ImageHere>", "answer": "a"}).encode()},
     "bad_json": {"json": b"{"},
+    "empty_answer": {"json": json.dumps({"text": "what is this ?", "answer": " \n"}).encode()},
 }
 
 
@@ -147,17 +155,48 @@ def test_a_bad_sample_drops_out_alone(reason: str, workers: int, raw_recipe: RAW
         assert str(bad / "00001.tar") in item.message and "sample key5: " in item.message
         assert (item.ref.shard, item.ref.index) == (1, 1)
     gone = {item.ref for item in skipped}
-    for ours, theirs in zip(rest, whole, strict=True):
-        expected = [sample for sample in samples_of(theirs.batch) if sample[0] not in gone]
-        for mine, other in zip(samples_of(ours.batch), expected, strict=True):
-            assert mine[:3] == other[:3]
-            assert torch.equal(mine[3], other[3])
+    expected = [sample for sample in in_order(whole) if sample[0] not in gone]
+    for mine, other in zip(in_order(rest), expected, strict=True):
+        assert mine[:3] == other[:3]
+        assert torch.equal(mine[3], other[3])
 
 
 def test_a_placeholder_mismatch_is_explained(raw_recipe: RAW, tmp_path: Path) -> None:
     shards = write(tmp_path / "bad", {0: BAD["bad_record"]})
     messages = [s.message for item in load(only(raw_recipe, shards)) for s in item.skipped]
     assert messages and all("2 times '<ImageHere>', but the sample has 1 picture" in message for message in messages)
+
+
+def test_an_empty_caption_teaches_nothing(raw_recipe: RAW, tmp_path: Path) -> None:
+    """Punctuation alone is nothing once it is cleaned; the original trains on the end symbol then."""
+    empty, words = ({"json": json.dumps({"caption": text}).encode()} for text in ("...", "a bus"))
+    raw = only(raw_recipe, write(tmp_path / "captions", {0: empty, 1: words}))
+    assert {item.reason for loaded in load(raw) for item in loaded.skipped} == {"empty_answer"}
+
+
+def test_max_tokens(mixed: dict[str, Any], raw_recipe: RAW) -> None:
+    """As many samples as fit, by an estimate: fewer micro-batches than samples, as many on each rank."""
+    raw = raw_recipe(train__micro_batch_size=None, train__max_tokens=120)
+    ranks = [load(raw, rank=rank, world=2) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) < STEPS * 4
+    sizes = [len(loaded.batch.input_ids) for rank in ranks for loaded in rank]
+    assert max(sizes) < 1.25 * 120  # this tokenizer knows few words
+    assert sum(sizes) / len(sizes) > 0.5 * 120
+    assert [sample[:3] for sample in in_order(*ranks)] == [sample[:3] for sample in in_order(load(mixed))]
+
+
+def test_a_sample_above_max_tokens_drops_out(mixed: dict[str, Any], raw_recipe: RAW) -> None:
+    """Whatever the ranks: its own length decides."""
+    longest = 25
+    kept = [sample[0] for sample in in_order(load(mixed)) if len(sample[1]) <= longest]
+    raw = raw_recipe(train__micro_batch_size=None, train__max_tokens=longest)
+    for world in (1, 2):
+        ranks = [load(raw, rank=rank, world=world) for rank in range(world)]
+        assert [sample[0] for sample in in_order(*ranks)] == kept
+        skipped = [item for rank in ranks for loaded in rank for item in loaded.skipped]
+        assert {item.reason for item in skipped} == {"too_long"}
+        assert len(skipped) + len(kept) == STEPS * 8
+        assert all("more than train.max_tokens (25)" in item.message for item in skipped)
 
 
 def test_a_micro_batch_without_a_sample(raw_recipe: RAW, tmp_path: Path) -> None:

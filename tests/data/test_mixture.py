@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinygptv_ds.data.mixture import Mixture, SampleRef, Stream, rank_share, sample_rng
+from tinygptv_ds.data.mixture import Mixture, SampleRef, Stream, sample_rng
 from tinygptv_ds.data.order import DatasetOrder
 from tinygptv_ds.errors import ConfigError
 
@@ -109,14 +109,6 @@ def test_homogeneous_steps_hold_one_dataset_by_weight() -> None:
     datasets = [{ref.dataset for ref in found.step(t)} for t in range(8)]
     assert all(len(names) == 1 for names in datasets)
     assert sum(names == {"a"} for names in datasets) == 6
-
-
-@given(st.integers(1, 40), st.integers(1, 9))
-def test_ranks_share_a_step_without_gap_or_overlap(batch: int, world_size: int) -> None:
-    refs = [SampleRef(i, "a", 0, 0, i) for i in range(batch)]
-    shares = [rank_share(refs, rank, world_size) for rank in range(world_size)]
-    assert sorted((ref for share in shares for ref in share), key=lambda ref: ref.position) == refs
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_stream_refuses_what_does_not_fit_together() -> None:

@@ -80,14 +80,14 @@ def run(
 
 def images_of_each_rank(recipe: Path, ranks: int) -> list[list[int]]:
     """For every micro-batch of every step, how many samples with a picture each rank has."""
-    from tinygptv_ds.data.stream import open_stream
+    from tinygptv_ds.data.stream import Planner, open_stream
 
     loaded = load_recipe(recipe)
-    stream = open_stream(loaded)
+    plans = map(Planner(open_stream(loaded), ranks).plan, range(loaded.train.total_steps))
     return [
-        [sum(ref.dataset != "text" for ref in stream.micro_batch(step, number, rank, ranks)) for rank in range(ranks)]
-        for step in range(loaded.train.total_steps)
-        for number in range(loaded.train.accumulation(ranks))
+        [sum(ref.dataset != "text" for ref in plan.micro_batch(number, rank)) for rank in range(ranks)]
+        for plan in plans
+        for number in range(plan.packing.micro_batches)
     ]
 
 

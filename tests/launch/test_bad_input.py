@@ -41,6 +41,11 @@ def test_too_many_unreadable_samples(recipe_file: Callable[..., Path], tmp_path:
         writer.finish()
     recipe = recipe_file(data__datasets=[{"name": "vqa", "shards": str(shards)}])
     done = run(one_process(4), recipe, tmp_path / "run", ok=False)
-    assert "4 of 8 samples could not be used, more than data.max_skipped_share (0.01)" in error_of(done)
+    expected = "4 of 8 samples could not be used (4 corrupt_image), more than data.max_skipped_share (0.01)"
+    assert expected in error_of(done)
     for number in (1, 3, 5, 7):
         assert f"skipped (corrupt_image) {shards / '00000.tar'}: sample key{number}: " in done.output
+    allowed = ("--set=data.max_skipped_share=0.6", "--set=train.steps_per_epoch=2")
+    gone_on = run(one_process(4), recipe, tmp_path / "allowed", *allowed)
+    assert gone_on.column("data/skipped_corrupt_image") == gone_on.column("data/skipped") == [4, 4]
+    assert "skipped so far: 8 corrupt_image" in (gone_on.folder / "log.txt").read_text()

@@ -27,7 +27,7 @@ class Place(NamedTuple):
 def place(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("same")
     raw = tiny.recipe(weights, shards, train__steps_per_epoch=STEPS, train__checkpoint_every=3)
-    raw["data"]["datasets"][1]["weight"] = 5  # text: micro-batches without a picture are common
+    raw["data"]["datasets"][1]["weight"] = 12  # text: micro-batches without a picture are common
     return Place(folder, tiny.write_recipe(folder / "recipe.yaml", raw))
 
 
@@ -84,6 +84,15 @@ def test_bf16(place: Place, one_rank: Run) -> None:
     assert two.column("train/loss") == pytest.approx(one_rank.column("train/loss"), **ROUNDED)
     assert two.column("train/loss") != one_rank.column("train/loss")  # it is another precision
     assert three.column("train/loss") == pytest.approx(two.column("train/loss"), rel=0, abs=0.005)
+
+
+@pytest.mark.parametrize("command", [deepspeed_form(4), one_process(4)], ids=["zero_3_two_ranks", "one_rank"])
+def test_packed_by_tokens(place: Place, one_rank: Run, command: list[str]) -> None:
+    """Micro-batches by length, their number changing from step to step: still the same step."""
+    options = ["--set=train.micro_batch_size=null", "--set=train.max_tokens=140"]
+    options += [ZERO_3] if command[0] == "deepspeed" else []
+    packed = run(command, place.recipe, place.folder / f"tokens_{command[0].rpartition('/')[2]}", *options)
+    same(packed, one_rank, **EXACT)
 
 
 def resumed(place: Place, stopped: Run, name: str, command: list[str], *options: str) -> Run:

@@ -36,20 +36,20 @@ def test_stage_1_is_without_lora_or_as_its_code_was(overrides: list[str]) -> Non
 
 @pytest.mark.parametrize("reduction", ["step_mean", "micro_batch_mean"])
 def test_the_loss_of_a_step(reduction: str) -> None:
-    """Over all ranks and micro-batches, which DeepSpeed averages, each token counts alike, or each micro-batch."""
+    """Over all ranks and micro-batches, each token counts alike, or each micro-batch."""
     tokens = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([5.0]), torch.tensor([]), torch.tensor([4.0, 0.0])]
-    ranks, accumulation = 2, 2
-    losses = []
+    ranks, losses, boundaries = 2, [], []
     engine = SimpleNamespace(
-        accumulation=accumulation,
         job=SimpleNamespace(ranks=SimpleNamespace(world_size=ranks)),
         backward_and_step=losses.append,
+        set_boundary=boundaries.append,
     )
     divisor = torch.tensor(6.0) if reduction == "step_mean" else None
-    for each in tokens:
+    for place, each in enumerate(tokens):
         engine.deepspeed = lambda each=each: PackedOutput(each, torch.zeros(()))
-        Engine.micro_step(engine, {}, divisor)
-    step = sum(losses) / (ranks * accumulation)
+        Engine.micro_step(engine, {}, divisor, number=place % 2, count=2)
+    assert boundaries == [False, True] * 2
+    step = sum(losses) / ranks
     assert step == pytest.approx({"step_mean": 18 / 6, "micro_batch_mean": (3 + 5 + 0 + 2) / 4}[reduction])
 
 
@@ -58,10 +58,10 @@ def prompts_by_step(raw: dict[str, Any], tmp_path: Path) -> list[set[tuple[int, 
     recipe = build_recipe(raw, "test")
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
     tokens = Tokens(tokenizer, recipe.text, ImageTokens(len(tokenizer) + 4, tiny.QUERIES), tiny.IMAGE_SIZE)
-    dataset = MicroBatches(open_stream(recipe), tokens, rank=0, world_size=1, steps=12)
+    dataset = MicroBatches(open_stream(recipe), tokens, rank=0, world_size=1)
     found = []
     for number in range(12):
-        batch = dataset[number].batch
+        batch = dataset[number, 0].batch
         ends = torch.searchsorted(batch.target_rows, batch.cu_seqlens[:-1])  # the first target of each sample
         firsts = batch.target_rows[ends] + 1
         rows = zip(batch.cu_seqlens[:-1].tolist(), firsts.tolist(), strict=True)

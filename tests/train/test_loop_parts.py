@@ -49,27 +49,30 @@ def test_skipped_samples_are_named(warnings: pytest.LogCaptureFixture) -> None:
 def test_too_many_skipped_samples_stop_the_run(warnings: pytest.LogCaptureFixture) -> None:
     """The share is judged against all samples seen, and of a short run against its whole length."""
     counter = loop.SkipCounter(0.1, samples_of_run=50)
-    counter.judge({"skipped": 5, "samples": 5})  # 5 of 50
+    counter.judge({"skipped": {"corrupt_image": 3, "too_long": 2}, "samples": 5})  # 5 of 50
+    assert counter.summary() == "3 corrupt_image, 2 too_long"
     counter.report(dropped(12))
-    with pytest.raises(DataError, match=r"6 of 20 samples .* more than data.max_skipped_share \(0.1\)") as caught:
-        counter.judge({"skipped": 1, "samples": 9})
+    with pytest.raises(
+        DataError, match=r"6 of 20 samples .*\(4 corrupt_image, 2 too_long\), more than .*share \(0.1\)"
+    ) as caught:
+        counter.judge({"skipped": {"corrupt_image": 1}, "samples": 9})
     assert str(caught.value).count("\n  - a.tar: sample k") == 10  # the last ones
     assert "sample k11" in str(caught.value) and "sample k1:" not in str(caught.value)
 
 
 def test_a_long_run_is_judged_by_what_it_has_seen() -> None:
     counter = loop.SkipCounter(0.01, samples_of_run=10**6)
-    counter.judge({"skipped": 10, "samples": 90})  # of the first 1000
-    counter.judge({"skipped": 10, "samples": 1890})  # 20 of 2000
+    counter.judge({"skipped": {"truncated": 10}, "samples": 90})  # of the first 1000
+    counter.judge({"skipped": {"truncated": 10}, "samples": 1890})  # 20 of 2000
     with pytest.raises(DataError, match="21 of 2001"):
-        counter.judge({"skipped": 1, "samples": 0})
+        counter.judge({"skipped": {"truncated": 1}, "samples": 0})
 
 
 def test_none_may_be_skipped_with_a_share_of_zero() -> None:
     counter = loop.SkipCounter(0.0, samples_of_run=100)
-    counter.judge({"skipped": 0, "samples": 10})
+    counter.judge({"skipped": {}, "samples": 10})
     with pytest.raises(DataError, match="1 of 11 samples"):
-        counter.judge({"skipped": 1, "samples": 0})
+        counter.judge({"skipped": {"bad_json": 1}, "samples": 0})
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
@@ -92,17 +95,17 @@ def test_sums_are_means_over_tokens() -> None:
     first = SimpleNamespace(target_dataset=torch.tensor([0, 0, 1]), sample_ids=(REF, REF))
     second = SimpleNamespace(target_dataset=torch.tensor([0]), sample_ids=(REF,))
     empty = SimpleNamespace(target_dataset=torch.zeros(0, dtype=torch.long), sample_ids=())
-    sums.add(first, torch.tensor([1.0, 2.0, 7.0]), 0)
-    sums.add(second, torch.tensor([6.0]), 1)
-    sums.add(empty, torch.zeros(0), 2)
+    sums.add(first, torch.tensor([1.0, 2.0, 7.0]), [])
+    sums.add(second, torch.tensor([6.0]), ["too_long"])
+    sums.add(empty, torch.zeros(0), ["corrupt_image", "too_long"])
     assert sums.read() == {
         "loss": 4.0,
         "loss_by_dataset": {"a": 3.0, "b": 7.0},
         "target_tokens": 4.0,
         "samples": 3.0,
-        "skipped": 3.0,
+        "skipped": {"corrupt_image": 1, "too_long": 2},
     }
-    assert sums.read() == {"loss": 0.0, "loss_by_dataset": {}, "target_tokens": 0.0, "samples": 0.0, "skipped": 0.0}
+    assert sums.read() == {"loss": 0.0, "loss_by_dataset": {}, "target_tokens": 0.0, "samples": 0.0, "skipped": {}}
 
 
 # ---- the loss scale of fp16 ------------------------------------------------------------------------------------------
@@ -181,4 +184,16 @@ def test_the_panel_leaves_out_what_cannot_be_read(raw_recipe: Callable[..., dict
     made[0] = type(made[0])("torn", made[0].record, (made[0].images[0][:100],))
     shards = tiny.write_shards(tmp_path / "vqa", made)
     panel = chosen(raw_recipe(data__datasets=[{"name": "vqa", "shards": str(shards)}]), 5)
-    assert [pictures for _, _, pictures in panel] == [made[1].images, made[2].images]
+    assert sorted(pictures for _, _, pictures in panel) == sorted([made[1].images, made[2].images])
+
+
+def test_micro_batches_above_the_limit_are_told(warnings: pytest.LogCaptureFixture) -> None:
+    """Once for those since the last log line; without a limit never."""
+    lengths = [SimpleNamespace(batch=SimpleNamespace(input_ids=torch.zeros(n))) for n in (90, 130, 110)]
+    over, free = loop.OverLimit(100), loop.OverLimit(None)
+    for counter in (over, free):
+        counter.look(lengths)
+        counter.report()
+        counter.report()
+    (told,) = [record.getMessage() for record in warnings.records]
+    assert told.startswith("2 micro-batches of this rank had more than train.max_tokens (100) tokens, 130 at most")

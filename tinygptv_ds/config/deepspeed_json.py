@@ -88,7 +88,7 @@ def resolve_deepspeed(raw: dict[str, Any], recipe: Recipe, world_size: int, sour
     accumulation = recipe.train.accumulation(world_size)
     owned = {
         "train_batch_size": (recipe.train.batch_size, "train.batch_size"),
-        "train_micro_batch_size_per_gpu": (recipe.train.micro_batch_size, "train.micro_batch_size"),
+        "train_micro_batch_size_per_gpu": (recipe.train.micro_batch_size or 1, "train.micro_batch_size"),
         "gradient_accumulation_steps": (accumulation, f"train.batch_size and {world_size} rank(s)"),
     }
     for key, (value, why) in owned.items():

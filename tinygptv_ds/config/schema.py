@@ -133,6 +133,8 @@ class DataSection:
         num_workers: loader processes per rank, whatever the number of datasets, and no more than the rank has cores;
             0 loads in the training process.
         shuffle_shards: samples are shuffled within windows of this many shards.
+        validation_share: of every training dataset, this share (the last samples of each shard) is kept from training
+            and shown in the panel instead.
         max_skipped_share: the run stops once more than this share of the samples seen was unreadable.
     """
 
@@ -141,6 +143,7 @@ class DataSection:
     validation: list[DatasetSection] = field(default_factory=list)
     num_workers: int = 2
     shuffle_shards: int = 16
+    validation_share: float = 0.0
     max_skipped_share: float = 0.01
 
     def __post_init__(self) -> None:
@@ -151,6 +154,12 @@ class DataSection:
         _require(self.num_workers >= 0, "data.num_workers must be 0 or more")
         _require(self.shuffle_shards > 0, "data.shuffle_shards must be positive")
         _require(0 <= self.max_skipped_share <= 1, "data.max_skipped_share must lie in [0, 1]")
+        _require(0 <= self.validation_share < 1, "data.validation_share must lie in [0, 1)")
+        _require(
+            not (self.validation and self.validation_share),
+            "data.validation names datasets for the panel, and data.validation_share holds some back for it: "
+            "give one of the two",
+        )
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,9 @@ class TrainSection:
 
     Attributes:
         batch_size: samples of one optimizer step, over all ranks and accumulation steps.
-        micro_batch_size: samples of one forward pass on one rank.
+        micro_batch_size: samples of one forward pass on one rank; null where `max_tokens` is given.
+        max_tokens: instead of it: as many samples as have about this many tokens together, picture rows included. A
+            longer sample is left out and counted.
         epochs: times `steps_per_epoch`.
         steps_per_epoch: optimizer steps of an "epoch" of the schedule.
         loss_reduction: "step_mean" divides by the target tokens of the whole step; "micro_batch_mean" is the original's
@@ -200,7 +211,8 @@ class TrainSection:
     """
 
     batch_size: int
-    micro_batch_size: int
+    micro_batch_size: int | None = None
+    max_tokens: int | None = None
     epochs: int = 1
     steps_per_epoch: int = 1000
     loss_reduction: str = "step_mean"
@@ -211,8 +223,14 @@ class TrainSection:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "micro_batch_size", "epochs", "steps_per_epoch", "log_every", "keep_checkpoints"):
+        for name in ("batch_size", "epochs", "steps_per_epoch", "log_every", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"train.{name} must be positive")
+        sizes = [size for size in (self.micro_batch_size, self.max_tokens) if size is not None]
+        _require(
+            len(sizes) == 1,
+            "give either train.micro_batch_size (samples) or train.max_tokens, and null for the other",
+        )
+        _require(sizes[0] > 0, "train.micro_batch_size and train.max_tokens must be positive")
         for name in ("sample_every", "sample_count", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"train.{name} must be 0 or more")
         known = ("step_mean", "micro_batch_mean")
@@ -224,18 +242,18 @@ class TrainSection:
         return self.epochs * self.steps_per_epoch
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches of a step on one rank.
+        """Micro-batches of a step on one rank; with `max_tokens` the most that there can be.
 
         Raises:
             ConfigError: the batch does not divide.
         """
-        share = self.micro_batch_size * world_size
+        share = (self.micro_batch_size or 1) * world_size
         if self.batch_size % share:
             fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % (m * world_size) == 0]
             advice = f"train.micro_batch_size in {fits}" if fits else f"a train.batch_size divisible by {world_size}"
+            shares = f"into micro-batches of {self.micro_batch_size} on" if self.micro_batch_size else "among"
             raise ConfigError(
-                f"train.batch_size {self.batch_size} does not divide into micro-batches of {self.micro_batch_size} on "
-                f"{world_size} rank(s): choose {advice}"
+                f"train.batch_size {self.batch_size} does not divide {shares} {world_size} rank(s): choose {advice}"
             )
         return self.batch_size // share
 

@@ -1,11 +1,12 @@
-"""Micro-batches of one rank, in order, from loader processes.
+"""The steps of one rank, micro-batch by micro-batch, from loader processes.
 
-A map from a running number to a micro-batch, read in order: whatever the number of workers, the batches are the same.
+A map from (step, number) to a micro-batch, read in order: whatever the number of workers, the batches are the same.
 A sample that cannot be used drops out of its step and is reported; nothing else moves.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,11 +18,11 @@ from tinygptv_ds.config.schema import Recipe, TextSection
 from tinygptv_ds.data.batch import Batch, Sample, collate
 from tinygptv_ds.data.mixture import SampleRef, sample_rng, step_rng
 from tinygptv_ds.data.reader import SampleError, ShardReader
-from tinygptv_ds.data.stream import OpenStream
+from tinygptv_ds.data.stream import OpenStream, Planner
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.images import to_pixels
-from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
-from tinygptv_ds.processing.text import render
+from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence
+from tinygptv_ds.processing.text import Rendered, render
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
         sequence = build_sequence(rendered, len(raw.images), tokens.tokenizer, tokens.text, tokens.image, draw)
     except DataError as error:
         raise SampleError("bad_record", f"{where}: {error}") from error
+    _check(rendered, sequence, stream.max_tokens, where)
     try:
         pixels = [to_pixels(image, tokens.image_size) for image in raw.images]
     except DataError as error:
@@ -91,25 +93,36 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
     return Sample(ref, sequence, np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), dtype=np.uint8))
 
 
-class MicroBatches(Dataset):
-    """Number n (= step * accumulation + micro-batch) to the `Loaded` of this rank."""
+def _check(rendered: Rendered, sequence: Sequence, max_tokens: int | None, where: str) -> None:
+    """Raises SampleError for a sample that teaches nothing or can stand in no micro-batch."""
+    if not any(answer.strip() for _, answer in rendered.turns):
+        raise SampleError("empty_answer", f"{where}: its caption or answer is empty")
+    if not (sequence.labels != IGNORE).any():
+        raise SampleError("nothing_learnt", f"{where}: nothing of its answer is left to learn")
+    if max_tokens is not None and len(sequence) > max_tokens:
+        message = f"{where}: {len(sequence)} tokens, more than train.max_tokens ({max_tokens})"
+        raise SampleError("too_long", message)
 
-    def __init__(self, stream: OpenStream, tokens: Tokens, *, rank: int, world_size: int, steps: int) -> None:
+
+class MicroBatches(Dataset):
+    """(step, number of the micro-batch in it) to the `Loaded` of this rank."""
+
+    def __init__(self, stream: OpenStream, tokens: Tokens, *, rank: int, world_size: int) -> None:
         self._stream = stream
         self._tokens = tokens
-        self._rank, self._world_size = rank, world_size
-        self._accumulation = stream.batch_size // (stream.micro_batch_size * world_size)
-        self._steps = steps
+        self._rank = rank
+        self._planner = Planner(stream, world_size)
         self._reader = ShardReader()
 
-    def __len__(self) -> int:
-        return self._steps * self._accumulation
+    def count(self, step: int) -> int:
+        """Micro-batches of a step, the same on every rank."""
+        return self._planner.plan(step).packing.micro_batches
 
-    def __getitem__(self, number: int) -> Loaded:
-        step, micro = divmod(number, self._accumulation)
+    def __getitem__(self, place: tuple[int, int]) -> Loaded:
+        step, number = place
         samples: list[Sample] = []
         skipped: list[Skipped] = []
-        for ref in self._stream.micro_batch(step, micro, self._rank, self._world_size):
+        for ref in self._planner.plan(step).micro_batch(number, self._rank):
             try:
                 samples.append(load_sample(self._stream, self._reader, ref, self._tokens))
             except SampleError as error:
@@ -124,21 +137,34 @@ class MicroBatches(Dataset):
         return Loaded(batch, tuple(skipped))
 
 
-def micro_batches(dataset: MicroBatches, *, first: int, num_workers: int, pin_memory: bool) -> Iterator[Loaded]:
-    """The micro-batches from number `first` on, in order.
+def load_steps(
+    dataset: MicroBatches, *, first: int, last: int, num_workers: int, pin_memory: bool
+) -> Iterator[list[Loaded]]:
+    """The micro-batches of steps `first` to `last` - 1, a list for each step.
 
     Args:
         dataset: this rank's.
         first: 0, or where a resumed run goes on.
+        last: where the run ends.
         num_workers: loader processes; 0 loads in this process.
         pin_memory: for a GPU.
     """
+    counts: deque[int] = deque()
+
+    def places() -> Iterator[tuple[int, int]]:
+        for step in range(first, last):
+            counts.append(dataset.count(step))
+            yield from ((step, number) for number in range(counts[-1]))
+
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=range(first, len(dataset)),
+        sampler=places(),
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
     )
-    return iter(loader)
+    ready = iter(loader)
+    for _ in range(first, last):
+        head = next(ready)  # by now its step has been counted
+        yield [head, *(next(ready) for _ in range(counts.popleft() - 1))]

@@ -46,12 +46,29 @@ class Mixture:
         """Positions of each dataset in a cycle."""
         return dict(zip(self._names, self._counts, strict=True))
 
+    @property
+    def names(self) -> list[str]:
+        """The datasets in the order that `deal` counts."""
+        return self._names
+
     def locate(self, position: int) -> tuple[str, int]:
         """(dataset, number k of its draw) at `position`; the draws of a dataset come in the order k = 0, 1, ..."""
-        cycle, slot = divmod(position, self.cycle)
-        which, occurrence = self._arrangement(cycle)
-        number = int(which[slot])
-        return self._names[number], cycle * self._counts[number] + int(occurrence[slot])
+        which, k = self.deal(position, 1)
+        return self._names[which[0]], int(k[0])
+
+    def deal(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(dataset number, number k of its draw), int64 [count] each, of the positions from `first` on."""
+        if len(self._names) == 1:
+            return np.zeros(count, dtype=np.int64), np.arange(first, first + count)
+        counts = np.array(self._counts)
+        parts = []
+        for cycle in range(first // self.cycle, -(-(first + count) // self.cycle)):
+            which, occurrence = self._arrangement(cycle)
+            start = cycle * self.cycle
+            piece = slice(max(first - start, 0), first + count - start)
+            parts.append((which[piece], cycle * counts[which[piece]] + occurrence[piece]))
+        which, k = zip(*parts, strict=True)
+        return np.concatenate(which), np.concatenate(k)
 
     def position_of(self, name: str, k: int) -> int:
         """The inverse of `locate`."""
@@ -69,6 +86,27 @@ class Mixture:
             occurrence[by_dataset] = np.arange(self.cycle) - self._starts[which[by_dataset]]
             self._cached = (cycle, which, occurrence)
         return self._cached[1:]
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """The samples of a step as int64 arrays [batch]; `position` and `dataset` (number in `names`) included."""
+
+    names: Sequence[str]
+    position: np.ndarray
+    dataset: np.ndarray
+    epoch: np.ndarray
+    shard: np.ndarray
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def refs(self, which: np.ndarray | slice = slice(None)) -> list[SampleRef]:
+        """Some of the samples one by one; all by default."""
+        columns = (self.position, self.dataset, self.epoch, self.shard, self.index)
+        rows = zip(*(column[which].tolist() for column in columns), strict=True)
+        return [SampleRef(p, self.names[d], epoch, shard, index) for p, d, epoch, shard, index in rows]
 
 
 class Stream:
@@ -94,16 +132,23 @@ class Stream:
 
     def step(self, t: int) -> list[SampleRef]:
         """The `batch_size` samples of step `t`, 0 <= t."""
-        positions = range(t * self._batch_size, (t + 1) * self._batch_size)
+        return self.samples(t).refs()
+
+    def samples(self, t: int) -> StepSamples:
+        """`step` as arrays."""
+        size = self._batch_size
+        first = t * size
         if self._homogeneous:
-            name, k = self._mixture.locate(t)
-            draws = [(name, k * self._batch_size + i) for i in range(self._batch_size)]
+            (number,), (k,) = self._mixture.deal(t, 1)
+            which, draws = np.full(size, number), k * size + np.arange(size)
         else:
-            draws = [self._mixture.locate(position) for position in positions]
-        return [
-            SampleRef(position, name, *self._datasets[name].locate(k))
-            for position, (name, k) in zip(positions, draws, strict=True)
-        ]
+            which, draws = self._mixture.deal(first, size)
+        located = np.zeros((3, size), dtype=np.int64)
+        for number in np.unique(which):
+            mine = np.flatnonzero(which == number)  # consecutive draws of the dataset
+            order = self._datasets[self._mixture.names[number]]
+            located[:, mine] = order.draws(int(draws[mine[0]]), len(mine))
+        return StepSamples(self._mixture.names, first + np.arange(size), which, *located)
 
     def steps_per_epoch(self) -> int:
         """Number of steps after which every sample of every dataset has been seen at least once."""
@@ -112,11 +157,6 @@ class Stream:
             return 1 + max(self._mixture.position_of(name, k) for name, k in last.items())
         last_position = max(self._mixture.position_of(name, len(order) - 1) for name, order in self._datasets.items())
         return last_position // self._batch_size + 1
-
-
-def rank_share(refs: Sequence[SampleRef], rank: int, world_size: int) -> list[SampleRef]:
-    """Every `world_size`-th sample of a step: each sample goes to one rank, and shares differ by one at most."""
-    return list(refs[rank::world_size])
 
 
 def sample_rng(seed: int, ref: SampleRef) -> Callable[[int], int]:

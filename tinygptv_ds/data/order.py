@@ -1,4 +1,4 @@
-"""The order of one dataset's samples, as a pure function: draw number -> (epoch, shard, sample).
+"""The order of one dataset's samples, as a pure function: draw number -> (epoch, shard, index).
 
 Every epoch visits every sample once. Shards are permuted anew in each epoch, and samples are permuted inside windows
 of a few consecutive shards of that order, so that reading stays local while neighbours in a shard come apart.
@@ -6,6 +6,7 @@ of a few consecutive shards of that order, so that reading stays local while nei
 
 import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,17 +27,40 @@ def permutation(n: int, seed: tuple[str | int, ...]) -> np.ndarray:
     return np.argsort(np.random.PCG64(stable_hash(*seed)).random_raw(n), kind="stable")
 
 
+def held_out_counts(counts: Sequence[int], share: float) -> np.ndarray:
+    """How many samples at the end of each shard are held out, int64 [S], so that together they are `share` of all."""
+    ends = np.floor(np.cumsum([0, *counts]) * share).astype(np.int64)
+    return np.diff(ends)
+
+
+class Draws(NamedTuple):
+    """Consecutive draws of one dataset: int64 arrays of one length."""
+
+    epoch: np.ndarray
+    shard: np.ndarray
+    index: np.ndarray
+
+
 class DatasetOrder:
     """The endless sequence of draws from one dataset.
 
-    `counts` are the samples of each shard, `name` and `seed` select the order, and `window` is the number of shards
-    whose samples are mixed with each other. Memory: 8 bytes per shard and twice 8 bytes per sample of a window.
+    Memory: 8 bytes per shard and twice 8 bytes per sample of a window.
+
+    Args:
+        counts: samples of each shard.
+        seed: selects the order, together with `name`.
+        name: of the dataset.
+        window: number of shards whose samples are mixed with each other.
+        first: number of the first sample in each shard; None: 0.
     """
 
-    def __init__(self, counts: Sequence[int], *, seed: int, name: str, window: int) -> None:
+    def __init__(
+        self, counts: Sequence[int], *, seed: int, name: str, window: int, first: Sequence[int] | None = None
+    ) -> None:
         if window < 1:
             raise ConfigError(f"dataset {name}: the shuffle window must be at least 1 shard, not {window}")
         self._counts = np.asarray(counts, dtype=np.int64)
+        self._first = np.zeros_like(self._counts) if first is None else np.asarray(first, dtype=np.int64)
         self._size = int(self._counts.sum())
         if self._size == 0:
             raise DataError(f"dataset {name}: its {len(self._counts)} shard(s) hold no sample")
@@ -52,14 +76,28 @@ class DatasetOrder:
 
     def locate(self, k: int) -> tuple[int, int, int]:
         """(epoch, shard, index within the shard) of draw `k`, 0 <= k."""
+        draws = self.draws(k, 1)
+        return int(draws.epoch[0]), int(draws.shard[0]), int(draws.index[0])
+
+    def draws(self, first: int, count: int) -> Draws:
+        """Draws `first` to `first + count`, one array operation a window."""
+        parts, k = [], first
+        while k < first + count:
+            parts.append(self._within_window(k, first + count - k))
+            k += len(parts[-1].epoch)
+        return Draws(*(np.concatenate([*arrays, np.zeros(0, np.int64)]) for arrays in zip(*parts, strict=True)))
+
+    def _within_window(self, k: int, most: int) -> Draws:
+        """Up to `most` draws from `k` on, as far as its window reaches."""
         epoch, position = divmod(k, self._size)
         shards, starts = self._epoch(epoch)
         # the last shard that starts at or before the position: never an empty one
         window = (int(np.searchsorted(starts, position, side="right")) - 1) // self._window
-        first = window * self._window
-        sample = starts[first] + self._window_order(epoch, window)[position - starts[first]]
-        slot = int(np.searchsorted(starts, sample, side="right")) - 1
-        return epoch, int(shards[slot]), int(sample - starts[slot])
+        begin = starts[window * self._window]
+        samples = begin + self._window_order(epoch, window)[position - begin : position - begin + most]
+        slots = np.searchsorted(starts, samples, side="right") - 1
+        which = shards[slots]
+        return Draws(np.full(len(samples), epoch), which, samples - starts[slots] + self._first[which])
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(shards in the epoch's order [S], position at which each starts [S + 1])."""

@@ -9,18 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.data.index import ShardIndex, load_index
-from tinygptv_ds.data.tar import Member
+from tinygptv_ds.data.tar import IMAGE_SUFFIXES, Member
 from tinygptv_ds.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])
 _RETRY_SECONDS = (0.1, 1.0, 5.0)
 
 
-class SampleError(DataError):
-    """One sample that cannot be used. `reason` is one word for counting, the message says which sample and why.
+REASONS = (
+    "missing_record",
+    "bad_json",
+    "bad_record",
+    "missing_image",
+    "ambiguous_images",
+    "corrupt_image",
+    "truncated",
+    "unreadable",
+    "unreadable_shard",
+    "empty_answer",
+    "nothing_learnt",
+    "too_long",
+)
 
-    Reasons given here: missing_record, bad_json, missing_image, ambiguous_images, truncated, unreadable.
-    """
+
+class SampleError(DataError):
+    """One sample that cannot be used. `reason` is one of `REASONS`, the message says which sample and why."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

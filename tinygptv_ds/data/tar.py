@@ -16,6 +16,8 @@ from tinygptv_ds.errors import DataError
 
 log = logging.getLogger(__name__)
 
+IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])
+
 
 class Member(NamedTuple):
     """One file inside a tar. `offset` and `size` are in bytes; the content lies there as it is."""

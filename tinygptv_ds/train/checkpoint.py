@@ -35,6 +35,7 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
     plain.pop("deepspeed")
     for name in (
         "micro_batch_size",
+        "max_tokens",
         "log_every",
         "sample_every",
         "sample_count",
@@ -170,6 +171,6 @@ def _prime_optimizer(engine: Engine) -> None:
         "targets": ids,
     }
     engine.set_learning_rate(0.0)
-    for _ in range(engine.accumulation):
-        output = engine.deepspeed(**inputs)
-        engine.backward_and_step(output.token_losses.sum() * 0.0 + output.anchor)
+    engine.set_boundary(True)
+    output = engine.deepspeed(**inputs)
+    engine.backward_and_step(output.token_losses.sum() * 0.0 + output.anchor)

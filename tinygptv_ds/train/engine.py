@@ -112,13 +112,11 @@ class Engine:
         first_step: where the run goes on.
         skipped_before: optimizer steps left out before a resumption.
         job: recipe, JSON, run directory and ranks.
-        accumulation: micro-batches of a step on one rank.
     """
 
     def __init__(self, model: TinyGPTVForConditionalGeneration, job: Job) -> None:
-        train, optimizer = job.recipe.train, job.recipe.optimizer
+        optimizer = job.recipe.optimizer
         self.job = job
-        self.accumulation = train.accumulation(job.ranks.world_size)
         self.device = torch.device(get_accelerator().current_device_name())
         model.always_run_vision = job.zero_stage == 3
         model.attention = job.recipe.model.attention
@@ -136,36 +134,44 @@ class Engine:
         self.scale = LossScale(self.deepspeed.optimizer) if autocast_fp16 else None
         self.first_step = 0
         self.skipped_before = 0
+        self._last = True
 
     def set_learning_rate(self, rate: float) -> None:
         """For the optimizer step to come."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = rate
 
-    def micro_step(self, inputs: dict, loss_divisor: Tensor | None) -> PackedOutput:
-        """Forward, backward, and, at the end of the accumulation, the optimizer step.
+    def set_boundary(self, last: bool) -> None:
+        """Whether the micro-batch to come is the last of its step. The recipe's packing decides how many there are."""
+        self._last = last
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+
+    def micro_step(self, inputs: dict, loss_divisor: Tensor | None, *, number: int, count: int) -> PackedOutput:
+        """Forward, backward, and, after the last micro-batch, the optimizer step.
 
         Args:
             inputs: keyword arguments of the model's packed forward.
             loss_divisor: target tokens of the whole optimizer step, a scalar on the device; None takes the mean over
                 this micro-batch, as the original does.
+            number: of the micro-batch in its step, from 0.
+            count: micro-batches of the step, the same on all ranks.
         """
+        self.set_boundary(number + 1 == count)
         output = self.deepspeed(**inputs)
         total = output.token_losses.sum()
         if loss_divisor is None:
-            loss = total / max(len(output.token_losses), 1)
+            loss = total / max(len(output.token_losses), 1) / count
         else:
-            # DeepSpeed averages over ranks and accumulation steps; the divisor already counts all of them.
-            loss = total / loss_divisor * (self.job.ranks.world_size * self.accumulation)
+            # DeepSpeed averages over ranks; the divisor already counts all of them.
+            loss = total / loss_divisor * self.job.ranks.world_size
         self.backward_and_step(loss + output.anchor)
         return output
 
     def backward_and_step(self, loss: Tensor) -> None:
-        """The end of a micro-batch; the optimizer moves at the end of the accumulation."""
-        at_boundary = self.deepspeed.is_gradient_accumulation_boundary()
-        self.deepspeed.backward(loss)
+        """The end of a micro-batch; the optimizer moves after the last of a step."""
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
         self.deepspeed.step()
-        if at_boundary and self.scale is not None:
+        if self._last and self.scale is not None:
             self.scale.update(skipped=not self.deepspeed.was_step_applied())
 
     def grad_norm(self) -> float:

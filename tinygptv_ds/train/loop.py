@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import Counter
 
 import torch
 
 from tinygptv_ds.config.schema import OptimizerSection
 from tinygptv_ds.data.batch import Batch
-from tinygptv_ds.data.loader import Loaded, MicroBatches, Tokens, micro_batches
+from tinygptv_ds.data.loader import Loaded, MicroBatches, Tokens, load_steps
 from tinygptv_ds.data.stream import OpenStream
 from tinygptv_ds.dist import cores_per_rank
 from tinygptv_ds.errors import DataError, TinyGPTVError
@@ -34,10 +35,10 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
     recipe, ranks = engine.job.recipe, engine.job.ranks
     warn_of_rising_rate(recipe.optimizer)
     total = recipe.train.total_steps
-    dataset = MicroBatches(stream, tokens, rank=ranks.rank, world_size=ranks.world_size, steps=total)
-    loader = micro_batches(
-        dataset,
-        first=engine.first_step * engine.accumulation,
+    loader = load_steps(
+        MicroBatches(stream, tokens, rank=ranks.rank, world_size=ranks.world_size),
+        first=engine.first_step,
+        last=total,
         num_workers=min(recipe.data.num_workers, cores_per_rank(ranks)),
         pin_memory=engine.device.type == "cuda",
     )
@@ -45,20 +46,23 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
     sums = Sums(engine, stream.names)
     panel = Panel(engine, stream, tokens)
     skips = SkipCounter(recipe.data.max_skipped_share, total * recipe.train.batch_size)
+    over = OverLimit(recipe.train.max_tokens)
     waited, last_log = 0.0, engine.first_step
     for step in range(engine.first_step, total):
         start = time.perf_counter()
-        loaded = [next(loader) for _ in range(engine.accumulation)]
+        loaded = next(loader)
         waited += time.perf_counter() - start
         skips.report(loaded)
+        over.look(loaded)
         _optimizer_step(engine, step, loaded, sums)
         reporter.step_done()
         done = step + 1
         if done == engine.first_step + 1 or done % recipe.train.log_every == 0 or done == total:
             totals = sums.read()
             _stop_if_not_finite(totals["loss"], done)
-            reporter.log(done, totals, _figures(engine, step), waited, done - last_log)
             skips.judge(totals)
+            over.report()
+            reporter.log(done, totals, _figures(engine, step), waited, done - last_log, skips.summary())
             waited, last_log = 0.0, done
         if recipe.train.sample_every and done % recipe.train.sample_every == 0 and done != total:
             panel.write(reporter.board, done)
@@ -89,9 +93,9 @@ def _optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums)
     engine.set_learning_rate(_rate(engine, step))
     # Dropout is a function of step and rank, so a resumed run draws what an unbroken one would have drawn.
     torch.manual_seed(_seed(recipe.seed, step, engine.job.ranks.rank))
-    for item, batch in zip(loaded, batches, strict=True):
-        output = engine.micro_step(model_inputs(batch), divisor)
-        sums.add(batch, output.token_losses, len(item.skipped))
+    for number, (item, batch) in enumerate(zip(loaded, batches, strict=True)):
+        output = engine.micro_step(model_inputs(batch), divisor, number=number, count=len(batches))
+        sums.add(batch, output.token_losses, [skipped.reason for skipped in item.skipped])
 
 
 def model_inputs(batch: Batch) -> dict:
@@ -137,6 +141,33 @@ def _stop_if_not_finite(loss: float, step: int) -> None:
         )
 
 
+class OverLimit:
+    """Tells where micro-batches came out above `train.max_tokens`: a step is packed by estimated lengths."""
+
+    def __init__(self, max_tokens: int | None) -> None:
+        self._max_tokens = max_tokens
+        self._longest, self._count = 0, 0
+
+    def look(self, loaded: list[Loaded]) -> None:
+        """Note this rank's micro-batches of a step."""
+        if self._max_tokens is not None:
+            lengths = [len(item.batch.input_ids) for item in loaded]
+            self._count += sum(length > self._max_tokens for length in lengths)
+            self._longest = max(self._longest, *lengths)
+
+    def report(self) -> None:
+        """Warn of those since the last call."""
+        if self._count:
+            LOGGER.warning(
+                "%d micro-batches of this rank had more than train.max_tokens (%d) tokens, %d at most: texts here take "
+                "more tokens than estimated; lower train.max_tokens where memory is short",
+                self._count,
+                self._max_tokens,
+                self._longest,
+            )
+        self._count = 0
+
+
 class SkipCounter:
     """Names samples that dropped out, and stops the run when they are too many."""
 
@@ -144,7 +175,8 @@ class SkipCounter:
         self._max_share = max_share
         self._least = min(_JUDGED_AFTER, samples_of_run)
         self._seen = 0.0
-        self._skipped = 0.0
+        self._skipped = 0
+        self._reasons: Counter[str] = Counter()
         self._recent: list[str] = []
 
     def report(self, loaded: list[Loaded]) -> None:
@@ -160,12 +192,19 @@ class SkipCounter:
         Raises:
             DataError: more than the allowed share dropped out.
         """
-        self._skipped += totals["skipped"]
-        self._seen += totals["skipped"] + totals["samples"]
+        for reason, count in totals["skipped"].items():
+            self._reasons[reason] += count
+        self._skipped = sum(self._reasons.values())
+        self._seen += sum(totals["skipped"].values()) + totals["samples"]
         allowed = self._max_share * max(self._seen, self._least)
         if self._skipped > allowed:
             listed = "\n".join(f"  - {message}" for message in self._recent) or "  - (on other ranks; see above)"
             raise DataError(
-                f"{self._skipped:.0f} of {self._seen:.0f} samples could not be used, more than data.max_skipped_share "
-                f"({self._max_share}) allows. Mend the data or raise the share. The last ones:\n{listed}"
+                f"{self._skipped} of {self._seen:.0f} samples could not be used ({self.summary()}), more than "
+                f"data.max_skipped_share ({self._max_share}) allows. Mend the data or raise the share. "
+                f"The last ones:\n{listed}"
             )
+
+    def summary(self) -> str:
+        """How many dropped out so far, by reason."""
+        return ", ".join(f"{count} {reason}" for reason, count in self._reasons.most_common())

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tinygptv_ds.data.batch import Batch
+from tinygptv_ds.data.reader import REASONS
 from tinygptv_ds.log import LOGGER, note
 from tinygptv_ds.train.engine import Engine
 
@@ -21,28 +22,31 @@ from tinygptv_ds.train.engine import Engine
 class Sums:
     """Loss and counts since the last log line. Nothing here waits for the device until `read`.
 
-    The vector holds, per dataset, the sum of token losses and the number of target tokens, then the samples used and
-    the samples skipped.
+    The vector holds, per dataset, the sum of token losses and the number of target tokens, then the samples used, then
+    the samples skipped for each of `REASONS`.
     """
 
     def __init__(self, engine: Engine, datasets: list[str]) -> None:
         self._engine = engine
         self._datasets = datasets
-        self._values = torch.zeros(2 * len(datasets) + 2, dtype=torch.float64, device=engine.device)
+        self._values = torch.zeros(2 * len(datasets) + 1 + len(REASONS), dtype=torch.float64, device=engine.device)
 
-    def add(self, batch: Batch, token_losses: Tensor, skipped: int) -> None:
-        """Count one micro-batch."""
+    def add(self, batch: Batch, token_losses: Tensor, skipped: list[str]) -> None:
+        """Count one micro-batch; `skipped` are the reasons for which samples dropped out of it."""
         losses = token_losses.detach().double()
         self._values.index_add_(0, batch.target_dataset, losses)
         self._values.index_add_(0, batch.target_dataset + len(self._datasets), torch.ones_like(losses))
-        self._values[-2] += len(batch.sample_ids)
-        self._values[-1] += skipped
+        n = 2 * len(self._datasets)
+        self._values[n] += len(batch.sample_ids)
+        for reason in skipped:
+            self._values[n + 1 + REASONS.index(reason)] += 1
 
     def read(self) -> dict[str, Any]:
         """Totals over all ranks, which are then set back to zero. To be called on all ranks."""
-        *sums, used, skipped = self._engine.all_reduce(self._values).tolist()
+        totals = self._engine.all_reduce(self._values).tolist()
         self._values.zero_()
         n = len(self._datasets)
+        sums, used, skipped = totals[: 2 * n], totals[2 * n], totals[2 * n + 1 :]
         tokens = sum(sums[n:])
         by_dataset = {name: sums[i] / sums[n + i] for i, name in enumerate(self._datasets) if sums[n + i]}
         return {
@@ -50,7 +54,7 @@ class Sums:
             "loss_by_dataset": by_dataset,
             "target_tokens": tokens,
             "samples": used,
-            "skipped": skipped,
+            "skipped": {reason: int(count) for reason, count in zip(REASONS, skipped, strict=True) if count},
         }
 
 
@@ -81,7 +85,9 @@ class Reporter:
         """Move the bar."""
         self._bar.update()
 
-    def log(self, step: int, totals: dict[str, Any], figures: dict[str, float], data_wait: float, steps: int) -> None:
+    def log(
+        self, step: int, totals: dict[str, Any], figures: dict[str, float], data_wait: float, steps: int, skips: str
+    ) -> None:
         """Write one line.
 
         Args:
@@ -90,6 +96,7 @@ class Reporter:
             figures: learning rate, gradient norm, loss scale, skipped optimizer steps.
             data_wait: seconds that this rank waited for data since the last line.
             steps: steps since the last line.
+            skips: samples that dropped out so far, by reason; empty: none.
         """
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
@@ -101,8 +108,9 @@ class Reporter:
             "perf/step_seconds": seconds / steps,
             "perf/data_wait_share": data_wait / seconds,
             "perf/memory_gib": memory_gib(self._device),
-            "data/skipped": totals["skipped"],
+            "data/skipped": sum(totals["skipped"].values()),
         }
+        rates |= {f"data/skipped_{reason}": count for reason, count in totals["skipped"].items()}
         scalars = {"train/loss": totals["loss"], **{f"train/{k}": v for k, v in figures.items()}, **rates}
         scalars |= {f"train/loss_{name}": loss for name, loss in totals["loss_by_dataset"].items()}
         for name, value in scalars.items():
@@ -114,7 +122,7 @@ class Reporter:
             f"step {step}/{self._total} | loss {totals['loss']:.4f} | lr {figures['lr']:.2e} | "
             f"grad norm {figures['grad_norm']:.3f} | {rates['perf/samples_per_second']:.1f} samples/s | "
             f"data wait {100 * rates['perf/data_wait_share']:.0f} % | {rates['perf/memory_gib']:.1f} GiB | "
-            f"ETA {_clock_time(remaining)}"
+            f"ETA {_clock_time(remaining)}" + (f" | skipped so far: {skips}" if skips else "")
         )
         self._bar.set_postfix(
             loss=f"{totals['loss']:.3f}", sps=f"{rates['perf/samples_per_second']:.0f}", refresh=False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.data.loader import Tokens, load_sample
 from tinygptv_ds.data.mixture import SampleRef, sample_rng
 from tinygptv_ds.data.reader import SampleError, ShardReader
@@ -31,7 +32,7 @@ class Panel:
         recipe = engine.job.recipe
         self._engine = engine
         self._tokens = tokens
-        self._stream = open_stream(recipe, recipe.data.validation) if recipe.data.validation else stream
+        self._stream = _shown(recipe, stream)
         self._samples = _choose(self._stream, tokens, recipe.train.sample_count)
 
     def write(self, board: SummaryWriter | None, step: int) -> None:
@@ -68,11 +69,23 @@ class Panel:
         return processor.answers(ids[:, inputs["input_ids"].shape[1] :], tokens.text.end_sym)
 
 
+def _shown(recipe: Recipe, stream: OpenStream) -> OpenStream:
+    """The samples to choose from: validation datasets, else those held out, else the training's own."""
+    if recipe.data.validation:
+        return open_stream(recipe, recipe.data.validation)
+    return open_stream(recipe, held_out=True) if recipe.data.validation_share else stream
+
+
 def _choose(stream: OpenStream, tokens: Tokens, count: int) -> list[tuple[str, str, tuple[bytes, ...]]]:
-    """(prompt, true answer, pictures) of the first readable samples, the datasets by turns."""
+    """(prompt, true answer, pictures) of the first readable samples of the order, the datasets by turns."""
     reader = ShardReader()
     chosen: list[tuple[str, str, tuple[bytes, ...]]] = []
-    refs = (SampleRef(0, name, 0, 0, index) for index in range(count) for name in stream.names)
+    refs = (
+        SampleRef(0, name, *stream.orders[name].locate(k))
+        for k in range(2 * count)
+        for name in stream.names
+        if k < len(stream.orders[name])
+    )
     for ref in refs:
         if len(chosen) == count:
             break
@@ -80,8 +93,6 @@ def _choose(stream: OpenStream, tokens: Tokens, count: int) -> list[tuple[str, s
             load_sample(stream, reader, ref, tokens)
             raw = reader.read(stream.shards[ref.dataset][ref.shard], ref.index)
         except SampleError:
-            continue
-        except IndexError:
             continue
         draw = sample_rng(stream.seed, ref)
         rendered = render(raw.record, len(raw.images), draw, clean=stream.sections[ref.dataset].clean)

@@ -1,0 +1,32 @@
+"""Stage 4 as its script has it; each rank notes what every step is fed, and rank 1 dies of SIGKILL after KILL_AFTER."""
+
+import json
+import os
+import runpy
+import signal
+from pathlib import Path
+
+from tinygptv_ds.cli import run_command
+from tinygptv_ds.data.loader import Loaded
+from tinygptv_ds.train import loop
+from tinygptv_ds.train.engine import Engine
+
+KILL_AFTER = int(os.environ.get("KILL_AFTER", -1))
+
+
+def recorded(engine: Engine, step: int, loaded: list[Loaded], *rest: object) -> None:
+    ids = [
+        [(ref.position, ref.dataset, ref.epoch, ref.shard, ref.index) for ref in item.batch.sample_ids]
+        for item in loaded
+    ]
+    with (engine.job.run_dir / f"fed-{engine.job.ranks.rank}.jsonl").open("a") as file:
+        file.write(json.dumps([step, ids]) + "\n")
+    optimizer_step(engine, step, loaded, *rest)
+    if step == KILL_AFTER and engine.job.ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+optimizer_step, loop._optimizer_step = loop._optimizer_step, recorded
+
+if __name__ == "__main__":
+    run_command(runpy.run_path(str(Path(__file__).parents[2] / "stages/stage4.py"))["main"])

@@ -1,0 +1,49 @@
+"""Two ranks killed with -9 in the middle and started again see exactly the samples that an unbroken run sees."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from launcher import Run, deepspeed_script, run
+
+STEPS, SAVED_EVERY, KILLED_AFTER = 8, 3, 4
+SCRIPT = "tests/launch/record_samples.py"
+
+
+def fed(folder: Path, rank: int) -> list[tuple[int, list]]:
+    return [tuple(json.loads(line)) for line in (folder / f"fed-{rank}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("packed", [["--set=train.micro_batch_size=2"], ["--set=train.max_tokens=150"]])
+def test_killed_and_resumed(
+    packed: list[str],
+    weights: Path,
+    shards: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw = tiny.recipe(weights, shards, train__steps_per_epoch=STEPS, train__checkpoint_every=SAVED_EVERY)
+    raw["train"].pop("micro_batch_size")
+    raw["data"]["num_workers"] = 1
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw)
+
+    def go(name: str, ok: bool = True) -> Run:
+        return run(deepspeed_script(SCRIPT), recipe, tmp_path / name, *packed, ok=ok)
+
+    whole = go("whole").folder
+    monkeypatch.setenv("KILL_AFTER", str(KILLED_AFTER))
+    killed = go("broken", ok=False)
+    assert killed.code != 0
+    assert not (killed.folder / "model").exists()
+    monkeypatch.delenv("KILL_AFTER")
+    broken = go("broken").folder
+    for rank in range(2):
+        unbroken = dict(fed(whole, rank))
+        assert list(unbroken) == list(range(STEPS))
+        seen = fed(broken, rank)
+        assert [step for step, _ in seen] == [*range(KILLED_AFTER + 1), *range(SAVED_EVERY, STEPS)]
+        assert all(ids == unbroken[step] for step, ids in seen)
+    positions = [ref[0] for rank in range(2) for _, ids in fed(whole, rank) for micro in ids for ref in micro]
+    assert sorted(positions) == list(range(STEPS * 8))
+    assert (broken / "model/trained.safetensors").read_bytes() == (whole / "model/trained.safetensors").read_bytes()
