@@ -116,6 +116,8 @@ class MicroBatches(Dataset):
 
     def count(self, step: int) -> int:
         """Micro-batches of a step, the same on every rank."""
+        if self._stream.micro_batch_size is not None:
+            return -(-self._stream.batch_size // (self._stream.micro_batch_size * self._planner.world_size))
         return self._planner.plan(step).packing.micro_batches
 
     def __getitem__(self, place: tuple[int, int]) -> Loaded:

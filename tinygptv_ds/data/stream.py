@@ -110,11 +110,11 @@ class Planner:
     def _lengths_of(self, samples: StepSamples) -> np.ndarray:
         """Of all samples of a step `[n, 3]`, read a shard at a time."""
         lengths = np.zeros((len(samples), 3), dtype=np.uint16)
-        which = np.stack([samples.dataset, samples.shard])
-        shards, members = np.unique(which, axis=1, return_inverse=True)
-        for number, (dataset, shard) in enumerate(shards.T.tolist()):
-            mine = np.flatnonzero(members.ravel() == number)
-            of_shard = self._shard_lengths(samples.names[dataset], shard)
+        by_shard = np.lexsort((samples.shard, samples.dataset))
+        pairs = np.stack([samples.dataset, samples.shard])[:, by_shard]
+        starts = np.flatnonzero(np.diff(pairs, axis=1, prepend=-1).any(axis=0))
+        for mine in np.split(by_shard, starts[1:]):
+            of_shard = self._shard_lengths(samples.names[samples.dataset[mine[0]]], int(samples.shard[mine[0]]))
             if samples.index[mine].max() < len(of_shard):
                 lengths[mine] = of_shard[samples.index[mine]]
         return lengths
