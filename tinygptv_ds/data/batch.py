@@ -67,6 +67,10 @@ class Batch:
         """Pinned copies; called by torch's DataLoader."""
         return self._map(lambda t: t.pin_memory())
 
+    def record_stream(self, stream: torch.cuda.Stream) -> Batch:
+        """This batch, its memory kept until `stream` has done what is queued in it now."""
+        return self._map(lambda t: _recorded(t, stream))
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
@@ -109,6 +113,11 @@ def collate(samples: Seq[Sample], datasets: Seq[str], *, queries: int, image_siz
     }
     tensors = {name: torch.from_numpy(array) for name, array in parts.items()}
     return Batch(**tensors, max_seqlen=max(lengths), sample_ids=tuple(sample.ref for sample in samples))
+
+
+def _recorded(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    tensor.record_stream(stream)
+    return tensor
 
 
 def _lone_token(bos: int) -> Sequence:

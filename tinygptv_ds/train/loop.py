@@ -21,6 +21,7 @@ from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.metrics import Reporter, Sums
 from tinygptv_ds.train.panel import Panel
 from tinygptv_ds.train.schedule import learning_rate
+from tinygptv_ds.train.transfer import Transfer
 
 _JUDGED_AFTER = 1000  # samples; before, the allowed share of skipped ones is that of this many
 
@@ -43,7 +44,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         pin_memory=engine.device.type == "cuda",
     )
     reporter = Reporter(engine, total, engine.first_step)
-    sums = Sums(engine, stream.names)
+    sums, transfer = Sums(engine, stream.names), Transfer(engine.device)
     panel = Panel(engine, stream, tokens)
     skips = SkipCounter(recipe.data.max_skipped_share, total * recipe.train.batch_size)
     over = OverLimit(recipe.train.max_tokens)
@@ -54,7 +55,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         waited += time.perf_counter() - start
         skips.report(loaded)
         over.look(loaded)
-        _optimizer_step(engine, step, loaded, sums)
+        _optimizer_step(engine, step, loaded, sums, transfer)
         reporter.step_done()
         done = step + 1
         if done == engine.first_step + 1 or done % recipe.train.log_every == 0 or done == total:
@@ -83,9 +84,9 @@ def warn_of_rising_rate(optimizer: OptimizerSection) -> None:
         )
 
 
-def _optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums) -> None:
+def _optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums, transfer: Transfer) -> None:
     recipe = engine.job.recipe
-    batches = [item.batch.to(engine.device) for item in loaded]
+    batches = [transfer(item.batch) for item in loaded]
     divisor = None
     if recipe.train.loss_reduction == "step_mean":
         targets = sum(len(batch.targets) for batch in batches)
