@@ -143,6 +143,49 @@ def test_refs_that_are_no_list(data: bytes, tmp_path: Path) -> None:
         load_refs(path)
 
 
+# ---- broken annotations ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "outcome"),
+    [
+        ("ocrvqa", {"ocrvqa/dataset.json": {"a": {"split": 1, "answers": []}}}, "missing_field"),
+        (
+            "ocrvqa",
+            {"ocrvqa/dataset.json": {"a": {"split": 1, "answers": 3, "questions": [], "imageURL": ""}}},
+            "bad_record",
+        ),
+        ("ocrvqa", {"ocrvqa/dataset.json": [{}]}, "is not one object"),
+        ("ocrvqa", {"ocrvqa/dataset.json": {"a": []}}, "is not one object"),
+        ("refvg", {"image_data.json": [], "region_descriptions.json": [{"id": 1}]}, "missing_field"),
+        (
+            "refvg",
+            {"image_data.json": [{"id": 1}], "region_descriptions.json": [{"id": 1, "regions": [{}]}]},
+            "missing_field",
+        ),
+        ("refvg", {"image_data.json": [3], "region_descriptions.json": []}, "entry 0 is a int"),
+        ("gqa", {"gqa/train_balanced_questions.json": {"1": {"question": "q", "answer": "a"}}}, "missing_field"),
+        ("gqa", {"gqa/train_balanced_questions.json": {"1": 5}}, "bad_record"),
+        (
+            "coco_caption",
+            {"coco_caption/coco_karpathy_train.json": [{"caption": "c"}, None]},
+            "missing_field, bad_record",
+        ),
+    ],
+)
+def test_broken_annotations(name: str, files: dict, outcome: str, tmp_path: Path) -> None:
+    """Counted, or one message: never a traceback."""
+    for file, content in files.items():
+        path = tmp_path / ("visual_genome" if name == "refvg" else "") / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    try:
+        found = ", ".join(entry.reason for entry in DATASETS[name].samples(tmp_path))
+    except DataError as error:
+        found = str(error)
+    assert outcome in found
+
+
 # ---- a user's own data -----------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,9 @@
 import argparse
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from operator import length_hint
 from pathlib import Path
@@ -59,9 +60,9 @@ def prepare(
         "limit": limit,
         "sources": {str(path): file_state(path) for path in _sources(name, root, **places)},
     }
-    samples, total = _first(entry.samples(root, **places), limit)
+    samples = _Lazy(partial(entry.samples, root, **places), limit)
     options = {"samples_per_shard": samples_per_shard, "encoding": encoding, "workers": workers}
-    return write_samples(samples, out, total=total, settings=settings, **options)
+    return write_samples(samples, out, total=limit, settings=settings, **options)
 
 
 def prepare_digits(
@@ -97,14 +98,15 @@ def write_samples(
     encoding: Encoding = AS_THEY_ARE,
     workers: int = 1,
 ) -> Report:
-    """Write `samples` as shards with indexes and report.json; `total` is for the progress bar alone.
+    """Write `samples` as shards with indexes and report.json; `total` is for the progress bar alone, which asks the
+    samples too (`operator.length_hint`).
 
     Shard n holds what can be used of the n-th `samples_per_shard` entries; where that is nothing, there is no shard n.
-    A finished `out` with the same `settings` is reused without touching `samples`, an unfinished one is completed. The
+    A finished `out` with the same `settings` is reused without touching `samples`, an unfinished one is completed; the
     settings need not name the shards' size and the encoding. Raises DataError as `prepare`.
     """
-    for option, value in (("samples-per-shard", samples_per_shard), ("workers", workers)):
-        if value < 1:
+    for option, value in (("samples-per-shard", samples_per_shard), ("workers", workers), ("limit", total)):
+        if value is not None and value < 1:
             raise DataError(f"--{option} must be at least 1, not {value}")
     changed = {option: value for option, value in asdict(encoding).items() if value is not None}
     settings = {**settings, "samples_per_shard": samples_per_shard, **changed}
@@ -157,14 +159,15 @@ def _sources(name: str, root: Path, annotations: Path | None = None, image_root:
     return [path for found in present.values() for path in found if path.is_file()]
 
 
-def _first(samples: Iterator[Entry], limit: int | None) -> tuple[Iterator[Entry], int | None]:
-    """(the first `limit` samples, how many these will be as far as is known)."""
-    known = length_hint(samples, -1)
-    if limit is None:
-        return samples, None if known < 0 else known
-    if limit < 1:
-        raise DataError(f"--limit must be at least 1, not {limit}")
-    return islice(samples, limit), limit if known < 0 else min(limit, known)
+@dataclass(frozen=True)
+class _Lazy:
+    """Samples whose annotation files are read once they are asked for: not at all where the shards are there."""
+
+    read: Callable[[], Iterator[Entry]]
+    limit: int | None
+
+    def __iter__(self) -> Iterator[Entry]:
+        return self.read() if self.limit is None else islice(self.read(), self.limit)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

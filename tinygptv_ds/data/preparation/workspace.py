@@ -32,6 +32,7 @@ def finished(out: Path, settings: dict[str, Any]) -> Report | None:
     lost = [name for name in report.shards if not (out / name).is_file()]
     if lost:
         raise DataError(f"{out}: {lost[0]} is gone since it was made; remove the folder to make it anew")
+    _tidy(out, report)  # in case it was interrupted just before
     log.info("%s: reused, it was made with the same settings", out)
     report.reused = True
     return report
@@ -57,6 +58,9 @@ def workspace(out: Path, settings: dict[str, Any]) -> Iterator[None]:
             raise
         finally:
             _remove(out, _HALF_MADE)
+            if [path.name for path in out.iterdir()] == [_MARKER]:
+                marker.unlink()
+                out.rmdir()
 
 
 def finish(out: Path, settings: dict[str, Any], parts: Sequence[Path]) -> Report:
@@ -66,13 +70,18 @@ def finish(out: Path, settings: dict[str, Any], parts: Sequence[Path]) -> Report
     """
     report = Report.of(settings, (_part(path) for path in parts))
     if report.samples == 0:
-        _remove(out, (*_MADE, _MARKER))
+        _remove(out, _MADE)
         first = f"; the first: {report.skipped_entries[0]['detail']}" if report.skipped_entries else ""
         raise DataError(f"{out}: not one sample could be prepared, skipped: {report.skipped or 'none'}{first}")
     save(report, out / "report.json")
+    _tidy(out, report)
+    return report
+
+
+def _tidy(out: Path, report: Report) -> None:
+    """Remove what was needed while the shards were made, and shards of more entries than there are now."""
     strays = {tar.name for tar in out.glob("[0-9]*.tar")} - set(report.shards)
     _remove(out, (".[0-9]*.part", *strays, *(f"{name}.idx" for name in strays), _MARKER))
-    return report
 
 
 def _part(path: Path) -> Part:

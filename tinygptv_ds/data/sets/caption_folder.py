@@ -65,13 +65,8 @@ def _table(table: Path, pictures: Path) -> Iterator[Entry]:
         name, caption = row.cells[file_column], row.cells[caption_column]
         return {"caption": caption, "clean": [], "id": name}, [inside(pictures, name)]
 
-    where = table.name
-    return Samples(
-        _rows(table),
-        build,
-        total=count_lines(table) - 1,
-        where=lambda _, row: f"{where}: row that ends on line {row.line}",
-    )
+    total = count_lines(table) - 1
+    return Samples(_rows(table), build, total=total, where=lambda _, row: f"{table.name}: row up to line {row.line}")
 
 
 def _column(table: Path, header: dict[str, str | None], names: tuple[str, ...]) -> str:
