@@ -17,6 +17,8 @@ VERBS = {
     "doctor": ("what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor"),
     "prepare": ("turn a dataset's own files into shards", "tinygptv_ds.data.prepare"),
     "stream": ("what a run would be fed, one JSON line a sample", "tinygptv_ds.data.show_stream"),
+    "convert_laion": ("LAION's caption JSON as the TSV that img2dataset reads", "tinygptv_ds.data.convert_captions"),
+    "convert_cc_sbu": ("CC/SBU's caption JSON as the TSV that img2dataset reads", "tinygptv_ds.data.convert_captions"),
     "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.convert.inspect"),
     "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.convert.convert"),
     "export": (

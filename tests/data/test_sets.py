@@ -16,7 +16,7 @@ from tinygptv_ds.data.index import sample_count
 from tinygptv_ds.data.prepare import add_arguments, prepare, run, write_samples
 from tinygptv_ds.data.reader import RawSample, ShardReader
 from tinygptv_ds.data.sets import DATASETS, PreparedSample, Skipped, how_to_get
-from tinygptv_ds.data.sets.common import box_string, inside
+from tinygptv_ds.data.sets.common import SkipEntry, box_string, inside
 from tinygptv_ds.data.sets.refcoco import load_refs
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import IMAGE_TAG, render
@@ -50,7 +50,7 @@ def test_every_published_dataset_is_in_the_table() -> None:
         "coco_caption textcaps_caption refcoco refcocop refcocog invrefcoco invrefcocop invrefcocog",
         "coco_vqa ok_vqa aok_vqa gqa ocrvqa",
     }
-    assert set(DATASETS) - {"jsonl", "caption_folder"} == set(" ".join(published).split())
+    assert set(DATASETS) - {"llava", "jsonl", "caption-folder"} == set(" ".join(published).split())
 
 
 @pytest.mark.parametrize("name", [*DATASETS, "digits_vqa", "my_own"])
@@ -94,11 +94,13 @@ def test_box_arithmetic(box: list, size: tuple, text: str) -> None:
 
 @pytest.mark.parametrize("name", ["../x.jpg", "/etc/passwd", "a/../../x.jpg", "a/../..", "x\0.jpg"])
 def test_paths_that_leave_the_root_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="leads out of"):
+    with pytest.raises(SkipEntry, match="leads out of"):
         inside(tmp_path, name)
-    root = lines(tmp_path / "root", {"image": name, "question": "q", "answer": "a"})
-    with pytest.raises(DataError, match="leads out of"):
-        prepare("jsonl", root, tmp_path / "out")
+    good = {"question": "q", "answer": "a"}
+    root = lines(tmp_path / "root", good, {"image": name, **good}, {"image": ["a.jpg", name], **good})
+    report = prepare("jsonl", root, tmp_path / "out")
+    assert (report.samples, report.skipped) == (1, {"outside_root": 2})
+    assert report.skipped_entries[0]["detail"].startswith("data.jsonl:2: picture path")
 
 
 def test_paths_inside_the_root_may_wind(tmp_path: Path) -> None:
@@ -139,6 +141,49 @@ def test_refs_that_are_no_list(data: bytes, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(DataError, match=str(path)):
         load_refs(path)
+
+
+# ---- broken annotations ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "outcome"),
+    [
+        ("ocrvqa", {"ocrvqa/dataset.json": {"a": {"split": 1, "answers": []}}}, "missing_field"),
+        (
+            "ocrvqa",
+            {"ocrvqa/dataset.json": {"a": {"split": 1, "answers": 3, "questions": [], "imageURL": ""}}},
+            "bad_record",
+        ),
+        ("ocrvqa", {"ocrvqa/dataset.json": [{}]}, "is not one object"),
+        ("ocrvqa", {"ocrvqa/dataset.json": {"a": []}}, "is not one object"),
+        ("refvg", {"image_data.json": [], "region_descriptions.json": [{"id": 1}]}, "missing_field"),
+        (
+            "refvg",
+            {"image_data.json": [{"id": 1}], "region_descriptions.json": [{"id": 1, "regions": [{}]}]},
+            "missing_field",
+        ),
+        ("refvg", {"image_data.json": [3], "region_descriptions.json": []}, "entry 0 is a int"),
+        ("gqa", {"gqa/train_balanced_questions.json": {"1": {"question": "q", "answer": "a"}}}, "missing_field"),
+        ("gqa", {"gqa/train_balanced_questions.json": {"1": 5}}, "bad_record"),
+        (
+            "coco_caption",
+            {"coco_caption/coco_karpathy_train.json": [{"caption": "c"}, None]},
+            "missing_field, bad_record",
+        ),
+    ],
+)
+def test_broken_annotations(name: str, files: dict, outcome: str, tmp_path: Path) -> None:
+    """Counted, or one message: never a traceback."""
+    for file, content in files.items():
+        path = tmp_path / ("visual_genome" if name == "refvg" else "") / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    try:
+        found = ", ".join(entry.reason for entry in DATASETS[name].samples(tmp_path))
+    except DataError as error:
+        found = str(error)
+    assert outcome in found
 
 
 # ---- a user's own data -----------------------------------------------------------------------------------------------
@@ -206,8 +251,9 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path) -> None:
     (root / "folder.jpg").mkdir()
     report = prepare("jsonl", root, tmp_path / "out")
     assert report.samples == 1
-    reasons = {"bad_record": 6, "missing_image": 1, "not_an_image": 2, "unreadable_image": 1}
+    reasons = {"bad_record": 5, "missing_field": 1, "missing_image": 1, "not_an_image": 2, "unreadable_image": 1}
     assert report.skipped == reasons
+    assert report.missing_fields == {"instruction": 1}
     assert [int(entry["key"]) for entry in report.skipped_entries] == list(range(1, 11))
     assert "gone.jpg" in report.skipped_entries[4]["detail"]
     assert json.loads((tmp_path / "out/report.json").read_bytes())["skipped"] == reasons
@@ -220,7 +266,7 @@ def test_caption_folder(tmp_path: Path) -> None:
         (root / name).write_bytes(picture())
     (root / "b.txt").write_text(" One Dog.\n")
     (root / "sub/c.txt").write_text("é", encoding="utf-8")
-    report = prepare("caption_folder", root, tmp_path / "out")
+    report = prepare("caption-folder", root, tmp_path / "out")
     assert [sample.record["caption"] for sample in read_all(tmp_path / "out")] == ["One Dog.", "é"]
     assert report.skipped == {"missing_caption": 1}
 
@@ -279,27 +325,6 @@ def test_other_settings_foreign_and_lost_files_are_refused(tmp_path: Path) -> No
     with pytest.raises(DataError, match="not empty"):
         write_samples(entries(2), tmp_path / "thesis", samples_per_shard=1, total=2, settings={})
     assert (tmp_path / "thesis/00000.tar").read_text() == "mine"
-
-
-def test_unfinished_is_started_anew(tmp_path: Path) -> None:
-    """After an interruption nothing of the first attempt is left, and the result is that of a run without one."""
-
-    def interrupted() -> Iterator[PreparedSample]:
-        yield from entries(5)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_samples(interrupted(), tmp_path / "a", samples_per_shard=1, total=None, settings={})
-    assert not (tmp_path / "a/report.json").exists()
-    for name in "ab":
-        write_samples(entries(3), tmp_path / name, samples_per_shard=2, total=None, settings={})
-    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in "ab"]
-    assert files[0] == files[1]
-    assert all(
-        (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-        for name in files[0]
-        if name.endswith((".tar", ".json"))
-    )
 
 
 def test_two_processes_on_one_folder(tmp_path: Path) -> None:

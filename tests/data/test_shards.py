@@ -300,7 +300,9 @@ def test_interrupted_writing_leaves_complete_shards_only(tmp_path: Path) -> None
 def test_no_torch(tmp_path: Path) -> None:
     """Start-up, --help and configuration errors must not wait for it."""
     code = (
-        "import sys, tinygptv_ds.data.prepare, tinygptv_ds.data.reader, tinygptv_ds.data.mixture;"
+        "import sys, pathlib, tinygptv_ds.data.prepare, tinygptv_ds.data.reader, tinygptv_ds.data.mixture;"
+        f"writer = tinygptv_ds.data.shards.ShardWriter(pathlib.Path({str(tmp_path)!r}), 1);"
+        "writer.write('a', {'json': b'{}'});"
         "sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

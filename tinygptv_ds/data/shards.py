@@ -2,7 +2,9 @@
 
 import contextlib
 import glob
+import io
 import os
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -58,18 +60,19 @@ def _expand(pattern: str, root: Path | None) -> list[Path]:
 
 
 class ShardWriter:
-    """Write samples to ``00000.tar``, ``00001.tar``, ... with an index beside each.
+    """Write samples to ``00000.tar``, ``00001.tar``, ... with an index beside each, numbered from `first` on.
 
     The bytes depend on nothing but the samples. A shard carries its final name only when it is complete; leaving the
     ``with`` block by an exception removes the one under way. `tars` lists what has been completed.
     """
 
-    def __init__(self, out_dir: Path, samples_per_shard: int = 10_000) -> None:
+    def __init__(self, out_dir: Path, samples_per_shard: int = 10_000, *, first: int = 0) -> None:
         if samples_per_shard < 1:
             raise DataError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
         self.tars: list[Path] = []
         self._out_dir = out_dir
         self._samples_per_shard = samples_per_shard
+        self._first = first
         self._open: BinaryIO | None = None
         self._written = 0
 
@@ -78,22 +81,22 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
-        if kind is None:
-            self.finish()
-        elif self._open is not None:
-            with contextlib.suppress(OSError):  # such as the full disk that brought us here
-                self._archive.close()
-                self._open.close()
-            self._temporary().unlink(missing_ok=True)
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self._abandon()
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
         """Add a sample: `members` by suffix. Keys must be unique and hold no dot in their last part."""
         if self._open is None:
-            from webdataset import TarWriter  # imports torch
-
             self._open = self._temporary().open("wb")
-            self._archive = TarWriter(self._open, encoder=False, user="", group="", mtime=0)
-        self._archive.write({"__key__": key, **members})
+            self._archive = tarfile.open(fileobj=self._open, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        for suffix, data in sorted(members.items()):
+            info = tarfile.TarInfo(f"{key}.{suffix}")  # no time and no owner
+            info.size, info.mode = len(data), 0o444
+            self._archive.addfile(info, io.BytesIO(data))
+        self._archive.members = []  # tarfile would keep them all
         self._written += 1
         if self._written == self._samples_per_shard:
             self._complete()
@@ -104,10 +107,11 @@ class ShardWriter:
             self._complete()
 
     def _name(self) -> str:
-        return f"{len(self.tars):05d}.tar"
+        return f"{self._first + len(self.tars):05d}.tar"
 
     def _temporary(self) -> Path:
-        return self._out_dir / f".{self._name()}.tmp"
+        """One of this process alone: another one may still be about to notice that its parent is gone."""
+        return self._out_dir / f".{self._name()}.{os.getpid()}.tmp"
 
     def _complete(self) -> None:
         self._archive.close()
@@ -116,6 +120,13 @@ class ShardWriter:
         self._open.close()
         tar = self._out_dir / self._name()
         self._temporary().replace(tar)
+        self._open, self._written = None, 0
         build_index(tar)
         self.tars.append(tar)
-        self._open, self._written = None, 0
+
+    def _abandon(self) -> None:
+        if self._open is not None:
+            with contextlib.suppress(OSError):  # such as the full disk that brought us here
+                self._open.close()
+            self._temporary().unlink(missing_ok=True)
+            self._open = None

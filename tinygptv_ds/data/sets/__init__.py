@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tinygptv_ds.data.sets import captions, flickr, jsonl, llava, ocrvqa, refcoco, refvg, unnatural, vqa
+from tinygptv_ds.data.sets import caption_folder, captions, flickr, jsonl, llava, ocrvqa, refcoco, refvg, unnatural, vqa
 from tinygptv_ds.data.sets.common import COCO, Entry, PreparedSample, Skipped
 from tinygptv_ds.errors import DataError
 
-__all__ = ["DATASETS", "Dataset", "PreparedSample", "Skipped", "dataset", "how_to_get"]
+__all__ = ["DATASETS", "Dataset", "PreparedSample", "Skipped", "full_name", "how_to_get"]
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,16 @@ class Dataset:
     """How to turn a dataset's own files into samples.
 
     `samples(root)` yields them, `files` are the files and folders it needs below the root, `source` says where to
-    get them. `samples` is None for datasets that are published as shards and need no preparation.
+    get them. `samples` is None for datasets that are published as shards and need no preparation. Files that are
+    `optional` are used where they are. A user's `own` data may lie elsewhere, and then `samples` is called with
+    ``annotations`` and ``image_root``, either or both.
     """
 
-    samples: Callable[[Path], Iterator[Entry]] | None
+    samples: Callable[..., Iterator[Entry]] | None
     files: tuple[str, ...]
     source: str
+    optional: tuple[str, ...] = ()
+    own: bool = False
 
 
 _COCO = "pictures: COCO 2014 train2014.zip from cocodataset.org"
@@ -51,7 +55,8 @@ def _flickr(adapter: Callable[[Path], Iterator[Entry]], file: str) -> Dataset:
 
 
 def _vqa(*files: str, answers: str = "answer") -> Dataset:
-    return Dataset(partial(vqa.coco_question, files=files, answers=answers), (files[0], COCO), _LAVIS)
+    samples = partial(vqa.coco_question, files=files, answers=answers)
+    return Dataset(samples, (files[0], COCO), _LAVIS, optional=files[1:])
 
 
 DATASETS: dict[str, Dataset] = {
@@ -112,16 +117,26 @@ DATASETS: dict[str, Dataset] = {
     ),
     "ocrvqa": Dataset(ocrvqa.ocrvqa, ("ocrvqa/dataset.json", "ocrvqa/images"), "OCR-VQA (ocr-vqa.github.io)"),
     # your own
-    "jsonl": Dataset(jsonl.jsonl, ("*.jsonl",), "your own JSON lines beside your pictures"),
-    "caption_folder": Dataset(jsonl.caption_folder, (), "your own pictures, each with its caption in a .txt beside it"),
+    "llava": Dataset(
+        jsonl.llava, ("*.json*",), "your own conversations in LLaVA's format beside your pictures", own=True
+    ),
+    "jsonl": Dataset(jsonl.jsonl, ("*.jsonl",), "your own JSON lines beside your pictures", own=True),
+    "caption-folder": Dataset(
+        caption_folder.caption_folder,
+        (),
+        "your own pictures, each with its caption in a .txt beside it, or in a table with columns file_name, caption",
+        optional=("*.csv", "*.tsv"),
+        own=True,
+    ),
 }
 
 
-def dataset(name: str) -> Dataset:
-    """The entry of the table. Raises DataError for an unknown name."""
+def full_name(name: str) -> str:
+    """`name` as the table has it. Raises DataError for one that it has not."""
+    name = {"caption_folder": "caption-folder"}.get(name, name)
     if name not in DATASETS:
         raise DataError(f"no dataset is called {name!r}; there are digits, {', '.join(DATASETS)}")
-    return DATASETS[name]
+    return name
 
 
 def how_to_get(name: str) -> str:
@@ -133,6 +148,10 @@ def how_to_get(name: str) -> str:
         return f"{name} is not in the table of datasets; make shards of your own data with: {command} jsonl --help"
     entry = DATASETS[name]
     if entry.samples is None:
-        return f"{name} is used as downloaded, without preparation\n  from: {entry.source}"
-    lines = [f"{name} needs", *(f"  ROOT/{file}" for file in entry.files)] if entry.files else [name]
+        return (
+            f"{name} is used as img2dataset downloads it, without preparation: name its tars in the recipe\n"
+            f"  from: {entry.source}\n  its JSON as a TSV for img2dataset: python -m tinygptv_ds convert_{name}"
+        )
+    files = [*entry.files, *(f"{file} (if there is one)" for file in entry.optional)]
+    lines = [f"{name} needs", *(f"  ROOT/{file}" for file in files)] if files else [name]
     return "\n".join([*lines, f"  from: {entry.source}", f"  then: {command} {name} --root ROOT --out DIR"])

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinygptv_ds.data.sets.common import COCO, Built, Entry, convert, inside, load_entries, turn
+from tinygptv_ds.data.sets.common import COCO, Built, Entry, Samples, inside, load_entries, turn
 
 
 def coco_caption(root: Path) -> Iterator[Entry]:
@@ -15,7 +15,7 @@ def coco_caption(root: Path) -> Iterator[Entry]:
         record = turn("caption", "", entry["caption"], clean=["answer"], image_id=entry["image_id"])
         return record, [inside(root, COCO, Path(entry["image"]).name)]
 
-    yield from convert(load_entries(root / "coco_caption/coco_karpathy_train.json"), build)
+    return Samples(load_entries(root / "coco_caption/coco_karpathy_train.json"), build)
 
 
 def textcaps_caption(root: Path) -> Iterator[Entry]:
@@ -25,7 +25,7 @@ def textcaps_caption(root: Path) -> Iterator[Entry]:
         record = turn("caption", "", entry["caption_str"], clean=["answer"], image_id=entry["image_id"])
         return record, [inside(root, "textcaps/train_images", f"{entry['image_id']}.jpg")]
 
-    yield from convert(load_entries(root / "textcaps/TextCaps_0.1_train.json", "data"), build)
+    return Samples(load_entries(root / "textcaps/TextCaps_0.1_train.json", "data"), build)
 
 
 def cc_sbu_align(root: Path) -> Iterator[Entry]:
@@ -35,4 +35,4 @@ def cc_sbu_align(root: Path) -> Iterator[Entry]:
         record = {"caption": entry["caption"], "clean": [], "image_id": entry["image_id"]}
         return record, [inside(root, "cc_sbu_align/image", f"{entry['image_id']}.jpg")]
 
-    yield from convert(load_entries(root / "cc_sbu_align/filter_cap.json"), build)
+    return Samples(load_entries(root / "cc_sbu_align/filter_cap.json"), build)

@@ -1,16 +1,19 @@
-"""What the dataset adapters share: the sample they yield, safe paths, pictures, boxes."""
+"""What the dataset adapters share: the samples they yield, safe paths, pictures, boxes."""
 
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import length_hint
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from PIL import Image, UnidentifiedImageError
 
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.images import MAX_PIXELS
 
 COCO = "coco/train2014"
 
@@ -20,21 +23,23 @@ class PreparedSample:
     """One sample on its way into a shard.
 
     `key` is unique in its dataset, `record` as processing/text.py reads it, `images` the encoded pictures or where they
-    lie.
+    lie. `where` tells people which entry of the source it is.
     """
 
     key: str
     record: dict[str, Any]
     images: tuple[Path | bytes, ...]
+    where: str = ""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An entry that gives no sample: one word for counting, and what exactly is wrong."""
+    """An entry that gives no sample: one word for counting, and what exactly is wrong; `field` is one that it lacks."""
 
     key: str
     reason: str
     detail: str
+    field: str | None = None
 
 
 class SkipEntry(Exception):
@@ -50,20 +55,58 @@ Entry = PreparedSample | Skipped
 Built = tuple[dict[str, Any], Sequence[Path | bytes]] | None
 
 
-def convert(entries: Iterable[Any], build: Callable[[Any], Built]) -> Iterator[Entry]:
-    """Build a sample from each annotation entry; its key is the entry's number in the source, from 0."""
-    for position, entry in enumerate(entries):
-        key = f"{position:09d}"
+class Samples(Iterator[Entry]):
+    """A sample for each annotation entry, one at a time; its key is the entry's number in the source, from 0.
+
+    `build` makes one of an entry; what it raises for a broken entry becomes a `Skipped`. `where` names an entry for
+    people. `total` counts the entries, if they cannot tell that themselves. `operator.length_hint` says how many
+    samples are to come, estimated from the share of entries that did not belong to the training set so far.
+    """
+
+    def __init__(
+        self,
+        entries: Iterable[Any],
+        build: Callable[[Any], Built],
+        *,
+        total: int | None = None,
+        where: Callable[[int, Any], str] = lambda position, _: f"entry {position}",
+    ) -> None:
+        self._entries = enumerate(entries)
+        self._build = build
+        self._total = length_hint(entries, -1) if total is None else total
+        self._where = where
+        self._seen = self._given = 0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Entry:
+        for position, entry in self._entries:
+            self._seen += 1
+            made = self._sample(position, entry)
+            if made is not None:
+                self._given += 1
+                return made
+        raise StopIteration
+
+    def __length_hint__(self) -> int:
+        if self._total < 0:
+            return NotImplemented
+        left = max(0, self._total - self._seen)
+        return left * self._given // self._seen if self._given else left
+
+    def _sample(self, position: int, entry: Any) -> Entry | None:
+        key, where = f"{position:09d}", self._where(position, entry)
         try:
-            built = build(entry)
+            built = self._build(entry)
         except SkipEntry as skip:
-            yield Skipped(key, skip.reason, str(skip))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            yield Skipped(key, "bad_record", f"{type(error).__name__}: {error} in {str(entry)[:200]}")
-        else:
-            if built is not None:
-                record, images = built
-                yield PreparedSample(key, record, tuple(images))
+            return Skipped(key, skip.reason, f"{where}: {skip}")
+        except KeyError as error:
+            field = str(error.args[0])
+            return Skipped(key, "missing_field", f"{where}: has no {field!r}: {str(entry)[:200]}", field)
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            return Skipped(key, "bad_record", f"{where}: {type(error).__name__}: {error} in {str(entry)[:200]}")
+        return None if built is None else PreparedSample(key, built[0], tuple(built[1]), where)
 
 
 def load_json(path: Path) -> Any:
@@ -72,7 +115,7 @@ def load_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is no JSON ({error}); fetch it again") from error
 
 
@@ -85,11 +128,20 @@ def load_entries(path: Path, field: str = "annotations") -> list[Any]:
     return entries
 
 
+def load_objects(path: Path) -> list[dict[str, Any]]:
+    """`load_entries` of a file that others refer to: every entry must be an object."""
+    entries = load_entries(path)
+    odd = next((position for position, entry in enumerate(entries) if not isinstance(entry, dict)), None)
+    if odd is not None:
+        raise DataError(f"{path}: entry {odd} is a {type(entries[odd]).__name__}, not an object; fetch it again")
+    return entries
+
+
 def inside(root: Path, *names: object) -> Path:
-    """The path of `names` under `root`. Raises DataError where an annotation would lead out of it."""
+    """The path of `names` under `root`. Raises SkipEntry where an annotation would lead out of it."""
     relative = Path(os.path.normpath(Path(*map(str, names))))
     if relative.is_absolute() or relative.parts[:1] == ("..",) or "\0" in str(relative):
-        raise DataError(f"picture path {str(relative)!r} leads out of {root}; paths in annotations must stay below it")
+        raise SkipEntry("outside_root", f"picture path {str(relative)!r} leads out of {root}, below which it must stay")
     return root / relative
 
 
@@ -101,17 +153,30 @@ def coco_picture(root: Path, image_id: object) -> Path:
 @lru_cache(maxsize=64)
 def picture_size(path: Path) -> tuple[int, int]:
     """(width, height) in pixels from the header. Raises SkipEntry if the picture is missing or none."""
+    with picture_errors(path), Image.open(path) as image:
+        return check_pixels(image).size
+
+
+def check_pixels(image: Image.Image) -> Image.Image:
+    """The opened picture, of which only the header has been read. Raises DecompressionBombError if it is too large."""
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels (limit {MAX_PIXELS:,})")
+    return image
+
+
+@contextmanager
+def picture_errors(where: object) -> Iterator[None]:
+    """What is wrong with the picture `where`, as SkipEntry."""
     try:
-        with Image.open(path) as image:
-            return image.size
-    except UnidentifiedImageError as error:
-        raise SkipEntry("not_an_image", f"{path} is no picture") from error
-    except Image.DecompressionBombError as error:
-        raise SkipEntry("too_large_image", f"{path}: {error}") from error
+        yield
     except FileNotFoundError as error:
-        raise SkipEntry("missing_image", f"{path} does not exist") from error
-    except OSError as error:
-        raise SkipEntry("unreadable_image", f"{path}: {error}") from error
+        raise SkipEntry("missing_image", f"{where} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise SkipEntry("not_an_image", f"{where} is no picture") from error
+    except Image.DecompressionBombError as error:
+        raise SkipEntry("too_large_image", f"{where}: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SkipEntry("unreadable_image", f"{where}: {error}") from error
 
 
 def box_string(box: Sequence[float], size: tuple[int, int]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tinygptv_ds.data.sets.common import Built, Entry, convert, inside, load_entries, turn
+from tinygptv_ds.data.sets.common import Built, Entry, Samples, inside, load_entries, turn
 
 FOLDER = "filtered_flickr"
 
@@ -32,4 +32,4 @@ def _samples(root: Path, file: str, record: Callable[[dict], dict]) -> Iterator[
         picture = inside(root, FOLDER, "images", f"{entry['image_id']}.jpg")
         return record(entry) | {"image_id": entry["image_id"]}, [picture]
 
-    yield from convert(load_entries(root / FOLDER / file), build)
+    return Samples(load_entries(root / FOLDER / file), build)

@@ -1,21 +1,32 @@
-"""A user's own data: JSON lines with pictures, or a folder of pictures with a text file beside each."""
+"""A user's own data as JSON: one object a line, or a file in LLaVA's format."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tinygptv_ds.data.sets.common import Built, Entry, SkipEntry, convert, inside, turn
-from tinygptv_ds.data.sets.llava import first_question
+from tinygptv_ds.data.sets.common import Built, Entry, Samples, SkipEntry, inside, load_entries, turn
+from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import IMAGE_TAG
 
 _MARK = "<image>"
+_Record = Callable[[dict[str, Any], int], dict[str, Any]]  # of an entry with so many pictures
 _ASKING, _ANSWERING = ("human", "user"), ("gpt", "assistant")
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def jsonl(root: Path) -> Iterator[Entry]:
-    """Every line of every ``*.jsonl`` in `root`; picture paths are relative to `root`.
+class Line(NamedTuple):
+    """One line of a file, counted from 1."""
+
+    file: Path
+    number: int
+    text: bytes
+
+    def __str__(self) -> str:
+        return self.text.decode(errors="replace").strip()
+
+
+def jsonl(root: Path, annotations: Path | None = None, image_root: Path | None = None) -> Iterator[Entry]:
+    """Every line of `annotations`, or of every ``*.jsonl`` in `root`; pictures lie below `image_root` or `root`.
 
     A line is an object with "image" (a path, a list of paths, or absent) and one of
 
@@ -23,51 +34,74 @@ def jsonl(root: Path) -> Iterator[Entry]:
     - "conversations": ``[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]``;
     - "caption".
 
-    Texts stay as they are. With several pictures, ``<image>`` in the questions says where each belongs.
+    Texts stay as they are. ``<image>`` in the questions says where a picture belongs (see `llava`).
     """
-
-    def build(line: str) -> Built:
-        entry = json.loads(line)
-        names = entry.get("image", [])
-        pictures = [inside(root, name) for name in ([names] if isinstance(names, str) else names or [])]
-        record = _record(entry, len(pictures))
-        return record | {field: entry[field] for field in ("id", "task") if field in entry}, pictures
-
-    lines = (line for file in sorted(root.glob("*.jsonl")) for line in file.open(encoding="utf-8") if line.strip())
-    yield from convert(lines, build)
+    return _lines([annotations] if annotations else sorted(root.glob("*.jsonl")), image_root or root, _record)
 
 
-def caption_folder(root: Path) -> Iterator[Entry]:
-    """Every picture below `root` with the caption in the text file of the same name (``a.jpg``, ``a.txt``)."""
-    pictures = sorted(path for path in root.rglob("*") if path.suffix.lower() in _PICTURES)
+def llava(root: Path, annotations: Path | None = None, image_root: Path | None = None) -> Iterator[Entry]:
+    """A file in LLaVA's format, `annotations` or the only ``*.json`` or ``*.jsonl`` in `root`: a list of items, or one
+    a line, each with "conversations" and, unless it is text alone, "image", a path or several, below `image_root` or
+    `root`.
 
-    def build(picture: Path) -> Built:
-        try:
-            caption = picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
-            raise SkipEntry(
-                "missing_caption", f"{picture}: has no {picture.with_suffix('.txt').name} beside it"
-            ) from None
-        return {"caption": caption, "clean": [], "id": str(picture.relative_to(root))}, [picture]
+    Texts stay as they are. Each ``<image>`` in the questions is the place of a picture, in their order. A single
+    picture whose mark begins or ends the first question, or that has no mark, comes in front as TinyGPT-V knows it.
+    """
+    found = [annotations] if annotations else sorted(root.glob("*.json*"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise DataError(f"{root}: which file holds the conversations? There are: {names}; name it with --annotations")
+    pictures = image_root or root
+    if found[0].suffix == ".jsonl":
+        return _lines(found, pictures, _conversation)
+    entries, file = load_entries(found[0]), found[0].name
+    return Samples(
+        entries,
+        lambda item: _built(item, pictures, _conversation),
+        where=lambda position, item: f"{file}: entry {position}" + (f" (id {item['id']})" if _has_id(item) else ""),
+    )
 
-    yield from convert(pictures, build)
+
+def _has_id(item: Any) -> bool:
+    return isinstance(item, dict) and "id" in item
+
+
+def _lines(files: list[Path], pictures: Path, record: _Record) -> Iterator[Entry]:
+    lines = (Line(file, n, text) for file in files for n, text in enumerate(file.open("rb"), 1) if text.strip())
+    return Samples(
+        lines,
+        lambda line: _built(json.loads(line.text), pictures, record),
+        total=sum(count_lines(file) for file in files),
+        where=lambda _, line: f"{line.file.name}:{line.number}",
+    )
+
+
+def count_lines(file: Path) -> int:
+    """The number of lines that are not blank."""
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+def _built(entry: dict[str, Any], pictures: Path, record: _Record) -> Built:
+    names = entry.get("image") or []
+    images = [inside(pictures, name) for name in ([names] if isinstance(names, str) else names)]
+    return record(entry, len(images)) | {field: entry[field] for field in ("id", "task") if field in entry}, images
 
 
 def _record(entry: dict[str, Any], num_images: int) -> dict[str, Any]:
     if "caption" in entry:
         return {"caption": entry["caption"], "clean": []}
     if "conversations" in entry:
-        pairs = _pairs(entry["conversations"])
-    else:
-        pairs = [[entry["question"] if "question" in entry else entry["instruction"], entry["answer"]]]
-    raw = num_images > 1 and any(_MARK in question for question, _ in pairs)
-    if raw:
-        pairs = [[question.replace(_MARK, IMAGE_TAG), answer] for question, answer in pairs]
-    elif _MARK in pairs[0][0]:
-        pairs[0][0] = first_question(pairs[0][0])
-    if "conversations" in entry:
-        return {"conversation": pairs, "clean": [], "raw": raw}
+        return _conversation(entry, num_images)
+    pairs = [[entry["question"] if "question" in entry else entry["instruction"], entry["answer"]]]
+    raw = _place_pictures(pairs, num_images)
     return turn(None, *pairs[0], raw=raw)
+
+
+def _conversation(entry: dict[str, Any], num_images: int) -> dict[str, Any]:
+    pairs = _pairs(entry["conversations"])
+    raw = _place_pictures(pairs, num_images)
+    return {"conversation": pairs, "clean": [], "raw": raw}
 
 
 def _pairs(turns: list[dict[str, str]]) -> list[list[str | None]]:
@@ -76,3 +110,19 @@ def _pairs(turns: list[dict[str, str]]) -> list[list[str | None]]:
             raise SkipEntry("bad_record", f"turn {number} is from {spoken['from']!r}; human and gpt must alternate")
     values = [spoken["value"] for spoken in turns] + [None] * (len(turns) % 2)
     return [list(pair) for pair in zip(values[::2], values[1::2], strict=True)]
+
+
+def _place_pictures(pairs: list[list[str | None]], num_images: int) -> bool:
+    """Put picture tags where the questions hold marks; False if the pictures belong in front, where none is needed."""
+    marks = sum(question.count(_MARK) for question, _ in pairs)
+    if not marks:
+        return False
+    if marks != num_images:
+        raise SkipEntry("bad_record", f"the questions hold {_MARK} {marks} time(s) for {num_images} picture(s)")
+    first = pairs[0][0].strip()
+    if num_images == 1 and (first.startswith(_MARK) or first.endswith(_MARK)):
+        pairs[0][0] = first.replace(_MARK, "").strip()
+        return False
+    for pair in pairs:
+        pair[0] = pair[0].replace(_MARK, IMAGE_TAG)
+    return True

@@ -6,7 +6,7 @@ Roles are not looked at, only positions: the first value is a question, the seco
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinygptv_ds.data.sets.common import Built, Entry, coco_picture, convert, load_entries, turn
+from tinygptv_ds.data.sets.common import Built, Entry, Samples, coco_picture, load_entries, turn
 
 
 def first_question(value: str) -> str:
@@ -25,7 +25,7 @@ def conversation(root: Path, file: str) -> Iterator[Entry]:
         pairs = [list(pair) for pair in zip(values[::2], values[1::2], strict=True)]
         return {"conversation": pairs, "clean": [], "id": entry["id"]}, [coco_picture(root, entry["id"])]
 
-    yield from convert(load_entries(root / file), build)
+    return Samples(load_entries(root / file), build)
 
 
 def first_turn(root: Path, file: str) -> Iterator[Entry]:
@@ -36,4 +36,4 @@ def first_turn(root: Path, file: str) -> Iterator[Entry]:
         record = turn(None, first_question(question), answer, clean=["text"], id=entry["id"])
         return record, [coco_picture(root, entry["id"])]
 
-    yield from convert(load_entries(root / file), build)
+    return Samples(load_entries(root / file), build)

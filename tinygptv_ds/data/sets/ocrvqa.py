@@ -1,15 +1,19 @@
 """OCR-VQA: questions about book covers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from tinygptv_ds.data.sets.common import Built, Entry, SkipEntry, convert, inside, load_json, turn
+from tinygptv_ds.data.sets.common import Built, Entry, Samples, SkipEntry, inside, load_json, turn
+from tinygptv_ds.errors import DataError
 
 
 def ocrvqa(root: Path) -> Iterator[Entry]:
     """Every question of the training covers (split 1) in `ocrvqa/dataset.json`, pictures in `ocrvqa/images/`."""
-    covers = load_json(root / "ocrvqa/dataset.json")
+    path = root / "ocrvqa/dataset.json"
+    covers = load_json(path)
+    if not isinstance(covers, dict) or not all(isinstance(cover, dict) for cover in covers.values()):
+        raise DataError(f"{path}: is not one object that holds the covers, objects, by id; is it the right file?")
 
     def build(entry: tuple[str, str | None, str | None]) -> Built:
         image_id, question, answer = entry
@@ -21,9 +25,11 @@ def ocrvqa(root: Path) -> Iterator[Entry]:
         picture = inside(root, "ocrvqa/images", image_id + Path(cover["imageURL"]).suffix)
         return turn("vqa", question, answer, clean=["text", "answer"], image_id=image_id), [picture]
 
-    pairs = (
-        (image_id, question, answer)
-        for image_id, cover in covers.items()
-        for question, answer in zip_longest(cover["questions"], cover["answers"])
-    )
-    yield from convert(pairs, build)
+    return Samples([(image_id, *pair) for image_id, cover in covers.items() for pair in _pairs(cover)], build)
+
+
+def _pairs(cover: dict) -> Iterable[tuple[str | None, str | None]]:
+    lists = [cover.get(field) for field in ("questions", "answers")]
+    if not all(isinstance(found, list) for found in lists):
+        return [(None, None)]  # one broken entry, to be counted
+    return zip_longest(*lists)

@@ -9,11 +9,11 @@ from typing import Any
 from tinygptv_ds.data.sets.common import (
     Built,
     Entry,
+    Samples,
     SkipEntry,
     box_string,
     coco_picture,
-    convert,
-    load_json,
+    load_objects,
     picture_size,
     turn,
 )
@@ -23,22 +23,23 @@ from tinygptv_ds.errors import DataError
 def refcoco(root: Path, name: str, split_by: str, *, inverse: bool = False) -> Iterator[Entry]:
     """One sample per training reference of `refcoco_annotations/<name>`, with all its sentences to draw from."""
     folder = root / "refcoco_annotations" / name
-    boxes = {annotation["id"]: annotation["bbox"] for annotation in load_json(folder / "instances.json")["annotations"]}
+    annotations = load_objects(folder / "instances.json")
+    boxed = {annotation["id"]: annotation for annotation in annotations if "id" in annotation}
 
     def build(ref: dict) -> Built:
         if ref["split"] != "train":
             return None
-        if ref["ann_id"] not in boxes:
+        if ref["ann_id"] not in boxed:
             raise SkipEntry("bad_record", f"ref {ref['ref_id']}: annotation {ref['ann_id']} is not in instances.json")
         picture = coco_picture(root, f"{ref['image_id']:012}")
-        box = box_string(boxes[ref["ann_id"]], picture_size(picture))
+        box = box_string(boxed[ref["ann_id"]]["bbox"], picture_size(picture))
         sentences = [sentence["raw"] for sentence in ref["sentences"]]
         ids = {"ref_id": ref["ref_id"], "image_id": ref["image_id"]}
         if inverse:
             return turn("identify", box, sentences, clean=["answer"], **ids), [picture]
         return turn("refer", sentences, box, clean=["text"], **ids), [picture]
 
-    yield from convert(load_refs(folder / f"refs({split_by}).p"), build)
+    return Samples(load_refs(folder / f"refs({split_by}).p"), build)
 
 
 def load_refs(path: Path) -> list[dict[str, Any]]:

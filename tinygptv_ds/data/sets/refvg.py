@@ -6,11 +6,11 @@ from pathlib import Path
 from tinygptv_ds.data.sets.common import (
     Built,
     Entry,
+    Samples,
     SkipEntry,
     box_string,
-    convert,
     inside,
-    load_entries,
+    load_objects,
     picture_size,
     turn,
 )
@@ -24,23 +24,32 @@ def refvg(root: Path) -> Iterator[Entry]:
 
     The box is relative to the size of the picture itself, not to the one that is listed.
     """
-    urls = {_id(image, "image_id"): image["url"] for image in load_entries(root / FOLDER / "image_data.json")}
+    urls = {_id(image, "image_id"): image.get("url") for image in load_objects(root / FOLDER / "image_data.json")}
 
-    def build(entry: tuple[object, dict]) -> Built:
-        image_id, region = entry
+    def build(entry: tuple[dict, dict | None]) -> Built:
+        image, region = entry
+        if region is None:
+            raise KeyError("regions")
+        image_id = _id(image, "id")
         if region["width"] * region["height"] >= MAX_AREA:
             return None
-        if image_id not in urls:
-            raise SkipEntry("bad_record", f"image {image_id} is not in image_data.json")
+        if urls.get(image_id) is None:
+            raise SkipEntry("bad_record", f"image {image_id} is not in image_data.json, or without a url")
         picture = inside(root, FOLDER, *urls[image_id].split("/")[-2:])
         box = [region[field] for field in ("x", "y", "width", "height")]
         answer = box_string(box, picture_size(picture))
         ids = {"image_id": image_id, "region_id": _id(region, "region_id")}
         return turn("refer", region["phrase"], answer, clean=["text"], **ids), [picture]
 
-    images = load_entries(root / FOLDER / "region_descriptions.json")
-    yield from convert(((_id(image, "id"), region) for image in images for region in image["regions"]), build)
+    images = load_objects(root / FOLDER / "region_descriptions.json")
+    pairs = ((image, region) for image in images for region in _regions(image))
+    return Samples(pairs, build, total=sum(len(_regions(image)) for image in images))
+
+
+def _regions(image: dict) -> list[dict | None]:
+    regions = image.get("regions")
+    return regions if isinstance(regions, list) else [None]  # one broken entry, to be counted
 
 
 def _id(entry: dict, field: str) -> object:
-    return entry[field] if field in entry else entry["id"]  # older releases say just "id"
+    return entry.get(field, entry.get("id"))  # older releases say just "id"

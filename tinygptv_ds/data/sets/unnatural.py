@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinygptv_ds.data.sets.common import Built, Entry, convert, load_entries, turn
+from tinygptv_ds.data.sets.common import Built, Entry, Samples, load_entries, turn
 
 
 def unnatural_instruction(root: Path) -> Iterator[Entry]:
@@ -16,4 +16,4 @@ def unnatural_instruction(root: Path) -> Iterator[Entry]:
             text += " " + instance["constraints"]
         return turn(None, text, instance["output"], clean=["text", "answer"]), []
 
-    yield from convert(load_entries(root / "unnatural_instruction/filtered_unnatural_instruction.json"), build)
+    return Samples(load_entries(root / "unnatural_instruction/filtered_unnatural_instruction.json"), build)

@@ -4,10 +4,9 @@ The ten annotators' answers are kept as they are, so that drawing one uniformly 
 """
 
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
-from tinygptv_ds.data.sets.common import COCO, Built, Entry, convert, inside, load_entries, load_json, turn
+from tinygptv_ds.data.sets.common import COCO, Built, Entry, Samples, inside, load_entries, load_json, turn
 
 
 def coco_question(root: Path, files: tuple[str, ...], answers: str = "answer") -> Iterator[Entry]:
@@ -18,7 +17,7 @@ def coco_question(root: Path, files: tuple[str, ...], answers: str = "answer") -
         return _question(entry, entry[answers]), [picture]
 
     present = [root / file for number, file in enumerate(files) if number == 0 or (root / file).exists()]
-    yield from convert(chain.from_iterable(map(load_entries, present)), build)
+    return Samples([entry for file in present for entry in load_entries(file)], build)
 
 
 def gqa(root: Path) -> Iterator[Entry]:
@@ -26,14 +25,15 @@ def gqa(root: Path) -> Iterator[Entry]:
     path = root / "gqa/train_balanced_questions.json"
     content = load_json(path)
     if isinstance(content, dict) and "annotations" not in content:
-        entries = [{"question_id": key, "image": f"{e['imageId']}.jpg", **e} for key, e in content.items()]
+        entries = [{"question_id": key} | e if isinstance(e, dict) else e for key, e in content.items()]
     else:
         entries = load_entries(path)
 
     def build(entry: dict) -> Built:
-        return _question(entry, entry["answer"]), [inside(root, "gqa/images", entry["image"])]
+        name = entry["image"] if "image" in entry else f"{entry['imageId']}.jpg"
+        return _question(entry, entry["answer"]), [inside(root, "gqa/images", name)]
 
-    yield from convert(entries, build)
+    return Samples(entries, build)
 
 
 def _question(entry: dict, answer: str | list[str]) -> dict:
