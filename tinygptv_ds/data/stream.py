@@ -54,7 +54,7 @@ def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None) ->
     Raises:
         DataError: shards are missing or hold no sample.
     """
-    sections = sections or recipe.data.datasets
+    sections = sections or recipe.data.used
     shards = {section.name: expand_shards(section.shards) for section in sections}
     orders = {
         name: DatasetOrder(sample_counts(tars), seed=recipe.seed, name=name, window=recipe.data.shuffle_shards)
