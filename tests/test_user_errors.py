@@ -66,7 +66,7 @@ def test_help_of_a_stage(number: int) -> None:
 def test_help_of_the_command_line() -> None:
     done = cli("--help")
     assert done.returncode == 0, done.stderr
-    for verb in ("doctor", "prepare", "inspect", "convert", "export"):
+    for verb in ("doctor", "prepare", "check-data", "preview", "inspect", "convert", "export"):
         assert verb in done.stdout
         assert cli(verb, "--help").returncode == 0
 
@@ -169,5 +169,8 @@ def test_verbs(tmp_path: Path) -> None:
     assert "no recipe at" in one_error(cli("export", there, "--out", out, "--recipe", away))
     stage_1 = ["--recipe", str(ROOT / "stages/stage1.yaml"), "--set", "model.phy=x"]
     assert "did you mean phi?" in one_error(cli("export", there, "--out", out, *stage_1))
+    for verb in ("check-data", "preview"):
+        assert "no recipe at" in one_error(cli(verb, away))
+        assert "did you mean phi?" in one_error(cli(verb, *stage_1[1:]))
     done = cli("prepair")
     assert done.returncode == 2 and "invalid choice" in done.stderr

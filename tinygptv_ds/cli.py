@@ -20,6 +20,7 @@ VERBS = {
         "what of a recipe's data is there, whether it can train, and how much it is",
         "tinygptv_ds.data.check",
     ),
+    "preview": ("a page of samples as the model will see them", "tinygptv_ds.data.preview"),
     "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.convert.inspect"),
     "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.convert.convert"),
     "export": (
