@@ -179,5 +179,5 @@ def _words(pieces: Sequence[Piece]) -> Iterator[str]:
 
 
 def visible(text: str) -> str:
-    """Line ends with a mark."""
-    return text.replace("\r", "\u240d").replace("\n", "\u21b5\n")
+    """Line ends with a mark, which any font has."""
+    return text.replace("\r", "\\r").replace("\n", "\\n\n")

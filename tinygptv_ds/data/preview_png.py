@@ -18,14 +18,14 @@ from tinygptv_ds.processing.boxes import pixel_box
 COLUMNS, WIDTH, EDGE = 3, 460, 14  # cards a row, pixels inside a card, pixels around it
 _SIZE, _LINE = 14, 22  # pixels of a letter and of a line
 _INK, _FAINT, _GROUND, _RED = "#1c1c1a", "#6b6b66", "#f6f6f4", "#a33327"
-_PLAIN, _NOTE = "plain", "note"
+_PLAIN, _NOTE, _ALERT = "plain", "note", "alert"
 _GROUNDS = {
     PROMPT: ("#f0f0ec", "#e5e5df"),
     LEARNT: ("#d5efd3", "#c2e5c0"),
     CUT: ("#fbe3e0", "#fbe3e0"),
     PICTURE: ("#ffffff", "#ffffff"),
 }
-_INKS = {CUT: _RED, PICTURE: _FAINT, _NOTE: _FAINT}
+_INKS = {CUT: _RED, _ALERT: _RED, PICTURE: _FAINT, _NOTE: _FAINT}
 
 
 class Word(NamedTuple):
@@ -63,22 +63,23 @@ def _legend() -> Iterator[Piece]:
 
 
 def _card(preview: Preview) -> Image.Image:
-    """One sample on white."""
-    head = f"{preview.ref.dataset}\n"
+    """One sample on white: what it is, its pictures, its words."""
     note = f"{place(preview)}\n{preview.shard}: {preview.key}\n"
+    note += "" if preview.skipped else amounts(preview)
+    head = _laid_out([Piece(f"{preview.ref.dataset}\n", _PLAIN, 0), Piece(note, _NOTE, 0)], WIDTH)
+    pieces = preview.pieces
     if preview.skipped:
-        reason, message = preview.skipped
-        pieces = [Piece(head, _PLAIN, 0), Piece(note, _NOTE, 0), Piece(f"left out: {reason}\n{message}", CUT, 0)]
-    else:
-        pieces = [Piece(head, _PLAIN, 0), Piece(f"{note}{amounts(preview)}\n", _NOTE, 0), *preview.pieces]
+        pieces = [Piece("left out: {}\n{}".format(*preview.skipped), _ALERT, 0)]
+    words = _laid_out(pieces, WIDTH)
     pictures = [_picture(preview, number) for number in range(len(preview.pictures))]
-    text = _laid_out(pieces, WIDTH)
-    where = _places(pictures)
-    below = max((y + picture.height + EDGE for (_, y), picture in zip(where, pictures, strict=True)), default=0)
-    card = Image.new("RGB", (WIDTH + 2 * EDGE, below + _height(text) + 2 * EDGE), "white")
-    for (x, y), picture in zip(where, pictures, strict=True):
-        card.paste(picture, (EDGE + x, EDGE + y))
-    _write(ImageDraw.Draw(card), text, EDGE, EDGE + below)
+    places = _places(pictures, top=EDGE + _height(head) + EDGE // 2)
+    below = max((y + side for _, y, side in places), default=_height(head)) + EDGE
+    card = Image.new("RGB", (WIDTH + 2 * EDGE, below + _height(words) + EDGE), "white")
+    draw = ImageDraw.Draw(card)
+    _write(draw, head, EDGE, EDGE)
+    for (x, y, _), picture in zip(places, pictures, strict=True):
+        card.paste(picture, (x, y))
+    _write(draw, words, EDGE, below)
     return card
 
 
@@ -97,13 +98,14 @@ def _picture(preview: Preview, number: int) -> Image.Image:
     return picture
 
 
-def _places(pictures: Sequence[Image.Image]) -> list[tuple[int, int]]:
-    """Where the pictures of a card go, side by side as far as they fit; all have one size."""
+def _places(pictures: Sequence[Image.Image], top: int) -> list[tuple[int, int, int]]:
+    """(x, y, side) of a card's pictures, side by side as far as they fit; all have one size."""
     if not pictures:
         return []
-    step = pictures[0].width + EDGE
-    across = max(1, (WIDTH + EDGE) // step)
-    return [(number % across * step, number // across * step) for number in range(len(pictures))]
+    side = pictures[0].width
+    across = max(1, (WIDTH + EDGE) // (side + EDGE))
+    spots = [divmod(number, across) for number in range(len(pictures))]
+    return [(EDGE + column * (side + EDGE), top + row * (side + EDGE), side) for row, column in spots]
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def _laid_out(pieces: Sequence[Piece], width: int) -> list[Word]:
 
 def _parts(piece: Piece, width: int) -> Iterator[str]:
     """Words with the spaces before them, line ends, and the single letters of words that no line can hold."""
-    text = "\n" if piece.kind == TURN else piece.text if piece.kind in (_PLAIN, _NOTE) else visible(piece.text)
+    text = "\n" if piece.kind == TURN else visible(piece.text) if piece.kind in _GROUNDS else piece.text
     for part in re.findall(r"\n|[^\S\n]*\S+|[^\S\n]+", text):
         if _FONT.getlength(part) <= width:
             yield part
@@ -152,4 +154,12 @@ def _height(words: Sequence[Word]) -> int:
     return max((int(word.y) + _LINE for word in words), default=0)
 
 
-_FONT = ImageFont.load_default(_SIZE)
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu where the system has it, for the many scripts it knows; else Pillow's own, which knows English."""
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", _SIZE, layout_engine=ImageFont.Layout.BASIC)
+    except OSError:
+        return ImageFont.load_default(_SIZE)
+
+
+_FONT = _font()
