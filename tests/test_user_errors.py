@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,7 +66,8 @@ def test_help_of_a_stage(number: int) -> None:
 def test_help_of_the_command_line() -> None:
     done = cli("--help")
     assert done.returncode == 0, done.stderr
-    for verb in ("doctor", "prepare", "convert_laion", "convert_cc_sbu", "inspect", "convert", "export"):
+    verbs = ("doctor", "prepare", "convert_laion", "convert_cc_sbu", "check-data", "preview", "stream")
+    for verb in (*verbs, "inspect", "convert", "export"):
         assert verb in done.stdout
         assert cli(verb, "--help").returncode == 0
 
@@ -91,6 +93,17 @@ def test_what_the_published_recipe_names_and_is_not_there(number: int, tmp_path:
         assert str(tmp_path / name) in message
     assert "img2dataset" in message and "train_balanced_questions.json" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_some_datasets_are_there_and_others_not(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """The message ends with the option that trains on the former, and with that option no dataset is missing."""
+    recipe, away = str(recipe_file()), f"--set=data.datasets.0.shards={tmp_path}/away"
+    message = one_error(stage(4, "--recipe", recipe, away, "--deepspeed_config", CPU))
+    option = message.strip().splitlines()[-1].partition("that are there: ")[2]
+    assert option == "--set 'data.only=[text, chat, pair]'"
+    weights = f"--set=model.phi={tmp_path}/none"  # so that it ends before it trains
+    message = one_error(stage(4, "--recipe", recipe, away, *shlex.split(option), weights, "--deepspeed_config", CPU))
+    assert "1 thing(s)" in message and "model.phi" in message and "data.only" not in message
 
 
 def test_a_folder_that_is_no_phi(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -157,5 +170,8 @@ def test_verbs(tmp_path: Path) -> None:
     assert "no recipe at" in one_error(cli("export", there, "--out", out, "--recipe", away))
     stage_1 = ["--recipe", str(ROOT / "stages/stage1.yaml"), "--set", "model.phy=x"]
     assert "did you mean phi?" in one_error(cli("export", there, "--out", out, *stage_1))
+    for verb in ("check-data", "preview"):
+        assert "no recipe at" in one_error(cli(verb, away))
+        assert "did you mean phi?" in one_error(cli(verb, *stage_1[1:]))
     done = cli("prepair")
     assert done.returncode == 2 and "invalid choice" in done.stderr

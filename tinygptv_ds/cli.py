@@ -19,6 +19,11 @@ VERBS = {
     "stream": ("what a run would be fed, one JSON line a sample", "tinygptv_ds.data.show_stream"),
     "convert_laion": ("LAION's caption JSON as the TSV that img2dataset reads", "tinygptv_ds.data.convert_captions"),
     "convert_cc_sbu": ("CC/SBU's caption JSON as the TSV that img2dataset reads", "tinygptv_ds.data.convert_captions"),
+    "check-data": (
+        "what of a recipe's data is there, whether it can train, and how much it is",
+        "tinygptv_ds.data.check",
+    ),
+    "preview": ("a page of samples as the model will see them", "tinygptv_ds.data.preview"),
     "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.convert.inspect"),
     "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.convert.convert"),
     "export": (

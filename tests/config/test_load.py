@@ -53,6 +53,8 @@ def changed(*overrides: str) -> dict[str, Any]:
         ("text.prompt_template=no place", "text.prompt_template must hold {} exactly once"),
         ("data.datasets=[]", "name at least one dataset"),
         ("data.datasets.1.name=a", "a appears more than once"),
+        ("data.only=[c, b]", "data.only: 'c' is none of data.datasets; known here: a, b"),
+        ("data.only=b", "data.only must be a list, not 'b'"),
         ("data.datasets.0.weight=0", "data.datasets, a: weight must be positive"),
         ("data.max_skipped_share=2", r"must lie in \[0, 1\]"),
         ("optimizer.betas=[0.9]", "optimizer.betas must be two numbers"),
@@ -96,6 +98,14 @@ def test_set_reaches_everywhere() -> None:
     assert (recipe.text.end_sym, recipe.text.prompt_template) == ("###", "Q: {} = A:")
     assert recipe.model.init_from is None
     assert recipe.deepspeed == {"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}
+
+
+def test_only_some_of_the_datasets() -> None:
+    """In the recipe's order and with its weights, whatever the order of the names; none named is all."""
+    only = changed("data.datasets.1.weight=3", "data.only=[b]")
+    assert [(d.name, d.weight) for d in build_recipe(only, "my.yaml").data.used] == [("b", 3.0)]
+    both = build_recipe(changed("data.only=[b, a]"), "my.yaml")
+    assert both.data.used == build_recipe(minimal(), "my.yaml").data.used == both.data.datasets
 
 
 def test_later_overrides_win_and_the_original_stays() -> None:

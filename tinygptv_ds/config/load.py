@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.errors import ConfigError
 
@@ -104,17 +104,11 @@ def _build(kind: type, raw: Any, where: str) -> Any:
     prefix = f"{where}." if where else ""
     for key in raw:
         if key not in fields:
-            raise ConfigError(f"unknown key {prefix}{key}{_nearest(str(key), fields)}")
+            raise ConfigError(f"unknown key {prefix}{key}{nearest(str(key), fields)}")
     for name, f in fields.items():
         if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{prefix}{name} is missing")
     return kind(**{key: _convert(hints[key], value, prefix + key) for key, value in raw.items()})
-
-
-def _nearest(key: str, known: typing.Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.errors import ConfigError
 
 
@@ -128,6 +129,7 @@ class DataSection:
 
     Attributes:
         datasets: what is mixed.
+        only: names of those of `datasets` that this run uses, with their weights as listed; empty: all.
         homogeneous: every step holds one dataset, drawn by weight; in the original each rank draws one for itself.
         validation: datasets for the panel of generated answers; empty: the training sets' first samples.
         num_workers: loader processes per rank, whatever the number of datasets, and no more than the rank has cores;
@@ -139,6 +141,7 @@ class DataSection:
     """
 
     datasets: list[DatasetSection]
+    only: list[str] = field(default_factory=list)
     homogeneous: bool = False
     validation: list[DatasetSection] = field(default_factory=list)
     num_workers: int = 2
@@ -151,6 +154,8 @@ class DataSection:
         names = [d.name for d in self.datasets]
         twice = sorted({n for n in names if names.count(n) > 1})
         _require(not twice, f"data.datasets: {', '.join(twice)} appears more than once; names must differ")
+        for name in self.only:
+            _require(name in names, f"data.only: {name!r} is none of data.datasets{nearest(name, names)}")
         _require(self.num_workers >= 0, "data.num_workers must be 0 or more")
         _require(self.shuffle_shards > 0, "data.shuffle_shards must be positive")
         _require(0 <= self.max_skipped_share <= 1, "data.max_skipped_share must lie in [0, 1]")
@@ -160,6 +165,11 @@ class DataSection:
             "data.validation names datasets for the panel, and data.validation_share holds some back for it: "
             "give one of the two",
         )
+
+    @property
+    def used(self) -> list[DatasetSection]:
+        """The datasets that are trained on, in the order of the recipe."""
+        return [dataset for dataset in self.datasets if not self.only or dataset.name in self.only]
 
 
 @dataclass(frozen=True)

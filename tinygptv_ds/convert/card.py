@@ -73,7 +73,7 @@ def _build(config: TinyGPTVConfig, notes: Mapping[str, Any]) -> str:
 
 def _training(recipe: Recipe) -> str:
     train, optimizer = recipe.train, recipe.optimizer
-    datasets = ", ".join(f"{d.name} ({d.weight:g})" for d in recipe.data.datasets)
+    datasets = ", ".join(f"{d.name} ({d.weight:g})" for d in recipe.data.used)
     rows = [
         ("optimizer steps", f"{train.total_steps:,} of {train.batch_size} samples"),
         (

@@ -145,7 +145,7 @@ def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None, *,
         DataError: shards are missing or hold no sample.
     """
     share = 0.0 if sections else recipe.data.validation_share
-    sections = sections or recipe.data.datasets
+    sections = sections or recipe.data.used
     shards = {section.name: expand_shards(section.shards) for section in sections}
     orders = {
         name: _order(recipe, name, np.array(sample_counts(tars), dtype=np.int64), share, held_out)

@@ -107,3 +107,20 @@ def _without_duplicates(tar: Path, samples: list[tuple[str, list[Member]]]) -> l
     if dropped:
         log.warning("%s: %d keys occur more than once, such as %s; the first is used", tar, len(dropped), dropped[0])
     return list(kept.items())
+
+
+def bad_end(tar: Path, after: int) -> str | None:
+    """What is wrong with `tar` from byte `after` on, where one of its members ends; None: it ends as it should.
+
+    What `scan_tar` warns of when an index is built can so be told again from the index, without a new scan.
+    """
+    with tar.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = -(-after // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if start >= size:
+            return f"cut short at byte {size}"
+        file.seek(start)
+        with _open_tar(tar, file) as archive:
+            if any(member.offset + member.size > size for _, member in _members(archive)):
+                return f"cut short at byte {size}"
+            return _bad_end(file, archive.offset, size)

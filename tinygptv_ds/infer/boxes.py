@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-Box = tuple[float, float, float, float]
+from tinygptv_ds.processing.boxes import Box, pixel_box
 
 HIT_IOU = 0.5  # a box that overlaps more than this is a hit
 
@@ -35,16 +35,6 @@ def parse_box(answer: str) -> Box | None:
 def integers(cleaned: str) -> list[int]:
     """Every run of digits of an answer, signs and decimal points being no part of them."""
     return [int(digits) for digits in re.findall(r"\d+", cleaned)]
-
-
-def pixel_box(numbers: Sequence[int], width: float, height: float, resolution: float = 100) -> Box:
-    """An answer's four numbers, of which `resolution` span the picture, as (x1, y1, x2, y2) in pixels.
-
-    Raises:
-        ValueError: other than four numbers.
-    """
-    x1, y1, x2, y2 = numbers
-    return (x1 / resolution * width, y1 / resolution * height, x2 / resolution * width, y2 / resolution * height)
 
 
 def corners(box: Sequence[float]) -> Box:

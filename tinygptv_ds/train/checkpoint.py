@@ -30,8 +30,12 @@ from tinygptv_ds.train.job import Job
 
 
 def fingerprint(recipe: Recipe) -> dict[str, str]:
-    """Hash of each part of a recipe that a resumed run must share; how often it logs or saves may change."""
-    plain = recipe_dict(recipe)
+    """Hash of each part of a recipe that a resumed run must share; how often it logs or saves may change.
+
+    Of the datasets those that are used count, whether the others are left out by `data.only` or not listed.
+    """
+    data = dataclasses.replace(recipe.data, datasets=recipe.data.used)
+    plain = recipe_dict(dataclasses.replace(recipe, data=data))
     plain.pop("deepspeed")
     for name in (
         "micro_batch_size",
@@ -43,7 +47,7 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
         "keep_checkpoints",
     ):
         plain["train"].pop(name)
-    for name in ("num_workers", "max_skipped_share", "validation"):
+    for name in ("only", "num_workers", "max_skipped_share", "validation"):
         plain["data"].pop(name)
     for name in ("attention", "gradient_checkpointing"):
         plain["model"].pop(name)

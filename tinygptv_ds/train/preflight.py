@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tinygptv_ds.config.schema import DatasetSection, ModelSection, Recipe
-from tinygptv_ds.data.sets import how_to_get
-from tinygptv_ds.data.shards import expand_shards
-from tinygptv_ds.errors import ConfigError, DataError
+from tinygptv_ds.config.schema import ModelSection, Recipe
+from tinygptv_ds.data.presence import absent, options_without
+from tinygptv_ds.errors import ConfigError
 
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models"
 HOW_TO_GET_WEIGHTS = {
@@ -20,12 +19,18 @@ HOW_TO_GET_WEIGHTS = {
 
 
 def check_files(recipe: Recipe) -> None:
-    """Raise one `ConfigError` that lists every missing weight file and dataset, each with its remedy."""
-    problems = [*_weights(recipe.model), *_datasets([*recipe.data.datasets, *recipe.data.validation])]
+    """Raise one `ConfigError` that lists every missing weight file and dataset, each with its remedy.
+
+    Where some datasets are there and others are not, it ends with the option that trains on the former.
+    """
+    away = absent([*recipe.data.used, *recipe.data.validation])
+    problems = [*_weights(recipe.model), *away.values()]
     if problems:
         lines = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in problems)
+        options = options_without(recipe.data, away)
+        subset = f"\nTo train on the datasets that are there: {' '.join(options)}" if options else ""
         raise ConfigError(
-            f"{len(problems)} thing(s) that the recipe of stage {recipe.stage} names cannot be used:\n{lines}"
+            f"{len(problems)} thing(s) that the recipe of stage {recipe.stage} names cannot be used:\n{lines}{subset}"
         )
 
 
@@ -37,14 +42,4 @@ def _weights(model: ModelSection) -> list[str]:
             problems.append(f"model.{name}: {path} does not exist. {remedy}. Or --set model.{name}=PATH")
     if Path(model.phi).exists() and not (Path(model.phi) / "config.json").is_file():
         problems.append(f"model.phi: {model.phi} has no config.json; it must be a folder as transformers saves it")
-    return problems
-
-
-def _datasets(datasets: list[DatasetSection]) -> list[str]:
-    problems = []
-    for dataset in datasets:
-        try:
-            expand_shards(dataset.shards)
-        except DataError as error:
-            problems.append(f"dataset {dataset.name}: {error}\n{how_to_get(dataset.name)}")
     return problems

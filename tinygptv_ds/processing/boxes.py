@@ -1,0 +1,35 @@
+"""Boxes in texts: `{<x1><y1><x2><y2>}`, integers in per cent of the picture's width and height (MiniGPT-v2)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+Box = tuple[float, float, float, float]
+
+_SIDE = r"<(-?\d{1,4})>"  # a box may stick out of its picture
+_BOX = re.compile(r"\{" + _SIDE * 4 + r"\}")
+
+
+class FoundBox(NamedTuple):
+    """A box and the characters `start` to `end` of the text that say it."""
+
+    start: int
+    end: int
+    box: Box
+
+
+def find_boxes(text: str) -> list[FoundBox]:
+    """Every box (x1, y1, x2, y2) of a text, in per cent."""
+    return [FoundBox(*found.span(), tuple(map(float, found.groups()))) for found in _BOX.finditer(text)]
+
+
+def pixel_box(numbers: Sequence[float], width: float, height: float, resolution: float = 100) -> Box:
+    """Four numbers, of which `resolution` span the picture, as (x1, y1, x2, y2) in pixels.
+
+    Raises:
+        ValueError: other than four numbers.
+    """
+    x1, y1, x2, y2 = numbers
+    return (x1 / resolution * width, y1 / resolution * height, x2 / resolution * width, y2 / resolution * height)
