@@ -88,20 +88,29 @@ def test_broken_samples_are_named_and_counted(
     found, code = checked(recipe, tmp_path, *options)
     tally = of("d", found)["tally"]
     assert (code, tally["looked_at"]) == (1, 10)
-    assert tally["unusable"] == {"bad_json": 1, "missing_image": 1, "bad_record": 2, "corrupt_image": 1}
+    assert tally["unusable"] == {
+        "bad_json": 1,
+        "missing_image": 1,
+        "bad_record": 2,
+        "corrupt_image": 1,
+        "empty_answer": 1,
+    }
     assert [(b["key"], b["reason"], Path(b["shard"]).name) for b in tally["broken"]] == [
         ("0001", "bad_json", "00000.tar"),
         ("0002", "missing_image", "00000.tar"),
         ("0003", "bad_record", "00000.tar"),
         ("0004", "bad_record", "00000.tar"),
         ("0006", "corrupt_image", "00001.tar"),
+        ("0007", "empty_answer", "00001.tar"),
     ]
     assert "<ImageHere>" in tally["broken"][2]["message"]
     assert (tally["pictures"], tally["missing_pictures"], tally["corrupt_pictures"]) == (8, 1, 1)
-    assert tally["empty_answers"] == 1 and tally["first_empty"].endswith("00001.tar: sample 0007")
     assert tally["longest_text"] > 500 and tally["longest_sample"].endswith("sample 0008")
     printed = capsys.readouterr().out
-    assert "5 of 10 samples drop out (1 bad_json, 2 bad_record, 1 corrupt_image, 1 missing_image)" in printed
+    assert (
+        "6 of 10 samples drop out (1 bad_json, 2 bad_record, 1 corrupt_image, 1 empty_answer, 1 missing_image)"
+        in printed
+    )
     assert all(b["message"] in printed for b in tally["broken"])
 
 
@@ -115,7 +124,7 @@ def test_broken_samples_are_those_that_training_leaves_out(raw_recipe: RAW, reci
     changes = {"data__datasets": [{"name": "d", "shards": str(write(tmp_path / "d", BROKEN))}]}
     recipe = build_recipe(raw_recipe(**changes, train__batch_size=10, train__micro_batch_size=10), "test")
     tokens = Tokens(AutoTokenizer.from_pretrained(recipe.model.phi), recipe.text, ImageTokens(-1, 3), 28)
-    loaded = MicroBatches(open_stream(recipe), tokens, rank=0, world_size=1, steps=1)[0]
+    loaded = MicroBatches(open_stream(recipe), tokens, rank=0, world_size=1)[0, 0]
     found, _ = checked(recipe_file(**changes), tmp_path)
     broken = {(b["reason"], b["message"]) for b in of("d", found)["tally"]["broken"]}
     assert broken == {(skipped.reason, skipped.message) for skipped in loaded.skipped}

@@ -12,7 +12,7 @@ from tinygptv_ds.data.check_recipe import Check
 from tinygptv_ds.data.check_samples import Tally
 from tinygptv_ds.data.check_sources import Sources
 
-_FOUND = ("shards", "samples", "bytes", "looked at", "unusable", "bad pictures", "empty answers", "longest text")
+_FOUND = ("shards", "samples", "bytes", "looked at", "unusable", "bad pictures", "longest text")
 _SHARES = ("weight", "share", "of the cycle", "samples an epoch", "epochs in a pass", "epochs in the run")
 
 
@@ -42,7 +42,6 @@ def _found(found: DatasetCheck) -> tuple[str, ...]:
         f"{tally.looked_at:,}",
         _share(sum(tally.unusable.values()), tally.looked_at),
         _share(tally.missing_pictures + tally.corrupt_pictures, tally.pictures),
-        f"{tally.empty_answers:,}",
         f"{tally.longest_text:,}",
     )
 
@@ -77,8 +76,6 @@ def _broken(tally: Tally) -> Iterator[str]:
         dropped = f"{sum(tally.unusable.values()):,} of {tally.looked_at:,} samples drop out"
         yield f"{dropped} ({_counts(tally.unusable)}), first:"
         yield from (f"  {broken.reason}: {broken.message}" for broken in tally.broken)
-    if tally.empty_answers:
-        yield f"{tally.empty_answers:,} of {tally.looked_at:,} have an empty answer, first: {tally.first_empty}"
 
 
 def _sources(sources: Sources) -> Iterator[str]:

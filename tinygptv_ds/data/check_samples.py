@@ -18,9 +18,10 @@ from tinygptv_ds.data.index import load_index
 from tinygptv_ds.data.mixture import SampleRef, sample_rng
 from tinygptv_ds.data.reader import RawSample, SampleError, ShardReader
 from tinygptv_ds.data.tar import bad_end
+from tinygptv_ds.data.words import in_words
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.images import open_image
-from tinygptv_ds.processing.text import Rendered, render
+from tinygptv_ds.processing.text import Rendered
 
 LISTED = 10  # broken samples that are named; all are counted
 _CHUNK = 1_000  # samples that a process takes at once
@@ -46,11 +47,9 @@ class Tally:
         pictures: pictures that the records ask for, as far as known.
         missing_pictures: samples whose picture is not in the shard.
         corrupt_pictures: pictures that cannot be decoded.
-        empty_answers: samples with an answer that is empty once it is put into words.
         longest_text: characters of all turns of the longest sample.
         longest_sample: which one that is.
         broken: the first unusable samples.
-        first_empty: the first sample with an empty answer.
         cut_shards: shards with something wrong at their end.
     """
 
@@ -59,11 +58,9 @@ class Tally:
     pictures: int = 0
     missing_pictures: int = 0
     corrupt_pictures: int = 0
-    empty_answers: int = 0
     longest_text: int = 0
     longest_sample: str | None = None
     broken: list[Broken] = field(default_factory=list)
-    first_empty: str | None = None
     cut_shards: list[str] = field(default_factory=list)
 
     @property
@@ -75,11 +72,10 @@ class Tally:
         """Count in what was found in later samples."""
         if other.longest_text > self.longest_text:
             self.longest_text, self.longest_sample = other.longest_text, other.longest_sample
-        for name in ("looked_at", "pictures", "missing_pictures", "corrupt_pictures", "empty_answers"):
+        for name in ("looked_at", "pictures", "missing_pictures", "corrupt_pictures"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.unusable = dict(Counter(self.unusable) + Counter(other.unusable))
         self.broken = (self.broken + other.broken)[:LISTED]
-        self.first_empty = self.first_empty or other.first_empty
         self.cut_shards += other.cut_shards
 
 
@@ -170,10 +166,7 @@ def _check(tally: Tally, reader: ShardReader, chunk: Chunk, index: int) -> None:
     tally.corrupt_pictures += len(corrupt)
     # the random choices of the first epoch
     draw = sample_rng(chunk.seed, SampleRef(0, chunk.section.name, 0, chunk.shard, index))
-    try:
-        _measure(tally, render(raw.record, len(raw.images), draw, clean=chunk.section.clean), where)
-    except DataError as error:
-        raise SampleError("bad_record", f"{where}: {error}") from error
+    _measure(tally, in_words(raw, draw, clean=chunk.section.clean, where=where), where)
     if corrupt:
         raise SampleError("corrupt_image", f"{where}: {corrupt[0]}")
 
@@ -190,9 +183,6 @@ def _measure(tally: Tally, rendered: Rendered, where: str) -> None:
     length = sum(len(question or "") + len(answer) for question, answer in rendered.turns)
     if length > tally.longest_text:
         tally.longest_text, tally.longest_sample = length, where
-    if not all(answer.strip() for _, answer in rendered.turns):
-        tally.empty_answers += 1
-        tally.first_empty = tally.first_empty or where
 
 
 def _cut(tar: Path) -> list[str]:

@@ -19,10 +19,10 @@ from tinygptv_ds.data.batch import Batch, Sample, collate
 from tinygptv_ds.data.mixture import SampleRef, sample_rng, step_rng
 from tinygptv_ds.data.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream import OpenStream, Planner
+from tinygptv_ds.data.words import in_words
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.images import to_pixels
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence
-from tinygptv_ds.processing.text import Rendered, render
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
         raise SampleError("unreadable_shard", str(error)) from error
     where = f"{tar}: sample {raw.key}"
     draw = sample_rng(stream.seed, ref)
+    rendered = in_words(raw, draw, clean=stream.sections[ref.dataset].clean, where=where)
     try:
-        rendered = render(raw.record, len(raw.images), draw, clean=stream.sections[ref.dataset].clean)
         if tokens.text.prompt_per == "step":
             draw = step_rng(stream.seed, ref.position // stream.batch_size)
         sequence = build_sequence(rendered, len(raw.images), tokens.tokenizer, tokens.text, tokens.image, draw)
     except DataError as error:
         raise SampleError("bad_record", f"{where}: {error}") from error
-    _check(rendered, sequence, stream.max_tokens, where)
+    _check(sequence, stream.max_tokens, where)
     try:
         pixels = [to_pixels(image, tokens.image_size) for image in raw.images]
     except DataError as error:
@@ -93,10 +93,8 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
     return Sample(ref, sequence, np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), dtype=np.uint8))
 
 
-def _check(rendered: Rendered, sequence: Sequence, max_tokens: int | None, where: str) -> None:
+def _check(sequence: Sequence, max_tokens: int | None, where: str) -> None:
     """Raises SampleError for a sample that teaches nothing or can stand in no micro-batch."""
-    if not any(answer.strip() for _, answer in rendered.turns):
-        raise SampleError("empty_answer", f"{where}: its caption or answer is empty")
     if not (sequence.labels != IGNORE).any():
         raise SampleError("nothing_learnt", f"{where}: nothing of its answer is left to learn")
     if max_tokens is not None and len(sequence) > max_tokens:

@@ -156,6 +156,8 @@ def _choose(value: object, field: str, draw: Draw) -> str:
 def _string(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"field {field!r} must be a string, not {type(value).__name__}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"field {field!r} holds half a character (a lone surrogate), which no tokenizer takes")
     return value
 
 
