@@ -300,10 +300,14 @@ def test_huge_pictures_are_refused_from_their_header(tmp_path: Path) -> None:
 
 
 def test_odd_text_survives(tmp_path: Path) -> None:
-    """A lone surrogate (half of an emoji, as web data has them) is valid JSON but no UTF-8."""
-    record = {"pool": None, "text": "q", "answer": "a\ud83d 😀 é\u2028"}
-    write_samples([PreparedSample("a", record, ())], tmp_path, samples_per_shard=1, total=1, settings={})
-    assert read_all(tmp_path)[0].record == record
+    """A lone surrogate (half of an emoji, as web data has them) is valid JSON but no UTF-8, and no tokenizer takes it."""
+    record = {"pool": None, "text": "q", "answer": "a 😀 é\u2028", "title": "a\ud83d"}
+    half = {**record, "answer": "a\ud83d"}
+    samples = [PreparedSample("a", record, ()), PreparedSample("b", half, ())]
+    report = write_samples(samples, tmp_path, samples_per_shard=2, total=2, settings={})
+    assert [sample.record for sample in read_all(tmp_path)] == [record]
+    assert report.skipped == {"bad_record": 1}
+    assert "lone surrogate" in report.skipped_entries[0]["detail"]
 
 
 def test_finished_is_reused_without_reading_the_source(tmp_path: Path) -> None:
