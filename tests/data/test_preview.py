@@ -22,9 +22,9 @@ from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.data import preview as verb
 from tinygptv_ds.data.batch import Sample
 from tinygptv_ds.data.loader import Tokens, load_sample
-from tinygptv_ds.data.preview_html import LIGHT
-from tinygptv_ds.data.preview_png import EDGE, WIDTH
-from tinygptv_ds.data.preview_samples import CUT, LEARNT, PROMPT, kinds_of, previews
+from tinygptv_ds.data.previewing.html import LIGHT
+from tinygptv_ds.data.previewing.png import EDGE, WIDTH
+from tinygptv_ds.data.previewing.samples import CUT, LEARNT, PROMPT, kinds_of, previews
 from tinygptv_ds.data.reader import ShardReader
 from tinygptv_ds.data.sets.common import PreparedSample
 from tinygptv_ds.data.stream import open_stream

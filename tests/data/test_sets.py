@@ -300,7 +300,7 @@ def test_huge_pictures_are_refused_from_their_header(tmp_path: Path) -> None:
 
 
 def test_odd_text_survives(tmp_path: Path) -> None:
-    """A lone surrogate (half of an emoji, as web data has them) is valid JSON but no UTF-8, and no tokenizer takes it."""
+    """A lone surrogate (half of an emoji, as web data has them) is valid JSON, but no UTF-8, and has no tokens."""
     record = {"pool": None, "text": "q", "answer": "a 😀 é\u2028", "title": "a\ud83d"}
     half = {**record, "answer": "a\ud83d"}
     samples = [PreparedSample("a", record, ()), PreparedSample("b", half, ())]

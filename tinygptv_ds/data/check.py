@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.data.check_dataset import Scope
-from tinygptv_ds.data.check_recipe import check_data
-from tinygptv_ds.data.check_report import report
+from tinygptv_ds.data.checking.dataset import Scope
+from tinygptv_ds.data.checking.recipe import check_data
+from tinygptv_ds.data.checking.report import report
 from tinygptv_ds.disk import whole_file
 from tinygptv_ds.dist import cores_per_rank, ranks_from_env
 from tinygptv_ds.errors import ConfigError

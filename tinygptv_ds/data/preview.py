@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.set)
     _check(args, recipe)
 
-    from tinygptv_ds.data.preview_html import write_html  # what tokenises imports torch
-    from tinygptv_ds.data.preview_png import write_png
-    from tinygptv_ds.data.preview_samples import previews
+    from tinygptv_ds.data.previewing.html import write_html  # what tokenises imports torch
+    from tinygptv_ds.data.previewing.png import write_png
+    from tinygptv_ds.data.previewing.samples import previews
     from tinygptv_ds.data.stream import open_stream
 
     tokens = _open_tokens(recipe, args.queries)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tinygptv_ds.config.schema import Recipe
-from tinygptv_ds.data.preview_samples import CUT, LEARNT, PICTURE, PROMPT, TURN, Piece, Preview
+from tinygptv_ds.data.previewing.samples import CUT, LEARNT, PICTURE, PROMPT, TURN, Piece, Preview
 from tinygptv_ds.disk import whole_file
 from tinygptv_ds.processing.boxes import Box
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinygptv_ds.config.schema import DatasetSection, Recipe
-from tinygptv_ds.data.check_dataset import DatasetCheck, Scope, check_dataset
-from tinygptv_ds.data.check_mixture import Plan, plan
+from tinygptv_ds.data.checking.dataset import DatasetCheck, Scope, check_dataset
+from tinygptv_ds.data.checking.mixture import Plan, plan
 from tinygptv_ds.data.mixture import Mixture
 from tinygptv_ds.data.presence import options_without
 

@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from tinygptv_ds.config.schema import Recipe
-from tinygptv_ds.data.check_dataset import DatasetCheck
-from tinygptv_ds.data.check_mixture import Plan
-from tinygptv_ds.data.check_recipe import Check
-from tinygptv_ds.data.check_samples import Tally
-from tinygptv_ds.data.check_sources import Sources
+from tinygptv_ds.data.checking.dataset import DatasetCheck
+from tinygptv_ds.data.checking.mixture import Plan
+from tinygptv_ds.data.checking.recipe import Check
+from tinygptv_ds.data.checking.samples import Tally
+from tinygptv_ds.data.checking.sources import Sources
 
 _FOUND = ("shards", "samples", "bytes", "looked at", "unusable", "bad pictures", "longest text")
 _SHARES = ("weight", "share", "of the cycle", "samples an epoch", "epochs in a pass", "epochs in the run")

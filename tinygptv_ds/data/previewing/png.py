@@ -10,8 +10,8 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from tinygptv_ds.config.schema import Recipe
-from tinygptv_ds.data.preview_html import LIGHT, amounts, enlargement, place, summary, visible
-from tinygptv_ds.data.preview_samples import CUT, LEARNT, PICTURE, PROMPT, TURN, Piece, Preview
+from tinygptv_ds.data.previewing.html import LIGHT, amounts, enlargement, place, summary, visible
+from tinygptv_ds.data.previewing.samples import CUT, LEARNT, PICTURE, PROMPT, TURN, Piece, Preview
 from tinygptv_ds.disk import whole_file
 from tinygptv_ds.processing.boxes import pixel_box
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from tinygptv_ds.config.schema import DatasetSection
-from tinygptv_ds.data.check_samples import Tally, check_samples
-from tinygptv_ds.data.check_sources import Sources, check_sources
+from tinygptv_ds.data.checking.samples import Tally, check_samples
+from tinygptv_ds.data.checking.sources import Sources, check_sources
 from tinygptv_ds.data.index import sample_count, sample_counts
 from tinygptv_ds.data.sets import how_to_get
 from tinygptv_ds.data.shards import expand_shards
