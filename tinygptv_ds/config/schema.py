@@ -108,7 +108,9 @@ class DatasetSection:
 
     Attributes:
         name: its name in logs and on TensorBoard.
-        shards: a folder, a glob or a brace pattern of tars, relative to the working directory.
+        shards: a folder, a glob or a brace pattern of tars, relative to the working directory; or the same
+            as a URL that fsspec knows (``https://``, ``s3://``, ...; a folder ends in ``/``), or ``pipe:COMMAND``,
+            whose output is a tar. Braces are best for these: they need no listing.
         weight: its share of the samples, relative to the others' (published: sampling ratio x batch size).
         clean: apply the original's text cleaning to the fields that the original cleans.
     """
@@ -134,6 +136,10 @@ class DataSection:
             0 loads in the training process.
         shuffle_shards: samples are shuffled within windows of this many shards.
         max_skipped_share: the run stops once more than this share of the samples seen was unreadable.
+        cache_dir: where remote shards are kept, best on a local disk of each node, whose processes share it; None:
+            `tinygptv_ds/shards` in the user's cache folder.
+        cache_gb: 10^9 bytes of remote shards kept at most; best several windows of `shuffle_shards` of every dataset.
+        allow_pipe: names of the datasets whose shards may be ``pipe:`` commands; each runs in a shell.
     """
 
     datasets: list[DatasetSection]
@@ -142,6 +148,9 @@ class DataSection:
     num_workers: int = 2
     shuffle_shards: int = 16
     max_skipped_share: float = 0.01
+    cache_dir: str | None = None
+    cache_gb: float = 100.0
+    allow_pipe: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _require(bool(self.datasets), "data.datasets is empty: name at least one dataset")
@@ -151,6 +160,16 @@ class DataSection:
         _require(self.num_workers >= 0, "data.num_workers must be 0 or more")
         _require(self.shuffle_shards > 0, "data.shuffle_shards must be positive")
         _require(0 <= self.max_skipped_share <= 1, "data.max_skipped_share must lie in [0, 1]")
+        _require(self.cache_gb > 0, "data.cache_gb must be positive")
+        everyone = [*self.datasets, *self.validation]
+        odd = sorted(set(self.allow_pipe) - {d.name for d in everyone})
+        _require(not odd, f"data.allow_pipe: {odd} is no dataset of data.datasets or data.validation")
+        piped = sorted({d.name for d in everyone if d.shards.startswith("pipe:")} - set(self.allow_pipe))
+        _require(
+            not piped,
+            f"data.datasets: the shards of {', '.join(piped)} are pipe: commands, which run in a shell with all your "
+            f"rights; if you trust this recipe, --set data.allow_pipe=[{','.join(piped)}]",
+        )
 
 
 @dataclass(frozen=True)

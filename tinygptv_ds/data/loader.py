@@ -100,7 +100,7 @@ class MicroBatches(Dataset):
         self._rank, self._world_size = rank, world_size
         self._accumulation = stream.batch_size // (stream.micro_batch_size * world_size)
         self._steps = steps
-        self._reader = ShardReader()
+        self._reader = ShardReader(cache=stream.cache)
 
     def __len__(self) -> int:
         return self._steps * self._accumulation

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from tinygptv_ds.config.schema import DatasetSection, Recipe
-from tinygptv_ds.data.index import sample_counts
+from tinygptv_ds.data.cache import ShardCache, count_samples, open_cache
 from tinygptv_ds.data.mixture import Mixture, SampleRef, Stream
 from tinygptv_ds.data.order import DatasetOrder
+from tinygptv_ds.data.remote import Shard
 from tinygptv_ds.data.shards import expand_shards
 
 
@@ -23,14 +23,16 @@ class OpenStream:
         batch_size: samples of a step.
         micro_batch_size: samples of a micro-batch.
         seed: the recipe's.
+        cache: where remote shards are fetched to.
     """
 
     order: Stream
     sections: dict[str, DatasetSection]
-    shards: dict[str, list[Path]]
+    shards: dict[str, list[Shard]]
     batch_size: int
     micro_batch_size: int
     seed: int
+    cache: ShardCache
 
     @property
     def names(self) -> list[str]:
@@ -55,9 +57,11 @@ def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None) ->
         DataError: shards are missing or hold no sample.
     """
     sections = sections or recipe.data.datasets
-    shards = {section.name: expand_shards(section.shards) for section in sections}
+    pipes = recipe.data.allow_pipe
+    shards = {s.name: expand_shards(s.shards, allow_pipe=s.name in pipes) for s in sections}
+    cache = open_cache(recipe.data)
     orders = {
-        name: DatasetOrder(sample_counts(tars), seed=recipe.seed, name=name, window=recipe.data.shuffle_shards)
+        name: DatasetOrder(count_samples(tars, cache), seed=recipe.seed, name=name, window=recipe.data.shuffle_shards)
         for name, tars in shards.items()
     }
     mixture = Mixture({section.name: section.weight for section in sections}, seed=recipe.seed)
@@ -68,4 +72,5 @@ def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None) ->
         recipe.train.batch_size,
         recipe.train.micro_batch_size,
         recipe.seed,
+        cache,
     )

@@ -70,7 +70,7 @@ class Panel:
 
 def _choose(stream: OpenStream, tokens: Tokens, count: int) -> list[tuple[str, str, tuple[bytes, ...]]]:
     """(prompt, true answer, pictures) of the first readable samples, the datasets by turns."""
-    reader = ShardReader()
+    reader = ShardReader(cache=stream.cache)
     chosen: list[tuple[str, str, tuple[bytes, ...]]] = []
     refs = (SampleRef(0, name, 0, 0, index) for index in range(count) for name in stream.names)
     for ref in refs:

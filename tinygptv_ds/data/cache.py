@@ -1,0 +1,230 @@
+"""Local copies of remote shards: one folder a node, shared by all its processes, within a bound.
+
+A shard `NAME` is `NAME.tar`, there only when complete; its index `NAME.tar.idx`, which stays when the tar goes; and
+`NAME.lock`, which whoever fetches, opens or removes it holds, and whose time is that of the last use. `NAME.head` is
+the start of the index beside the remote tar, for the count. While the tar is fetched, `NAME.partial` holds what has
+come and `NAME.room` stands for the space that is set aside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from tinygptv_ds.config.schema import DataSection
+from tinygptv_ds.data.index import (
+    HEADER_BYTES,
+    IndexHeader,
+    ShardIndex,
+    header_of,
+    load_index,
+    sample_counts,
+    write_atomically,
+)
+from tinygptv_ds.data.remote import RemoteShard, Shard, download, remote_index, remote_size
+from tinygptv_ds.data.room import NoRoomError, Room, locked
+from tinygptv_ds.disk import cache_home
+from tinygptv_ds.errors import DataError
+
+log = logging.getLogger(__name__)
+_FAILED_SECONDS = 300  # a shard that cannot be had is not tried again for so long
+_THREADS = 16
+_GB = 10**9
+_Result = TypeVar("_Result")
+
+
+class ShardCache:
+    """Fetches remote shards into `folder` and keeps the latest used, `max_bytes` of tars at most.
+
+    Indexes (about a thousandth of their tars) come on top. A shard that is open stays readable when it is removed, so
+    its disk space is free only when all readers have closed it. Shards are taken never to change under their URL.
+    """
+
+    def __init__(self, folder: Path | None = None, max_bytes: int = 100 * _GB) -> None:
+        self._folder = folder or cache_home() / "shards"
+        self._max_bytes = max_bytes
+        self._failed: dict[RemoteShard, tuple[float, str]] = {}
+
+    def open(self, shard: RemoteShard) -> tuple[int, ShardIndex]:
+        """(file descriptor, index) of the complete tar, fetched if need be; the caller closes the file.
+
+        Raises DataError if it cannot be had: after some attempts, and then at once for the next five minutes.
+        """
+        with self._fetched(shard) as (tar, index):
+            return os.open(tar, os.O_RDONLY | os.O_CLOEXEC), index
+
+    def fetch(self, shard: RemoteShard) -> Path:
+        """The complete tar, there until others need its room; errors as in `open`."""
+        with self._fetched(shard) as (tar, _):
+            return tar
+
+    def counts(self, shards: Sequence[RemoteShard]) -> list[int]:
+        """Samples of each shard: as remembered, or else from the index beside it, or else by fetching it.
+
+        Of the processes of a node one asks and the others wait for its answers. Raises DataError for a shard that is
+        not there.
+        """
+        self._make_folder()
+        if any(self._known(shard) is None for shard in shards):
+            urls = "\n".join(shard.url for shard in shards)
+            with locked(self._folder / f"{_digest(urls)}.counting"):
+                self._count([shard for shard in shards if self._known(shard) is None])
+        return [self._count_of(shard) for shard in shards]
+
+    def _count(self, shards: list[RemoteShard]) -> None:
+        """Make the counts of all `shards` known."""
+        asked = _for_each(self._remember_head, shards, "counting shards")
+        without = [shard for shard, found in zip(shards, asked, strict=True) if not found]
+        if without:
+            log.warning(
+                "%s%s: no index that fits lies beside the tar, so that the whole of it is fetched to be counted; make "
+                "indexes with 'python -m tinygptv_ds index' where the tars are, and store them beside the tars",
+                *(without[0], f" and {len(without) - 1} more" if without[1:] else ""),
+            )
+        _for_each(self.fetch, without, "fetching shards")
+
+    def _count_of(self, shard: RemoteShard) -> int:
+        header = self._known(shard)
+        if header is None:
+            raise DataError(f"{shard}: its index has vanished from {self._folder}; leave the folder alone during a run")
+        return header.samples
+
+    def _known(self, shard: RemoteShard) -> IndexHeader | None:
+        tar = self._tar(shard)
+        headers = (header_of(_start(tar.with_suffix(suffix))) for suffix in (".tar.idx", ".head"))
+        return next((header for header in headers if header is not None), None)
+
+    def _remember_head(self, shard: RemoteShard) -> bool:
+        """Keep the head of the index beside the tar; False if there is none that fits."""
+        size = remote_size(shard)
+        head = (remote_index(shard, HEADER_BYTES) or b"")[:HEADER_BYTES]
+        header = header_of(head)
+        if header is None or header.tar_size != size:
+            return False
+        write_atomically(self._tar(shard).with_suffix(".head"), head)
+        return True
+
+    @contextlib.contextmanager
+    def _fetched(self, shard: RemoteShard) -> Iterator[tuple[Path, ShardIndex]]:
+        """The complete tar, which nobody removes within the block, and its index."""
+        until, message = self._failed.get(shard, (0.0, ""))
+        if time.monotonic() < until:
+            raise DataError(message)
+        self._make_folder()
+        tar = self._tar(shard)
+        with locked(tar.with_suffix(".lock")):
+            try:
+                os.utime(tar.with_suffix(".lock"))
+                if not tar.exists():
+                    self._download(shard, tar)
+                index = _index(shard, tar)
+            except DataError as error:
+                self._failed[shard] = (time.monotonic() + _FAILED_SECONDS, str(error))
+                raise
+            yield tar, index
+
+    def _download(self, shard: RemoteShard, tar: Path) -> None:
+        partial, size = tar.with_suffix(".partial"), remote_size(shard)
+        room = Room(tar, self._max_bytes, str(shard))
+        try:
+            room.wait_for(size)
+            while not _download_within(room, shard, partial, size):
+                room.start_again()
+            os.utime(partial, ns=(0, 0))  # so that a copy fetched another time has the same index
+            self._take_index(shard, tar, partial.stat().st_size)
+            partial.replace(tar)
+        except OSError as error:
+            raise DataError(f"{self._folder}: cannot write the shard cache: {error.strerror}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+            room.give_back()
+
+    def _take_index(self, shard: RemoteShard, tar: Path, size: int) -> None:
+        """Use the index beside the remote tar if it is one of a tar of `size` bytes; its time says nothing here."""
+        kept, known = tar.with_suffix(".tar.idx"), self._known(shard)
+        if known is not None and known.tar_size != size:
+            log.warning("%s has been replaced since it was counted; the next start counts it anew", shard)
+            tar.with_suffix(".head").unlink(missing_ok=True)
+            kept.unlink(missing_ok=True)
+        if kept.exists():
+            return
+        data = remote_index(shard) or b""
+        header = header_of(data)
+        if header is not None and header.tar_size == size:
+            with contextlib.suppress(ValueError):  # torn: an index is then built
+                write_atomically(kept, ShardIndex.from_bytes(data).to_bytes((size, 0)))
+
+    def _tar(self, shard: RemoteShard) -> Path:
+        readable = re.sub(r"[^\w.-]", "_", shard.name.removesuffix(".tar"))[-60:]
+        return self._folder / f"{_digest(shard.url)}-{readable}.tar"
+
+    def _make_folder(self) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{self._folder}: cannot make the shard cache: {error.strerror}; set data.cache_dir to a folder that "
+                "can be written"
+            ) from error
+
+
+def open_cache(data: DataSection) -> ShardCache:
+    """The cache that a recipe names."""
+    folder = None if data.cache_dir is None else Path(data.cache_dir).expanduser()
+    return ShardCache(folder, int(data.cache_gb * _GB))
+
+
+def count_samples(shards: Sequence[Shard], cache: ShardCache) -> list[int]:
+    """Samples of each shard, local or remote, through their indexes. Raises DataError for one that is not there."""
+    local = iter(sample_counts([shard for shard in shards if isinstance(shard, Path)]))
+    remote = iter(cache.counts([shard for shard in shards if isinstance(shard, RemoteShard)]))
+    return [next(local if isinstance(shard, Path) else remote) for shard in shards]
+
+
+def _index(shard: RemoteShard, tar: Path) -> ShardIndex:
+    try:
+        return load_index(tar)
+    except DataError as error:
+        tar.unlink(missing_ok=True)  # what was sent instead of a tar may be put right
+        raise DataError(f"{shard}: what came cannot be used: {error}") from error
+
+
+def _download_within(room: Room, shard: RemoteShard, partial: Path, size: int | None) -> bool:
+    try:
+        download(shard, partial, size, room.fit)
+    except NoRoomError:
+        partial.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _for_each(action: Callable[[RemoteShard], _Result], shards: list[RemoteShard], what: str) -> list[_Result]:
+    """The results of `action` in threads, with a progress bar if it takes its time; the first error ends it."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            return list(tqdm(pool.map(action, shards), what, len(shards), unit="shard", delay=2))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(HEADER_BYTES)
+    except OSError:
+        return b""
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
