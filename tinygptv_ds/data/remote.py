@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from tinygptv_ds.errors import DataError
 
@@ -118,7 +118,7 @@ def download(shard: RemoteShard, to: Path, size: int | None, arrived: Callable[[
         if shard.is_pipe:
             _run(shard.url.removeprefix(PIPE), to, arrived)
         else:
-            _get(shard.url, to, arrived)
+            _get(shard.url, to, size, arrived)
         length = to.stat().st_size
         if size not in (None, length):
             raise OSError(f"{length} of {size} bytes came")
@@ -126,25 +126,35 @@ def download(shard: RemoteShard, to: Path, size: int | None, arrived: Callable[[
     _persist(shard, fetch)
 
 
-def _get(url: str, to: Path, arrived: Callable[[int], None]) -> None:
+def _get(url: str, to: Path, size: int | None, arrived: Callable[[int], None]) -> None:
     from fsspec.callbacks import Callback
 
     files, path = _open(url)
-    files.get_file(path, str(to), callback=Callback(hooks={"arrived": lambda _, value, **__: arrived(value)}))
+    if size is None:
+        with files.open(path, "rb") as source:
+            _copy(source, to, arrived)
+    else:  # each file system's own way, the fastest
+        callback = Callback(hooks={"arrived": lambda _, value, **__: arrived(value)})
+        files.get_file(path, str(to), callback=callback)
+
+
+def _copy(source: IO[bytes], to: Path, arrived: Callable[[int], None]) -> None:
+    """Ask before each block is written, since that it fits is not known."""
+    with to.open("wb") as out:
+        while block := source.read(_BLOCK):
+            arrived(out.tell() + len(block))
+            out.write(block)
 
 
 def _run(command: str, to: Path, arrived: Callable[[int], None]) -> None:
     """A shell command's output; `pipefail`, so that ``curl ... | zcat`` fails where curl does."""
     shell = ["bash", "-o", "pipefail", "-c", command]
     with (
-        to.open("wb") as out,
         tempfile.TemporaryFile() as stderr,
         subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr) as process,
     ):
         try:
-            while block := process.stdout.read(_BLOCK):
-                out.write(block)
-                arrived(out.tell())
+            _copy(process.stdout, to, arrived)
         except BaseException:
             process.kill()
             raise
