@@ -65,7 +65,7 @@ def test_help_of_a_stage(number: int) -> None:
 def test_help_of_the_command_line() -> None:
     done = cli("--help")
     assert done.returncode == 0, done.stderr
-    for verb in ("doctor", "prepare", "inspect", "convert", "export"):
+    for verb in ("doctor", "prepare", "index", "inspect", "convert", "export"):
         assert verb in done.stdout
         assert cli(verb, "--help").returncode == 0
 

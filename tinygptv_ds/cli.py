@@ -16,6 +16,7 @@ USER_ERROR = 2
 VERBS = {
     "doctor": ("what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor"),
     "prepare": ("turn a dataset's own files into shards", "tinygptv_ds.data.prepare"),
+    "index": ("make the indexes of shards that are to be read from elsewhere", "tinygptv_ds.data.make_index"),
     "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.convert.inspect"),
     "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.convert.convert"),
     "export": (

@@ -10,13 +10,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinygptv_ds.data import index as index_module
 from tinygptv_ds.data.index import ShardIndex, build_index, load_index, sample_count, sample_counts
 from tinygptv_ds.data.shards import ShardWriter, expand_shards
-from tinygptv_ds.data.tar import Member, split_name
+from tinygptv_ds.data.tar import Member, scan_tar, split_name
 from tinygptv_ds.errors import DataError
 
 
@@ -107,6 +107,21 @@ def test_index_points_at_the_bytes(tmp_path: Path) -> None:
             ("n" * 200, {"json": b"333"}),
             ("é", {"txt": b""}),
         ]
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    members=st.lists(st.tuples(st.text("aé/~ ", max_size=4), st.integers(0, 130), st.integers(0, 1100)), max_size=5),
+    dialect=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT]),
+)
+def test_members_lie_where_the_standard_library_finds_them(members: list, dialect: int, tmp_path: Path) -> None:
+    if dialect == tarfile.USTAR_FORMAT:  # which has no room for long names and other letters
+        members = [(name.replace("é", "e"), min(length, 90), size) for name, length, size in members]
+    numbered = [(f"{i}{'n' * length}{name}/{i}.x", bytes([i]) * size) for i, (name, length, size) in enumerate(members)]
+    tar = make_tar(tmp_path / "0.tar", numbered, format=dialect)
+    with tarfile.open(tar) as file:
+        expected = [(info.name.removesuffix(".x"), Member("x", info.offset_data, info.size)) for info in file]
+    assert [(key, *found) for key, found in scan_tar(tar)] == expected
 
 
 def test_count_needs_the_first_bytes_only(tmp_path: Path) -> None:

@@ -112,6 +112,9 @@ def _open(tar: Path) -> tuple[int, ShardIndex]:
 
 def _read(file: int, member: Member, where: str) -> bytes:
     """One member's bytes, tried a few times where the storage fails."""
+    available = max(0, os.fstat(file).st_size - member.offset)
+    if member.size > available:
+        raise SampleError("truncated", f"{where}: .{member.suffix} ends after {available} of {member.size} bytes")
     for delay in (*_RETRY_SECONDS, None):
         try:
             data = _pread(file, member)
@@ -140,6 +143,8 @@ def _pread(file: int, member: Member) -> bytes:
 def _parse(data: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(data)
+        if b"\\u" in data:
+            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text for a tokenizer
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", f"{where}: .json cannot be parsed: {error}") from error
     if not isinstance(record, dict):

@@ -97,8 +97,9 @@ class Room:
             )
         folder = self._file.parent
         with locked(folder / "room.lock"):
-            tars = {tar: _bytes(tar) for tar in folder.glob("*.tar")}
+            # Rooms first: a download that ends meanwhile may count twice, but not be overlooked.
             rooms = sum(_claimed(room) for room in folder.glob("*.room") if room != self._file)
+            tars = {tar: _bytes(tar) for tar in folder.glob("*.tar")}
             free = self._max_bytes - size - rooms - sum(tars.values())
             for tar in sorted(tars, key=_last_use):
                 if free >= 0:
