@@ -254,7 +254,8 @@ def test_hostile_members_are_only_names(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = 2
             file.addfile(info, io.BytesIO(b"{}"))
-        for kind, name in ((tarfile.SYMTYPE, "l.json"), (tarfile.CHRTYPE, "d.json"), (tarfile.DIRTYPE, "f.json")):
+        kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+        for kind, name in zip(kinds, ("s.json", "h.json", "c.json", "b.json", "p.json", "f.json"), strict=True):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             file.addfile(info)

@@ -1,9 +1,9 @@
 """Local copies of remote shards: one folder a node, shared by all its processes, within a bound.
 
-A shard `NAME` is `NAME.tar`, there only when complete; its index `NAME.tar.idx`, which stays when the tar goes; and
-`NAME.lock`, which whoever fetches, opens or removes it holds, and whose time is that of the last use. `NAME.head` is
-the start of the index beside the remote tar, for the count. While the tar is fetched, `NAME.partial` holds what has
-come and `NAME.room` stands for the space that is set aside.
+A shard `NAME` is `NAME.tar`, there only when complete; its index `NAME.tar.idx`, which stays for the count when the
+tar goes; and `NAME.lock`, which whoever fetches, opens or removes it holds, and whose time is that of the last use.
+`NAME.head` is the start of the index beside the remote tar, whose count does until the tar is fetched. Meanwhile,
+`NAME.partial` holds what has come and `NAME.room` stands for the space that is set aside.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tinygptv_ds.data.index import (
     sample_counts,
     write_atomically,
 )
-from tinygptv_ds.data.remote import RemoteShard, Shard, download, remote_index, remote_size
+from tinygptv_ds.data.remote import RemoteShard, Shard, download, index_beside, remote_size
 from tinygptv_ds.data.room import NoRoomError, Room, locked
 from tinygptv_ds.disk import cache_home
 from tinygptv_ds.errors import DataError
@@ -47,7 +47,8 @@ class ShardCache:
     """Fetches remote shards into `folder` and keeps the latest used, `max_bytes` of tars at most.
 
     Indexes (about a thousandth of their tars) come on top. A shard that is open stays readable when it is removed, so
-    its disk space is free only when all readers have closed it. Shards are taken never to change under their URL.
+    its disk space is free only when all readers have closed it. A copy is used as long as it is there, whatever
+    becomes of the remote tar.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = 100 * _GB) -> None:
@@ -74,6 +75,8 @@ class ShardCache:
         Of the processes of a node one asks and the others wait for its answers. Raises DataError for a shard that is
         not there.
         """
+        if not shards:
+            return []
         self._make_folder()
         if any(self._known(shard) is None for shard in shards):
             urls = "\n".join(shard.url for shard in shards)
@@ -107,7 +110,7 @@ class ShardCache:
     def _remember_head(self, shard: RemoteShard) -> bool:
         """Keep the head of the index beside the tar; False if there is none that fits."""
         size = remote_size(shard)
-        head = (remote_index(shard, HEADER_BYTES) or b"")[:HEADER_BYTES]
+        head = index_beside(shard, HEADER_BYTES)
         header = header_of(head)
         if header is None or header.tar_size != size:
             return False
@@ -125,12 +128,19 @@ class ShardCache:
         with locked(tar.with_suffix(".lock")):
             try:
                 os.utime(tar.with_suffix(".lock"))
+                known = self._known(shard)
                 if not tar.exists():
                     self._download(shard, tar)
-                index = _index(shard, tar)
+                index = _index(shard, tar)  # built from each copy that is fetched: a remote tar may have been replaced
             except DataError as error:
                 self._failed[shard] = (time.monotonic() + _FAILED_SECONDS, str(error))
                 raise
+            if known is not None and known.samples != len(index):
+                log.warning(
+                    "%s holds %d samples, not %d as counted before: it or the index beside it was changed; the next "
+                    "start counts it anew",
+                    *(shard, len(index), known.samples),
+                )
             yield tar, index
 
     def _download(self, shard: RemoteShard, tar: Path) -> None:
@@ -140,29 +150,12 @@ class ShardCache:
             room.wait_for(size)
             while not _download_within(room, shard, partial, size):
                 room.start_again()
-            os.utime(partial, ns=(0, 0))  # so that a copy fetched another time has the same index
-            self._take_index(shard, tar, partial.stat().st_size)
             partial.replace(tar)
         except OSError as error:
             raise DataError(f"{self._folder}: cannot write the shard cache: {error.strerror}") from error
         finally:
             partial.unlink(missing_ok=True)
             room.give_back()
-
-    def _take_index(self, shard: RemoteShard, tar: Path, size: int) -> None:
-        """Use the index beside the remote tar if it is one of a tar of `size` bytes; its time says nothing here."""
-        kept, known = tar.with_suffix(".tar.idx"), self._known(shard)
-        if known is not None and known.tar_size != size:
-            log.warning("%s has been replaced since it was counted; the next start counts it anew", shard)
-            tar.with_suffix(".head").unlink(missing_ok=True)
-            kept.unlink(missing_ok=True)
-        if kept.exists():
-            return
-        data = remote_index(shard) or b""
-        header = header_of(data)
-        if header is not None and header.tar_size == size:
-            with contextlib.suppress(ValueError):  # torn: an index is then built
-                write_atomically(kept, ShardIndex.from_bytes(data).to_bytes((size, 0)))
 
     def _tar(self, shard: RemoteShard) -> Path:
         readable = re.sub(r"[^\w.-]", "_", shard.name.removesuffix(".tar"))[-60:]

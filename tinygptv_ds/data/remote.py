@@ -81,21 +81,21 @@ def remote_size(shard: RemoteShard) -> int | None:
     return _persist(shard, ask)
 
 
-def remote_index(shard: RemoteShard, end: int | None = None) -> bytes | None:
-    """The first `end` bytes (None: all) of the index beside the tar; None if there is none to be had."""
+def index_beside(shard: RemoteShard, length: int) -> bytes:
+    """The first `length` bytes of the index beside the tar; none if there is no index to be had."""
     if shard.is_pipe:
-        return None
+        return b""
     path, mark, query = shard.url.partition("?")
 
-    def read() -> bytes | None:
+    def read() -> bytes:
         files, index = _open(f"{path}.idx{mark}{query}")
         try:
-            return files.cat_file(index, start=None if end is None else 0, end=end)
+            return files.cat_file(index, start=0, end=length)[:length]  # a server may know no ranges
         except (FileNotFoundError, PermissionError):  # S3 refuses what is not there where listing is not allowed
-            return None
+            return b""
         except Exception as error:
             if getattr(error, "status", None) in (401, 403, 410, 416):
-                return None
+                return b""
             raise
 
     return _persist(shard, read)
