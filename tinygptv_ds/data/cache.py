@@ -33,7 +33,7 @@ from tinygptv_ds.data.index import (
 )
 from tinygptv_ds.data.remote import RemoteShard, Shard, download, index_beside, remote_size
 from tinygptv_ds.data.room import NoRoomError, Room, locked
-from tinygptv_ds.disk import cache_home
+from tinygptv_ds.disk import cache_home, sync
 from tinygptv_ds.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -78,11 +78,16 @@ class ShardCache:
         if not shards:
             return []
         self._make_folder()
-        if any(self._known(shard) is None for shard in shards):
+        known = [self._known(shard) for shard in shards]
+        if None in known:
             urls = "\n".join(shard.url for shard in shards)
             with locked(self._folder / f"{_digest(urls)}.counting"):
                 self._count([shard for shard in shards if self._known(shard) is None])
-        return [self._count_of(shard) for shard in shards]
+            known = [self._known(shard) for shard in shards]
+        lost = next((shard for shard, header in zip(shards, known, strict=True) if header is None), None)
+        if lost is not None:
+            raise DataError(f"{lost}: its index has vanished from {self._folder}; leave the folder alone during a run")
+        return [header.samples for header in known]
 
     def _count(self, shards: list[RemoteShard]) -> None:
         """Make the counts of all `shards` known."""
@@ -95,12 +100,6 @@ class ShardCache:
                 *(without[0], f" and {len(without) - 1} more" if without[1:] else ""),
             )
         _for_each(self.fetch, without, "fetching shards")
-
-    def _count_of(self, shard: RemoteShard) -> int:
-        header = self._known(shard)
-        if header is None:
-            raise DataError(f"{shard}: its index has vanished from {self._folder}; leave the folder alone during a run")
-        return header.samples
 
     def _known(self, shard: RemoteShard) -> IndexHeader | None:
         tar = self._tar(shard)
@@ -150,6 +149,7 @@ class ShardCache:
             room.wait_for(size)
             while not _download_within(room, shard, partial, size):
                 room.start_again()
+            sync(partial)
             partial.replace(tar)
         except OSError as error:
             raise DataError(f"{self._folder}: cannot write the shard cache: {error.strerror}") from error
@@ -158,7 +158,7 @@ class ShardCache:
             room.give_back()
 
     def _tar(self, shard: RemoteShard) -> Path:
-        readable = re.sub(r"[^\w.-]", "_", shard.name.removesuffix(".tar"))[-60:]
+        readable = re.sub(r"[^A-Za-z0-9_.-]", "_", shard.name.removesuffix(".tar"))[-60:]
         return self._folder / f"{_digest(shard.url)}-{readable}.tar"
 
     def _make_folder(self) -> None:
