@@ -17,6 +17,7 @@ import pytest
 from tinygptv_ds.data.index import HEADER_BYTES, build_index, load_index
 from tinygptv_ds.data.reader import SampleError, ShardReader
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.text import render
 
 MUTATIONS = 5000
 BLOCK = 512
@@ -24,6 +25,8 @@ SPARE_MEMORY = 256 << 20
 SIZES = (-1, 0, 1, 511, 513, 10_000, 2**31, 2**33 - 1, 2**63 - 1, 2**63, 2**80)
 PAX = (b"size=%d", b"path=../../etc/x.json", b"GNU.sparse.major=1", b"GNU.sparse.size=%d", b"GNU.sparse.map=0,%d")
 WORDS = (b"\\ud800", b"[" * 400, b"9" * 5000, b"\xff", b"NaN", b"\x00", b"{", b'"caption": "a",', b"null")
+
+ANSWERS = (b'"answer": [11] ', b'"answer": [   ]', b'"reply" : "yes"')  # in the place of "answer": "yes"
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +47,7 @@ def shard(dialect: int) -> bytes:
     with tarfile.open(fileobj=out, mode="w", format=dialect) as tar:
         long = "n" * (150 if dialect != tarfile.USTAR_FORMAT else 90)
         for name in ("a", "b/c.d/e", long):
-            record = json.dumps({"answer": "yes", "text": name[:20], "bbox": [1, 2.5]}).encode()
+            record = json.dumps({"pool": "vqa", "answer": "yes", "text": name[:20], "bbox": [1, 2.5]}).encode()
             for suffix, data in (("json", record), ("jpg", b"picture" * 90)):
                 info = tarfile.TarInfo(f"{name}.{suffix}")
                 info.size = len(data)
@@ -114,9 +117,10 @@ def insert_pax(tar: bytearray, rng: random.Random) -> None:
 
 def edit_record(tar: bytearray, rng: random.Random) -> None:
     """Another text within a .json member, whose length stays."""
-    start = tar.find(b'{"answer', rng.randrange(len(tar) // 2))
-    at = start + rng.randrange(60)
-    word = rng.choice(WORDS)
+    start = tar.find(b'{"pool"', rng.randrange(len(tar) // 2))
+    at, word = start + rng.randrange(80), rng.choice(WORDS)
+    if rng.random() < 0.3:
+        at, word = tar.find(b'"answer"', start), rng.choice(ANSWERS)
     tar[at : at + len(word)] = word
 
 
@@ -158,7 +162,12 @@ def read_all(tar: Path) -> Iterator[str]:
             yield error.reason
             continue
         assert sum(map(len, sample.images)) <= tar.stat().st_size
-        json.dumps(sample.record, ensure_ascii=False).encode()  # a tokenizer takes no lone surrogate
+        try:
+            turns = render(sample.record, len(sample.images), lambda n: n - 1).turns
+        except DataError:
+            yield "bad_record"
+            continue
+        "".join(text for turn in turns for text in turn if text).encode()  # no tokenizer takes half a surrogate pair
         yield "read"
 
 
@@ -182,8 +191,8 @@ def test_mutated_tars(tmp_path: Path) -> None:
         tar.with_name(f"{tar.name}.idx").unlink(missing_ok=True)
     # All of it is reached, and most samples survive damage elsewhere.
     assert seen["read"] > MUTATIONS
-    for outcome in ("no shard", "bad_json", "missing_record"):
-        assert seen[outcome] > MUTATIONS // 200, seen
+    for outcome in ("no shard", "bad_json", "bad_record", "missing_record"):
+        assert seen[outcome] > MUTATIONS // 500, seen
 
 
 def test_mutated_indexes(tmp_path: Path) -> None:

@@ -143,8 +143,6 @@ def _pread(file: int, member: Member) -> bytes:
 def _parse(data: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(data)
-        if b"\\u" in data:
-            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text for a tokenizer
     except (ValueError, RecursionError) as error:
         raise SampleError("bad_json", f"{where}: .json cannot be parsed: {error}") from error
     if not isinstance(record, dict):

@@ -156,7 +156,7 @@ def _choose(value: object, field: str, draw: Draw) -> str:
 def _string(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"field {field!r} must be a string, not {type(value).__name__}")
-    return value
+    return value.encode(errors="replace").decode()  # half a surrogate pair is valid JSON, but no tokenizer takes it
 
 
 def _list(value: object, field: str, *, length: int | None = None, allow_empty: bool = False) -> list[Any]:
