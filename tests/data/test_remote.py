@@ -158,19 +158,40 @@ def test_an_index_that_does_not_fit_is_built(what: str, server: TarServer, cache
     assert cache.counts(shards) == [SAMPLES] * SHARDS
 
 
-def test_a_replaced_shard_is_noticed(server: TarServer, cache: ShardCache, caplog: pytest.LogCaptureFixture) -> None:
-    """Of the same size, as tars often are: the index that was left beside it is not believed when the tar comes."""
+def test_an_index_is_had_without_its_tar(server: TarServer, cache: ShardCache) -> None:
+    """What shares a step out to ranks needs the lengths of all samples."""
+    first, second = shards_of(server)[:2]
+    del server.files["00001.tar.idx"]
+    assert cache.counts([first, second]) == [SAMPLES] * 2
+    assert [cache.index(first).key(1), cache.index(second).key(1)] == ["k1", "k4"]
+    assert [server.asked("00000.tar"), server.asked("00001.tar")] == [0, 1]
+    server.files.clear()
+    for path in cache._folder.glob("*.tar"):
+        path.unlink()
+    assert [cache.index(first).key(1), cache.index(second).key(1)] == ["k1", "k4"]
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_replaced_shard_is_noticed(beside: bool, server: TarServer, cache: ShardCache) -> None:
+    """Of the same size, as tars often are, so that the index that was left beside it seems to fit."""
     shard = shards_of(server)[0]
+    if not beside:
+        drop_indexes(server)
     assert cache.counts([shard]) == [SAMPLES]
+    for path in cache._folder.glob("*.tar"):
+        path.unlink()
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
         info = tarfile.TarInfo("new.json")
         info.size = 2
         tar.addfile(info, io.BytesIO(b"{}"))
     server.files["00000.tar"] = out.getvalue().ljust(len(server.files["00000.tar"]), b"\0")
-    assert ShardReader(cache=cache).read(shard, 0).key == "new"
-    assert f"{shard} holds 1 samples, not 3 as counted before" in caplog.text
-    assert cache.counts([shard]) == [1]
+    with pytest.raises(DataError, match="holds 1 samples, not 3 as counted at the start"):
+        ShardReader(cache=cache).read(shard, 0)
+    drop_indexes(server)
+    again = ShardCache(cache._folder, 10**9)  # the next start
+    assert again.counts([shard]) == [1]
+    assert ShardReader(cache=again).read(shard, 0).key == "new"
 
 
 def _first_answer(shard: RemoteShard, cache: ShardCache, result: Any) -> None:
@@ -296,7 +317,7 @@ def test_the_recipe_says_where_and_how_much(server: TarServer, raw_recipe: Calla
     datasets = [{"name": "remote", "shards": f"{server.url}/{{00000..00003}}.tar"}]
     raw = raw_recipe(data__datasets=datasets, data__cache_dir=str(tmp_path / "here"), data__cache_gb=1e-5)
     stream = open_stream(build_recipe(raw, "recipe"))
-    assert len(list((tmp_path / "here").glob("*.head"))) == SHARDS
+    assert len(list((tmp_path / "here").glob("*.beside"))) == SHARDS
     with pytest.raises(DataError, match=r"cache may hold 1e-05 GB; raise data.cache_gb"):
         stream.cache.open(stream.shards["remote"][0])
     with pytest.raises(ConfigError, match="cache_gb must be positive"):

@@ -254,8 +254,8 @@ def test_huge_pictures_are_refused_from_their_header(tmp_path: Path) -> None:
 
 
 def test_odd_text_survives(tmp_path: Path) -> None:
-    """A lone surrogate (half of an emoji, as web data has them) is valid JSON but no UTF-8."""
-    record = {"pool": None, "text": "q", "answer": "a\ud83d 😀 é\u2028"}
+    """A lone surrogate (half of an emoji, as web data has them) is valid JSON, but no UTF-8, and has no tokens."""
+    record = {"pool": None, "text": "q", "answer": "a 😀 é\u2028", "title": "a\ud83d"}
     write_samples([PreparedSample("a", record, ())], tmp_path, samples_per_shard=1, total=1, settings={})
     assert read_all(tmp_path)[0].record == record
 

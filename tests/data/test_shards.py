@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tinygptv_ds.data import index as index_module
 from tinygptv_ds.data.index import ShardIndex, build_index, load_index, sample_count, sample_counts
 from tinygptv_ds.data.shards import ShardWriter, expand_shards
-from tinygptv_ds.data.tar import Member, scan_tar, split_name
+from tinygptv_ds.data.tar import Member, bad_end, scan_tar, split_name
 from tinygptv_ds.errors import DataError
 
 
@@ -213,6 +213,8 @@ def test_garbage_in_the_middle_ends_the_shard_with_its_offset(tmp_path: Path, ca
         file.write(b"x" * 512)
     assert [key for key, _ in contents(tar)] == ["0000", "0001"]
     assert f"bad header at byte {offset}" in caplog.text
+    assert bad_end(tar, offset) == bad_end(tar, 0) == f"bad header at byte {offset}"
+    assert bad_end(make_tar(tmp_path / "1.tar", samples(5)), offset) is None
 
 
 def test_what_is_no_tar_is_an_error(tmp_path: Path) -> None:

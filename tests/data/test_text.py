@@ -101,11 +101,6 @@ def test_conversation_wraps_the_first_question_only() -> None:
     assert cleaned == ((f"{IMAGE_TAG} q1 ", "a1"), ("q2 ", "a2"))
 
 
-def test_half_a_surrogate_pair_becomes_a_question_mark() -> None:
-    """Web data has them; a tokenizer would end the run."""
-    assert render({"text": "a \ud83d", "answer": "b\udc00 😀"}, 0, last).turns == (("a ?", "b? 😀"),)
-
-
 def test_several_pictures() -> None:
     record = {"pool": None, "text": "which?", "answer": "both"}
     assert render(record, 2, last).turns == ((f"{IMAGE_TAG}{IMAGE_TAG} which? ", "both"),)

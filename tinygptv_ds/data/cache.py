@@ -2,8 +2,8 @@
 
 A shard `NAME` is `NAME.tar`, there only when complete; its index `NAME.tar.idx`, which stays for the count when the
 tar goes; and `NAME.lock`, which whoever fetches, opens or removes it holds, and whose time is that of the last use.
-`NAME.head` is the start of the index beside the remote tar, whose count does until the tar is fetched. Meanwhile,
-`NAME.partial` holds what has come and `NAME.room` stands for the space that is set aside.
+`NAME.beside` is the index beside the remote tar, or its start where no more than the count was wanted. While the tar is
+fetched, `NAME.partial` holds what has come and `NAME.room` stands for the space that is set aside.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class ShardCache:
     def __init__(self, folder: Path | None = None, max_bytes: int = 100 * _GB) -> None:
         self._folder = folder or cache_home() / "shards"
         self._max_bytes = max_bytes
+        self._counted: dict[RemoteShard, int] = {}  # what the order of samples rests on
         self._failed: dict[RemoteShard, tuple[float, str]] = {}
 
     def open(self, shard: RemoteShard) -> tuple[int, ShardIndex]:
@@ -68,6 +69,24 @@ class ShardCache:
         """The complete tar, there until others need its room; errors as in `open`."""
         with self._fetched(shard) as (tar, _):
             return tar
+
+    def index(self, shard: RemoteShard) -> ShardIndex:
+        """Its index, without the tar where one lies beside it or has been kept; errors as in `open`.
+
+        The one beside the tar comes first, so that all nodes see the same, whichever of them has the tar.
+        """
+        self._make_folder()
+        beside, kept = (self._tar(shard).with_suffix(suffix) for suffix in (".beside", ".tar.idx"))
+        with contextlib.suppress(OSError, ValueError):
+            return ShardIndex.from_bytes((beside if beside.exists() else kept).read_bytes())
+        with contextlib.suppress(ValueError):  # torn
+            if beside.exists():
+                data = index_beside(shard)
+                index = ShardIndex.from_bytes(data)
+                write_atomically(beside, data)
+                return index
+        with self._fetched(shard) as (_, index):
+            return index
 
     def counts(self, shards: Sequence[RemoteShard]) -> list[int]:
         """Samples of each shard: as remembered, or else from the index beside it, or else by fetching it.
@@ -87,11 +106,13 @@ class ShardCache:
         lost = next((shard for shard, header in zip(shards, known, strict=True) if header is None), None)
         if lost is not None:
             raise DataError(f"{lost}: its index has vanished from {self._folder}; leave the folder alone during a run")
-        return [header.samples for header in known]
+        counts = [header.samples for header in known]
+        self._counted |= zip(shards, counts, strict=True)
+        return counts
 
     def _count(self, shards: list[RemoteShard]) -> None:
         """Make the counts of all `shards` known."""
-        asked = _for_each(self._remember_head, shards, "counting shards")
+        asked = _for_each(self._remember_start, shards, "counting shards")
         without = [shard for shard, found in zip(shards, asked, strict=True) if not found]
         if without:
             log.warning(
@@ -103,17 +124,17 @@ class ShardCache:
 
     def _known(self, shard: RemoteShard) -> IndexHeader | None:
         tar = self._tar(shard)
-        headers = (header_of(_start(tar.with_suffix(suffix))) for suffix in (".tar.idx", ".head"))
+        headers = (header_of(_start(tar.with_suffix(suffix))) for suffix in (".beside", ".tar.idx"))
         return next((header for header in headers if header is not None), None)
 
-    def _remember_head(self, shard: RemoteShard) -> bool:
-        """Keep the head of the index beside the tar; False if there is none that fits."""
+    def _remember_start(self, shard: RemoteShard) -> bool:
+        """Keep the start of the index beside the tar; False if there is none that fits."""
         size = remote_size(shard)
-        head = index_beside(shard, HEADER_BYTES)
-        header = header_of(head)
+        start = index_beside(shard, HEADER_BYTES)
+        header = header_of(start)
         if header is None or header.tar_size != size:
             return False
-        write_atomically(self._tar(shard).with_suffix(".head"), head)
+        write_atomically(self._tar(shard).with_suffix(".beside"), start)
         return True
 
     @contextlib.contextmanager
@@ -127,20 +148,24 @@ class ShardCache:
         with locked(tar.with_suffix(".lock")):
             try:
                 os.utime(tar.with_suffix(".lock"))
-                known = self._known(shard)
                 if not tar.exists():
                     self._download(shard, tar)
                 index = _index(shard, tar)  # built from each copy that is fetched: a remote tar may have been replaced
+                self._check_count(shard, tar, len(index))
             except DataError as error:
                 self._failed[shard] = (time.monotonic() + _FAILED_SECONDS, str(error))
                 raise
-            if known is not None and known.samples != len(index):
-                log.warning(
-                    "%s holds %d samples, not %d as counted before: it or the index beside it was changed; the next "
-                    "start counts it anew",
-                    *(shard, len(index), known.samples),
-                )
             yield tar, index
+
+    def _check_count(self, shard: RemoteShard, tar: Path, samples: int) -> None:
+        counted = self._counted.get(shard, samples)
+        if counted != samples:
+            for stale in (tar, tar.with_suffix(".beside")):
+                stale.unlink(missing_ok=True)
+            raise DataError(
+                f"{shard}: holds {samples} samples, not {counted} as counted at the start: it was replaced, or the "
+                "index beside it is another's; make that anew (python -m tinygptv_ds index) and start again"
+            )
 
     def _download(self, shard: RemoteShard, tar: Path) -> None:
         partial, size = tar.with_suffix(".partial"), remote_size(shard)

@@ -11,10 +11,9 @@ from typing import Any
 from tinygptv_ds.data.cache import ShardCache
 from tinygptv_ds.data.index import ShardIndex, load_index
 from tinygptv_ds.data.remote import RemoteShard, Shard
-from tinygptv_ds.data.tar import Member
+from tinygptv_ds.data.tar import IMAGE_SUFFIXES, Member
 from tinygptv_ds.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])
 _RETRY_SECONDS = (0.1, 1.0, 5.0)
 
 

@@ -81,8 +81,8 @@ def remote_size(shard: RemoteShard) -> int | None:
     return _persist(shard, ask)
 
 
-def index_beside(shard: RemoteShard, length: int) -> bytes:
-    """The first `length` bytes of the index beside the tar; none if there is no index to be had."""
+def index_beside(shard: RemoteShard, length: int | None = None) -> bytes:
+    """The index beside the tar, or its first `length` bytes; none if there is no index to be had."""
     if shard.is_pipe:
         return b""
     path, mark, query = shard.url.partition("?")
@@ -90,7 +90,7 @@ def index_beside(shard: RemoteShard, length: int) -> bytes:
     def read() -> bytes:
         files, index = _open(f"{path}.idx{mark}{query}")
         try:
-            return files.cat_file(index, start=0, end=length)[:length]  # a server may know no ranges
+            return files.cat_file(index, start=length and 0, end=length)[:length]  # a server may know no ranges
         except (FileNotFoundError, PermissionError):  # S3 refuses what is not there where listing is not allowed
             return b""
         except Exception as error:

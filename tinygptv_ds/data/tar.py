@@ -14,6 +14,8 @@ from typing import NamedTuple
 from tinygptv_ds.errors import DataError
 
 log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])
 _BLOCK = 512
 _LONGEST_NAME = 1 << 16  # bytes of a long name or a set of extended fields
 _FILE, _LONG_NAME, _EXTENDED, _NO_DATA = b"0\x007", b"L", b"x", b"123456"  # types; those of links and devices come last
@@ -83,13 +85,30 @@ def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
     return _without_duplicates(tar, samples)
 
 
-def _headers(file: int, size: int) -> Iterator[_Header]:
-    """Every entry of a tar of `size` bytes, by POSIX's and GNU's rules.
+def bad_end(tar: Path, after: int) -> str | None:
+    """What is wrong with `tar` from byte `after` on, where one of its members ends; None: it ends as it should.
+
+    What `scan_tar` warns of when an index is built can so be told again from the index, without a new scan.
+    """
+    with tar.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = -(-after // _BLOCK) * _BLOCK
+        if start >= size:
+            return f"cut short at byte {size}"
+        try:
+            ends = [header.offset + header.size for header in _headers(file.fileno(), size, start)]
+        except _DamageError as damage:
+            return str(damage)
+    return f"cut short at byte {size}" if any(end > size for end in ends) else None
+
+
+def _headers(file: int, size: int, at: int = 0) -> Iterator[_Header]:
+    """Every entry of a tar of `size` bytes from byte `at` on, by POSIX's and GNU's rules.
 
     Not by the standard library's tarfile: it believes what a header claims, to the point of endless loops, and takes
     several times as long. Raises _DamageError unless the tar ends as it should.
     """
-    at, name, extended = 0, None, {}
+    name, extended = None, {}
     if size == 0:
         raise _DamageError("empty file")
     while True:

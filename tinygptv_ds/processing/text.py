@@ -156,7 +156,9 @@ def _choose(value: object, field: str, draw: Draw) -> str:
 def _string(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"field {field!r} must be a string, not {type(value).__name__}")
-    return value.encode(errors="replace").decode()  # half a surrogate pair is valid JSON, but no tokenizer takes it
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"field {field!r} holds half a character (a lone surrogate), which no tokenizer takes")
+    return value
 
 
 def _list(value: object, field: str, *, length: int | None = None, allow_empty: bool = False) -> list[Any]:
