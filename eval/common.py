@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinygptv_ds.data.index import sample_count
+from tinygptv_ds.data.cache import ShardCache, count_samples
 from tinygptv_ds.data.reader import ShardReader
 from tinygptv_ds.data.shards import expand_shards
 from tinygptv_ds.disk import whole_file
@@ -49,10 +49,12 @@ def read_questions(shards: str, limit: int | None) -> list[Question]:
     Raises:
         DataError: no shards, or a sample that holds no single question.
     """
-    reader = ShardReader()
+    cache = ShardCache()
+    reader = ShardReader(cache=cache)
     questions: list[Question] = []
-    for tar in expand_shards(shards):
-        for index in range(sample_count(tar)):
+    tars = expand_shards(shards)
+    for tar, count in zip(tars, count_samples(tars, cache), strict=True):
+        for index in range(count):
             if limit is not None and len(questions) == limit:
                 return questions
             raw = reader.read(tar, index)

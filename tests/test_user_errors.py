@@ -66,7 +66,7 @@ def test_help_of_a_stage(number: int) -> None:
 def test_help_of_the_command_line() -> None:
     done = cli("--help")
     assert done.returncode == 0, done.stderr
-    verbs = ("doctor", "prepare", "convert_laion", "convert_cc_sbu", "check-data", "preview", "stream")
+    verbs = ("doctor", "prepare", "convert_laion", "convert_cc_sbu", "check-data", "preview", "stream", "index")
     for verb in (*verbs, "inspect", "convert", "export"):
         assert verb in done.stdout
         assert cli(verb, "--help").returncode == 0

@@ -12,6 +12,11 @@ from pathlib import Path
 _BLOCK = 1 << 20
 
 
+def cache_home() -> Path:
+    """The program's folder in the user's cache (``XDG_CACHE_HOME``, else ``~/.cache``); it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygptv_ds"
+
+
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to write into; it gets the name `out` when the block ends well, and is removed when it does not.

@@ -10,13 +10,13 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinygptv_ds.data import index as index_module
 from tinygptv_ds.data.index import ShardIndex, build_index, load_index, sample_count, sample_counts
 from tinygptv_ds.data.shards import ShardWriter, expand_shards
-from tinygptv_ds.data.tar import Member, split_name
+from tinygptv_ds.data.tar import Member, bad_end, scan_tar, split_name
 from tinygptv_ds.errors import DataError
 
 
@@ -67,8 +67,9 @@ def test_expand_braces_wildcards_folders_and_lists(tmp_path: Path) -> None:
         ("a/*.tar", r"not found: .*a/\*.tar"),
         ("empty", "holds no"),
         (["00000.tar", "*0.tar"], "more than once"),
-        ("pipe:cat x.tar", "no file name"),
-        ("s3://bucket/x.tar", "no file name"),
+        ("pipe:cat x.tar", "shell command.*allow_pipe"),
+        ("{pipe:cat://,pipe:x}", "shell command.*allow_pipe"),
+        ("nosuch://bucket/", "Protocol not known: nosuch"),
         ("{0..1.tar", "unbalanced|not found"),
     ],
 )
@@ -108,6 +109,21 @@ def test_index_points_at_the_bytes(tmp_path: Path) -> None:
         ]
 
 
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    members=st.lists(st.tuples(st.text("aé/~ ", max_size=4), st.integers(0, 130), st.integers(0, 1100)), max_size=5),
+    dialect=st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT]),
+)
+def test_members_lie_where_the_standard_library_finds_them(members: list, dialect: int, tmp_path: Path) -> None:
+    if dialect == tarfile.USTAR_FORMAT:  # which has no room for long names and other letters
+        members = [(name.replace("é", "e"), min(length, 90), size) for name, length, size in members]
+    numbered = [(f"{i}{'n' * length}{name}/{i}.x", bytes([i]) * size) for i, (name, length, size) in enumerate(members)]
+    tar = make_tar(tmp_path / "0.tar", numbered, format=dialect)
+    with tarfile.open(tar) as file:
+        expected = [(info.name.removesuffix(".x"), Member("x", info.offset_data, info.size)) for info in file]
+    assert [(key, *found) for key, found in scan_tar(tar)] == expected
+
+
 def test_count_needs_the_first_bytes_only(tmp_path: Path) -> None:
     tar = make_tar(tmp_path / "0.tar", samples(9))
     assert sample_count(tar) == 9
@@ -133,14 +149,14 @@ def test_index_of_a_read_only_folder_goes_to_the_cache(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tar = make_tar(tmp_path / "0.tar", samples(3))
-    write = index_module._write_atomically
+    write = index_module.write_atomically
 
     def refuse(path: Path, data: bytes) -> None:
         if path.parent == tmp_path:
             raise OSError(errno.EROFS, "Read-only file system")
         write(path, data)
 
-    monkeypatch.setattr(index_module, "_write_atomically", refuse)
+    monkeypatch.setattr(index_module, "write_atomically", refuse)
     assert sample_count(tar) == 3
     assert not (tmp_path / "0.tar.idx").exists()
     monkeypatch.setattr(index_module, "build_index", None)  # from here on the stored one must do
@@ -153,7 +169,7 @@ def test_index_that_can_be_stored_nowhere_is_an_error(tmp_path: Path, monkeypatc
         raise OSError(errno.EACCES, "Permission denied")
 
     tar = make_tar(tmp_path / "0.tar", samples(1))
-    monkeypatch.setattr(index_module, "_write_atomically", refuse)
+    monkeypatch.setattr(index_module, "write_atomically", refuse)
     with pytest.raises(DataError, match="XDG_CACHE_HOME"):
         build_index(tar)
 
@@ -197,6 +213,8 @@ def test_garbage_in_the_middle_ends_the_shard_with_its_offset(tmp_path: Path, ca
         file.write(b"x" * 512)
     assert [key for key, _ in contents(tar)] == ["0000", "0001"]
     assert f"bad header at byte {offset}" in caplog.text
+    assert bad_end(tar, offset) == bad_end(tar, 0) == f"bad header at byte {offset}"
+    assert bad_end(make_tar(tmp_path / "1.tar", samples(5)), offset) is None
 
 
 def test_what_is_no_tar_is_an_error(tmp_path: Path) -> None:
@@ -238,7 +256,8 @@ def test_hostile_members_are_only_names(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = 2
             file.addfile(info, io.BytesIO(b"{}"))
-        for kind, name in ((tarfile.SYMTYPE, "l.json"), (tarfile.CHRTYPE, "d.json"), (tarfile.DIRTYPE, "f.json")):
+        kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+        for kind, name in zip(kinds, ("s.json", "h.json", "c.json", "b.json", "p.json", "f.json"), strict=True):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             file.addfile(info)

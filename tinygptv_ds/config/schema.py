@@ -109,7 +109,9 @@ class DatasetSection:
 
     Attributes:
         name: its name in logs and on TensorBoard.
-        shards: a folder, a glob or a brace pattern of tars, relative to the working directory.
+        shards: a folder, a glob or a brace pattern of tars, relative to the working directory; or the same
+            as a URL that fsspec knows (``https://``, ``s3://``, ...; a folder ends in ``/``), or ``pipe:COMMAND``,
+            whose output is a tar. Braces are best for these: they need no listing.
         weight: its share of the samples, relative to the others' (published: sampling ratio x batch size).
         clean: apply the original's text cleaning to the fields that the original cleans.
     """
@@ -138,6 +140,10 @@ class DataSection:
         validation_share: of every training dataset, this share (the last samples of each shard) is kept from training
             and shown in the panel instead.
         max_skipped_share: the run stops once more than this share of the samples seen was unreadable.
+        cache_dir: where remote shards are kept, best on a local disk of each node, whose processes share it; None:
+            `tinygptv_ds/shards` in the user's cache folder.
+        cache_gb: 10^9 bytes of remote shards kept at most; best several windows of `shuffle_shards` of every dataset.
+        allow_pipe: names of the datasets whose shards may be ``pipe:`` commands; each runs in a shell.
     """
 
     datasets: list[DatasetSection]
@@ -148,6 +154,9 @@ class DataSection:
     shuffle_shards: int = 16
     validation_share: float = 0.0
     max_skipped_share: float = 0.01
+    cache_dir: str | None = None
+    cache_gb: float = 100.0
+    allow_pipe: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _require(bool(self.datasets), "data.datasets is empty: name at least one dataset")
@@ -164,6 +173,16 @@ class DataSection:
             not (self.validation and self.validation_share),
             "data.validation names datasets for the panel, and data.validation_share holds some back for it: "
             "give one of the two",
+        )
+        _require(self.cache_gb > 0, "data.cache_gb must be positive")
+        everyone = [*self.datasets, *self.validation]
+        odd = sorted(set(self.allow_pipe) - {d.name for d in everyone})
+        _require(not odd, f"data.allow_pipe: {odd} is no dataset of data.datasets or data.validation")
+        piped = sorted({d.name for d in everyone if d.shards.startswith("pipe:")} - set(self.allow_pipe))
+        _require(
+            not piped,
+            f"data.datasets: the shards of {', '.join(piped)} are pipe: commands, which run in a shell with all your "
+            f"rights; if you trust this recipe, --set data.allow_pipe=[{','.join(piped)}]",
         )
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.data.cache import open_cache
 from tinygptv_ds.data.checking.dataset import Scope
 from tinygptv_ds.data.checking.recipe import check_data
 from tinygptv_ds.data.checking.report import report
@@ -53,7 +54,9 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--root {args.root}: no such folder")
     recipe = load_recipe(args.recipe, args.set)
     workers = args.workers or (cores_per_rank(ranks_from_env()) if args.all else 1)
-    check = check_data(recipe, Scope(recipe.seed, None if args.all else args.samples, workers, args.root))
+    limit, cache = None if args.all else args.samples, open_cache(recipe.data)
+    scope = Scope(recipe.seed, limit, workers, args.root, cache, tuple(recipe.data.allow_pipe))
+    check = check_data(recipe, scope)
     print(report(check, recipe, str(args.recipe)))
     if args.json:
         with whole_file(args.json) as partial:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import mmap
 import multiprocessing
 import os
 import struct
@@ -12,20 +13,44 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 from tqdm import tqdm
 
 from tinygptv_ds.data.tar import IMAGE_SUFFIXES, Member, scan_tar
+from tinygptv_ds.disk import cache_home
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.lengths import text_lengths
 
 # magic, size and mtime (ns) of the tar it describes, samples, members, bytes of the body, crc32 of the body
 _HEADER = struct.Struct("<8sQqIIQI")
+_HEADER_CRC = struct.Struct("<I")  # follows it
+HEADER_BYTES = _HEADER.size + _HEADER_CRC.size
 _MAGIC = b"TGVidx2\n"
 _LONGEST = 65_535  # of what a length can count
 _MANY = 32  # shards to index before it pays to start processes
+
+
+class IndexHeader(NamedTuple):
+    """What the first `HEADER_BYTES` of an index file tell: of which tar (size, time in ns), and how much it holds."""
+
+    tar_size: int
+    tar_mtime: int
+    samples: int
+    members: int
+    body_bytes: int
+    body_crc: int
+
+
+def header_of(start: bytes) -> IndexHeader | None:
+    """The header at the start of an index file, or None if it is none or damaged."""
+    if len(start) < HEADER_BYTES or _HEADER_CRC.unpack_from(start, _HEADER.size)[0] != zlib.crc32(
+        start[: _HEADER.size]
+    ):
+        return None
+    magic, *fields = _HEADER.unpack_from(start)
+    return IndexHeader(*fields) if magic == _MAGIC else None
 
 
 class ShardIndex:
@@ -56,7 +81,7 @@ class ShardIndex:
 
     def key(self, index: int) -> str:
         """The key of sample `index`, 0 <= index < len(self)."""
-        return self._keys[self._key_ends[index] : self._key_ends[index + 1]].decode()
+        return self._keys[self._key_ends[index] : self._key_ends[index + 1]].decode(errors="replace")
 
     def members(self, index: int) -> tuple[Member, ...]:
         """The members of sample `index` in the order of the tar."""
@@ -71,20 +96,21 @@ class ShardIndex:
         arrays = (self._key_ends, self._member_ends, self._suffix_of, self._offsets, self._sizes, self.lengths)
         body = struct.pack("<II", len(suffixes), len(self._keys)) + suffixes + self._keys
         body += b"".join(array.astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays)
-        return _HEADER.pack(_MAGIC, *tar_state, len(self), len(self._offsets), len(body), zlib.crc32(body)) + body
+        header = _HEADER.pack(_MAGIC, *tar_state, len(self), len(self._offsets), len(body), zlib.crc32(body))
+        return header + _HEADER_CRC.pack(zlib.crc32(header)) + body
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """The inverse of `to_bytes`. Raises ValueError if the file is torn or altered."""
-        _, _, _, samples, members, length, crc = _HEADER.unpack_from(data)
-        body = data[_HEADER.size :]
-        if len(body) != length or zlib.crc32(body) != crc:
+    def from_bytes(cls, data: bytes | mmap.mmap) -> Self:
+        """The inverse of `to_bytes`, on `data` as it is. Raises ValueError if it is torn or contradicts itself."""
+        header, body = header_of(data[:HEADER_BYTES]), memoryview(data)[HEADER_BYTES:]
+        if header is None or not 8 <= len(body) == header.body_bytes or zlib.crc32(body) != header.body_crc:
             raise ValueError("torn index file")
+        samples, members = header.samples, header.members
         suffix_bytes, key_bytes = struct.unpack_from("<II", body)
         start = 8 + suffix_bytes + key_bytes
         self = cls.__new__(cls)
-        self._suffixes = body[8 : 8 + suffix_bytes].decode().split("\n")
-        self._keys = body[8 + suffix_bytes : start]
+        self._suffixes = bytes(body[8 : 8 + suffix_bytes]).decode().split("\n")
+        self._keys = bytes(body[8 + suffix_bytes : start])
         arrays = []
         for dtype, count in (("<u4", samples + 1), ("<u4", samples + 1), ("<u4", members), ("<u8", members)):
             arrays.append(np.frombuffer(body, dtype, count, start))
@@ -92,7 +118,16 @@ class ShardIndex:
         self._key_ends, self._member_ends, self._suffix_of, self._offsets = arrays
         self._sizes = np.frombuffer(body, "<u8", members, start)
         self.lengths = np.frombuffer(body, "<u2", 3 * samples, start + self._sizes.nbytes).reshape(samples, 3)
+        self._check()
         return self
+
+    def _check(self) -> None:
+        """An index may come from elsewhere, and its checksum alone does not make it consistent."""
+        for ends, total in ((self._key_ends, len(self._keys)), (self._member_ends, len(self._offsets))):
+            if ends[0] != 0 or ends[-1] != total or np.any(ends[1:] < ends[:-1]):
+                raise ValueError("inconsistent index file")
+        if np.any(self._suffix_of >= len(self._suffixes)):
+            raise ValueError("inconsistent index file")
 
 
 def sample_count(tar: Path) -> int:
@@ -116,7 +151,7 @@ def sample_counts(tars: Sequence[Path], workers: int | None = None) -> list[int]
 
 def _stored_count(tar: Path) -> int | None:
     headers = (_read_header(path, _tar_state(tar)) for path in _index_paths(tar))
-    return next((header[3] for header in headers if header is not None), None)
+    return next((header.samples for header in headers if header is not None), None)
 
 
 def load_index(tar: Path) -> ShardIndex:
@@ -124,8 +159,14 @@ def load_index(tar: Path) -> ShardIndex:
     for path in _index_paths(tar):
         if _read_header(path, _tar_state(tar)) is not None:
             with contextlib.suppress(ValueError, OSError):
-                return ShardIndex.from_bytes(path.read_bytes())
+                return ShardIndex.from_bytes(_mapped(path))
     return build_index(tar)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """A file's content, of which all processes of a node share the one copy in memory."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def build_index(tar: Path) -> ShardIndex:
@@ -140,13 +181,13 @@ def build_index(tar: Path) -> ShardIndex:
     data = index.to_bytes(state)
     beside, cached = _index_paths(tar)
     try:
-        _write_atomically(beside, data)
+        write_atomically(beside, data)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise DataError(f"{beside}: cannot write the shard index: {error.strerror}") from error
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(cached, data)
+            write_atomically(cached, data)
         except OSError as error:
             raise DataError(
                 f"{tar}: its folder is read-only and so is {cached.parent} ({error.strerror}); "
@@ -185,22 +226,23 @@ def _tar_state(tar: Path) -> tuple[int, int]:
 
 def _index_paths(tar: Path) -> tuple[Path, Path]:
     """Where the index may lie: beside the tar, or in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygptv_ds" / "index"
+    cache = cache_home() / "index"
     name = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:32]
     return tar.with_name(f"{tar.name}.idx"), cache / f"{name}.idx"
 
 
-def _read_header(path: Path, tar_state: tuple[int, int]) -> tuple | None:
+def _read_header(path: Path, tar_state: tuple[int, int]) -> IndexHeader | None:
     """The header, or None if there is none or it describes another state of the tar."""
     try:
         with path.open("rb") as file:
-            header = _HEADER.unpack(file.read(_HEADER.size))
-    except (OSError, struct.error):
+            header = header_of(file.read(HEADER_BYTES))
+    except OSError:
         return None
-    return header if header[:3] == (_MAGIC, *tar_state) else None
+    return header if header is not None and header[:2] == tar_state else None
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, also among processes that write the same one."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

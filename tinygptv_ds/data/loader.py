@@ -110,7 +110,7 @@ class MicroBatches(Dataset):
         self._tokens = tokens
         self._rank = rank
         self._planner = Planner(stream, world_size)
-        self._reader = ShardReader()
+        self._reader = ShardReader(cache=stream.cache)
 
     def count(self, step: int) -> int:
         """Micro-batches of a step, the same on every rank."""

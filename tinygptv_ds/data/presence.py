@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import yaml
@@ -15,12 +15,15 @@ from tinygptv_ds.data.shards import expand_shards
 from tinygptv_ds.errors import DataError
 
 
-def absent(sections: Iterable[DatasetSection]) -> dict[DatasetSection, str]:
-    """The datasets whose shards are not all there, each with what is missing and how to get it."""
+def absent(data: DataSection) -> dict[DatasetSection, str]:
+    """The datasets whose shards are not all there, each with what is missing and how to get it.
+
+    Remote shards are only looked for where a folder or wildcard names them, and nothing is fetched.
+    """
     problems = {}
-    for section in sections:
+    for section in [*data.used, *data.validation]:
         try:
-            expand_shards(section.shards)
+            expand_shards(section.shards, allow_pipe=section.name in data.allow_pipe)
         except DataError as error:
             problems[section] = f"dataset {section.name}: {error}\n{how_to_get(section.name)}"
     return problems

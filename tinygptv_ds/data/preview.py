@@ -78,7 +78,7 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
     for name in args.dataset:
         if name not in names:
             raise ConfigError(f"--dataset {name}: the recipe uses no such dataset{nearest(name, names)}")
-    away = absent(recipe.data.used)
+    away = {section: problem for section, problem in absent(recipe.data).items() if section in recipe.data.used}
     if away:
         options = options_without(recipe.data, {*away, *recipe.data.validation})
         others = f"\nTo see the datasets that are there: {options[0]}" if options else ""

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinygptv_ds.data.cache import ShardCache
 from tinygptv_ds.data.index import ShardIndex, load_index
+from tinygptv_ds.data.remote import RemoteShard, Shard
 from tinygptv_ds.data.tar import IMAGE_SUFFIXES, Member
 from tinygptv_ds.errors import DataError
 
@@ -52,18 +54,20 @@ class RawSample:
 
 
 class ShardReader:
-    """Reads samples through the shard indexes, keeping the `max_open` most recently used shards open.
+    """Reads samples through the shard indexes, keeping the `max_open` most recently used shards open (two files each).
 
+    Remote shards are fetched into `cache` (None: the user's, of 100 GB) when one of their samples is first read.
     Reading never moves a file's position, so processes may go on with a reader they inherited by a fork; one that is
     sent to another process opens its own files there.
     """
 
-    def __init__(self, max_open: int = 16) -> None:
+    def __init__(self, max_open: int = 256, cache: ShardCache | None = None) -> None:
         self._max_open = max_open
-        self._shards: OrderedDict[Path, tuple[int, ShardIndex]] = OrderedDict()
+        self._cache = cache or ShardCache()
+        self._shards: OrderedDict[Shard, tuple[int, ShardIndex]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_max_open": self._max_open, "_shards": OrderedDict()}
+        return {"_max_open": self._max_open, "_cache": self._cache, "_shards": OrderedDict()}
 
     def __del__(self) -> None:
         self.close()
@@ -73,7 +77,7 @@ class ShardReader:
         while self._shards:
             os.close(self._shards.popitem()[1][0])
 
-    def read(self, tar: Path, index: int) -> RawSample:
+    def read(self, tar: Shard, index: int) -> RawSample:
         """Sample number `index` of `tar`. Raises SampleError if it is unusable, DataError if the shard is."""
         file, shard = self._shard(tar)
         if not 0 <= index < len(shard):
@@ -87,7 +91,14 @@ class ShardReader:
             raise SampleError("missing_image", f"{where}: a caption without a picture")
         return RawSample(key, record, tuple(_read(file, member, where) for member in pictures))
 
-    def read_record(self, tar: Path, index: int) -> tuple[str, dict[str, Any]]:
+    def key(self, tar: Shard, index: int) -> str:
+        """The key of a sample, for messages; its number where the shard cannot be read."""
+        try:
+            return self._shard(tar)[1].key(index)
+        except (DataError, IndexError):
+            return f"number {index}"
+
+    def read_record(self, tar: Shard, index: int) -> tuple[str, dict[str, Any]]:
         """(key, record) without the pictures; errors as in `read`."""
         file, shard = self._shard(tar)
         where = f"{tar}: sample {shard.key(index)}"
@@ -99,24 +110,30 @@ class ShardReader:
                 return _read(file, member, where)
         raise SampleError("missing_record", f"{where}: has no .json member")
 
-    def _shard(self, tar: Path) -> tuple[int, ShardIndex]:
+    def _shard(self, tar: Shard) -> tuple[int, ShardIndex]:
         """(file descriptor, index) of `tar`."""
         if tar in self._shards:
             self._shards.move_to_end(tar)
             return self._shards[tar]
-        index = load_index(tar)
-        try:
-            file = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(f"{tar}: cannot open the shard: {error.strerror}") from error
-        self._shards[tar] = (file, index)
+        self._shards[tar] = self._cache.open(tar) if isinstance(tar, RemoteShard) else _open(tar)
         if len(self._shards) > self._max_open:
             os.close(self._shards.popitem(last=False)[1][0])
         return self._shards[tar]
 
 
+def _open(tar: Path) -> tuple[int, ShardIndex]:
+    index = load_index(tar)
+    try:
+        return os.open(tar, os.O_RDONLY | os.O_CLOEXEC), index
+    except OSError as error:
+        raise DataError(f"{tar}: cannot open the shard: {error.strerror}") from error
+
+
 def _read(file: int, member: Member, where: str) -> bytes:
     """One member's bytes, tried a few times where the storage fails."""
+    available = max(0, os.fstat(file).st_size - member.offset)
+    if member.size > available:
+        raise SampleError("truncated", f"{where}: .{member.suffix} ends after {available} of {member.size} bytes")
     for delay in (*_RETRY_SECONDS, None):
         try:
             data = _pread(file, member)

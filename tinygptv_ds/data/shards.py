@@ -13,34 +13,51 @@ from typing import BinaryIO, Self
 import braceexpand
 
 from tinygptv_ds.data.index import build_index
+from tinygptv_ds.data.remote import PIPE, RemoteShard, Shard, list_shards
 from tinygptv_ds.errors import DataError
 
 
-def expand_shards(pattern: str | list[str], root: Path | None = None) -> list[Path]:
+def expand_shards(pattern: str | list[str], root: Path | None = None, *, allow_pipe: bool = False) -> list[Shard]:
     """The tars that `pattern` names: braces (``{00000..01255}.tar``), wildcards, a folder (its ``*.tar``), or a list.
 
-    Relative patterns are taken from `root`. The order is that of the braces and the list, sorted within wildcards and
-    folders. Raises DataError if a named file does not exist, a wildcard or folder gives none, or a file comes twice.
+    Relative patterns are taken from `root`. A URL (``https://``, ``s3://``, whatever fsspec knows) gives remote shards;
+    one that ends in ``/`` is a folder. With `allow_pipe` so does ``pipe:COMMAND``, a tar being the output of the shell
+    command; braces expand in it, too. Remote shards named by braces are not looked for here. The order is that of the
+    braces and the list, sorted within wildcards and folders.
+
+    Raises DataError if a named file does not exist, a wildcard or folder gives none, a file comes twice, or a command
+    comes where none is allowed.
     """
-    found: list[Path] = []
+    found: list[Shard] = []
     for entry in [pattern] if isinstance(pattern, str) else pattern:
-        found += _expand(entry, root)
+        found += _expand(entry, root, allow_pipe)
     twice = next((path for path in found if found.count(path) > 1), None) if len(set(found)) < len(found) else None
     if twice:
         raise DataError(f"shards: {twice} is listed more than once; list every shard once")
     return found
 
 
-def _expand(pattern: str, root: Path | None) -> list[Path]:
-    if "pipe:" in pattern or "://" in pattern:
-        raise DataError(f"shards: {pattern!r} is no file name; copy or mount the shards and name their files")
+def _expand(pattern: str, root: Path | None, allow_pipe: bool) -> list[Shard]:
     try:
         named = list(braceexpand.braceexpand(pattern))
     except braceexpand.UnbalancedBracesError:
         raise DataError(f"shards: unbalanced braces in {pattern!r}") from None
+    if "://" in pattern or any(name.startswith(PIPE) for name in named):
+        return [shard for name in named for shard in _remote(name, allow_pipe)]
+    return _local(pattern, named, root or Path())
+
+
+def _remote(url: str, allow_pipe: bool) -> list[RemoteShard]:
+    if url.startswith(PIPE) and not allow_pipe:
+        raise DataError(f"shards: {url!r} would run a shell command, which only a recipe may allow, by data.allow_pipe")
+    listed = not url.startswith(PIPE) and (url.endswith("/") or "*" in url)
+    return list_shards(url) if listed else [RemoteShard(url)]
+
+
+def _local(pattern: str, named: list[str], root: Path) -> list[Path]:
     found, missing = [], []
     for name in named:
-        path = (root or Path()) / Path(name).expanduser()
+        path = root / Path(name).expanduser()
         if path.is_dir():
             tars = sorted(path.glob("*.tar"))
         elif path.is_file():

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from tinygptv_ds.config.schema import DatasetSection, Recipe
-from tinygptv_ds.data.index import load_index, sample_counts
+from tinygptv_ds.data.cache import ShardCache, count_samples, open_cache
+from tinygptv_ds.data.index import ShardIndex, load_index
 from tinygptv_ds.data.mixture import Mixture, SampleRef, StepSamples, Stream
 from tinygptv_ds.data.order import DatasetOrder, held_out_counts
 from tinygptv_ds.data.packing import Estimate, Packing, estimate_for, pack
+from tinygptv_ds.data.remote import RemoteShard, Shard
 from tinygptv_ds.data.shards import expand_shards
 from tinygptv_ds.errors import DataError
 
@@ -36,17 +37,19 @@ class OpenStream:
         max_tokens: tokens of a micro-batch at most, or None.
         estimate: how long samples are, for packing.
         seed: the recipe's.
+        cache: where remote shards are fetched to.
     """
 
     order: Stream
     orders: dict[str, DatasetOrder]
     sections: dict[str, DatasetSection]
-    shards: dict[str, list[Path]]
+    shards: dict[str, list[Shard]]
     batch_size: int
     micro_batch_size: int | None
     max_tokens: int | None
     estimate: Estimate
     seed: int
+    cache: ShardCache
 
     @property
     def names(self) -> list[str]:
@@ -119,11 +122,14 @@ class Planner:
                 lengths[mine] = of_shard[samples.index[mine]]
         return lengths
 
+    def _index(self, shard: Shard) -> ShardIndex:
+        return self.stream.cache.index(shard) if isinstance(shard, RemoteShard) else load_index(shard)
+
     def _shard_lengths(self, name: str, shard: int) -> np.ndarray:
         key = (name, shard)
         if key not in self._lengths:
             try:
-                self._lengths[key] = load_index(self.stream.shards[name][shard]).lengths
+                self._lengths[key] = self._index(self.stream.shards[name][shard]).lengths.copy()
             except DataError as error:  # its samples drop out where they are read
                 log.warning("%s; its samples count as empty when the step is shared out", error)
                 self._lengths[key] = np.zeros((0, 3), dtype=np.uint16)
@@ -146,9 +152,11 @@ def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None, *,
     """
     share = 0.0 if sections else recipe.data.validation_share
     sections = sections or recipe.data.used
-    shards = {section.name: expand_shards(section.shards) for section in sections}
+    pipes = recipe.data.allow_pipe
+    shards = {s.name: expand_shards(s.shards, allow_pipe=s.name in pipes) for s in sections}
+    cache = open_cache(recipe.data)
     orders = {
-        name: _order(recipe, name, np.array(sample_counts(tars), dtype=np.int64), share, held_out)
+        name: _order(recipe, name, np.array(count_samples(tars, cache), dtype=np.int64), share, held_out)
         for name, tars in shards.items()
     }
     mixture = Mixture({section.name: section.weight for section in sections}, seed=recipe.seed)
@@ -162,6 +170,7 @@ def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None, *,
         recipe.train.max_tokens,
         estimate_for(recipe),
         recipe.seed,
+        cache,
     )
 
 

@@ -78,7 +78,7 @@ def _shown(recipe: Recipe, stream: OpenStream) -> OpenStream:
 
 def _choose(stream: OpenStream, tokens: Tokens, count: int) -> list[tuple[str, str, tuple[bytes, ...]]]:
     """(prompt, true answer, pictures) of the first readable samples of the order, the datasets by turns."""
-    reader = ShardReader()
+    reader = ShardReader(cache=stream.cache)
     chosen: list[tuple[str, str, tuple[bytes, ...]]] = []
     refs = (
         SampleRef(0, name, *stream.orders[name].locate(k))

@@ -23,7 +23,7 @@ def check_files(recipe: Recipe) -> None:
 
     Where some datasets are there and others are not, it ends with the option that trains on the former.
     """
-    away = absent([*recipe.data.used, *recipe.data.validation])
+    away = absent(recipe.data)
     problems = [*_weights(recipe.model), *away.values()]
     if problems:
         lines = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in problems)

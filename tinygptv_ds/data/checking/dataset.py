@@ -9,9 +9,10 @@ from pathlib import Path
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from tinygptv_ds.config.schema import DatasetSection
+from tinygptv_ds.data.cache import ShardCache, count_samples
 from tinygptv_ds.data.checking.samples import Tally, check_samples
 from tinygptv_ds.data.checking.sources import Sources, check_sources
-from tinygptv_ds.data.index import sample_count, sample_counts
+from tinygptv_ds.data.remote import Shard
 from tinygptv_ds.data.sets import how_to_get
 from tinygptv_ds.data.shards import expand_shards
 from tinygptv_ds.errors import DataError
@@ -28,12 +29,16 @@ class Scope:
         limit: samples of a dataset, spread evenly over its shards, and entries of its own files; None: all.
         workers: processes that look.
         root: where the own files of datasets without shards may lie; None: they are not looked for.
+        cache: where remote shards are fetched to.
+        allow_pipe: the datasets whose shards may be ``pipe:`` commands.
     """
 
     seed: int
     limit: int | None
     workers: int = 1
     root: Path | None = None
+    cache: ShardCache = field(default_factory=ShardCache)
+    allow_pipe: tuple[str, ...] = ()
 
 
 @dataclass
@@ -81,11 +86,13 @@ class DatasetCheck:
 
 def check_dataset(section: DatasetSection, scope: Scope) -> DatasetCheck:
     """Look at the shards of a dataset and at samples in them."""
-    tars, missing, problem = _find(section.shards)
-    counts, unreadable = _count(tars)
+    tars, missing, problem = _find(section.shards, section.name in scope.allow_pipe)
+    counts, unreadable = _count(tars, scope.cache)
     check = DatasetCheck(section, len(tars), len(missing), missing[:_NAMED], problem, unreadable, sum(counts))
     check.bytes = sum(tar.stat().st_size for tar in tars if isinstance(tar, Path))
-    check.tally = check_samples(section, tars, counts, seed=scope.seed, limit=scope.limit, workers=scope.workers)
+    check.tally = check_samples(
+        section, tars, counts, seed=scope.seed, limit=scope.limit, workers=scope.workers, cache=scope.cache
+    )
     check.narrowed = _folder_of(tars) if missing else None
     if not check.opens:
         check.how_to_get = how_to_get(section.name)
@@ -93,41 +100,41 @@ def check_dataset(section: DatasetSection, scope: Scope) -> DatasetCheck:
     return check
 
 
-def _find(pattern: str) -> tuple[list[Path], list[str], str | None]:
+def _find(pattern: str, allow_pipe: bool) -> tuple[list[Shard], list[str], str | None]:
     """(shards that are there, names that give none, what a run would say) for a recipe's `shards`."""
     try:
-        return expand_shards(pattern), [], None
+        return expand_shards(pattern, allow_pipe=allow_pipe), [], None
     except DataError as error:
         problem = str(error)
     try:
         names = list(braceexpand(pattern))
     except UnbalancedBracesError:
         names = [pattern]
-    found: list[Path] = []
+    found: list[Shard] = []
     missing = []
     for name in names:
         try:
-            found += expand_shards(name)
+            found += expand_shards(name, allow_pipe=allow_pipe)
         except DataError:
             missing.append(name)
     return found, missing, problem
 
 
-def _folder_of(tars: Sequence[Path]) -> str | None:
+def _folder_of(tars: Sequence[Shard]) -> str | None:
     """The folder of which these are all the shards, if there is one."""
     folders = {tar.parent for tar in tars if isinstance(tar, Path)}
     return next((str(folder) for folder in folders if set(folder.glob("*.tar")) == set(tars)), None)
 
 
-def _count(tars: Sequence[Path]) -> tuple[list[int], list[str]]:
+def _count(tars: Sequence[Shard], cache: ShardCache) -> tuple[list[int], list[str]]:
     """(samples of each shard, what is wrong with those that are no shard and count 0)."""
     try:
-        return sample_counts(tars), []
+        return count_samples(tars, cache), []
     except DataError:
         counts, unreadable = [], []
     for tar in tars:
         try:
-            counts.append(sample_count(tar))
+            counts += count_samples([tar], cache)
         except DataError as error:
             counts.append(0)
             unreadable.append(str(error))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinygptv_ds.config.schema import DatasetSection, Recipe
-from tinygptv_ds.data.index import sample_counts
 from tinygptv_ds.data.mixture import Mixture
 from tinygptv_ds.data.stream import open_stream
 
@@ -58,8 +58,9 @@ def plan(recipe: Recipe, sections: Sequence[DatasetSection]) -> Plan | None:
     if not sections:
         return None
     mixture = Mixture({section.name: section.weight for section in sections}, seed=recipe.seed)
-    stream = open_stream(recipe, list(sections))
-    sizes = {name: sum(sample_counts(tars)) for name, tars in stream.shards.items()}
+    data = dataclasses.replace(recipe.data, only=[section.name for section in sections])
+    stream = open_stream(dataclasses.replace(recipe, data=data))
+    sizes = {name: len(order) for name, order in stream.orders.items()}
     pass_steps, batch_size, total = stream.order.steps_per_epoch(), recipe.train.batch_size, recipe.train.total_steps
 
     def share(section: DatasetSection) -> Share:

@@ -14,9 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from tinygptv_ds.config.schema import DatasetSection
+from tinygptv_ds.data.cache import ShardCache
 from tinygptv_ds.data.index import load_index
 from tinygptv_ds.data.mixture import SampleRef, sample_rng
 from tinygptv_ds.data.reader import RawSample, SampleError, ShardReader
+from tinygptv_ds.data.remote import Shard
 from tinygptv_ds.data.tar import bad_end
 from tinygptv_ds.data.words import in_words
 from tinygptv_ds.errors import DataError
@@ -86,21 +88,29 @@ class Chunk(NamedTuple):
     """
 
     section: DatasetSection
-    tar: Path
+    tar: Shard
     shard: int
     indices: Sequence[int]
     seed: int
     first: bool
+    cache: ShardCache
 
 
 def check_samples(
-    section: DatasetSection, tars: Sequence[Path], counts: Sequence[int], *, seed: int, limit: int | None, workers: int
+    section: DatasetSection,
+    tars: Sequence[Shard],
+    counts: Sequence[int],
+    *,
+    seed: int,
+    limit: int | None,
+    workers: int,
+    cache: ShardCache,
 ) -> Tally:
     """Look at `limit` samples spread evenly over the shards, or at all of them (None), in `workers` processes."""
     chunks: list[Chunk] = []
     for shard, indices in _spread(counts, limit):
         first = not chunks or chunks[-1].shard != shard
-        chunks.append(Chunk(section, tars[shard], shard, indices, seed, first))
+        chunks.append(Chunk(section, tars[shard], shard, indices, seed, first, cache))
     tally = Tally()
     with tqdm(desc=section.name, total=sum(len(c.indices) for c in chunks), unit="sample", disable=None) as bar:
         for found in _mapped(chunks, workers):
@@ -135,7 +145,7 @@ def _spread(counts: Sequence[int], limit: int | None) -> Iterator[tuple[int, Seq
 
 def check_chunk(chunk: Chunk) -> Tally:
     """Look at the samples of a chunk."""
-    tally, reader = Tally(), ShardReader()
+    tally, reader = Tally(), ShardReader(cache=chunk.cache)
     if chunk.first:
         tally.cut_shards += _cut(chunk.tar)
     for index in chunk.indices:
@@ -147,7 +157,7 @@ def check_chunk(chunk: Chunk) -> Tally:
             tally.missing_pictures += error.reason == "missing_image"
             tally.pictures += error.reason == "missing_image"
             if len(tally.broken) < LISTED:
-                tally.broken.append(Broken(str(chunk.tar), _key(chunk.tar, index), error.reason, str(error)))
+                tally.broken.append(Broken(str(chunk.tar), reader.key(chunk.tar, index), error.reason, str(error)))
     reader.close()
     return tally
 
@@ -185,7 +195,7 @@ def _measure(tally: Tally, rendered: Rendered, where: str) -> None:
         tally.longest_text, tally.longest_sample = length, where
 
 
-def _cut(tar: Path) -> list[str]:
+def _cut(tar: Shard) -> list[str]:
     """What is wrong at the end of a shard on this machine, which training would warn of once, when it is indexed."""
     if not isinstance(tar, Path):
         return []
@@ -198,10 +208,3 @@ def _cut(tar: Path) -> list[str]:
     except OSError as error:
         return [f"{tar}: cannot open the shard: {error.strerror}"]
     return [f"{tar}: {problem}; its {len(index)} complete samples are used"] if problem else []
-
-
-def _key(tar: Path, index: int) -> str:
-    try:
-        return load_index(tar).key(index)
-    except (DataError, IndexError):
-        return f"number {index}"

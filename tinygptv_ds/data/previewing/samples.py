@@ -9,12 +9,10 @@ from itertools import count, groupby, islice, pairwise
 import numpy as np
 
 from tinygptv_ds.config.schema import TextSection
-from tinygptv_ds.data.index import load_index
 from tinygptv_ds.data.loader import Tokens, load_sample
 from tinygptv_ds.data.mixture import SampleRef
 from tinygptv_ds.data.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream import OpenStream
-from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.boxes import Box, FoundBox, find_boxes
 from tinygptv_ds.processing.sequence import IGNORE, Sequence
 
@@ -75,7 +73,7 @@ def previews(
     stream: OpenStream, tokens: Tokens, *, first_step: int, number: int, datasets: Collection[str] = ()
 ) -> Iterator[Preview]:
     """The first `number` samples from step `first_step` on, in the order of training; of `datasets` alone if given."""
-    reader = ShardReader()
+    reader = ShardReader(cache=stream.cache)
     refs = (ref for step in count(first_step) for ref in stream.order.step(step))
     wanted = (ref for ref in refs if not datasets or ref.dataset in datasets)
     for ref in islice(wanted, number):
@@ -86,10 +84,7 @@ def preview(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tok
     """One sample, or the reason why it drops out."""
     tar = stream.shards[ref.dataset][ref.shard]
     step = ref.position // stream.batch_size
-    try:
-        key = load_index(tar).key(ref.index)
-    except DataError:
-        key = f"number {ref.index}"
+    key = reader.key(tar, ref.index)
     try:
         sample = load_sample(stream, reader, ref, tokens)
         whole = [load_sample(stream, reader, ref, replace(tokens, text=text)).sequence for text in _unlimited(tokens)]

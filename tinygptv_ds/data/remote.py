@@ -1,0 +1,231 @@
+"""Shards that are no files here: URLs through fsspec, and `pipe:` commands whose output is a tar."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import posixpath
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+from tinygptv_ds.errors import DataError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+log = logging.getLogger(__name__)
+PIPE = "pipe:"
+_RETRY_SECONDS = (1.0, 4.0, 16.0)
+_CONNECT_SECONDS, _SILENT_SECONDS = 30, 60  # a server that sends nothing for so long has failed
+_TRY_AGAIN = (408, 425, 429)  # of HTTP's 4xx, those that pass
+_BLOCK = 1 << 20
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class RemoteShard:
+    """A tar that has to be fetched. `url` is any that fsspec opens, or ``pipe:COMMAND``."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return re.sub(r"://[^/@]*@", "://***@", self.url)  # no password in a log
+
+    @property
+    def is_pipe(self) -> bool:
+        """Whether a command gives the tar."""
+        return self.url.startswith(PIPE)
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL, or the command."""
+        return self.url if self.is_pipe else posixpath.basename(self.url.partition("?")[0])
+
+
+Shard = Path | RemoteShard
+
+
+def list_shards(url: str) -> list[RemoteShard]:
+    """The tars of a folder (a URL that ends in ``/``) or of a wildcard, sorted.
+
+    Raises DataError if there are none, or the place cannot be listed.
+    """
+    pattern = url + "*.tar" if url.endswith("/") else url
+    shard = RemoteShard(pattern)
+
+    def find() -> list[RemoteShard]:
+        files, path = _open(pattern)
+        return [RemoteShard(files.unstrip_protocol(name)) for name in sorted(files.glob(path))]
+
+    found = _persist(shard, find)
+    if not found:
+        raise DataError(f"shards {shard}: none found; check the URL, or name each with braces: {{00000..00010}}.tar")
+    return found
+
+
+def remote_size(shard: RemoteShard) -> int | None:
+    """Bytes of the tar; None where only fetching it tells. Raises DataError if it is not there."""
+    if shard.is_pipe:
+        return None
+
+    def ask() -> int | None:
+        files, path = _open(shard.url)
+        return files.size(path)
+
+    return _persist(shard, ask)
+
+
+def index_beside(shard: RemoteShard, length: int | None = None) -> bytes:
+    """The index beside the tar, or its first `length` bytes; none if there is no index to be had."""
+    if shard.is_pipe:
+        return b""
+    path, mark, query = shard.url.partition("?")
+
+    def read() -> bytes:
+        files, index = _open(f"{path}.idx{mark}{query}")
+        try:
+            return files.cat_file(index, start=length and 0, end=length)[:length]  # a server may know no ranges
+        except (FileNotFoundError, PermissionError):  # S3 refuses what is not there where listing is not allowed
+            return b""
+        except Exception as error:
+            if getattr(error, "status", None) in (401, 403, 410, 416):
+                return b""
+            raise
+
+    return _persist(shard, read)
+
+
+def download(shard: RemoteShard, to: Path, size: int | None, arrived: Callable[[int], None]) -> None:
+    """Fetch the whole tar into the file `to`, with new attempts where the network fails.
+
+    Args:
+        shard: which.
+        to: written anew by each attempt.
+        size: what it must be long, in bytes, if that is known.
+        arrived: called with the number of bytes so far; may raise a DataError to end it.
+
+    Raises:
+        DataError: it cannot be had; names the URL and what to do.
+    """
+
+    def fetch() -> None:
+        if shard.is_pipe:
+            _run(shard.url.removeprefix(PIPE), to, arrived)
+        else:
+            _get(shard.url, to, size, arrived)
+        length = to.stat().st_size
+        if size not in (None, length):
+            raise OSError(f"{length} of {size} bytes came")
+
+    _persist(shard, fetch)
+
+
+def _get(url: str, to: Path, size: int | None, arrived: Callable[[int], None]) -> None:
+    from fsspec.callbacks import Callback
+
+    files, path = _open(url)
+    if size is None:
+        with files.open(path, "rb") as source:
+            _copy(source, to, arrived)
+    else:  # each file system's own way, the fastest
+        callback = Callback(hooks={"arrived": lambda _, value, **__: arrived(value)})
+        files.get_file(path, str(to), callback=callback)
+
+
+def _copy(source: IO[bytes], to: Path, arrived: Callable[[int], None]) -> None:
+    """Ask before each block is written, since that it fits is not known."""
+    with to.open("wb") as out:
+        while block := source.read(_BLOCK):
+            arrived(out.tell() + len(block))
+            out.write(block)
+
+
+def _run(command: str, to: Path, arrived: Callable[[int], None]) -> None:
+    """A shell command's output; `pipefail`, so that ``curl ... | zcat`` fails where curl does."""
+    shell = ["bash", "-o", "pipefail", "-c", command]
+    with (
+        tempfile.TemporaryFile() as stderr,
+        subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr) as process,
+    ):
+        try:
+            _copy(process.stdout, to, arrived)
+        except BaseException:
+            process.kill()
+            raise
+        if process.wait():
+            stderr.seek(0)
+            tail = stderr.read().decode(errors="replace").strip()[-500:]
+            raise OSError(f"the command ended with exit code {process.returncode}: {tail or 'no message'}")
+
+
+def _open(url: str) -> tuple[AbstractFileSystem, str]:
+    """(file system, path in it); fsspec keeps one file system a process."""
+    from fsspec.core import url_to_fs
+
+    options: dict[str, Any] = {}
+    if url.startswith(("http://", "https://")):
+        import aiohttp
+
+        # its own limit is 5 minutes for a whole file
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
+        options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
+    return url_to_fs(url, **options)
+
+
+def _persist(shard: RemoteShard, action: Callable[[], _Result]) -> _Result:
+    """Call `action` until it succeeds, a few times where the failure may pass."""
+    for delay in (*_RETRY_SECONDS, None):
+        try:
+            return action()
+        except DataError:
+            raise
+        except Exception as error:  # each file system has kinds of its own
+            if delay is None or _is_final(error):
+                raise DataError(f"{shard}: {_explained(shard, error)}") from error
+            log.info("%s: %s: %s; next attempt in %g s", shard, type(error).__name__, error, delay)
+            time.sleep(delay)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _is_final(error: Exception) -> bool:
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in _TRY_AGAIN
+    final = (ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
+    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return isinstance(error, final) or full or _wants_credentials(error)
+
+
+def _wants_credentials(error: Exception) -> bool:
+    refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
+    return refused or "Credentials" in type(error).__name__  # botocore's and google's
+
+
+def _explained(shard: RemoteShard, error: Exception) -> str:
+    """What went wrong, and the remedy."""
+    protocol = shard.url.partition("://")[0]
+    if isinstance(error, ImportError):
+        return f"{error}; {protocol}:// needs a package: pip install {_package(protocol)}"
+    if isinstance(error, FileNotFoundError):
+        return "not found; check the URL (that of a folder ends in /), or narrow the pattern to what is there"
+    if _wants_credentials(error):
+        return (
+            f"access refused ({error}); give the credentials as this storage's own tools take them, or by "
+            f"FSSPEC_{protocol.upper()}_... variables and ~/.config/fsspec"
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk of the cache is full; lower data.cache_gb, or set data.cache_dir to another disk"
+    return f"cannot be fetched: {type(error).__name__}: {error}"
+
+
+def _package(protocol: str) -> str:
+    from fsspec.registry import known_implementations
+
+    package = known_implementations.get(protocol, {"class": ""})["class"].partition(".")[0]
+    return "'fsspec[http]'" if package == "fsspec" else package or f"fsspec[{protocol}]"
