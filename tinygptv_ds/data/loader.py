@@ -26,19 +26,20 @@ from tinygptv_ds.processing.text import render
 
 @dataclass(frozen=True)
 class Tokens:
-    """What turns words and pictures into a row: tokenizer, the recipe's text section, picture rows and size."""
+    """What turns words and pictures into a row: tokenizer, the recipe's text section, picture rows, size and decoding."""
 
     tokenizer: PreTrainedTokenizerBase
     text: TextSection
     image: ImageTokens
     image_size: int
+    decoding: str = "exact"
 
 
 def open_tokens(recipe: Recipe, config: PretrainedConfig) -> Tokens:
     """The tokenizer beside Phi's weights, and what the model's configuration says of pictures."""
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi, local_files_only=True, trust_remote_code=False)
     image = ImageTokens(config.image_token_id, config.num_query_tokens)
-    return Tokens(tokenizer, recipe.text, image, config.vision_config.image_size)
+    return Tokens(tokenizer, recipe.text, image, config.vision_config.image_size, recipe.data.decoding)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
     except DataError as error:
         raise SampleError("bad_record", f"{where}: {error}") from error
     try:
-        pixels = [to_pixels(image, tokens.image_size) for image in raw.images]
+        pixels = [to_pixels(image, tokens.image_size, tokens.decoding) for image in raw.images]
     except DataError as error:
         raise SampleError("corrupt_image", f"{where}: {error}") from error
     return Sample(ref, sequence, np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), dtype=np.uint8))
