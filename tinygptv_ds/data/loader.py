@@ -26,7 +26,7 @@ from tinygptv_ds.processing.text import render
 
 @dataclass(frozen=True)
 class Tokens:
-    """What turns words and pictures into a row: tokenizer, the recipe's text section, picture rows, size and decoding."""
+    """What turns words and pictures into a row: tokenizer, text section, picture rows, pictures' size and decoding."""
 
     tokenizer: PreTrainedTokenizerBase
     text: TextSection
