@@ -28,8 +28,8 @@ def write_photos(folder: Path, size: tuple[int, int], count: int, seed: int = 0)
 
 
 def _crop(photo: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """A part of it, at least two thirds as large as fits, brought to `size`."""
-    scale = min(photo.width / size[0], photo.height / size[1]) * rng.uniform(2 / 3, 1)
+    """The largest part of it that fits, or a little less, brought to `size`."""
+    scale = min(photo.width / size[0], photo.height / size[1]) * rng.uniform(0.85, 1)
     width, height = (round(side * scale) for side in size)
     left, top = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - height + 1)
     return photo.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))

@@ -134,8 +134,9 @@ class DataSection:
             0 loads in the training process.
         shuffle_shards: samples are shuffled within windows of this many shards.
         max_skipped_share: the run stops once more than this share of the samples seen was unreadable.
-        decoding: "exact" gives the original's pixels; "fast" decodes large JPEGs at a part of their size, which moves
-            pixels by 1 to 2 of 255 on average. Training only: inference and evaluation are always exact.
+        decoding: "exact" gives the original's pixels; "fast" decodes JPEGs of twice the input size or more at a
+            part of theirs, which moves pixels by 1 to 3 of 255 on average. Training only: inference and evaluation are
+            always exact.
     """
 
     datasets: list[DatasetSection]
