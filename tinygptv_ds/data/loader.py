@@ -89,7 +89,14 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
         pixels = [to_pixels(image, tokens.image_size, tokens.decoding) for image in raw.images]
     except DataError as error:
         raise SampleError("corrupt_image", f"{where}: {error}") from error
-    return Sample(ref, sequence, np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), dtype=np.uint8))
+    return Sample(ref, sequence, _stack(pixels))
+
+
+def _stack(pixels: list[np.ndarray]) -> np.ndarray:
+    """uint8 `[n, 3, S, S]`; a single picture, which is the rule, is not copied."""
+    if len(pixels) == 1:
+        return pixels[0][None]
+    return np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), dtype=np.uint8)
 
 
 class MicroBatches(Dataset):

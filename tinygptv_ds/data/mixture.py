@@ -48,6 +48,8 @@ class Mixture:
 
     def locate(self, position: int) -> tuple[str, int]:
         """(dataset, number k of its draw) at `position`; the draws of a dataset come in the order k = 0, 1, ..."""
+        if self.cycle == 1:  # a single dataset: nothing to arrange for every sample anew
+            return self._names[0], position
         cycle, slot = divmod(position, self.cycle)
         which, occurrence = self._arrangement(cycle)
         number = int(which[slot])
