@@ -7,6 +7,7 @@ A sample that cannot be used drops out of its step and is reported; nothing else
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from tinygptv_ds.data.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream import OpenStream
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.images import to_pixels
-from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
+from tinygptv_ds.processing.sequence import ImageTokens, Sequence, build_sequence
 from tinygptv_ds.processing.text import render
 
 
@@ -63,12 +64,27 @@ class Loaded:
         return Loaded(self.batch.pin_memory(), self.skipped)
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A sample whose pictures are not decoded yet; `where` names shard and key in messages."""
+
+    ref: SampleRef
+    where: str
+    sequence: Sequence
+    images: tuple[bytes, ...]
+
+
 def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Sample:
     """Read, draw, tokenise and decode one sample.
 
     Raises:
         SampleError: the sample cannot be used; names shard and key.
     """
+    return decode_sample(draft_sample(stream, reader, ref, tokens), tokens)
+
+
+def draft_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Draft:
+    """All of `load_sample` but the pixels; raises as it does."""
     tar = stream.shards[ref.dataset][ref.shard]
     try:
         raw = reader.read(tar, ref.index)
@@ -85,11 +101,16 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
         sequence = build_sequence(rendered, len(raw.images), tokens.tokenizer, tokens.text, tokens.image, draw)
     except DataError as error:
         raise SampleError("bad_record", f"{where}: {error}") from error
+    return Draft(ref, where, sequence, raw.images)
+
+
+def decode_sample(draft: Draft, tokens: Tokens) -> Sample:
+    """The rest of `load_sample`: the pixels; raises as it does."""
     try:
-        pixels = [to_pixels(image, tokens.image_size, tokens.decoding) for image in raw.images]
+        pixels = [to_pixels(image, tokens.image_size, tokens.decoding) for image in draft.images]
     except DataError as error:
-        raise SampleError("corrupt_image", f"{where}: {error}") from error
-    return Sample(ref, sequence, _stack(pixels))
+        raise SampleError("corrupt_image", f"{draft.where}: {error}") from error
+    return Sample(draft.ref, draft.sequence, _stack(pixels))
 
 
 def _stack(pixels: list[np.ndarray]) -> np.ndarray:
@@ -115,13 +136,15 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, number: int) -> Loaded:
         step, micro = divmod(number, self._accumulation)
-        samples: list[Sample] = []
         skipped: list[Skipped] = []
+        drafts, samples = [], []
+        # All words, then all pictures: by turns, each would push the other's code out of the core's caches.
         for ref in self._stream.micro_batch(step, micro, self._rank, self._world_size):
-            try:
-                samples.append(load_sample(self._stream, self._reader, ref, self._tokens))
-            except SampleError as error:
-                skipped.append(Skipped(ref, error.reason, str(error)))
+            with _counted(ref, skipped):
+                drafts.append(draft_sample(self._stream, self._reader, ref, self._tokens))
+        for draft in drafts:
+            with _counted(draft.ref, skipped):
+                samples.append(decode_sample(draft, self._tokens))
         batch = collate(
             samples,
             self._stream.names,
@@ -129,7 +152,16 @@ class MicroBatches(Dataset):
             image_size=self._tokens.image_size,
             bos=self._tokens.tokenizer.bos_token_id,
         )
-        return Loaded(batch, tuple(skipped))
+        return Loaded(batch, tuple(sorted(skipped, key=lambda item: item.ref.position)))
+
+
+@contextmanager
+def _counted(ref: SampleRef, skipped: list[Skipped]) -> Iterator[None]:
+    """A sample that cannot be used is noted in `skipped`."""
+    try:
+        yield
+    except SampleError as error:
+        skipped.append(Skipped(ref, error.reason, str(error)))
 
 
 def micro_batches(dataset: MicroBatches, *, first: int, num_workers: int, pin_memory: bool) -> Iterator[Loaded]:
