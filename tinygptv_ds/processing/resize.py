@@ -2,7 +2,7 @@
 
 Pillow weighs with 22-bit fixed-point numbers, first along one axis, then along the other, rounding to 8 bits in between
 (its src/libImaging/Resample.c). So does this, compiled by numba. torch's uint8 resize weighs with 16 bits, as
-Pillow-SIMD does, and differs by 1 or 2 in some values of every picture.
+Pillow-SIMD does, and differs by 1 or 2 in some values of nearly every picture.
 
 The order of the axes is that of Pillow 13, whatever Pillow is installed: up to 12 it went along the width first always,
 which gives other values for pictures much higher than wide.
