@@ -57,6 +57,7 @@ def changed(*overrides: str) -> dict[str, Any]:
         ("data.only=b", "data.only must be a list, not 'b'"),
         ("data.datasets.0.weight=0", "data.datasets, a: weight must be positive"),
         ("data.max_skipped_share=2", r"must lie in \[0, 1\]"),
+        ("data.decoding=draft", r"'draft' is not one of exact, fast"),
         ("optimizer.betas=[0.9]", "optimizer.betas must be two numbers"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,15 @@ import tiny
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.data.batch import Batch, Sample, collate
-from tinygptv_ds.data.loader import Loaded, MicroBatches, Tokens, load_steps
+from tinygptv_ds.data.loader import Loaded, MicroBatches, Tokens, load_steps, open_tokens
 from tinygptv_ds.data.mixture import SampleRef
 from tinygptv_ds.data.shards import ShardWriter
 from tinygptv_ds.data.stream import OpenStream, open_stream
-from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence
+from tinygptv_ds.processing.images import to_pixels
+from tinygptv_ds.processing.sequence import IGNORE, Sequence
 
 STEPS = 4
 RAW = Callable[..., dict[str, Any]]
@@ -29,9 +30,9 @@ RAW = Callable[..., dict[str, Any]]
 
 def stream_of(raw: dict[str, Any]) -> tuple[OpenStream, Tokens]:
     recipe = build_recipe(raw, "test")
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
-    image = ImageTokens(len(tokenizer) + 4, tiny.QUERIES)
-    return open_stream(recipe), Tokens(tokenizer, recipe.text, image, tiny.IMAGE_SIZE)
+    vision = SimpleNamespace(image_size=tiny.IMAGE_SIZE)
+    config = SimpleNamespace(image_token_id=-1, num_query_tokens=tiny.QUERIES, vision_config=vision)
+    return open_stream(recipe), open_tokens(recipe, config)
 
 
 def load(raw: dict[str, Any], *, rank: int = 0, world: int = 1, workers: int = 0, first: int = 0) -> list[Loaded]:
@@ -159,6 +160,19 @@ def test_a_bad_sample_drops_out_alone(reason: str, workers: int, raw_recipe: RAW
     for mine, other in zip(in_order(rest), expected, strict=True):
         assert mine[:3] == other[:3]
         assert torch.equal(mine[3], other[3])
+
+
+def test_decoding_is_the_recipes(raw_recipe: RAW, tmp_path: Path) -> None:
+    """Of JPEGs more than twice the input size, fast gives other pixels, and nothing else changes."""
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 80, 3), dtype=np.uint8)).save(out, "JPEG")
+    shards = write(tmp_path / "large", {key: {"jpg": out.getvalue()} for key in range(8)})
+    sections = [{"name": "vqa", "shards": str(shards)}]
+    exact, fast = (load(raw_recipe(data__datasets=sections, data__decoding=way)) for way in ("exact", "fast"))
+    for ours, theirs in zip(fast, exact, strict=True):
+        assert torch.equal(ours.batch.input_ids, theirs.batch.input_ids)
+        assert not torch.equal(ours.batch.pixel_values, theirs.batch.pixel_values)
+    assert torch.equal(exact[0].batch.pixel_values[0], torch.from_numpy(to_pixels(out.getvalue(), tiny.IMAGE_SIZE)))
 
 
 def test_a_placeholder_mismatch_is_explained(raw_recipe: RAW, tmp_path: Path) -> None:

@@ -144,6 +144,9 @@ class DataSection:
             `tinygptv_ds/shards` in the user's cache folder.
         cache_gb: 10^9 bytes of remote shards kept at most; best several windows of `shuffle_shards` of every dataset.
         allow_pipe: names of the datasets whose shards may be ``pipe:`` commands; each runs in a shell.
+        decoding: "exact" gives the original's pixels; "fast" decodes JPEGs of twice the input size or more at a
+            part of theirs, which moves pixels by 1 to 3 of 255 on average. Training only: inference and evaluation are
+            always exact.
     """
 
     datasets: list[DatasetSection]
@@ -157,6 +160,7 @@ class DataSection:
     cache_dir: str | None = None
     cache_gb: float = 100.0
     allow_pipe: list[str] = field(default_factory=list)
+    decoding: str = "exact"
 
     def __post_init__(self) -> None:
         _require(bool(self.datasets), "data.datasets is empty: name at least one dataset")
@@ -184,6 +188,7 @@ class DataSection:
             f"data.datasets: the shards of {', '.join(piped)} are pipe: commands, which run in a shell with all your "
             f"rights; if you trust this recipe, --set data.allow_pipe=[{','.join(piped)}]",
         )
+        _require(self.decoding in ("exact", "fast"), f"data.decoding: {self.decoding!r} is not one of exact, fast")
 
     @property
     def used(self) -> list[DatasetSection]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,19 +28,20 @@ from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build
 
 @dataclass(frozen=True)
 class Tokens:
-    """What turns words and pictures into a row: tokenizer, the recipe's text section, picture rows and size."""
+    """What turns words and pictures into a row: tokenizer, text section, picture rows, pictures' size and decoding."""
 
     tokenizer: PreTrainedTokenizerBase
     text: TextSection
     image: ImageTokens
     image_size: int
+    decoding: str = "exact"
 
 
 def open_tokens(recipe: Recipe, config: PretrainedConfig) -> Tokens:
     """The tokenizer beside Phi's weights, and what the model's configuration says of pictures."""
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi, local_files_only=True, trust_remote_code=False)
     image = ImageTokens(config.image_token_id, config.num_query_tokens)
-    return Tokens(tokenizer, recipe.text, image, config.vision_config.image_size)
+    return Tokens(tokenizer, recipe.text, image, config.vision_config.image_size, recipe.data.decoding)
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,27 @@ class Loaded:
         return Loaded(self.batch.pin_memory(), self.skipped)
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A sample whose pictures are not decoded yet; `where` names shard and key in messages."""
+
+    ref: SampleRef
+    where: str
+    sequence: Sequence
+    images: tuple[bytes, ...]
+
+
 def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Sample:
     """Read, draw, tokenise and decode one sample.
 
     Raises:
         SampleError: the sample cannot be used; names shard and key.
     """
+    return decode_sample(draft_sample(stream, reader, ref, tokens), tokens)
+
+
+def draft_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Draft:
+    """All of `load_sample` but the pixels; raises as it does."""
     tar = stream.shards[ref.dataset][ref.shard]
     try:
         raw = reader.read(tar, ref.index)
@@ -86,11 +103,23 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
     except DataError as error:
         raise SampleError("bad_record", f"{where}: {error}") from error
     _check(sequence, stream.max_tokens, where)
+    return Draft(ref, where, sequence, raw.images)
+
+
+def decode_sample(draft: Draft, tokens: Tokens) -> Sample:
+    """The rest of `load_sample`: the pixels; raises as it does."""
     try:
-        pixels = [to_pixels(image, tokens.image_size) for image in raw.images]
+        pixels = [to_pixels(image, tokens.image_size, tokens.decoding) for image in draft.images]
     except DataError as error:
-        raise SampleError("corrupt_image", f"{where}: {error}") from error
-    return Sample(ref, sequence, np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), dtype=np.uint8))
+        raise SampleError("corrupt_image", f"{draft.where}: {error}") from error
+    return Sample(draft.ref, draft.sequence, _stack(pixels))
+
+
+def _stack(pixels: list[np.ndarray]) -> np.ndarray:
+    """uint8 `[n, 3, S, S]`; a single picture, which is the rule, is not copied."""
+    if len(pixels) == 1:
+        return pixels[0][None]
+    return np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), dtype=np.uint8)
 
 
 def _check(sequence: Sequence, max_tokens: int | None, where: str) -> None:
@@ -120,13 +149,15 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> Loaded:
         step, number = place
-        samples: list[Sample] = []
         skipped: list[Skipped] = []
+        drafts, samples = [], []
+        # All words, then all pictures: by turns, each would push the other's code out of the core's caches.
         for ref in self._planner.plan(step).micro_batch(number, self._rank):
-            try:
-                samples.append(load_sample(self._stream, self._reader, ref, self._tokens))
-            except SampleError as error:
-                skipped.append(Skipped(ref, error.reason, str(error)))
+            with _counted(ref, skipped):
+                drafts.append(draft_sample(self._stream, self._reader, ref, self._tokens))
+        for draft in drafts:
+            with _counted(draft.ref, skipped):
+                samples.append(decode_sample(draft, self._tokens))
         batch = collate(
             samples,
             self._stream.names,
@@ -134,7 +165,16 @@ class MicroBatches(Dataset):
             image_size=self._tokens.image_size,
             bos=self._tokens.tokenizer.bos_token_id,
         )
-        return Loaded(batch, tuple(skipped))
+        return Loaded(batch, tuple(sorted(skipped, key=lambda item: item.ref.position)))
+
+
+@contextmanager
+def _counted(ref: SampleRef, skipped: list[Skipped]) -> Iterator[None]:
+    """A sample that cannot be used is noted in `skipped`."""
+    try:
+        yield
+    except SampleError as error:
+        skipped.append(Skipped(ref, error.reason, str(error)))
 
 
 def load_steps(

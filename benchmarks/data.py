@@ -1,0 +1,234 @@
+"""Samples per second and core, from shards to training batches, in several ways.
+
+    python benchmarks/data.py [--seconds S] [--rounds N] [--quick] [--json FILE]
+
+The ways take turns, round by round, in one process on one core; each figure is the best of its rounds, in CPU time.
+Loader processes are measured afterwards, in wall-clock time, so on a machine with nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import simplejpeg
+import torch
+import webdataset
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torchvision import transforms
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.photos import write_photos
+from tinygptv_ds.cli import run_command
+from tinygptv_ds.config.load import build_recipe
+from tinygptv_ds.data.index import sample_count
+from tinygptv_ds.data.loader import MicroBatches, Tokens, load_steps
+from tinygptv_ds.data.reader import ShardReader
+from tinygptv_ds.data.stream import open_stream
+from tinygptv_ds.models.tinygptv import IMAGE_MEAN, IMAGE_STD
+from tinygptv_ds.processing.images import to_pixels
+from tinygptv_ds.processing.sequence import ImageTokens
+
+SOURCES = ((640, 480), (224, 224))
+TARGETS = (224, 448)
+BATCH = 16
+ORIGINAL, WEBDATASET, DECODE = "original's transform", "webdataset, the same transform", "JPEG decode alone"
+PIXELS, EXACT, FAST = "exact, from memory to pixels", "exact, from shards to batches", "fast, from shards to batches"
+
+# An endless stream that does the work; each item is the number of samples that it took.
+Work = Iterator[int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way at one pair of sizes.
+
+    Attributes:
+        way: what was done.
+        source: width and height of the JPEGs.
+        target: side of the result.
+        workers: loader processes; 0: all in one process.
+        rate: samples a second, in the best round.
+        rounds: the same of every round.
+    """
+
+    way: str
+    source: tuple[int, int]
+    target: int
+    workers: int
+    rate: float
+    rounds: list[float]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the shards, measure every way, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each way in each round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a moment of each, to try the script out")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    args = parser.parse_args(argv)
+    seconds, rounds, pictures = (0.01, 1, 4) if args.quick else (args.seconds, args.rounds, 64)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for source, target in itertools.product(SOURCES, TARGETS):
+            shards = Path(folder, "x".join(map(str, source)))
+            if not shards.exists():
+                write_photos(shards, source, pictures)
+            rows += show(measure_one_core(shards, source, target, seconds, rounds))
+        for workers in (1, 2):
+            rows.append(measure_workers(Path(folder, "640x480"), workers, seconds, rounds))
+            print(f"{EXACT}, 640 x 480 -> 224, {workers} loader process(es): {rows[-1].rate:.0f} samples/s", flush=True)
+    if args.json:
+        figures = {"machine": machine(), "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_one_core(shards: Path, source: tuple[int, int], target: int, seconds: float, rounds: int) -> list[Row]:
+    """Every way in this process, by turns."""
+    torch.set_num_threads(1)
+    encoded = read_pictures(shards)
+    ways = {
+        ORIGINAL: original(encoded, target),
+        WEBDATASET: plain_webdataset(shards, target),
+        PIXELS: each(encoded, lambda jpeg: to_pixels(jpeg, target)),
+        EXACT: loader(shards, target, "exact"),
+        FAST: loader(shards, target, "fast"),
+        DECODE: each(encoded, simplejpeg.decode_jpeg),
+    }
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for work in ways.values():
+        next(work)
+    for _ in range(rounds):
+        for way, work in ways.items():
+            rates[way].append(rate(work, seconds, time.process_time))
+    os.sched_setaffinity(0, cores)
+    return [Row(way, source, target, 0, max(r), r) for way, r in rates.items()]
+
+
+def measure_workers(shards: Path, workers: int, seconds: float, rounds: int) -> Row:
+    """The loader with processes of its own, to 224 pixels; they start before the clock does."""
+    work = loader(shards, 224, "exact", workers)
+    for _ in range(8 * workers):  # what was loaded ahead while the processes started
+        next(work)
+    rates = [rate(work, seconds, time.perf_counter) for _ in range(rounds)]
+    return Row(EXACT, (640, 480), 224, workers, max(rates), rates)
+
+
+def rate(work: Work, seconds: float, clock: Callable[[], float]) -> float:
+    """Samples per second of the clock, over at least `seconds`."""
+    began, done = clock(), 0
+    while (spent := clock() - began) < seconds:
+        done += next(work)
+    return done / spent
+
+
+def each(encoded: Sequence[bytes], function: Callable[[bytes], object]) -> Work:
+    """A function of one encoded picture, on all of them for ever."""
+    for jpeg in itertools.cycle(encoded):
+        function(jpeg)
+        yield 1
+
+
+def original_transform(target: int) -> Callable[[Image.Image], torch.Tensor]:
+    """The original's: bicubic to a square, to floats, normalised."""
+    return transforms.Compose(
+        [
+            transforms.Resize((target, target), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGE_MEAN, IMAGE_STD),
+        ]
+    )
+
+
+def original(encoded: Sequence[bytes], target: int) -> Work:
+    """Pillow's decoding and the transform, from memory: reading, text and batches cost nothing here."""
+    transform = original_transform(target)
+    return each(encoded, lambda jpeg: transform(Image.open(io.BytesIO(jpeg)).convert("RGB")))
+
+
+def plain_webdataset(shards: Path, target: int) -> Work:
+    """A usual pipeline: pictures and captions from the tars, the transform, batches."""
+    tars = [str(tar) for tar in sorted(shards.glob("*.tar"))]
+    pipeline = webdataset.WebDataset(tars, shardshuffle=False).decode("pilrgb").to_tuple("jpg", "json")
+    pipeline = pipeline.map_tuple(original_transform(target)).repeat().batched(BATCH)
+    for pictures, _ in pipeline:
+        yield len(pictures)
+
+
+def loader(shards: Path, target: int, decoding: str, workers: int = 0) -> Work:
+    """The training loader, as in stage 1: order, reading, tokens, pixels, packed batches."""
+    raw = {
+        "stage": 1,
+        "model": {"phi": "", "eva_vit": "", "qformer": "", "image_size": target},
+        "data": {"datasets": [{"name": "photos", "shards": str(shards)}], "decoding": decoding},
+        "optimizer": {"lr": 1e-4, "min_lr": 1e-5},
+        "train": {"batch_size": BATCH, "micro_batch_size": BATCH},
+    }
+    recipe = build_recipe(raw, "benchmark")
+    tokens = Tokens(small_tokenizer(), recipe.text, ImageTokens(51199, 32), target, recipe.data.decoding)
+    dataset = MicroBatches(open_stream(recipe), tokens, rank=0, world_size=1)
+    for loaded in load_steps(dataset, first=0, last=1_000_000, num_workers=workers, pin_memory=False):
+        yield len(loaded[0].batch.sample_ids)
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE like Phi's, with fewer words."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(["a photo of the old temple", "people in front of the water"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    tokenizer.add_special_tokens(dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"))
+    return tokenizer
+
+
+def read_pictures(shards: Path) -> list[bytes]:
+    """The JPEGs of all samples."""
+    tars = sorted(shards.glob("*.tar"))
+    return [ShardReader().read(tar, index).images[0] for tar in tars for index in range(sample_count(tar))]
+
+
+def show(rows: list[Row]) -> list[Row]:
+    """Print them as one table; gives them back."""
+    rates = {row.way: row.rate for row in rows}
+    width, height = rows[0].source
+    print(f"\n{f'{width} x {height} -> {rows[0].target}':32} {'samples/s':>9} {'x original':>10} {'% of decode':>11}")
+    for row in rows:
+        print(f"{row.way:32} {row.rate:9.0f} {row.rate / rates[ORIGINAL]:10.2f} {100 * row.rate / rates[DECODE]:11.0f}")
+    print(flush=True)
+    return rows
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on."""
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.partition(":")[2].strip() for line in cpu if line.startswith("model name")), "unknown")
+    packages = ("torch", "torchvision", "pillow", "simplejpeg", "numba", "webdataset")
+    return {
+        "platform": platform.platform(),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

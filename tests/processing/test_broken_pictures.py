@@ -1,0 +1,220 @@
+"""Whatever bytes come in: pixels or a DataError, soon, and in little memory where a header claims a huge picture."""
+
+import io
+import random
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.images import to_pixels
+
+MUTATIONS = 6000
+KINDS = {
+    "JPEG": [{}, {"progressive": True}, {"subsampling": "4:2:0", "quality": 50}],
+    "PNG": [{}, {"optimize": True}],
+    "GIF": [{}, {"interlace": 1}],
+    "WEBP": [{}, {"lossless": True}],
+    "TIFF": [{}, {"compression": "tiff_lzw"}],
+}
+
+
+def drawing(mode: str = "RGB") -> Image.Image:
+    image = Image.new("RGB", (40, 30), (200, 30, 90))
+    ImageDraw.Draw(image).ellipse((5, 5, 30, 25), fill=(10, 220, 40), outline=(255, 255, 255))
+    return image.convert(mode)
+
+
+def originals() -> dict[str, list[bytes]]:
+    """Small pictures of every kind, in colours, grey, and with a palette where there may be one."""
+    made: dict[str, list[bytes]] = {}
+    for kind, variants in KINDS.items():
+        for mode in ("RGB", "L") if kind in ("JPEG", "WEBP") else ("RGB", "L", "P"):
+            for options in variants:
+                out = io.BytesIO()
+                drawing(mode).save(out, kind, **options)
+                made.setdefault(kind, []).append(out.getvalue())
+    return made
+
+
+def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """Bits turned, bytes set (mostly in the header), a cut, a part left out or doubled, or another file's end."""
+    way, changed = rng.randrange(6), bytearray(data)
+    at, to = sorted(rng.randrange(len(data)) for _ in range(2))
+    if way == 0:
+        for _ in range(rng.randint(1, 8)):
+            changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif way == 1:
+        for _ in range(rng.randint(1, 4)):
+            changed[rng.randrange(min(len(data), 64))] = rng.choice([0, 1, 127, 128, 255, rng.randrange(256)])
+    elif way == 2:
+        del changed[at:]
+    elif way == 3:
+        del changed[at : min(to, at + 16)]
+    elif way == 4:
+        changed[at:at] = data[at:to]
+    else:
+        changed[at:] = other[rng.randrange(len(other)) :]
+    return bytes(changed)
+
+
+def with_right_sums(png: bytes) -> bytes:
+    """The chunks' checksums set right, so that what a change did is read at all."""
+    made, at = bytearray(png), 8
+    while at + 12 <= len(made):
+        end = at + 8 + int.from_bytes(made[at : at + 4], "big")
+        if end + 4 > len(made):
+            break
+        made[end : end + 4] = struct.pack(">I", zlib.crc32(made[at + 4 : end]))
+        at = end + 4
+    return bytes(made)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(120)
+def test_mutated_pictures() -> None:
+    rng = random.Random(0)
+    files = originals()
+    everything = [data for kind in files.values() for data in kind]
+    decoded = dict.fromkeys(files, 0)
+    refused = dict.fromkeys(files, 0)
+    for number in range(MUTATIONS):
+        kind = list(files)[number % len(files)]
+        data = mutated(rng.choice(files[kind]), rng.choice(everything), rng)
+        if kind == "PNG":
+            data = with_right_sums(data)
+        try:
+            pixels = to_pixels(data, 14, rng.choice(["exact", "fast"]))
+        except DataError as error:
+            refused[kind] += 1
+            assert "\n" not in str(error)
+        else:
+            decoded[kind] += 1
+            assert (pixels.shape, pixels.dtype) == ((3, 14, 14), np.uint8)
+    # were nearly all refused at once, or nearly all unharmed, not much would have been tried
+    for kind in files:
+        assert min(decoded[kind], refused[kind]) > MUTATIONS / len(files) / 25, (decoded, refused)
+
+
+# ---- what a header claims --------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys, warnings
+from pathlib import Path
+from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.images import open_image, to_pixels
+
+warnings.simplefilter("ignore")
+
+def peak():  # kB
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
+
+names = sorted(Path(sys.argv[1]).iterdir())
+for path in names:
+    if path.name.startswith("small"):  # everything is imported and warm
+        to_pixels(path, 28)
+for path in names:
+    if path.name.startswith("small"):
+        continue
+    for function in (open_image, lambda source: to_pixels(source, 28), lambda source: to_pixels(source, 28, "fast")):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = peak()
+        try:
+            function(path.read_bytes())
+            outcome = "decoded"
+        except DataError as error:
+            outcome = str(error)
+        print(path.name, (peak() - before) // 1024, outcome, sep="|")
+"""
+
+
+def encoded(kind: str, mode: str = "RGB", **options: object) -> bytes:
+    out = io.BytesIO()
+    drawing(mode).save(out, kind, **options)
+    return out.getvalue()
+
+
+def jpeg_of(width: int, height: int) -> bytes:
+    data = bytearray(encoded("JPEG"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def png_with(chunks: bytes, width: int = 40, height: int = 30) -> bytes:
+    """A whole PNG with other sizes in its header and something behind that."""
+    data = bytearray(encoded("PNG"))
+    data[16:24] = struct.pack(">II", width, height)
+    data[33:33] = chunks
+    return with_right_sums(bytes(data))
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + b"\0\0\0\0"
+
+
+def gif_of(width: int, height: int) -> bytes:
+    """Its one frame is as large as the screen."""
+    data = bytearray(encoded("GIF", "P"))
+    data[6:10] = size = struct.pack("<HH", width, height)
+    frame = data.index(struct.pack("<HH", 40, 30)) - 4
+    data[frame + 4 : frame + 8] = size
+    return bytes(data)
+
+
+def webp_of(width: int, height: int) -> bytes:
+    data = bytearray(encoded("WEBP", lossless=True))
+    at = data.index(b"VP8L") + 9
+    data[at : at + 4] = struct.pack("<I", (width - 1) | (height - 1) << 14)
+    return bytes(data)
+
+
+def tiff_of(width: int, height: int) -> bytes:
+    data = bytearray(encoded("TIFF"))
+    for tag, value in ((256, width), (257, height)):
+        at = data.index(struct.pack("<HHI", tag, 4, 1)) + 8
+        data[at : at + 4] = struct.pack("<I", value)
+    return bytes(data)
+
+
+def claims(width: int, height: int) -> dict[str, bytes]:
+    """Small files of every kind whose headers claim these sizes."""
+    bmp = encoded("BMP")
+    return {
+        f"{width}.png": png_with(b"", width, height),
+        f"{width}.jpg": jpeg_of(width, height),
+        f"{width}.gif": gif_of(width, height),
+        f"{width}.webp": webp_of(min(width, 16_383), min(height, 16_383)),
+        f"{width}.tif": tiff_of(width, height),
+        f"{width}.bmp": bmp[:18] + struct.pack("<ii", width, height) + bmp[26:],
+        f"{width}.ppm": f"P6 {width} {height} 255\n".encode() + bytes(100),
+    }
+
+
+# 200 MB of zeros each, once unpacked
+PACKED = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200_000_000), 1))
+PROFILE = chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(200_000_000), 1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux tells it")
+def test_claims_take_no_memory(tmp_path: Path) -> None:
+    """Refused by the header, before anything of that size is made room for."""
+    files = claims(12_000, 10_000) | claims(50_000, 50_000)  # above our limit, and above Pillow's
+    files |= {"text.png": png_with(PACKED), "profile.png": png_with(PROFILE)}
+    small = {"small.jpg": encoded("JPEG"), "small.png": encoded("PNG"), "small.webp": encoded("WEBP")}
+    for name, data in (files | small).items():
+        (tmp_path / name).write_bytes(data)
+    done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split("|") for line in done.stdout.splitlines()]
+    assert len(lines) == 3 * len(files)
+    assert {name: rise for name, rise, _ in lines if int(rise) >= 50} == {}
+    too_large = r"is refused \(limit|exceeds limit of|too large for PngImagePlugin.MAX_TEXT_CHUNK"
+    assert [line for line in lines if not re.search(too_large, line[2])] == []
