@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "convert": MIDDLE,
     "infer": MIDDLE | {"convert"},
     "doctor": MIDDLE,
-    "cli": MIDDLE | {"train", "convert", "infer", "doctor"},
+    "features": MIDDLE | {"train", "convert", "infer"},
+    "cli": MIDDLE | {"train", "convert", "infer", "doctor", "features"},
     "__main__": {"cli"},
 }
 ONLY_IN = {

@@ -16,6 +16,10 @@ USER_ERROR = 2
 VERBS = {
     "doctor": ("what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor"),
     "prepare": ("turn a dataset's own files into shards", "tinygptv_ds.data.prepare"),
+    "features": (
+        "run the frozen ViT and Q-Former over a recipe's pictures once, to train from what they give",
+        "tinygptv_ds.features",
+    ),
     "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.convert.inspect"),
     "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.convert.convert"),
     "export": (

@@ -1,4 +1,4 @@
-"""The same recipe gives the same run on one rank, on two under ZeRO-2 and under ZeRO-3, and when it is resumed."""
+"""The same recipe gives the same run on one rank, on two under ZeRO-2 and ZeRO-3, resumed, and from features."""
 
 import shutil
 from pathlib import Path
@@ -9,6 +9,9 @@ import tiny
 import torch
 from launcher import ROOT, ZERO_3, Run, bash_form, deepspeed_form, images_of_each_rank, one_process, run
 from safetensors.torch import load_file
+from verbs import call
+
+from tinygptv_ds import features as make_features
 
 STEPS = 6
 NUMBERS = ["train/loss", "train/grad_norm", "train/lr"] + [f"train/loss_{name}" for name in ("text", "vqa", "pair")]
@@ -84,6 +87,43 @@ def test_bf16(place: Place, one_rank: Run) -> None:
     assert two.column("train/loss") == pytest.approx(one_rank.column("train/loss"), **ROUNDED)
     assert two.column("train/loss") != one_rank.column("train/loss")  # it is another precision
     assert three.column("train/loss") == pytest.approx(two.column("train/loss"), rel=0, abs=0.005)
+
+
+@pytest.fixture(scope="module")
+def features(place: Place) -> str:
+    """The outputs of ViT and Q-Former for this recipe, as an option of a stage."""
+    out = place.folder / "features"
+    call(make_features, place.recipe, "--out", out, "--workers", 0, "--batch-size", 7)
+    return f"--set=data.features={out}"
+
+
+def equal(ours: Run, theirs: Run) -> None:
+    """Every loss and every trained weight, bit for bit."""
+    timeless = [
+        [{k: v for k, v in line.items() if "perf/" not in k} for line in each.metrics] for each in (ours, theirs)
+    ]
+    assert len(timeless[0]) == STEPS and timeless[0] == timeless[1]
+    files = [each.folder / "model/trained.safetensors" for each in (ours, theirs)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_from_features(place: Place, one_rank: Run, features: str) -> None:
+    equal(run(one_process(4), place.recipe, place.folder / "features1", features), one_rank)
+
+
+def test_from_features_two_ranks_zero_2(place: Place, zero_2: Run, features: str) -> None:
+    equal(run(bash_form(4), place.recipe, place.folder / "features2", features), zero_2)
+
+
+def test_from_features_two_ranks_zero_3(place: Place, zero_3: Run, features: str) -> None:
+    """No rank runs the ViT, those without a picture neither; the panel of answers sees features too."""
+    done = run(deepspeed_form(4), place.recipe, place.folder / "features3", ZERO_3, features)
+    equal(done, zero_3)
+    told = [
+        [line for line in (each.folder / "log.txt").read_text().splitlines() if "sample 0 at" in line]
+        for each in (done, zero_3)
+    ]
+    assert [line.split("sample")[1] for line in told[0]] == [line.split("sample")[1] for line in told[1]] != []
 
 
 def resumed(place: Place, stopped: Run, name: str, command: list[str], *options: str) -> Run:

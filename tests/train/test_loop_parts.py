@@ -17,11 +17,12 @@ from tinygptv_ds.data.mixture import SampleRef
 from tinygptv_ds.data.stream import open_stream
 from tinygptv_ds.errors import DataError, TinyGPTVError
 from tinygptv_ds.log import LOGGER
+from tinygptv_ds.processing.images import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens
 from tinygptv_ds.train import loop
 from tinygptv_ds.train.engine import Engine, LossScale
 from tinygptv_ds.train.metrics import Sums
-from tinygptv_ds.train.panel import _choose
+from tinygptv_ds.train.panel import Shown, _choose
 
 REF = SampleRef(0, "vqa", 0, 0, 0)
 
@@ -159,7 +160,7 @@ def test_skipped_steps_count_over_resumptions() -> None:
 # ---- the panel -------------------------------------------------------------------------------------------------------
 
 
-def chosen(raw: dict[str, Any], count: int) -> list[tuple[str, str, tuple[bytes, ...]]]:
+def chosen(raw: dict[str, Any], count: int) -> list[Shown]:
     recipe = build_recipe(raw, "test")
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
     tokens = Tokens(tokenizer, recipe.text, ImageTokens(len(tokenizer) + 4, tiny.QUERIES), tiny.IMAGE_SIZE)
@@ -168,11 +169,14 @@ def chosen(raw: dict[str, Any], count: int) -> list[tuple[str, str, tuple[bytes,
 
 def test_the_panel_takes_datasets_by_turns(raw_recipe: Callable[..., dict[str, Any]]) -> None:
     panel = chosen(raw_recipe(), 6)
-    assert [len(pictures) for _, _, pictures in panel] == [1, 0, 1, 2, 1, 0]  # vqa, text, chat, pair, vqa, text
-    assert [prompt.count("<ImageHere>") for prompt, _, _ in panel] == [1, 0, 1, 2, 1, 0]
-    assert all(prompt.startswith("[INST] ") and truth for prompt, truth, _ in panel)
-    assert panel == chosen(raw_recipe(), 6)
-    assert panel[0][:2] == chosen(raw_recipe(), 1)[0][:2]
+    assert [shown.sample.pictures for shown in panel] == [1, 0, 1, 2, 1, 0]  # vqa, text, chat, pair, vqa, text
+    assert [shown.prompt.count("<ImageHere>") for shown in panel] == [1, 0, 1, 2, 1, 0]
+    assert all(shown.prompt.startswith("[INST] ") and shown.truth for shown in panel)
+    again = chosen(raw_recipe(), 6)
+    assert [(shown.prompt, shown.truth, shown.sample.ref) for shown in panel] == [
+        (shown.prompt, shown.truth, shown.sample.ref) for shown in again
+    ]
+    assert panel[0].prompt == chosen(raw_recipe(), 1)[0].prompt
     assert chosen(raw_recipe(), 0) == []
 
 
@@ -181,4 +185,6 @@ def test_the_panel_leaves_out_what_cannot_be_read(raw_recipe: Callable[..., dict
     made[0] = type(made[0])("torn", made[0].record, (made[0].images[0][:100],))
     shards = tiny.write_shards(tmp_path / "vqa", made)
     panel = chosen(raw_recipe(data__datasets=[{"name": "vqa", "shards": str(shards)}]), 5)
-    assert [pictures for _, _, pictures in panel] == [made[1].images, made[2].images]
+    assert len(panel) == 2
+    for shown, sample in zip(panel, made[1:], strict=True):
+        assert (shown.sample.pixels[0] == to_pixels(sample.images[0], tiny.IMAGE_SIZE)).all()

@@ -134,6 +134,8 @@ class DataSection:
             0 loads in the training process.
         shuffle_shards: samples are shuffled within windows of this many shards.
         max_skipped_share: the run stops once more than this share of the samples seen was unreadable.
+        features: folder that `python -m tinygptv_ds features` wrote for these datasets: they are read from there, with
+            the outputs of ViT and Q-Former in place of pictures; None reads pictures.
     """
 
     datasets: list[DatasetSection]
@@ -142,6 +144,7 @@ class DataSection:
     num_workers: int = 2
     shuffle_shards: int = 16
     max_skipped_share: float = 0.01
+    features: str | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.datasets), "data.datasets is empty: name at least one dataset")

@@ -7,14 +7,18 @@ A sample that cannot be used drops out of its step and is reported; nothing else
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from tinygptv_ds.config.schema import Recipe, TextSection
 from tinygptv_ds.data.batch import Batch, Sample, collate
+from tinygptv_ds.data.features import FeatureShape
 from tinygptv_ds.data.mixture import SampleRef, sample_rng, step_rng
 from tinygptv_ds.data.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream import OpenStream
@@ -22,6 +26,9 @@ from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.images import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
 from tinygptv_ds.processing.text import render
+
+_NO_PIXELS = np.zeros((0, 3, 1, 1), dtype=np.uint8)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Loaded:
 
 
 def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Sample:
-    """Read, draw, tokenise and decode one sample.
+    """Read, draw, tokenise and decode one sample, or take the features of its pictures.
 
     Raises:
         SampleError: the sample cannot be used; names shard and key.
@@ -84,11 +91,23 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
         sequence = build_sequence(rendered, len(raw.images), tokens.tokenizer, tokens.text, tokens.image, draw)
     except DataError as error:
         raise SampleError("bad_record", f"{where}: {error}") from error
+    if stream.features is not None:
+        return Sample(ref, sequence, _NO_PIXELS, _features(raw.images, stream.features, where))
     try:
         pixels = [to_pixels(image, tokens.image_size) for image in raw.images]
     except DataError as error:
         raise SampleError("corrupt_image", f"{where}: {error}") from error
-    return Sample(ref, sequence, np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), dtype=np.uint8))
+    return Sample(ref, sequence, np.stack(pixels) if pixels else _NO_PIXELS)
+
+
+def _features(members: Seq[bytes], shape: FeatureShape, where: str) -> Tensor:
+    """`[pictures, queries, width]` from what the shard holds."""
+    odd = [len(data) for data in members if len(data) != shape.nbytes]
+    if odd:
+        raise SampleError("torn_features", f"{where}: features of {odd[0]} bytes instead of {shape.nbytes}")
+    data, dtype = bytearray(b"".join(members)), DTYPES[shape.dtype]
+    rows = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return rows.view(len(members), shape.queries, shape.width)
 
 
 class MicroBatches(Dataset):
@@ -101,6 +120,7 @@ class MicroBatches(Dataset):
         self._accumulation = stream.batch_size // (stream.micro_batch_size * world_size)
         self._steps = steps
         self._reader = ShardReader()
+        self._no_features = None if stream.features is None else _features((), stream.features, "")
 
     def __len__(self) -> int:
         return self._steps * self._accumulation
@@ -120,6 +140,7 @@ class MicroBatches(Dataset):
             queries=self._tokens.image.count,
             image_size=self._tokens.image_size,
             bos=self._tokens.tokenizer.bos_token_id,
+            no_features=self._no_features,
         )
         return Loaded(batch, tuple(skipped))
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinygptv_ds.data.features import ITEM_BYTES
 from tinygptv_ds.data.index import ShardIndex, load_index
 from tinygptv_ds.data.tar import Member
 from tinygptv_ds.errors import DataError
 
-IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])
+IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", *ITEM_BYTES])
+SKIPPED = "skipped.json"  # in shards of features: why the sample cannot be used
 _RETRY_SECONDS = (0.1, 1.0, 5.0)
 
 
@@ -32,7 +34,7 @@ class SampleError(DataError):
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as stored: the parsed ``json`` member and the pictures' encoded bytes in their order."""
+    """A sample as stored: the parsed ``json`` member and the pictures' encoded bytes, or their features, in order."""
 
     key: str
     record: dict[str, Any]
@@ -69,6 +71,7 @@ class ShardReader:
         key = shard.key(index)
         where = f"{tar}: sample {key}"
         members = shard.members(index)
+        _raise_if_skipped(file, members, where)
         record = _parse(self._record_bytes(file, members, where), where)
         pictures = _pictures(members, where)
         if "caption" in record and not pictures:
@@ -80,6 +83,13 @@ class ShardReader:
         file, shard = self._shard(tar)
         where = f"{tar}: sample {shard.key(index)}"
         return shard.key(index), _parse(self._record_bytes(file, shard.members(index), where), where)
+
+    def stored_record(self, tar: Path, index: int) -> tuple[str, bytes | None]:
+        """(key, the ``json`` member as it is, None where there is none); errors as in `read`."""
+        file, shard = self._shard(tar)
+        where = f"{tar}: sample {shard.key(index)}"
+        member = next((member for member in shard.members(index) if member.suffix == "json"), None)
+        return shard.key(index), None if member is None else _read(file, member, where)
 
     def _record_bytes(self, file: int, members: tuple[Member, ...], where: str) -> bytes:
         for member in members:
@@ -117,6 +127,14 @@ def _read(file: int, member: Member, where: str) -> bytes:
     if len(data) < member.size:
         raise SampleError("truncated", f"{where}: .{member.suffix} ends after {len(data)} of {member.size} bytes")
     return data
+
+
+def _raise_if_skipped(file: int, members: tuple[Member, ...], where: str) -> None:
+    """Features keep the place of a sample that could not be used, and say why."""
+    for member in members:
+        if member.suffix == SKIPPED:
+            noted = _parse(_read(file, member, where), where)
+            raise SampleError(str(noted.get("reason")), str(noted.get("message")))
 
 
 def _pread(file: int, member: Member) -> bytes:

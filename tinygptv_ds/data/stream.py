@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinygptv_ds.config.schema import DatasetSection, Recipe
+from tinygptv_ds.data.features import FeatureShape, read_notes, shards_of
 from tinygptv_ds.data.index import sample_counts
 from tinygptv_ds.data.mixture import Mixture, SampleRef, Stream
 from tinygptv_ds.data.order import DatasetOrder
-from tinygptv_ds.data.shards import expand_shards
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class OpenStream:
         batch_size: samples of a step.
         micro_batch_size: samples of a micro-batch.
         seed: the recipe's.
+        features: how features lie in these tars, where they hold them in place of pictures.
     """
 
     order: Stream
@@ -31,6 +32,7 @@ class OpenStream:
     batch_size: int
     micro_batch_size: int
     seed: int
+    features: FeatureShape | None = None
 
     @property
     def names(self) -> list[str]:
@@ -49,13 +51,14 @@ def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None) ->
 
     Args:
         recipe: names the datasets, their weights and the batch size.
-        sections: other datasets than the recipe's training ones, for validation.
+        sections: other datasets than the recipe's training ones, for validation; always read from pictures.
 
     Raises:
         DataError: shards are missing or hold no sample.
     """
+    root = None if sections else recipe.data.features
     sections = sections or recipe.data.datasets
-    shards = {section.name: expand_shards(section.shards) for section in sections}
+    shards = {section.name: shards_of(section, root) for section in sections}
     orders = {
         name: DatasetOrder(sample_counts(tars), seed=recipe.seed, name=name, window=recipe.data.shuffle_shards)
         for name, tars in shards.items()
@@ -68,4 +71,5 @@ def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None) ->
         recipe.train.batch_size,
         recipe.train.micro_batch_size,
         recipe.seed,
+        None if root is None else read_notes(Path(root) / sections[0].name).shape,
     )

@@ -42,7 +42,7 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
         "keep_checkpoints",
     ):
         plain["train"].pop(name)
-    for name in ("num_workers", "max_skipped_share", "validation"):
+    for name in ("num_workers", "max_skipped_share", "validation", "features"):
         plain["data"].pop(name)
     for name in ("attention", "gradient_checkpointing"):
         plain["model"].pop(name)

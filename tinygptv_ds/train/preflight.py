@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tinygptv_ds.config.schema import DatasetSection, ModelSection, Recipe
+from tinygptv_ds.config.schema import DataSection, ModelSection, Recipe
+from tinygptv_ds.data.features import shards_of
 from tinygptv_ds.data.sets import how_to_get
-from tinygptv_ds.data.shards import expand_shards
 from tinygptv_ds.errors import ConfigError, DataError
 
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models"
@@ -21,7 +21,7 @@ HOW_TO_GET_WEIGHTS = {
 
 def check_files(recipe: Recipe) -> None:
     """Raise one `ConfigError` that lists every missing weight file and dataset, each with its remedy."""
-    problems = [*_weights(recipe.model), *_datasets([*recipe.data.datasets, *recipe.data.validation])]
+    problems = [*_weights(recipe.model), *_datasets(recipe.data)]
     if problems:
         lines = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in problems)
         raise ConfigError(
@@ -40,11 +40,12 @@ def _weights(model: ModelSection) -> list[str]:
     return problems
 
 
-def _datasets(datasets: list[DatasetSection]) -> list[str]:
+def _datasets(data: DataSection) -> list[str]:
     problems = []
-    for dataset in datasets:
+    for dataset, root in [*((d, data.features) for d in data.datasets), *((d, None) for d in data.validation)]:
         try:
-            expand_shards(dataset.shards)
+            shards_of(dataset, root)
         except DataError as error:
-            problems.append(f"dataset {dataset.name}: {error}\n{how_to_get(dataset.name)}")
+            remedy = f"\n{how_to_get(dataset.name)}" if root is None else ""
+            problems.append(f"dataset {dataset.name}: {error}{remedy}")
     return problems
