@@ -1,6 +1,6 @@
 """What training from features saves: a step from pixels against the same step from features, and the share by count.
 
-The model that is timed is a small one of the published proportions: Phi has 2.7 times the parameters of the ViT.
+The model that is timed is a small one of the published proportions: Phi has 2.6 times the parameters of the ViT.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def test_help_of_a_stage(number: int) -> None:
 def test_help_of_the_command_line() -> None:
     done = cli("--help")
     assert done.returncode == 0, done.stderr
-    for verb in ("doctor", "prepare", "inspect", "convert", "export"):
+    for verb in ("doctor", "prepare", "features", "inspect", "convert", "export"):
         assert verb in done.stdout
         assert cli(verb, "--help").returncode == 0
 
@@ -91,6 +91,14 @@ def test_what_the_published_recipe_names_and_is_not_there(number: int, tmp_path:
         assert str(tmp_path / name) in message
     assert "img2dataset" in message and "train_balanced_questions.json" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_features_that_are_not_there(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Named with the command that makes them, for each dataset."""
+    recipe = str(recipe_file(data__features=str(tmp_path / "none")))
+    message = one_error(stage(4, "--recipe", recipe, "--deepspeed_config", CPU))
+    assert f"dataset vqa: {tmp_path / 'none' / 'vqa'} holds no features" in message
+    assert message.count("python -m tinygptv_ds features RECIPE --out DIR") == 4
 
 
 def test_a_folder_that_is_no_phi(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -157,5 +165,6 @@ def test_verbs(tmp_path: Path) -> None:
     assert "no recipe at" in one_error(cli("export", there, "--out", out, "--recipe", away))
     stage_1 = ["--recipe", str(ROOT / "stages/stage1.yaml"), "--set", "model.phy=x"]
     assert "did you mean phi?" in one_error(cli("export", there, "--out", out, *stage_1))
+    assert "no recipe at" in one_error(cli("features", away, "--out", out))
     done = cli("prepair")
     assert done.returncode == 2 and "invalid choice" in done.stderr
