@@ -24,8 +24,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tinygptv_ds.convert.provenance import provenance_of
     from tinygptv_ds.data.loader import open_tokens
     from tinygptv_ds.data.stream import open_stream
+    from tinygptv_ds.dtypes import DTYPES
     from tinygptv_ds.models.trainable import lora, norms, projections, train_only
-    from tinygptv_ds.train.engine import DTYPES, start_distributed, start_engine
+    from tinygptv_ds.train.engine import start_distributed, start_engine
+    from tinygptv_ds.train.features import check_features
     from tinygptv_ds.train.loop import train
 
     start_distributed(job)
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_only(model, projections, norms, lora)
     stream = open_stream(job.recipe)
     tokens = open_tokens(job.recipe, model.config)
+    check_features(model, job)  # where data.features names some: stale ones are refused
     with start_engine(model, job) as engine:
         train(engine, stream, tokens)
         trained = engine.trained_state()  # gathered from all ranks

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinygptv_ds"
-BASE = {"errors", "config", "log", "dist", "disk"}
+BASE = {"errors", "config", "log", "dist", "disk", "dtypes"}
 MIDDLE = BASE | {"processing", "data", "models"}
 # What each part of the package may import beside itself; `__init__` (the version) is open to all.
 MAY_IMPORT = {
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "log": {"errors"},
     "dist": {"errors"},
     "disk": set(),
+    "dtypes": set(),
     "processing": BASE,
     "data": BASE | {"processing"},
     "models": BASE | {"processing"},
@@ -26,7 +27,8 @@ MAY_IMPORT = {
     "convert": MIDDLE,
     "infer": MIDDLE | {"convert"},
     "doctor": MIDDLE,
-    "cli": MIDDLE | {"train", "convert", "infer", "doctor"},
+    "features": MIDDLE | {"train", "convert", "infer"},
+    "cli": MIDDLE | {"train", "convert", "infer", "doctor", "features"},
     "__main__": {"cli"},
 }
 ONLY_IN = {

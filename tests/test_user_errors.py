@@ -66,7 +66,17 @@ def test_help_of_a_stage(number: int) -> None:
 def test_help_of_the_command_line() -> None:
     done = cli("--help")
     assert done.returncode == 0, done.stderr
-    verbs = ("doctor", "prepare", "convert_laion", "convert_cc_sbu", "check-data", "preview", "stream", "index")
+    verbs = (
+        "doctor",
+        "prepare",
+        "convert_laion",
+        "convert_cc_sbu",
+        "check-data",
+        "preview",
+        "stream",
+        "index",
+        "features",
+    )
     for verb in (*verbs, "inspect", "convert", "export"):
         assert verb in done.stdout
         assert cli(verb, "--help").returncode == 0
@@ -104,6 +114,14 @@ def test_some_datasets_are_there_and_others_not(recipe_file: Callable[..., Path]
     weights = f"--set=model.phi={tmp_path}/none"  # so that it ends before it trains
     message = one_error(stage(4, "--recipe", recipe, away, *shlex.split(option), weights, "--deepspeed_config", CPU))
     assert "1 thing(s)" in message and "model.phi" in message and "data.only" not in message
+
+
+def test_features_that_are_not_there(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Named with the command that makes them, for each dataset."""
+    recipe = str(recipe_file(data__features=str(tmp_path / "none")))
+    message = one_error(stage(4, "--recipe", recipe, "--deepspeed_config", CPU))
+    assert f"dataset vqa: {tmp_path / 'none' / 'vqa'} holds no features" in message
+    assert message.count("python -m tinygptv_ds features RECIPE --out DIR") == 4
 
 
 def test_a_folder_that_is_no_phi(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -173,5 +191,6 @@ def test_verbs(tmp_path: Path) -> None:
     for verb in ("check-data", "preview"):
         assert "no recipe at" in one_error(cli(verb, away))
         assert "did you mean phi?" in one_error(cli(verb, *stage_1[1:]))
+    assert "no recipe at" in one_error(cli("features", away, "--out", out))
     done = cli("prepair")
     assert done.returncode == 2 and "invalid choice" in done.stderr

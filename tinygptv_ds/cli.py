@@ -25,6 +25,10 @@ VERBS = {
     ),
     "preview": ("a page of samples as the model will see them", "tinygptv_ds.data.preview"),
     "index": ("make the indexes of shards that are to be read from elsewhere", "tinygptv_ds.data.make_index"),
+    "features": (
+        "run the frozen ViT and Q-Former over a recipe's pictures once, to train from what they give",
+        "tinygptv_ds.features",
+    ),
     "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.convert.inspect"),
     "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.convert.convert"),
     "export": (

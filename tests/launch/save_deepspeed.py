@@ -14,8 +14,9 @@ def main() -> None:
     from tinygptv_ds.convert.provenance import provenance_of
     from tinygptv_ds.data.loader import open_tokens
     from tinygptv_ds.data.stream import open_stream
+    from tinygptv_ds.dtypes import DTYPES
     from tinygptv_ds.models.trainable import lora, norms, projections, train_only
-    from tinygptv_ds.train.engine import DTYPES, start_distributed, start_engine
+    from tinygptv_ds.train.engine import start_distributed, start_engine
     from tinygptv_ds.train.loop import train
 
     start_distributed(job)

@@ -1,5 +1,6 @@
-"""The same recipe gives the same run on one rank, on two under ZeRO-2 and under ZeRO-3, and when it is resumed."""
+"""The same recipe gives the same run on one rank, on two under ZeRO-2 and ZeRO-3, resumed, and from features."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,9 @@ import tiny
 import torch
 from launcher import ROOT, ZERO_3, Run, bash_form, deepspeed_form, images_of_each_rank, one_process, run
 from safetensors.torch import load_file
+from verbs import call
+
+from tinygptv_ds import features as make_features
 
 STEPS = 6
 NUMBERS = ["train/loss", "train/grad_norm", "train/lr"] + [f"train/loss_{name}" for name in ("text", "vqa", "pair")]
@@ -93,6 +97,40 @@ def test_packed_by_tokens(place: Place, one_rank: Run, command: list[str]) -> No
     options += [ZERO_3] if command[0] == "deepspeed" else []
     packed = run(command, place.recipe, place.folder / f"tokens_{command[0].rpartition('/')[2]}", *options)
     same(packed, one_rank, **EXACT)
+
+
+@pytest.fixture(scope="module")
+def features(place: Place) -> str:
+    """The outputs of ViT and Q-Former for this recipe, as an option of a stage."""
+    out = place.folder / "features"
+    call(make_features, place.recipe, "--out", out, "--workers", 0, "--batch-size", 7)
+    return f"--set=data.features={out}"
+
+
+def equal(ours: Run, theirs: Run) -> None:
+    """Every loss and every trained weight, bit for bit."""
+    metrics = [
+        [{k: v for k, v in line.items() if k.startswith("train/")} for line in r.metrics] for r in (ours, theirs)
+    ]
+    assert len(metrics[0]) == STEPS and metrics[0] == metrics[1]
+    files = [each.folder / "model/trained.safetensors" for each in (ours, theirs)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_from_features(place: Place, one_rank: Run, features: str) -> None:
+    equal(run(one_process(4), place.recipe, place.folder / "features1", features), one_rank)
+
+
+def test_from_features_two_ranks_zero_2(place: Place, zero_2: Run, features: str) -> None:
+    equal(run(bash_form(4), place.recipe, place.folder / "features2", features), zero_2)
+
+
+def test_from_features_two_ranks_zero_3(place: Place, zero_3: Run, features: str) -> None:
+    """No rank runs the ViT, those without a picture neither; the panel of answers sees features too."""
+    done = run(deepspeed_form(4), place.recipe, place.folder / "features3", ZERO_3, features)
+    equal(done, zero_3)
+    told = [re.findall(r"(sample \d at step 6: .*)", (each.folder / "log.txt").read_text()) for each in (done, zero_3)]
+    assert len(told[0]) == 2 and told[0] == told[1]
 
 
 def resumed(place: Place, stopped: Run, name: str, command: list[str], *options: str) -> Run:

@@ -17,11 +17,12 @@ from tinygptv_ds.data.mixture import SampleRef
 from tinygptv_ds.data.stream import open_stream
 from tinygptv_ds.errors import DataError, TinyGPTVError
 from tinygptv_ds.log import LOGGER
+from tinygptv_ds.processing.images import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens
 from tinygptv_ds.train import loop
 from tinygptv_ds.train.engine import Engine, LossScale
 from tinygptv_ds.train.metrics import Sums
-from tinygptv_ds.train.panel import _choose
+from tinygptv_ds.train.panel import Shown, _choose
 
 REF = SampleRef(0, "vqa", 0, 0, 0)
 
@@ -162,7 +163,7 @@ def test_skipped_steps_count_over_resumptions() -> None:
 # ---- the panel -------------------------------------------------------------------------------------------------------
 
 
-def chosen(raw: dict[str, Any], count: int) -> list[tuple[str, str, tuple[bytes, ...]]]:
+def chosen(raw: dict[str, Any], count: int) -> list[Shown]:
     recipe = build_recipe(raw, "test")
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
     tokens = Tokens(tokenizer, recipe.text, ImageTokens(len(tokenizer) + 4, tiny.QUERIES), tiny.IMAGE_SIZE)
@@ -171,11 +172,14 @@ def chosen(raw: dict[str, Any], count: int) -> list[tuple[str, str, tuple[bytes,
 
 def test_the_panel_takes_datasets_by_turns(raw_recipe: Callable[..., dict[str, Any]]) -> None:
     panel = chosen(raw_recipe(), 6)
-    assert [len(pictures) for _, _, pictures in panel] == [1, 0, 1, 2, 1, 0]  # vqa, text, chat, pair, vqa, text
-    assert [prompt.count("<ImageHere>") for prompt, _, _ in panel] == [1, 0, 1, 2, 1, 0]
-    assert all(prompt.startswith("[INST] ") and truth for prompt, truth, _ in panel)
-    assert panel == chosen(raw_recipe(), 6)
-    assert panel[0][:2] == chosen(raw_recipe(), 1)[0][:2]
+    assert [shown.sample.pictures for shown in panel] == [1, 0, 1, 2, 1, 0]  # vqa, text, chat, pair, vqa, text
+    assert [shown.prompt.count("<ImageHere>") for shown in panel] == [1, 0, 1, 2, 1, 0]
+    assert all(shown.prompt.startswith("[INST] ") and shown.truth for shown in panel)
+    again = chosen(raw_recipe(), 6)
+    assert [(shown.prompt, shown.truth, shown.sample.ref) for shown in panel] == [
+        (shown.prompt, shown.truth, shown.sample.ref) for shown in again
+    ]
+    assert panel[0].prompt == chosen(raw_recipe(), 1)[0].prompt
     assert chosen(raw_recipe(), 0) == []
 
 
@@ -184,7 +188,9 @@ def test_the_panel_leaves_out_what_cannot_be_read(raw_recipe: Callable[..., dict
     made[0] = type(made[0])("torn", made[0].record, (made[0].images[0][:100],))
     shards = tiny.write_shards(tmp_path / "vqa", made)
     panel = chosen(raw_recipe(data__datasets=[{"name": "vqa", "shards": str(shards)}]), 5)
-    assert sorted(pictures for _, _, pictures in panel) == sorted([made[1].images, made[2].images])
+    seen = {shown.sample.pixels[0].tobytes() for shown in panel}
+    assert seen == {to_pixels(sample.images[0], tiny.IMAGE_SIZE).tobytes() for sample in made[1:]}
+    assert len(panel) == 2
 
 
 def test_micro_batches_above_the_limit_are_told(warnings: pytest.LogCaptureFixture) -> None:

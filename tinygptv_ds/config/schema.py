@@ -147,6 +147,8 @@ class DataSection:
         decoding: "exact" gives the original's pixels; "fast" decodes JPEGs of twice the input size or more at a
             part of theirs, which moves pixels by 1 to 3 of 255 on average. Training only: inference and evaluation are
             always exact.
+        features: folder that `python -m tinygptv_ds features` wrote for these datasets: they are read from there, with
+            the outputs of ViT and Q-Former in place of pictures; None reads pictures.
     """
 
     datasets: list[DatasetSection]
@@ -161,6 +163,7 @@ class DataSection:
     cache_gb: float = 100.0
     allow_pipe: list[str] = field(default_factory=list)
     decoding: str = "exact"
+    features: str | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.datasets), "data.datasets is empty: name at least one dataset")

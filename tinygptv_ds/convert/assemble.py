@@ -27,7 +27,7 @@ from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import lora, norms, projections
+from tinygptv_ds.models.trainable import lora, norms, projections, vision
 
 
 def build_model(
@@ -51,6 +51,29 @@ def build_model(
     model.attention = section.attention
     model.language_model.model.gradient_checkpointing = section.gradient_checkpointing
     return model
+
+
+def build_vision(
+    section: ModelSection, text: TextSection, *, frozen_dtype: torch.dtype
+) -> TinyGPTVForConditionalGeneration:
+    """As `build_model`, but ViT and Q-Former alone, for `encode_vision`: nothing else takes memory or is read.
+
+    All files are checked as for training, and the weights come from where training takes them: a Q-Former that
+    `init_from` holds goes before that of the base.
+    """
+    config = model_config(section, text)
+    model = meta_model(config).to(frozen_dtype)
+    trained = None
+    if section.init_from is not None:
+        trained = fitting_source(model, Path(section.init_from), section.fresh_parts)
+    sources = _sources(_shapes(model), config, base_paths(section), trained)
+    model.language_model = model.llama_proj = model.llama_proj2 = None
+    model.to_empty(device="cpu")
+    for source in sources:
+        weights = {name: stored for name, stored in source.weights.items() if vision(name)}
+        copy_weights(dict(model.named_parameters()), weights)
+    _zero_buffers(model)
+    return model.eval()
 
 
 def model_config(section: ModelSection, text: TextSection) -> TinyGPTVConfig:
@@ -272,12 +295,17 @@ def _initialise(model: TinyGPTVForConditionalGeneration, loaded: set[str]) -> No
                 module.reset_lora()
             elif isinstance(module, nn.Linear) and projections(f"{name}.weight") and f"{name}.weight" in left:
                 module.reset_parameters()
-        for buffer in buffers.values():  # timm's key bias, fixed at zero and in no file
-            buffer.zero_()
+    _zero_buffers(model)
     if left:
         kinds = {"projections": projections, "LoRA": lora, "added norms": ADDED_NORMS.fullmatch}
         counts = {kind: sum(bool(part(name)) for name in left) for kind, part in kinds.items()}
         LOGGER.info("initialised: %s", ", ".join(f"{n} tensors of {kind}" for kind, n in counts.items() if n))
+
+
+def _zero_buffers(model: nn.Module) -> None:
+    """timm's key bias, fixed at zero and in no file."""
+    for buffer in model.buffers():
+        buffer.zero_()
 
 
 def _initial_norm(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     refuse_existing(args.out)
 
     from tinygptv_ds.convert.opened import KINDS, open_any
-    from tinygptv_ds.convert.write import DTYPES
+    from tinygptv_ds.dtypes import DTYPES
 
     opened = open_any(args.source)
     _check_options(args, opened)

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
     from tinygptv_ds.convert import export_hf, export_parts
     from tinygptv_ds.convert.resolve import resolve, resolve_trained
-    from tinygptv_ds.convert.write import DTYPES
+    from tinygptv_ds.dtypes import DTYPES
 
     dtype = DTYPES["bf16"] if args.dtype is None and args.to in _WHOLE else DTYPES.get(args.dtype)
     if args.to == "original":

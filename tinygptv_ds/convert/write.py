@@ -14,7 +14,6 @@ from tqdm import tqdm
 from tinygptv_ds.convert.storage import DTYPES_BY_CODE, Stored
 from tinygptv_ds.errors import WeightsError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARD_BYTES = 4_000_000_000
 _CODES = {dtype: code for code, dtype in DTYPES_BY_CODE.items()}
 

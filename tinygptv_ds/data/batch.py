@@ -16,17 +16,24 @@ from tinygptv_ds.processing.sequence import IGNORE, Sequence
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample in tokens and pixels.
+    """One sample in tokens and pixels or features.
 
     Attributes:
         ref: which sample it is.
         sequence: its row.
-        pixels: uint8 `[n, 3, S, S]`.
+        pixels: uint8 `[n, 3, S, S]`; none where there are features.
+        features: `[n, queries, width]`, or None.
     """
 
     ref: SampleRef
     sequence: Sequence
     pixels: np.ndarray
+    features: Tensor | None = None
+
+    @property
+    def pictures(self) -> int:
+        """How many it has."""
+        return len(self.pixels if self.features is None else self.features)
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,14 @@ class Batch:
         position_ids: int64 `[T]`, restart at 0 in every sample; may skip.
         cu_seqlens: int32 `[samples + 1]`.
         max_seqlen: longest sample.
-        pixel_values: uint8 `[N, 3, S, S]`; N may be 0.
+        pixel_values: uint8 `[N, 3, S, S]`; N may be 0, and is where there are features.
         image_rows: int64 `[R]`: rows of `input_ids` that hold picture rows.
         image_index: int64 `[R]`: which of the N * queries picture rows goes there.
         target_rows: int64 `[K]`: rows whose output predicts a target, the one before each labelled token.
         targets: int64 `[K]`: the labelled tokens.
         target_dataset: int64 `[K]`: number of the dataset each target comes from.
         sample_ids: which samples these are, to be named whenever something goes wrong.
+        image_features: `[N, queries, width]`, in the dtype of their file; None in training from pixels.
     """
 
     input_ids: Tensor
@@ -58,6 +66,7 @@ class Batch:
     targets: Tensor
     target_dataset: Tensor
     sample_ids: tuple[SampleRef, ...]
+    image_features: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device, without waiting where the memory is pinned."""
@@ -76,7 +85,15 @@ class Batch:
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
-def collate(samples: Seq[Sample], datasets: Seq[str], *, queries: int, image_size: int, bos: int) -> Batch:
+def collate(
+    samples: Seq[Sample],
+    datasets: Seq[str],
+    *,
+    queries: int,
+    image_size: int,
+    bos: int,
+    no_features: Tensor | None = None,
+) -> Batch:
     """Pack samples end to end.
 
     Where all samples of a micro-batch dropped out, a single begin token without a target stands in, so that every rank
@@ -88,11 +105,12 @@ def collate(samples: Seq[Sample], datasets: Seq[str], *, queries: int, image_siz
         queries: rows of a picture.
         image_size: side of the pictures, for a batch without any.
         bos: id of the begin token.
+        no_features: `[0, queries, width]`, for a batch without any; None where samples come in pixels.
     """
     rows = [sample.sequence for sample in samples] or [_lone_token(bos)]
     lengths = [len(row) for row in rows]
     starts = np.cumsum([0, *lengths])
-    pictures = np.cumsum([0, *(len(sample.pixels) for sample in samples)])
+    pictures = np.cumsum([0, *(sample.pictures for sample in samples)])
     labels = np.concatenate([row.labels for row in rows])
     learnt = np.flatnonzero(labels != IGNORE)
     dataset = np.array([datasets.index(sample.ref.dataset) for sample in samples] or [0], dtype=np.int64)
@@ -112,6 +130,8 @@ def collate(samples: Seq[Sample], datasets: Seq[str], *, queries: int, image_siz
         "target_dataset": dataset.repeat(lengths)[learnt],
     }
     tensors = {name: torch.from_numpy(array) for name, array in parts.items()}
+    if no_features is not None:
+        tensors["image_features"] = torch.cat([no_features, *(sample.features for sample in samples)])
     return Batch(**tensors, max_seqlen=max(lengths), sample_ids=tuple(sample.ref for sample in samples))
 
 

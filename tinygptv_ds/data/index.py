@@ -13,12 +13,12 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from tqdm import tqdm
 
-from tinygptv_ds.data.tar import IMAGE_SUFFIXES, Member, scan_tar
+from tinygptv_ds.data.tar import PICTURE_SUFFIXES, SKIPPED, Member, scan_tar
 from tinygptv_ds.disk import cache_home
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.lengths import text_lengths
@@ -201,19 +201,23 @@ def measure(tar: Path, samples: Sequence[Sequence[Member]]) -> np.ndarray:
     lengths = np.zeros((len(samples), 3), dtype=np.uint16)
     with tar.open("rb") as file:
         for number, members in enumerate(samples):
-            pictures = sum(member.suffix.rpartition(".")[2] in IMAGE_SUFFIXES for member in members)
-            lengths[number] = np.minimum((pictures, *_text_lengths(file, members)), _LONGEST)
+            pictures = sum(member.suffix.rpartition(".")[2] in PICTURE_SUFFIXES for member in members)
+            # features that stand for nothing keep the number, so that steps are shared out as from pictures
+            noted = _object_in(file, members, SKIPPED).get("pictures", 0)
+            found = (pictures or noted, *text_lengths(_object_in(file, members, "json")))
+            lengths[number] = [min(max(int(n), 0), _LONGEST) if isinstance(n, int) else 0 for n in found]
     return lengths
 
 
-def _text_lengths(file: BinaryIO, members: Sequence[Member]) -> tuple[int, int]:
+def _object_in(file: BinaryIO, members: Sequence[Member], suffix: str) -> dict[str, Any]:
+    """The JSON object in the member with this suffix; an empty one if there is none that can be read."""
     for member in members:
-        if member.suffix == "json":
+        if member.suffix == suffix:
             file.seek(member.offset)
             with contextlib.suppress(ValueError, RecursionError, OSError):
-                record = json.loads(file.read(member.size))
-                return text_lengths(record) if isinstance(record, dict) else (0, 0)
-    return 0, 0
+                found = json.loads(file.read(member.size))
+                return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _tar_state(tar: Path) -> tuple[int, int]:

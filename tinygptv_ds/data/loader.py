@@ -8,22 +8,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from tinygptv_ds.config.schema import Recipe, TextSection
 from tinygptv_ds.data.batch import Batch, Sample, collate
+from tinygptv_ds.data.features import FeatureShape
 from tinygptv_ds.data.mixture import SampleRef, sample_rng, step_rng
 from tinygptv_ds.data.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream import OpenStream, Planner
 from tinygptv_ds.data.words import in_words
+from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.images import to_pixels
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence
+
+_NO_PIXELS = np.zeros((0, 3, 1, 1), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -76,12 +83,12 @@ class Draft:
 
 
 def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Sample:
-    """Read, draw, tokenise and decode one sample.
+    """Read, draw, tokenise and decode one sample, or take the features of its pictures.
 
     Raises:
         SampleError: the sample cannot be used; names shard and key.
     """
-    return decode_sample(draft_sample(stream, reader, ref, tokens), tokens)
+    return decode_sample(draft_sample(stream, reader, ref, tokens), tokens, stream.features)
 
 
 def draft_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Draft:
@@ -106,8 +113,10 @@ def draft_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens
     return Draft(ref, where, sequence, raw.images)
 
 
-def decode_sample(draft: Draft, tokens: Tokens) -> Sample:
-    """The rest of `load_sample`: the pixels; raises as it does."""
+def decode_sample(draft: Draft, tokens: Tokens, features: FeatureShape | None) -> Sample:
+    """The rest of `load_sample`: pixels, or features of this shape; raises as it does."""
+    if features is not None:
+        return Sample(draft.ref, draft.sequence, _NO_PIXELS, _features(draft.images, features, draft.where))
     try:
         pixels = [to_pixels(image, tokens.image_size, tokens.decoding) for image in draft.images]
     except DataError as error:
@@ -119,7 +128,17 @@ def _stack(pixels: list[np.ndarray]) -> np.ndarray:
     """uint8 `[n, 3, S, S]`; a single picture, which is the rule, is not copied."""
     if len(pixels) == 1:
         return pixels[0][None]
-    return np.stack(pixels) if pixels else np.zeros((0, 3, 1, 1), dtype=np.uint8)
+    return np.stack(pixels) if pixels else _NO_PIXELS
+
+
+def _features(members: Seq[bytes], shape: FeatureShape, where: str) -> Tensor:
+    """`[pictures, queries, width]` from what the shard holds."""
+    odd = [len(data) for data in members if len(data) != shape.nbytes]
+    if odd:
+        raise SampleError("torn_features", f"{where}: features of {odd[0]} bytes instead of {shape.nbytes}")
+    data, dtype = bytearray(b"".join(members)), DTYPES[shape.dtype]
+    rows = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return rows.view(len(members), shape.queries, shape.width)
 
 
 def _check(sequence: Sequence, max_tokens: int | None, where: str) -> None:
@@ -140,6 +159,7 @@ class MicroBatches(Dataset):
         self._rank = rank
         self._planner = Planner(stream, world_size)
         self._reader = ShardReader(cache=stream.cache)
+        self._no_features = None if stream.features is None else _features((), stream.features, "")
 
     def count(self, step: int) -> int:
         """Micro-batches of a step, the same on every rank."""
@@ -157,13 +177,14 @@ class MicroBatches(Dataset):
                 drafts.append(draft_sample(self._stream, self._reader, ref, self._tokens))
         for draft in drafts:
             with _counted(draft.ref, skipped):
-                samples.append(decode_sample(draft, self._tokens))
+                samples.append(decode_sample(draft, self._tokens, self._stream.features))
         batch = collate(
             samples,
             self._stream.names,
             queries=self._tokens.image.count,
             image_size=self._tokens.image_size,
             bos=self._tokens.tokenizer.bos_token_id,
+            no_features=self._no_features,
         )
         return Loaded(batch, tuple(sorted(skipped, key=lambda item: item.ref.position)))
 

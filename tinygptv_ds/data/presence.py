@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from tinygptv_ds.config.schema import DataSection, DatasetSection
+from tinygptv_ds.data.features import shards_of
 from tinygptv_ds.data.sets import how_to_get
-from tinygptv_ds.data.shards import expand_shards
 from tinygptv_ds.errors import DataError
 
 
@@ -21,11 +21,12 @@ def absent(data: DataSection) -> dict[DatasetSection, str]:
     Remote shards are only looked for where a folder or wildcard names them, and nothing is fetched.
     """
     problems = {}
-    for section in [*data.used, *data.validation]:
+    for section, root in [*((s, data.features) for s in data.used), *((s, None) for s in data.validation)]:
         try:
-            expand_shards(section.shards, allow_pipe=section.name in data.allow_pipe)
+            shards_of(section, root, allow_pipe=section.name in data.allow_pipe)
         except DataError as error:
-            problems[section] = f"dataset {section.name}: {error}\n{how_to_get(section.name)}"
+            remedy = f"\n{how_to_get(section.name)}" if root is None else ""
+            problems[section] = f"dataset {section.name}: {error}{remedy}"
     return problems
 
 

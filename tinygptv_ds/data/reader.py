@@ -11,7 +11,7 @@ from typing import Any
 from tinygptv_ds.data.cache import ShardCache
 from tinygptv_ds.data.index import ShardIndex, load_index
 from tinygptv_ds.data.remote import RemoteShard, Shard
-from tinygptv_ds.data.tar import IMAGE_SUFFIXES, Member
+from tinygptv_ds.data.tar import PICTURE_SUFFIXES, SKIPPED, Member
 from tinygptv_ds.errors import DataError
 
 _RETRY_SECONDS = (0.1, 1.0, 5.0)
@@ -30,6 +30,7 @@ REASONS = (
     "empty_answer",
     "nothing_learnt",
     "too_long",
+    "torn_features",
 )
 
 
@@ -46,7 +47,7 @@ class SampleError(DataError):
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as stored: the parsed ``json`` member and the pictures' encoded bytes in their order."""
+    """A sample as stored: the parsed ``json`` member and the pictures' encoded bytes, or their features, in order."""
 
     key: str
     record: dict[str, Any]
@@ -85,6 +86,7 @@ class ShardReader:
         key = shard.key(index)
         where = f"{tar}: sample {key}"
         members = shard.members(index)
+        _raise_if_skipped(file, members, where)
         record = _parse(self._record_bytes(file, members, where), where)
         pictures = _pictures(members, where)
         if "caption" in record and not pictures:
@@ -103,6 +105,14 @@ class ShardReader:
         file, shard = self._shard(tar)
         where = f"{tar}: sample {shard.key(index)}"
         return shard.key(index), _parse(self._record_bytes(file, shard.members(index), where), where)
+
+    def stored(self, tar: Shard, index: int) -> tuple[str, bytes | None, int]:
+        """(key, the ``json`` member as it is or None, how many pictures there are); errors as in `read`."""
+        file, shard = self._shard(tar)
+        where = f"{tar}: sample {shard.key(index)}"
+        member = next((member for member in shard.members(index) if member.suffix == "json"), None)
+        record = None if member is None else _read(file, member, where)
+        return shard.key(index), record, int(shard.lengths[index, 0])
 
     def _record_bytes(self, file: int, members: tuple[Member, ...], where: str) -> bytes:
         for member in members:
@@ -148,6 +158,15 @@ def _read(file: int, member: Member, where: str) -> bytes:
     return data
 
 
+def _raise_if_skipped(file: int, members: tuple[Member, ...], where: str) -> None:
+    """Features keep the place of a sample that could not be used, and say why."""
+    for member in members:
+        if member.suffix == SKIPPED:
+            noted = _parse(_read(file, member, where), where)
+            reason = noted.get("reason")
+            raise SampleError(reason if reason in REASONS else "bad_record", str(noted.get("message")))
+
+
 def _pread(file: int, member: Member) -> bytes:
     """Read at a position, without moving the file's own; a single call may give less than asked for."""
     data = os.pread(file, member.size, member.offset)
@@ -174,7 +193,7 @@ def _pictures(members: tuple[Member, ...], where: str) -> list[Member]:
     numbered: dict[int, Member] = {}
     for member in members:
         number, dot, suffix = member.suffix.rpartition(".")
-        if suffix not in IMAGE_SUFFIXES or (dot and not (number.isascii() and number.isdigit())):
+        if suffix not in PICTURE_SUFFIXES or (dot and not (number.isascii() and number.isdigit())):
             continue
         position = int(number) if dot else 0
         if position in numbered:

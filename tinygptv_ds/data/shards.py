@@ -76,6 +76,20 @@ def _local(pattern: str, named: list[str], root: Path) -> list[Path]:
     return found
 
 
+def new_archive(file: BinaryIO) -> tarfile.TarFile:
+    """A tar to fill with `add_sample`; to be closed."""
+    return tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)
+
+
+def add_sample(archive: tarfile.TarFile, key: str, members: Mapping[str, bytes]) -> None:
+    """Append a sample, its members by suffix; without times and owners, so that the bytes depend on it alone."""
+    for suffix, data in sorted(members.items()):
+        info = tarfile.TarInfo(f"{key}.{suffix}")
+        info.size, info.mode = len(data), 0o444
+        archive.addfile(info, io.BytesIO(data))
+    archive.members = []  # tarfile would keep them all
+
+
 class ShardWriter:
     """Write samples to ``00000.tar``, ``00001.tar``, ... with an index beside each, numbered from `first` on.
 
@@ -108,12 +122,8 @@ class ShardWriter:
         """Add a sample: `members` by suffix. Keys must be unique and hold no dot in their last part."""
         if self._open is None:
             self._open = self._temporary().open("wb")
-            self._archive = tarfile.open(fileobj=self._open, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        for suffix, data in sorted(members.items()):
-            info = tarfile.TarInfo(f"{key}.{suffix}")  # no time and no owner
-            info.size, info.mode = len(data), 0o444
-            self._archive.addfile(info, io.BytesIO(data))
-        self._archive.members = []  # tarfile would keep them all
+            self._archive = new_archive(self._open)
+        add_sample(self._archive, key, members)
         self._written += 1
         if self._written == self._samples_per_shard:
             self._complete()

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from tinygptv_ds.config.schema import DatasetSection, Recipe
 from tinygptv_ds.data.cache import ShardCache, count_samples, open_cache
+from tinygptv_ds.data.features import FeatureShape, read_notes, shards_of
 from tinygptv_ds.data.index import ShardIndex, load_index
 from tinygptv_ds.data.mixture import Mixture, SampleRef, StepSamples, Stream
 from tinygptv_ds.data.order import DatasetOrder, held_out_counts
 from tinygptv_ds.data.packing import Estimate, Packing, estimate_for, pack
 from tinygptv_ds.data.remote import RemoteShard, Shard
-from tinygptv_ds.data.shards import expand_shards
 from tinygptv_ds.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class OpenStream:
         estimate: how long samples are, for packing.
         seed: the recipe's.
         cache: where remote shards are fetched to.
+        features: how features lie in these tars, where they hold them in place of pictures.
     """
 
     order: Stream
@@ -50,6 +52,7 @@ class OpenStream:
     estimate: Estimate
     seed: int
     cache: ShardCache
+    features: FeatureShape | None = None
 
     @property
     def names(self) -> list[str]:
@@ -144,16 +147,16 @@ def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None, *,
 
     Args:
         recipe: names the datasets, their weights and the batch size.
-        sections: other datasets than the recipe's training ones, whole.
+        sections: other datasets than the recipe's training ones, whole; always read from pictures.
         held_out: of the training datasets, the samples that `data.validation_share` keeps from training.
 
     Raises:
         DataError: shards are missing or hold no sample.
     """
     share = 0.0 if sections else recipe.data.validation_share
+    root = None if sections else recipe.data.features
     sections = sections or recipe.data.used
-    pipes = recipe.data.allow_pipe
-    shards = {s.name: expand_shards(s.shards, allow_pipe=s.name in pipes) for s in sections}
+    shards = {s.name: shards_of(s, root, allow_pipe=s.name in recipe.data.allow_pipe) for s in sections}
     cache = open_cache(recipe.data)
     orders = {
         name: _order(recipe, name, np.array(count_samples(tars, cache), dtype=np.int64), share, held_out)
@@ -171,6 +174,7 @@ def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None, *,
         estimate_for(recipe),
         recipe.seed,
         cache,
+        None if root is None else read_notes(Path(root) / sections[0].name).shape,
     )
 
 

@@ -16,6 +16,9 @@ from tinygptv_ds.errors import DataError
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])
+FEATURE_SUFFIXES = frozenset(["fp32", "bf16", "fp16"])  # of a picture's features in its place (data/features.py)
+PICTURE_SUFFIXES = IMAGE_SUFFIXES | FEATURE_SUFFIXES
+SKIPPED = "skipped.json"  # in shards of features: why the sample cannot be used
 _BLOCK = 512
 _LONGEST_NAME = 1 << 16  # bytes of a long name or a set of extended fields
 _FILE, _LONG_NAME, _EXTENDED, _NO_DATA = b"0\x007", b"L", b"x", b"123456"  # types; those of links and devices come last

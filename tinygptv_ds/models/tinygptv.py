@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -32,6 +33,10 @@ from tinygptv_ds.processing.processor import TinyGPTVProcessor
 # CLIP's statistics, which BLIP-2's image processor normalises with.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# MKL multiplies fewer rows (below 28 with up to 16 threads, measured) by other kernels, which round differently. The
+# published 32 queries are enough.
+_FEWEST_ROWS = 32
 
 
 @dataclass
@@ -136,12 +141,24 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return (pixel_values.float() / 255 - mean) / std
 
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
-        """ViT and Q-Former: `[N, 3, S, S]` (uint8, or normalised floats) to `[N, queries, Q-Former width]`."""
+        """ViT and Q-Former: `[N, 3, S, S]` (uint8, or normalised floats) to `[N, queries, Q-Former width]`.
+
+        On a CPU in fp32 a picture gives the same bits in any batch, with any number of threads (seen for widths that
+        32 divides, 1 to 16 threads).
+        """
+        count = len(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
             pixels = self.normalize(pixel_values).to(self.visual_encoder.patch_embed.proj.weight.dtype)
+            pixels = F.pad(pixels, (0, 0) * 3 + (0, max(0, self._fewest_pictures() - count)))
             patches = self.ln_vision(self.visual_encoder.forward_features(pixels))
             queries = self.query_tokens.expand(len(patches), -1, -1)
-            return self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
+            return self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state[:count]
+
+    def _fewest_pictures(self) -> int:
+        """Tiny models need more than one picture to give the products of the vision path `_FEWEST_ROWS`."""
+        vision = self.config.vision_config
+        rows = min(self.config.num_query_tokens, (vision.image_size // vision.patch_size) ** 2)
+        return -(-_FEWEST_ROWS // rows)
 
     def project(self, features: Tensor) -> Tensor:
         """`[N, queries, Q-Former width]` to `[N, queries, LLM width]`; no activation between the two."""
@@ -151,14 +168,15 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Projected pictures `[N, queries, width]`, and whether they are real.
 
         Without a picture, zeros pass through the projections all the same, and under ZeRO-3 (`always_run_vision`) a
-        black picture through the ViT: every rank must take part in the same gathers and reductions.
+        black picture through the ViT: every rank must take part in the same gathers and reductions. With features,
+        were there none in this batch, no rank runs the ViT.
         """
-        if image_features is not None:
+        if image_features is not None and len(image_features):
             return self.project(image_features), True
         if pixel_values is not None and len(pixel_values):
             return self.project(self.encode_vision(pixel_values)), True
         device = self.llama_proj.weight.device
-        if self.always_run_vision:
+        if self.always_run_vision and image_features is None:
             size = self.config.vision_config.image_size
             features = self.encode_vision(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
         else:
@@ -191,7 +209,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 `[T]` packed or `[B, L]` padded; image positions hold `config.image_token_id`.
             pixel_values: `[N, 3, S, S]`, uint8 or normalised; pictures in the order of their places.
-            image_features: `[N, queries, Q-Former width]` instead of pixels.
+            image_features: `[N, queries, Q-Former width]` instead of pixels; N may be 0.
             position_ids: int64, shape of `input_ids`; may skip.
             cu_seqlens: int32 `[samples + 1]`.
             max_seqlen: longest sample.

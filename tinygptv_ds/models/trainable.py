@@ -17,6 +17,11 @@ _NORM_WEIGHTS = re.compile(
 )
 
 
+def vision(name: str) -> bool:
+    """What looks at a picture before the projections: ViT, its norm, query tokens and Q-Former. No stage trains it."""
+    return name.startswith(("visual_encoder.", "ln_vision.", "query_tokens", "qformer."))
+
+
 def projections(name: str) -> bool:
     """The two linear layers between Q-Former and Phi."""
     return name.startswith(("llama_proj.", "llama_proj2."))

@@ -91,22 +91,26 @@ class TinyGPTVProcessor(ProcessorMixin):
             raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' is supported")
         prompts = [text] if isinstance(text, str) else list(text)
         dealt = _deal(images, prompts)
-        begin = [self.tokenizer.bos_token_id] if begin_token else []
-        tokens = ImageTokens(self.image_token_id, self.num_query_tokens)
-        rows = [
-            begin + prompt_ids(self.tokenizer, prompt, len(pictures), tokens)
-            for prompt, pictures in zip(prompts, dealt, strict=True)
-        ]
-        longest = max(map(len, rows), default=0)
-        pad = self.tokenizer.bos_token_id
-        inputs = {
-            "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-        }
+        inputs = self.token_rows(prompts, [len(pictures) for pictures in dealt], begin_token=begin_token)
         pixels = [to_pixels(picture, self.image_size) for pictures in dealt for picture in pictures]
         if pixels:
             inputs["pixel_values"] = torch.from_numpy(np.stack(pixels))
         return BatchFeature(inputs)
+
+    def token_rows(self, prompts: Sequence[str], pictures: Sequence[int], *, begin_token: bool) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` of `__call__`, given how many pictures each prompt has."""
+        begin = [self.tokenizer.bos_token_id] if begin_token else []
+        tokens = ImageTokens(self.image_token_id, self.num_query_tokens)
+        rows = [
+            begin + prompt_ids(self.tokenizer, prompt, count, tokens)
+            for prompt, count in zip(prompts, pictures, strict=True)
+        ]
+        longest = max(map(len, rows), default=0)
+        pad = self.tokenizer.bos_token_id
+        return {
+            "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+        }
 
     def prompt(self, question: str, num_images: int = 1) -> str:
         """A question as the training worded it: behind its pictures, inside the template."""

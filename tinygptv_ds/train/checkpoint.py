@@ -47,7 +47,16 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
         "keep_checkpoints",
     ):
         plain["train"].pop(name)
-    for name in ("only", "num_workers", "max_skipped_share", "validation", "cache_dir", "cache_gb", "allow_pipe"):
+    for name in (
+        "only",
+        "num_workers",
+        "max_skipped_share",
+        "validation",
+        "cache_dir",
+        "cache_gb",
+        "allow_pipe",
+        "features",
+    ):
         plain["data"].pop(name)
     for name in ("attention", "gradient_checkpointing"):
         plain["model"].pop(name)

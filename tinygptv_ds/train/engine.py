@@ -16,6 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from tinygptv_ds.dist import complete_env, cores_per_rank
+from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.log import LOGGER, set_up_logging
 from tinygptv_ds.models.attention import choose_backend
 from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
@@ -23,7 +24,6 @@ from tinygptv_ds.models.trainable import weight_decay_groups
 from tinygptv_ds.train.job import Job
 from tinygptv_ds.train.rundir import start_run_dir
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, under the names that torch gives them
 _TIMEOUT = timedelta(minutes=30)
 

@@ -107,6 +107,7 @@ def model_inputs(batch: Batch) -> dict:
         "cu_seqlens": batch.cu_seqlens,
         "max_seqlen": batch.max_seqlen,
         "pixel_values": batch.pixel_values,
+        "image_features": batch.image_features,
         "image_rows": batch.image_rows,
         "image_index": batch.image_index,
         "target_rows": batch.target_rows,

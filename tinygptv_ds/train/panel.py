@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from tinygptv_ds.config.schema import Recipe
+from tinygptv_ds.data.batch import Sample
 from tinygptv_ds.data.loader import Tokens, load_sample
 from tinygptv_ds.data.mixture import SampleRef, sample_rng
 from tinygptv_ds.data.reader import SampleError, ShardReader
@@ -17,6 +20,15 @@ from tinygptv_ds.processing.text import render
 from tinygptv_ds.train.engine import Engine
 
 _NEW_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One sample of the panel: how it is asked, what is right, and its pictures."""
+
+    prompt: str
+    truth: str
+    sample: Sample
 
 
 class Panel:
@@ -32,8 +44,8 @@ class Panel:
         recipe = engine.job.recipe
         self._engine = engine
         self._tokens = tokens
-        self._stream = _shown(recipe, stream)
-        self._samples = _choose(self._stream, tokens, recipe.train.sample_count)
+        exact = replace(tokens, decoding="exact")  # as inference will see pictures
+        self._samples = _choose(_shown(recipe, stream), exact, recipe.train.sample_count)
 
     def write(self, board: SummaryWriter | None, step: int) -> None:
         """Generate and write. To be called on all ranks; `board` is rank 0's."""
@@ -41,21 +53,21 @@ class Panel:
             return
         answers = self._answers()
         rows = ["| | prompt | true | generated |", "|-|-|-|-|"]
-        for number, ((prompt, truth, _), answer) in enumerate(zip(self._samples, answers, strict=True)):
-            cells = [_cell(text) for text in (prompt, truth, answer)]
+        for number, (shown, answer) in enumerate(zip(self._samples, answers, strict=True)):
+            cells = [_cell(text) for text in (shown.prompt, shown.truth, answer)]
             rows.append(f"| {number} | {' | '.join(cells)} |")
-            note(f"sample {number} at step {step}: {prompt!r} -> {answer!r} (true: {truth!r})")
+            note(f"sample {number} at step {step}: {shown.prompt!r} -> {answer!r} (true: {shown.truth!r})")
         if board is not None:
             board.add_text("samples/answers", "\n".join(rows), step)
-            pictures = [raw for _, _, images in self._samples for raw in images]
+            pictures = [torch.from_numpy(shown.sample.pixels) for shown in self._samples if len(shown.sample.pixels)]
             if pictures:
-                board.add_images("samples/pictures", torch.stack([_pixels(p, self._tokens) for p in pictures]), step)
+                board.add_images("samples/pictures", torch.cat(pictures), step)
 
     def _answers(self) -> list[str]:
         tokens = self._tokens
         processor = TinyGPTVProcessor.for_model(self._engine.module.config, tokens.tokenizer)
-        prompts, pictures = [p for p, _, _ in self._samples], [list(i) for _, _, i in self._samples]
-        inputs = processor(pictures, prompts, begin_token=True)
+        prompts, samples = [s.prompt for s in self._samples], [s.sample for s in self._samples]
+        inputs = processor.token_rows(prompts, [s.pictures for s in samples], begin_token=True) | _seen(samples)
         inputs = {name: tensor.to(self._engine.device) for name, tensor in inputs.items()}
         with self._engine.inference() as model:
             ids = model.generate(
@@ -69,6 +81,16 @@ class Panel:
         return processor.answers(ids[:, inputs["input_ids"].shape[1] :], tokens.text.end_sym)
 
 
+def _seen(samples: list[Sample]) -> dict[str, torch.Tensor]:
+    """The pictures of all samples as the model takes them: pixels, or the features that training has."""
+    with_pictures = [sample for sample in samples if sample.pictures]
+    if not with_pictures:
+        return {}
+    if with_pictures[0].features is not None:
+        return {"image_features": torch.cat([sample.features for sample in with_pictures])}
+    return {"pixel_values": torch.cat([torch.from_numpy(sample.pixels) for sample in with_pictures])}
+
+
 def _shown(recipe: Recipe, stream: OpenStream) -> OpenStream:
     """The samples to choose from: validation datasets, else those held out, else the training's own."""
     if recipe.data.validation:
@@ -76,10 +98,10 @@ def _shown(recipe: Recipe, stream: OpenStream) -> OpenStream:
     return open_stream(recipe, held_out=True) if recipe.data.validation_share else stream
 
 
-def _choose(stream: OpenStream, tokens: Tokens, count: int) -> list[tuple[str, str, tuple[bytes, ...]]]:
-    """(prompt, true answer, pictures) of the first readable samples of the order, the datasets by turns."""
+def _choose(stream: OpenStream, tokens: Tokens, count: int) -> list[Shown]:
+    """The first readable samples of the order, the datasets by turns."""
     reader = ShardReader(cache=stream.cache)
-    chosen: list[tuple[str, str, tuple[bytes, ...]]] = []
+    chosen: list[Shown] = []
     refs = (
         SampleRef(0, name, *stream.orders[name].locate(k))
         for k in range(2 * count)
@@ -90,21 +112,15 @@ def _choose(stream: OpenStream, tokens: Tokens, count: int) -> list[tuple[str, s
         if len(chosen) == count:
             break
         try:
-            load_sample(stream, reader, ref, tokens)
+            sample = load_sample(stream, reader, ref, tokens)
             raw = reader.read(stream.shards[ref.dataset][ref.shard], ref.index)
         except SampleError:
             continue
         draw = sample_rng(stream.seed, ref)
         rendered = render(raw.record, len(raw.images), draw, clean=stream.sections[ref.dataset].clean)
         prompt = prompt_text(rendered, len(raw.images), tokens.text, draw)
-        chosen.append((prompt, rendered.turns[0][1], raw.images))
+        chosen.append(Shown(prompt, rendered.turns[0][1], sample))
     return chosen
-
-
-def _pixels(image: bytes, tokens: Tokens) -> torch.Tensor:
-    from tinygptv_ds.processing.images import to_pixels
-
-    return torch.from_numpy(to_pixels(image, tokens.image_size))
 
 
 def _cell(text: str) -> str:

@@ -58,7 +58,7 @@ def plan(recipe: Recipe, sections: Sequence[DatasetSection]) -> Plan | None:
     if not sections:
         return None
     mixture = Mixture({section.name: section.weight for section in sections}, seed=recipe.seed)
-    data = dataclasses.replace(recipe.data, only=[section.name for section in sections])
+    data = dataclasses.replace(recipe.data, only=[section.name for section in sections], features=None)
     stream = open_stream(dataclasses.replace(recipe, data=data))
     sizes = {name: len(order) for name, order in stream.orders.items()}
     pass_steps, batch_size, total = stream.order.steps_per_epoch(), recipe.train.batch_size, recipe.train.total_steps

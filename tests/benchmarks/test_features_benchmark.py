@@ -1,0 +1,27 @@
+"""The benchmark of training from features runs as it stands, with a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import features
+
+
+def test_both_ways_and_the_published_share(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    features.main(["--size", "tiny", "--batch-size", "2", "--steps", "1", "--json", str(figures)])
+    short, long = json.loads(figures.read_text())["rows"]
+    for row in (short, long):
+        assert row["same_loss"]
+        assert row["ratio"] == pytest.approx(row["pixels"] / row["features"])
+        assert row["pictures_per_second"] > 0
+    assert long["published_ratio"] > short["published_ratio"] > 1.5
+
+
+def test_operations_are_counted_once() -> None:
+    """Twice the parameters of what a picture goes through, for each of its rows, is nearly all of it."""
+    config = features.TinyGPTVConfig()
+    vit = 257 * 2 * 39 * (4 * 1408**2 + 2 * 1408 * 6144)
+    assert features.vision_operations(config) == pytest.approx(vit, rel=0.1)
+    assert features.llm_operations(config, 20) == pytest.approx(52 * 4 * 32 * 12 * 2560**2, rel=0.1)
