@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import simplejpeg
 import torch
 import webdataset
@@ -35,9 +36,11 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.photos import write_photos
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.index import sample_count
+from tinygptv_ds.data.features import FeatureNotes, FeatureShape, source_of, tar_name, write_notes
+from tinygptv_ds.data.index import build_index, sample_count
 from tinygptv_ds.data.loader import MicroBatches, Tokens, load_steps
 from tinygptv_ds.data.reader import ShardReader
+from tinygptv_ds.data.shards import add_sample, new_archive
 from tinygptv_ds.data.stream import open_stream
 from tinygptv_ds.models.tinygptv import IMAGE_MEAN, IMAGE_STD
 from tinygptv_ds.processing.images import to_pixels
@@ -46,8 +49,11 @@ from tinygptv_ds.processing.sequence import ImageTokens
 SOURCES = ((640, 480), (224, 224))
 TARGETS = (224, 448)
 BATCH = 16
+NAME = "photos"  # of the dataset
+SHAPE = FeatureShape("bf16", 32, 768)  # what the published Q-Former gives
 ORIGINAL, WEBDATASET, DECODE = "original's transform", "webdataset, the same transform", "JPEG decode alone"
 PIXELS, EXACT, FAST = "exact, from memory to pixels", "exact, from shards to batches", "fast, from shards to batches"
+FEATURES = "features, from shards to batches"
 
 # An endless stream that does the work; each item is the number of samples that it took.
 Work = Iterator[int]
@@ -108,6 +114,7 @@ def measure_one_core(shards: Path, source: tuple[int, int], target: int, seconds
         PIXELS: each(encoded, lambda jpeg: to_pixels(jpeg, target)),
         EXACT: loader(shards, target, "exact"),
         FAST: loader(shards, target, "fast"),
+        FEATURES: loader(shards, target, "exact", features=made_up_features(shards)),
         DECODE: each(encoded, simplejpeg.decode_jpeg),
     }
     cores = os.sched_getaffinity(0)
@@ -172,12 +179,33 @@ def plain_webdataset(shards: Path, target: int) -> Work:
         yield len(pictures)
 
 
-def loader(shards: Path, target: int, decoding: str, workers: int = 0) -> Work:
-    """The training loader, as in stage 1: order, reading, tokens, pixels, packed batches."""
+def made_up_features(shards: Path) -> Path:
+    """Features of the published size for the pictures of `shards`, random and in bf16, as `features` writes them."""
+    root = shards.with_name(f"{shards.name}-features")
+    folder = root / NAME
+    if folder.exists():
+        return root
+    folder.mkdir(parents=True)
+    sources, reader, rng = sorted(shards.glob("*.tar")), ShardReader(), np.random.default_rng(0)
+    for number, source in enumerate(sources):
+        with (folder / tar_name(number)).open("wb") as file, new_archive(file) as archive:
+            for index in range(sample_count(source)):
+                key, record, _ = reader.stored(source, index)
+                add_sample(archive, key, {"json": record, "bf16": rng.bytes(SHAPE.nbytes)})
+        build_index(folder / tar_name(number))
+    made_with = {"dtype": SHAPE.dtype, "queries": SHAPE.queries, "width": SHAPE.width}
+    sizes = [(folder / tar_name(number)).stat().st_size for number in range(len(sources))]
+    write_notes(folder, FeatureNotes(made_with, [source_of(s, sample_count(s)) for s in sources], sizes))
+    return root
+
+
+def loader(shards: Path, target: int, decoding: str, workers: int = 0, features: Path | None = None) -> Work:
+    """The training loader, as in stage 1: order, reading, tokens, pixels or features, packed batches."""
+    data = {"datasets": [{"name": NAME, "shards": str(shards)}], "decoding": decoding}
     raw = {
         "stage": 1,
         "model": {"phi": "", "eva_vit": "", "qformer": "", "image_size": target},
-        "data": {"datasets": [{"name": "photos", "shards": str(shards)}], "decoding": decoding},
+        "data": data | ({"features": str(features)} if features else {}),
         "optimizer": {"lr": 1e-4, "min_lr": 1e-5},
         "train": {"batch_size": BATCH, "micro_batch_size": BATCH},
     }

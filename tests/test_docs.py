@@ -36,3 +36,17 @@ def test_the_table_of_weights_names_every_kind() -> None:
     words |= {"projection": "MiniGPT-4's projection", "trained": "checkpoint_N.pth", "model": "exported `hf` folder"}
     assert words.keys() == KINDS.keys()
     assert all(word in text for word in words.values())
+
+
+def test_the_page_of_data_names_everything() -> None:
+    """Every dataset with its files, every verb and every reason for which a sample drops out."""
+    from tinygptv_ds.cli import VERBS
+    from tinygptv_ds.data.reader import REASONS
+    from tinygptv_ds.data.sets import DATASETS
+
+    text = (ROOT / "docs/data.md").read_text()
+    data_verbs = [verb for verb, (_, module) in VERBS.items() if ".data." in module]
+    files = {file for dataset in DATASETS.values() for file in (*dataset.files, *dataset.optional)}
+    for word in (*data_verbs, *DATASETS, *REASONS):
+        assert f"`{word}" in text, word
+    assert [file for file in files if file not in text and "*" not in file] == []

@@ -14,7 +14,7 @@ def test_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(figures.read_text())
     assert found["machine"]["cores"] >= 1
     rows = [(row["way"], *row["source"], row["target"], row["workers"]) for row in found["rows"]]
-    ways = {data.ORIGINAL, data.WEBDATASET, data.PIXELS, data.EXACT, data.FAST, data.DECODE}
+    ways = {data.ORIGINAL, data.WEBDATASET, data.PIXELS, data.EXACT, data.FAST, data.FEATURES, data.DECODE}
     assert {row for row in rows if row[4] == 0} == {
         (way, *source, target, 0) for way in ways for source in data.SOURCES for target in data.TARGETS
     }

@@ -90,12 +90,10 @@ def test_bf16(place: Place, one_rank: Run) -> None:
     assert three.column("train/loss") == pytest.approx(two.column("train/loss"), rel=0, abs=0.005)
 
 
-@pytest.mark.parametrize("command", [deepspeed_form(4), one_process(4)], ids=["zero_3_two_ranks", "one_rank"])
-def test_packed_by_tokens(place: Place, one_rank: Run, command: list[str]) -> None:
+def test_packed_by_tokens(place: Place, one_rank: Run) -> None:
     """Micro-batches by length, their number changing from step to step: still the same step."""
     options = ["--set=train.micro_batch_size=null", "--set=train.max_tokens=140"]
-    options += [ZERO_3] if command[0] == "deepspeed" else []
-    packed = run(command, place.recipe, place.folder / f"tokens_{command[0].rpartition('/')[2]}", *options)
+    packed = run(deepspeed_form(4), place.recipe, place.folder / "tokens", ZERO_3, *options)
     same(packed, one_rank, **EXACT)
 
 
@@ -115,10 +113,6 @@ def equal(ours: Run, theirs: Run) -> None:
     assert len(metrics[0]) == STEPS and metrics[0] == metrics[1]
     files = [each.folder / "model/trained.safetensors" for each in (ours, theirs)]
     assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_from_features(place: Place, one_rank: Run, features: str) -> None:
-    equal(run(one_process(4), place.recipe, place.folder / "features1", features), one_rank)
 
 
 def test_from_features_two_ranks_zero_2(place: Place, zero_2: Run, features: str) -> None:

@@ -52,7 +52,12 @@ class Sequence:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids without special tokens; an empty text has none."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    if not text:
+        return []
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.truncation or backend.padding:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return backend.encode(text, add_special_tokens=False).ids  # what the call above comes to, in half the time
 
 
 def wrap(template: str | None, question: str) -> str:
