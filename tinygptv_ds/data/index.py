@@ -10,7 +10,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -140,17 +140,19 @@ def sample_counts(tars: Sequence[Path], workers: int | None = None) -> list[int]
     """`sample_count` of every tar. Missing indexes are built first (about a second per 10,000 samples), with a
     progress bar and, from some number on, in `workers` processes (default: one per core).
     """
-    missing = [tar for tar in tars if _stored_count(tar) is None]
+    counts = [_stored_count(tar) for tar in tars]
+    missing = [tar for tar, count in zip(tars, counts, strict=True) if count is None]
     if len(missing) > _MANY:
         # spawn: the caller may have threads or a device open
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             for _ in tqdm(pool.map(sample_count, missing), "indexing shards", len(missing), unit="shard"):
                 pass
-    return [sample_count(tar) for tar in tars]
+    return [sample_count(tar) if count is None else count for tar, count in zip(tars, counts, strict=True)]
 
 
 def _stored_count(tar: Path) -> int | None:
-    headers = (_read_header(path, _tar_state(tar)) for path in _index_paths(tar))
+    state = _tar_state(tar)
+    headers = (_read_header(path, state) for path in _index_paths(tar))
     return next((header.samples for header in headers if header is not None), None)
 
 
@@ -228,11 +230,11 @@ def _tar_state(tar: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _index_paths(tar: Path) -> tuple[Path, Path]:
-    """Where the index may lie: beside the tar, or in the user's cache."""
-    cache = cache_home() / "index"
+def _index_paths(tar: Path) -> Iterator[Path]:
+    """Where the index may lie: beside the tar, and else in the user's cache."""
+    yield tar.with_name(f"{tar.name}.idx")
     name = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:32]
-    return tar.with_name(f"{tar.name}.idx"), cache / f"{name}.idx"
+    yield cache_home() / "index" / f"{name}.idx"
 
 
 def _read_header(path: Path, tar_state: tuple[int, int]) -> IndexHeader | None:
