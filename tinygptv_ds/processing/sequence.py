@@ -57,7 +57,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.truncation or backend.padding:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return backend.encode(text, add_special_tokens=False).ids  # what the call above comes to, in half the time
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # the same in half the time
 
 
 def wrap(template: str | None, question: str) -> str:
