@@ -268,3 +268,35 @@ def test_boxes_are_those_of_the_picture_before_it_was_scaled(tmp_path: Path) -> 
     assert before.record == after.record
     assert before.record["answer"] == "{<5><4><52><51>}"
     assert open_image(after.images[0]).size == (100, 67)
+
+
+# ---- held-out referring expressions ----------------------------------------------------------------------------------
+
+EXPRESSIONS = [  # as MiniGPT-v2's files have them
+    {
+        "img_id": "COCO_train2014_000000581563_3",
+        "sents": "lower left  Corner darkness.",
+        "bbox": [0.0, 373.89, 137.59, 126.11],
+        "height": 500,
+        "width": 333,
+    },
+    {"img_id": "COCO_train2014_000000581563_4", "sents": "x", "bbox": [1, 2, 3, 4], "height": 0, "width": 333},
+    {"img_id": "../COCO_train2014_000000581563_4", "sents": "x", "bbox": [1, 2, 3, 4], "height": 9, "width": 9},
+    {"img_id": "COCO_train2014_000000581563_5", "sents": "y", "height": 9, "width": 9},
+    {"img_id": "COCO_train2014_000000000001_5", "sents": "y", "bbox": [1, 2, 3, 4], "height": 9, "width": 9},
+]
+
+
+def test_refer(tmp_path: Path) -> None:
+    """Words as they are, the box relative to the size that the file tells, a sample for each sentence."""
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco/COCO_train2014_000000581563.jpg").write_bytes(picture())
+    (tmp_path / "refcoco_testB.json").write_text(json.dumps(EXPRESSIONS))
+    places = {"annotations": tmp_path / "refcoco_testB.json", "image_root": tmp_path / "coco"}
+    report = prepare("refer", tmp_path, tmp_path / "out", **places)
+    (sample,) = read_all(tmp_path / "out")
+    assert (sample.record["text"], sample.record["answer"]) == ("lower left  Corner darkness.", "{<0><74><41><100>}")
+    assert sample.record["bbox"] == EXPRESSIONS[0]["bbox"]
+    assert turns(sample)[0][1] == "{<0><74><41><100>}"
+    reasons = ["bad_record", "outside_root", "missing_field", "missing_image"]
+    assert [entry["reason"] for entry in report.skipped_entries] == reasons

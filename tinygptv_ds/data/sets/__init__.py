@@ -116,6 +116,13 @@ DATASETS: dict[str, Dataset] = {
         "GQA (cs.stanford.edu/people/dorarad/gqa): pictures, and the questions there or as LAVIS lists them",
     ),
     "ocrvqa": Dataset(ocrvqa.ocrvqa, ("ocrvqa/dataset.json", "ocrvqa/images"), "OCR-VQA (ocr-vqa.github.io)"),
+    # held-out expressions, for eval/refer.py
+    "refer": Dataset(
+        refcoco.refer,
+        ("*.json",),
+        f"MiniGPT-v2's evaluation files, such as refcoco_testA.json (Vision-CAIR/MiniGPT-4, eval_scripts); {_COCO}",
+        own=True,
+    ),
     # your own
     "llava": Dataset(
         jsonl.llava, ("*.json*",), "your own conversations in LLaVA's format beside your pictures", own=True

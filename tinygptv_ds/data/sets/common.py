@@ -104,7 +104,7 @@ class Samples(Iterator[Entry]):
         except KeyError as error:
             field = str(error.args[0])
             return Skipped(key, "missing_field", f"{where}: has no {field!r}: {str(entry)[:200]}", field)
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             return Skipped(key, "bad_record", f"{where}: {type(error).__name__}: {error} in {str(entry)[:200]}")
         return None if built is None else PreparedSample(key, built[0], tuple(built[1]), where)
 

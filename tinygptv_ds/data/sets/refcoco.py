@@ -1,4 +1,7 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: from an expression to a box, and ("inv...") from a box to an expression."""
+"""RefCOCO, RefCOCO+ and RefCOCOg: from an expression to a box, and ("inv...") from a box to an expression.
+
+Training references from REFER's own files, and the evaluation files of MiniGPT-v2.
+"""
 
 import io
 import pickle
@@ -13,6 +16,8 @@ from tinygptv_ds.data.sets.common import (
     SkipEntry,
     box_string,
     coco_picture,
+    inside,
+    load_entries,
     load_objects,
     picture_size,
     turn,
@@ -40,6 +45,27 @@ def refcoco(root: Path, name: str, split_by: str, *, inverse: bool = False) -> I
         return turn("refer", sentences, box, clean=["text"], **ids), [picture]
 
     return Samples(load_refs(folder / f"refs({split_by}).p"), build)
+
+
+def refer(root: Path, annotations: Path | None = None, image_root: Path | None = None) -> Iterator[Entry]:
+    """MiniGPT-v2's evaluation files (``refcoco_testA.json``, ``refcocog_val.json``, ...): one sample per sentence, raw.
+
+    Entries are ``{img_id, sents, bbox, height, width}``; `img_id` is a picture's name, which lies below `image_root` or
+    `root` as ``.jpg``, and the number of an object. The box is relative to the size that is listed.
+    """
+    found = [annotations] if annotations else sorted(root.glob("*.json"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise DataError(f"{root}: which file holds the expressions? There are: {names}; name it with --annotations")
+
+    def build(entry: dict) -> Built:
+        picture = inside(image_root or root, entry["img_id"].rpartition("_")[0] + ".jpg")
+        box = box_string(entry["bbox"], (entry["width"], entry["height"]))
+        kept = {field: entry[field] for field in ("img_id", "bbox", "width", "height")}
+        return turn("refer", entry["sents"], box, **kept), [picture]
+
+    name = found[0].name
+    return Samples(load_entries(found[0]), build, where=lambda number, _: f"{name}: entry {number}")
 
 
 def load_refs(path: Path) -> list[dict[str, Any]]:
