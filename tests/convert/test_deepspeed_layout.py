@@ -1,7 +1,9 @@
 """The cuts that ZeRO makes through parameters are undone for any shapes and number of ranks."""
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,3 +118,26 @@ def test_what_is_not_right_is_refused(tmp_path: Path, spoil, message: str) -> No
     spoil(folder)
     with pytest.raises(WeightsError, match=message):
         open_deepspeed(folder)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_stages_as_older_pythons_pickle_them(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Python 3.11.4 an Enum's member is getattr(Enum, name); its name tells the stage."""
+    path = "deepspeed.runtime.zero.config"
+    enum = type("ZeroStageEnum", (), {"__module__": path})
+    for depth in range(1, 5):
+        monkeypatch.setitem(sys.modules, ".".join(path.split(".")[:depth]), SimpleNamespace(ZeroStageEnum=enum))
+
+    class Member:
+        def __reduce__(self) -> tuple:
+            return getattr, (enum, {2: "gradients", 3: "weights"}[stage])
+
+    groups = parameters([[(3, 2)]])
+    write(tmp_path, groups, stage, 2)
+    for file in tmp_path.glob("*_optim_states.pt"):
+        content = torch.load(file, weights_only=True)
+        content["optimizer_state_dict"]["zero_stage"] = Member()
+        torch.save(content, file)
+    opened = open_deepspeed(tmp_path)
+    assert opened.zero_stage == stage
+    assert torch.equal(opened.weights["group0.weight0"].read(), groups[0]["group0.weight0"])

@@ -50,7 +50,17 @@ class _Inert:
         self.args = args
 
 
+# Python before 3.11.4 pickles an Enum's member as getattr(Enum, name).
+_ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _member(_: type[_Inert], name: str) -> _Inert:
+    """In place of that getattr, which looks nothing up."""
+    return _Inert(_ZERO_STAGES[name])
+
+
 _KNOWN = [
+    (_member, "builtins.getattr"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_Inert, "deepspeed.runtime.zero.config.ZeroStageEnum"),
