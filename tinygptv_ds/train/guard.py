@@ -26,8 +26,8 @@ from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.sums import Done, Totals
 
 _WINDOW, _LEAST = 128, 32  # steps that a loss is held against, and how many of them there must be
-_SPIKE = 8.0  # robust standard deviations of the loss's logarithm
-_NARROWEST = 0.01  # of its standard deviation: less than 8 % above the median is no spike however calm the run
+_SPIKE = 8.0  # standard deviations of the loss's logarithm
+_NARROWEST = 0.02  # of its standard deviation: less than 17 % above the median is no spike however calm the run
 _NAMED = 5  # samples in a message
 
 
@@ -94,7 +94,7 @@ class Guard:
                 found += 1
                 worst = _highest(self._sample_losses(step, totals.recent))
                 LOGGER.warning(
-                    "the loss of step %d spikes: %.4f, %.1f robust deviations above the steps before it (median %.4f). "
+                    "the loss of step %d spikes: %.4f, %.1f deviations above the steps before it (median %.4f). "
                     "Its samples with the highest losses: %s",
                     step + 1,
                     loss,
@@ -163,10 +163,11 @@ class Guard:
 
 
 class Spikes:
-    """How far a loss lies above those before it, in standard deviations as the median deviation tells them.
+    """How far a loss lies above those before it, in standard deviations, as their median and 95th percentile tell them.
 
     Logarithms are compared, so that one limit serves large batches, whose losses hardly vary, and small ones, whose
-    losses vary by their own size. Outliers do not move a median, so a spike does not hide the next one.
+    losses vary by their own size. Neither of the two values is moved by a few outliers, so a spike does not hide the
+    next one; and what one step in twenty reaches, as where each step holds one dataset, is none.
     """
 
     def __init__(self) -> None:
@@ -182,7 +183,8 @@ class Spikes:
         if len(self._logs) < _LEAST or not loss > 0:
             return 0.0
         middle = statistics.median(self._logs)
-        deviation = 1.4826 * statistics.median(abs(value - middle) for value in self._logs)
+        high = statistics.quantiles(self._logs, n=20, method="inclusive")[-1]
+        deviation = (high - middle) / 1.645
         return (math.log(loss) - middle) / max(deviation, _NARROWEST)
 
     def add(self, loss: float) -> None:

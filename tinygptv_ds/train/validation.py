@@ -46,9 +46,9 @@ class Validation:
         sums, tokens = self._engine.all_reduce(self._sums()).view(2, len(names)).tolist()
         losses = {"val/loss": sum(sums) / max(sum(tokens), 1)}
         losses |= {f"val/loss_{name}": a / b for name, a, b in zip(names, sums, tokens, strict=True) if b}
-        by_name = ", ".join(f"{name.removeprefix('val/loss_')} {loss:.4f}" for name, loss in losses.items())
+        each = ", ".join(f"{name} {losses[f'val/loss_{name}']:.4f}" for name in names if f"val/loss_{name}" in losses)
         seconds = time.perf_counter() - start
-        LOGGER.info("step %d: validation loss %s (%.1f s)", step, by_name.removeprefix("val/loss "), seconds)
+        LOGGER.info("step %d: validation loss %.4f (%s) in %.1f s", step, losses["val/loss"], each, seconds)
         return losses
 
     def _sums(self) -> torch.Tensor:
