@@ -26,8 +26,8 @@ from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.sums import Done, Totals
 
 _WINDOW, _LEAST = 128, 32  # steps that a loss is held against, and how many of them there must be
-_SPIKE = 8.0  # standard deviations of the loss's logarithm
-_NARROWEST = 0.02  # of its standard deviation: less than 17 % above the median is no spike however calm the run
+_SPIKE = 6.0  # standard deviations of the loss's logarithm
+_NARROWEST = 0.02  # of its standard deviation: less than 12 % above the median is no spike however calm the run
 _NAMED = 5  # samples in a message
 
 
