@@ -10,6 +10,8 @@ import tiny
 from launch.launcher import ZERO_3, Run, deepspeed_script, one_process, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from stages.tiny.quickstart import training_lines
+
 STEPS = 4
 NAMES = ("vqa", "text", "chat", "pair")
 
@@ -47,7 +49,7 @@ def lines(done: Run, name: str) -> list[dict]:
 
 def test_all_ranks_do_the_same_steps(runs: Runs) -> None:
     """Nothing is lost to the slow one: the losses are those of a run without it."""
-    slow, alone = lines(runs.slow, "train/loss"), lines(runs.alone, "train/loss")
+    slow, alone = (training_lines(done.folder / "metrics.jsonl") for done in (runs.slow, runs.alone))
     assert [line["step"] for line in slow] == [line["step"] for line in alone] == list(range(1, STEPS + 1))
     for mine, other in zip(slow, alone, strict=True):
         assert mine["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
@@ -57,8 +59,8 @@ def test_the_straggler_is_named(runs: Runs) -> None:
     """From the second step on; the first one waits for everything to warm up."""
     for line in lines(runs.slow, "perf/slowest_rank")[1:]:
         assert line["perf/slowest_rank"] == 1
-        assert line["perf/data_wait_max_pct"] > 30 > 2 * line["perf/data_wait_pct"] - line["perf/data_wait_max_pct"]
-        assert line["perf/slowest_seconds"] >= 0.2  # two micro-batches a step
+        assert line["perf/data_wait_max_pct"] > 20 > 2 * line["perf/data_wait_pct"] - line["perf/data_wait_max_pct"]
+        assert line["perf/slowest_seconds"] >= 0.6  # two micro-batches a step
     log = (runs.slow.folder / "log.txt").read_text()
     assert log.count("rank 1 holds up the others: data wait") >= STEPS - 1
     assert "rank 0 holds up" not in log
