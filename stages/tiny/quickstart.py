@@ -204,7 +204,7 @@ def summary(seconds: dict[str, float]) -> dict:
 
     stages = []
     for stage in STAGES:
-        lines = [json.loads(line) for line in (RUN / f"stage{stage}" / "metrics.jsonl").read_text().splitlines()]
+        lines = training_lines(RUN / f"stage{stage}" / "metrics.jsonl")
         stages.append(
             {
                 "stage": stage,
@@ -212,7 +212,7 @@ def summary(seconds: dict[str, float]) -> dict:
                 "loss_last": lines[-1]["train/loss"],
                 "vqa_accuracy": json.loads(scores_file(stage).read_text())["accuracy"],
                 "seconds": seconds[f"stage{stage}"],
-                "samples_per_second": lines[-1]["perf/samples_per_second"],
+                "samples_per_second": lines[-1]["perf/samples_s"],
             }
         )
     vqa = [question.record for question in read_questions(str(DATA / "digits_vqa/test"), None)]
@@ -226,6 +226,12 @@ def summary(seconds: dict[str, float]) -> dict:
         "samples_per_second": stages[-1]["samples_per_second"],
         "seconds": sum(seconds.values()),
     }
+
+
+def training_lines(metrics: Path) -> list[dict]:
+    """The lines of a run's metrics that are about steps; others hold validation losses."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [line for line in lines if "train/loss" in line]
 
 
 def show_answer() -> None:

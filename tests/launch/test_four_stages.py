@@ -30,11 +30,15 @@ SCALARS = {
     "train/lr",
     "train/grad_norm",
     "train/loss_scale",
-    "perf/samples_per_second",
-    "perf/target_tokens_per_second",
+    "train/spike",
+    "perf/samples_s",
+    "perf/target_tokens_s",
     "perf/step_seconds",
-    "perf/data_wait_share",
-    "perf/memory_gib",
+    "perf/tflops",
+    "perf/data_wait_pct",
+    "perf/data_wait_max_pct",
+    "perf/slowest_rank",
+    "perf/mem_gib",
     "data/skipped",
 }
 DATASETS = {1: ["caption"], 2: ["caption"], 3: ["caption"], 4: ["vqa", "text", "chat", "pair"]}
@@ -86,7 +90,7 @@ def test_tensorboard(stage: int, chain: dict[int, Run]) -> None:
     events = EventAccumulator(str(chain[stage].folder / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    wanted = SCALARS | {f"train/loss_{name}" for name in DATASETS[stage]}
+    wanted = SCALARS | {f"{kind}_{name}" for kind in ("train/loss", "data/mix") for name in DATASETS[stage]}
     assert wanted <= set(tags["scalars"])
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     panels = [2, 4] if stage == 4 else [4]
@@ -103,7 +107,7 @@ def test_what_a_run_leaves(stage: int, chain: dict[int, Run]) -> None:
     lines = done.metrics
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["train/loss_scale"] == 1.0 and line["train/grad_norm"] > 0 for line in lines)
-    assert all(line["perf/samples_per_second"] > 0 and line["data/skipped"] == 0 for line in lines)
+    assert all(line["perf/samples_s"] > 0 and line["data/skipped"] == 0 for line in lines)
     log = (done.folder / "log.txt").read_text()
     zero, precision = {1: (2, "fp32"), 2: (3, "fp32"), 3: (2, "bf16"), 4: (3, "bf16")}[stage]
     assert f"stage {stage} on 2 rank(s) of cpu, ZeRO-{zero}, {precision}" in log

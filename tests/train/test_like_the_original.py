@@ -21,6 +21,7 @@ from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Rendered, load_prompts
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.loop import warn_of_rising_rate
+from tinygptv_ds.train.stopwatch import Stopwatch
 
 STAGES = Path(__file__).parents[2] / "stages"
 RAW = Callable[..., dict[str, Any]]
@@ -43,6 +44,7 @@ def test_the_loss_of_a_step(reduction: str) -> None:
         job=SimpleNamespace(ranks=SimpleNamespace(world_size=ranks)),
         backward_and_step=losses.append,
         set_boundary=boundaries.append,
+        forward_clock=Stopwatch(torch.device("cpu")),
     )
     divisor = torch.tensor(6.0) if reduction == "step_mean" else None
     for place, each in enumerate(tokens):

@@ -15,13 +15,12 @@ from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.data.loader import Loaded, Skipped, Tokens
 from tinygptv_ds.data.mixture import SampleRef
 from tinygptv_ds.data.stream import open_stream
-from tinygptv_ds.errors import DataError, TinyGPTVError
+from tinygptv_ds.errors import DataError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.processing.images import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens
 from tinygptv_ds.train import loop
 from tinygptv_ds.train.engine import Engine, LossScale
-from tinygptv_ds.train.metrics import Sums
 from tinygptv_ds.train.panel import Shown, _choose
 
 REF = SampleRef(0, "vqa", 0, 0, 0)
@@ -39,6 +38,11 @@ def dropped(count: int) -> list[Loaded]:
     return [Loaded(None, tuple(Skipped(REF, "corrupt_image", f"a.tar: sample k{i}: torn") for i in range(count)))]
 
 
+def seen(skipped: dict[str, int], samples: int) -> SimpleNamespace:
+    """As much of `Totals` as is judged."""
+    return SimpleNamespace(skipped=skipped, samples={"a": samples, "b": 0})
+
+
 def test_skipped_samples_are_named(warnings: pytest.LogCaptureFixture) -> None:
     loop.SkipCounter(0.5, 100).report(dropped(2))
     assert [r.getMessage() for r in warnings.records] == [
@@ -50,36 +54,30 @@ def test_skipped_samples_are_named(warnings: pytest.LogCaptureFixture) -> None:
 def test_too_many_skipped_samples_stop_the_run(warnings: pytest.LogCaptureFixture) -> None:
     """The share is judged against all samples seen, and of a short run against its whole length."""
     counter = loop.SkipCounter(0.1, samples_of_run=50)
-    counter.judge({"skipped": {"corrupt_image": 3, "too_long": 2}, "samples": 5})  # 5 of 50
+    counter.judge(seen({"corrupt_image": 3, "too_long": 2}, 5))  # 5 of 50
     assert counter.summary() == "3 corrupt_image, 2 too_long"
     counter.report(dropped(12))
     with pytest.raises(
         DataError, match=r"6 of 20 samples .*\(4 corrupt_image, 2 too_long\), more than .*share \(0.1\)"
     ) as caught:
-        counter.judge({"skipped": {"corrupt_image": 1}, "samples": 9})
+        counter.judge(seen({"corrupt_image": 1}, 9))
     assert str(caught.value).count("\n  - a.tar: sample k") == 10  # the last ones
     assert "sample k11" in str(caught.value) and "sample k1:" not in str(caught.value)
 
 
 def test_a_long_run_is_judged_by_what_it_has_seen() -> None:
     counter = loop.SkipCounter(0.01, samples_of_run=10**6)
-    counter.judge({"skipped": {"truncated": 10}, "samples": 90})  # of the first 1000
-    counter.judge({"skipped": {"truncated": 10}, "samples": 1890})  # 20 of 2000
+    counter.judge(seen({"truncated": 10}, 90))  # of the first 1000
+    counter.judge(seen({"truncated": 10}, 1890))  # 20 of 2000
     with pytest.raises(DataError, match="21 of 2001"):
-        counter.judge({"skipped": {"truncated": 1}, "samples": 0})
+        counter.judge(seen({"truncated": 1}, 0))
 
 
 def test_none_may_be_skipped_with_a_share_of_zero() -> None:
     counter = loop.SkipCounter(0.0, samples_of_run=100)
-    counter.judge({"skipped": {}, "samples": 10})
+    counter.judge(seen({}, 10))
     with pytest.raises(DataError, match="1 of 11 samples"):
-        counter.judge({"skipped": {"bad_json": 1}, "samples": 0})
-
-
-@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run(loss: float) -> None:
-    with pytest.raises(TinyGPTVError, match=r"at step 7; .* optimizer\.lr"):
-        loop._stop_if_not_finite(loss, 7)
+        counter.judge(seen({"bad_json": 1}, 0))
 
 
 def test_the_random_seed_is_a_function_of_step_and_rank() -> None:
@@ -87,26 +85,6 @@ def test_the_random_seed_is_a_function_of_step_and_rank() -> None:
     assert len(set(seeds)) == 40 and seeds == [loop._seed(42, s, r) for s in range(10) for r in range(4)]
     for seed in seeds:
         torch.manual_seed(seed)
-
-
-def test_sums_are_means_over_tokens() -> None:
-    """A dataset's loss is the mean over its target tokens, the total that over all; reading starts anew."""
-    engine = SimpleNamespace(device=torch.device("cpu"), all_reduce=lambda tensor: tensor)
-    sums = Sums(engine, ["a", "b", "c"])
-    first = SimpleNamespace(target_dataset=torch.tensor([0, 0, 1]), sample_ids=(REF, REF))
-    second = SimpleNamespace(target_dataset=torch.tensor([0]), sample_ids=(REF,))
-    empty = SimpleNamespace(target_dataset=torch.zeros(0, dtype=torch.long), sample_ids=())
-    sums.add(first, torch.tensor([1.0, 2.0, 7.0]), [])
-    sums.add(second, torch.tensor([6.0]), ["too_long"])
-    sums.add(empty, torch.zeros(0), ["corrupt_image", "too_long"])
-    assert sums.read() == {
-        "loss": 4.0,
-        "loss_by_dataset": {"a": 3.0, "b": 7.0},
-        "target_tokens": 4.0,
-        "samples": 3.0,
-        "skipped": {"corrupt_image": 1, "too_long": 2},
-    }
-    assert sums.read() == {"loss": 0.0, "loss_by_dataset": {}, "target_tokens": 0.0, "samples": 0.0, "skipped": {}}
 
 
 # ---- the loss scale of fp16 ------------------------------------------------------------------------------------------

@@ -133,12 +133,13 @@ class DataSection:
         datasets: what is mixed.
         only: names of those of `datasets` that this run uses, with their weights as listed; empty: all.
         homogeneous: every step holds one dataset, drawn by weight; in the original each rank draws one for itself.
-        validation: datasets for the panel of generated answers; empty: the training sets' first samples.
+        validation: datasets for the validation loss and the panel of generated answers; empty: no validation loss,
+            and the panel shows the training sets' first samples.
         num_workers: loader processes per rank, whatever the number of datasets, and no more than the rank has cores;
             0 loads in the training process.
         shuffle_shards: samples are shuffled within windows of this many shards.
         validation_share: of every training dataset, this share (the last samples of each shard) is kept from training
-            and shown in the panel instead.
+            and used as `validation` is.
         max_skipped_share: the run stops once more than this share of the samples seen was unreadable.
         cache_dir: where remote shards are kept, best on a local disk of each node, whose processes share it; None:
             `tinygptv_ds/shards` in the user's cache folder.
@@ -178,7 +179,7 @@ class DataSection:
         _require(0 <= self.validation_share < 1, "data.validation_share must lie in [0, 1)")
         _require(
             not (self.validation and self.validation_share),
-            "data.validation names datasets for the panel, and data.validation_share holds some back for it: "
+            "data.validation names datasets, and data.validation_share holds some back for the same use: "
             "give one of the two",
         )
         _require(self.cache_gb > 0, "data.cache_gb must be positive")
@@ -192,6 +193,11 @@ class DataSection:
             f"rights; if you trust this recipe, --set data.allow_pipe=[{','.join(piped)}]",
         )
         _require(self.decoding in ("exact", "fast"), f"data.decoding: {self.decoding!r} is not one of exact, fast")
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are samples that are not trained on."""
+        return bool(self.validation) or self.validation_share > 0
 
     @property
     def used(self) -> list[DatasetSection]:
@@ -243,6 +249,13 @@ class TrainSection:
         log_every: steps between log lines.
         sample_every: steps between panels of generated answers; 0: only at the end.
         sample_count: pictures in a panel.
+        validate_every: steps between validation losses, on `data.validation` or what `data.validation_share` holds
+            back; 0: only at the end.
+        validation_samples: samples of each dataset that they are measured on, the same each time.
+        max_overflows: in fp16, this many steps in a row that overflow, each skipped with the loss scale halved, end the
+            run (30 halve it by 10^9). In bf16 and fp32 the first loss or gradient that is not finite does.
+        wandb: a project of Weights & Biases to which the scalars go as well; null: none. The package is an extra:
+            pip install wandb.
         checkpoint_every: steps between checkpoints; 0: only at the end.
         keep_checkpoints: older ones are removed.
     """
@@ -256,11 +269,16 @@ class TrainSection:
     log_every: int = 10
     sample_every: int = 0
     sample_count: int = 4
+    validate_every: int = 0
+    validation_samples: int = 200
+    max_overflows: int = 30
+    wandb: str | None = None
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "steps_per_epoch", "log_every", "keep_checkpoints"):
+        positive = ("batch_size", "epochs", "steps_per_epoch", "log_every", "validation_samples", "max_overflows")
+        for name in (*positive, "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"train.{name} must be positive")
         sizes = [size for size in (self.micro_batch_size, self.max_tokens) if size is not None]
         _require(
@@ -268,7 +286,7 @@ class TrainSection:
             "give either train.micro_batch_size (samples) or train.max_tokens, and null for the other",
         )
         _require(sizes[0] > 0, "train.micro_batch_size and train.max_tokens must be positive")
-        for name in ("sample_every", "sample_count", "checkpoint_every"):
+        for name in ("sample_every", "sample_count", "validate_every", "checkpoint_every"):
             _require(getattr(self, name) >= 0, f"train.{name} must be 0 or more")
         known = ("step_mean", "micro_batch_mean")
         _require(self.loss_reduction in known, f"train.loss_reduction must be one of {', '.join(known)}")
@@ -321,3 +339,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require(self.stage in (1, 2, 3, 4), f"stage must be 1, 2, 3 or 4, not {self.stage}")
+        _require(
+            not self.train.validate_every or self.data.has_validation,
+            "train.validate_every is set, but there is nothing to validate on: name datasets in data.validation, or "
+            "hold some of the training's back with data.validation_share",
+        )

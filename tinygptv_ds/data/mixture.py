@@ -150,6 +150,13 @@ class Stream:
             located[:, mine] = order.draws(int(draws[mine[0]]), len(mine))
         return StepSamples(self._mixture.names, first + np.arange(size), which, *located)
 
+    def position_of(self, name: str, k: int) -> int:
+        """Where draw `k` of a dataset stands in the stream."""
+        if not self._homogeneous:
+            return self._mixture.position_of(name, k)
+        step, place = divmod(k, self._batch_size)
+        return self._mixture.position_of(name, step) * self._batch_size + place
+
     def steps_per_epoch(self) -> int:
         """Number of steps after which every sample of every dataset has been seen at least once."""
         if self._homogeneous:

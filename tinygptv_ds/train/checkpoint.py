@@ -43,6 +43,10 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
         "log_every",
         "sample_every",
         "sample_count",
+        "validate_every",
+        "validation_samples",
+        "max_overflows",
+        "wandb",
         "checkpoint_every",
         "keep_checkpoints",
     ):

@@ -23,6 +23,7 @@ from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGene
 from tinygptv_ds.models.trainable import weight_decay_groups
 from tinygptv_ds.train.job import Job
 from tinygptv_ds.train.rundir import start_run_dir
+from tinygptv_ds.train.stopwatch import Stopwatch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, under the names that torch gives them
 _TIMEOUT = timedelta(minutes=30)
@@ -111,6 +112,7 @@ class Engine:
         scale: the loss scale under autocast in fp16, else None.
         first_step: where the run goes on.
         skipped_before: optimizer steps left out before a resumption.
+        forward_clock: times this rank's forward passes.
         job: recipe, JSON, run directory and ranks.
     """
 
@@ -134,6 +136,7 @@ class Engine:
         self.scale = LossScale(self.deepspeed.optimizer) if autocast_fp16 else None
         self.first_step = 0
         self.skipped_before = 0
+        self.forward_clock = Stopwatch(self.device)
         self._last = True
 
     def set_learning_rate(self, rate: float) -> None:
@@ -147,7 +150,7 @@ class Engine:
         self.deepspeed.set_gradient_accumulation_boundary(last)
 
     def micro_step(self, inputs: dict, loss_divisor: Tensor | None, *, number: int, count: int) -> PackedOutput:
-        """Forward, backward, and, after the last micro-batch, the optimizer step.
+        """Forward, backward, and, after the last micro-batch, the optimizer step, on all ranks or on none.
 
         Args:
             inputs: keyword arguments of the model's packed forward.
@@ -157,14 +160,17 @@ class Engine:
             count: micro-batches of the step, the same on all ranks.
         """
         self.set_boundary(number + 1 == count)
-        output = self.deepspeed(**inputs)
+        with self.forward_clock.running():
+            output = self.deepspeed(**inputs)
         total = output.token_losses.sum()
         if loss_divisor is None:
             loss = total / max(len(output.token_losses), 1) / count
         else:
             # DeepSpeed averages over ranks; the divisor already counts all of them.
             loss = total / loss_divisor * self.job.ranks.world_size
-        self.backward_and_step(loss + output.anchor)
+        loss = loss + output.anchor
+        # An infinite loss may have finite gradients. Times NaN it has none, and ZeRO leaves the step out on all ranks.
+        self.backward_and_step(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
         return output
 
     def backward_and_step(self, loss: Tensor) -> None:
@@ -173,6 +179,11 @@ class Engine:
         self.deepspeed.step()
         if self._last and self.scale is not None:
             self.scale.update(skipped=not self.deepspeed.was_step_applied())
+
+    @property
+    def step_taken(self) -> bool:
+        """Whether the last optimizer step moved the weights; it did not, on any rank, if a gradient was not finite."""
+        return self.deepspeed.was_step_applied()
 
     def grad_norm(self) -> float:
         """Of the last optimizer step, before clipping; infinite where it was skipped."""

@@ -14,6 +14,7 @@ from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.dist import Ranks, ranks_from_env
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.preflight import check_files
+from tinygptv_ds.train.tracking import check_tracking
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,6 +104,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     run_dir = args.run_dir or Path("runs") / f"stage{loaded.stage}"
     _check_run_dir(run_dir, args.resume)
     check_files(loaded)
+    check_tracking(loaded)
     return Job(loaded, resolved, run_dir, args.resume, ranks)
 
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import time
 from collections import Counter
 
 import torch
 
 from tinygptv_ds.config.schema import OptimizerSection
-from tinygptv_ds.data.batch import Batch
 from tinygptv_ds.data.loader import Loaded, MicroBatches, Tokens, load_steps
 from tinygptv_ds.data.stream import OpenStream
 from tinygptv_ds.dist import cores_per_rank
-from tinygptv_ds.errors import DataError, TinyGPTVError
+from tinygptv_ds.errors import DataError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.checkpoint import save_checkpoint
 from tinygptv_ds.train.engine import Engine
-from tinygptv_ds.train.metrics import Reporter, Sums
+from tinygptv_ds.train.first_batch import show_first_samples
+from tinygptv_ds.train.guard import Guard
+from tinygptv_ds.train.metrics import Reporter
 from tinygptv_ds.train.panel import Panel
 from tinygptv_ds.train.schedule import learning_rate
-from tinygptv_ds.train.transfer import Transfer
+from tinygptv_ds.train.stopwatch import Stopwatch
+from tinygptv_ds.train.sums import RankTimes, Sums, Totals
+from tinygptv_ds.train.transfer import Transfer, model_inputs
+from tinygptv_ds.train.validation import Validation
 
 _JUDGED_AFTER = 1000  # samples; before, the allowed share of skipped ones is that of this many
 
@@ -31,7 +33,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
 
     Raises:
         DataError: more samples than the recipe allows could not be used.
-        TinyGPTVError: the loss is no longer finite.
+        TinyGPTVError: a loss or gradient is not finite; no weight has been moved by it.
     """
     recipe, ranks = engine.job.recipe, engine.job.ranks
     warn_of_rising_rate(recipe.optimizer)
@@ -43,34 +45,44 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         num_workers=min(recipe.data.num_workers, cores_per_rank(ranks)),
         pin_memory=engine.device.type == "cuda",
     )
+    validation, panel = Validation(engine, tokens), Panel(engine, stream, tokens)
     reporter = Reporter(engine, total, engine.first_step)
+    if engine.first_step == 0 and reporter.board is not None:
+        show_first_samples(stream, tokens, reporter.board)
     sums, transfer = Sums(engine, stream.names), Transfer(engine.device)
-    panel = Panel(engine, stream, tokens)
+    guard, waiting = Guard(engine, stream), Stopwatch(torch.device("cpu"))
     skips = SkipCounter(recipe.data.max_skipped_share, total * recipe.train.batch_size)
     over = OverLimit(recipe.train.max_tokens)
-    waited, last_log = 0.0, engine.first_step
     for step in range(engine.first_step, total):
-        start = time.perf_counter()
-        loaded = next(loader)
-        waited += time.perf_counter() - start
+        with waiting.running():
+            loaded = next(loader)
         skips.report(loaded)
         over.look(loaded)
+        guard.look(step, loaded)
         _optimizer_step(engine, step, loaded, sums, transfer)
+        guard.stop_if_left_out(step, sums.recent)
         reporter.step_done()
         done = step + 1
-        if done == engine.first_step + 1 or done % recipe.train.log_every == 0 or done == total:
-            totals = sums.read()
-            _stop_if_not_finite(totals["loss"], done)
+        if reporter.is_due(done):
+            totals = sums.read(RankTimes(waiting.read(), engine.forward_clock.read()))
             skips.judge(totals)
             over.report()
-            reporter.log(done, totals, _figures(engine, step), waited, done - last_log, skips.summary())
-            waited, last_log = 0.0, done
-        if recipe.train.sample_every and done % recipe.train.sample_every == 0 and done != total:
-            panel.write(reporter.board, done)
+            reporter.log(done, totals, _figures(engine, step) | {"spike": guard.judge(totals)}, skips.summary())
+        if _now_and_then(recipe.train.validate_every, done) and done != total:
+            with reporter.aside():
+                reporter.scalars(done, validation.measure(done))
+        if _now_and_then(recipe.train.sample_every, done) and done != total:
+            with reporter.aside():
+                panel.write(reporter.board, done)
         if recipe.train.checkpoint_every and done % recipe.train.checkpoint_every == 0 and done != total:
             save_checkpoint(engine, done)
+    reporter.scalars(total, validation.measure(total))
     panel.write(reporter.board, total)
     reporter.close()
+
+
+def _now_and_then(every: int, done: int) -> bool:
+    return every > 0 and done % every == 0
 
 
 def warn_of_rising_rate(optimizer: OptimizerSection) -> None:
@@ -96,23 +108,7 @@ def _optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums,
     torch.manual_seed(_seed(recipe.seed, step, engine.job.ranks.rank))
     for number, (item, batch) in enumerate(zip(loaded, batches, strict=True)):
         output = engine.micro_step(model_inputs(batch), divisor, number=number, count=len(batches))
-        sums.add(batch, output.token_losses, [skipped.reason for skipped in item.skipped])
-
-
-def model_inputs(batch: Batch) -> dict:
-    """The keyword arguments of the model's packed forward."""
-    return {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
-        "pixel_values": batch.pixel_values,
-        "image_features": batch.image_features,
-        "image_rows": batch.image_rows,
-        "image_index": batch.image_index,
-        "target_rows": batch.target_rows,
-        "targets": batch.targets,
-    }
+        sums.add(step, item, batch, output.token_losses)
 
 
 def _rate(engine: Engine, step: int) -> float:
@@ -133,14 +129,6 @@ def _figures(engine: Engine, step: int) -> dict[str, float]:
 
 def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
-def _stop_if_not_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise TinyGPTVError(
-            f"the loss is {loss} at step {step}; nothing was saved from it. Lower optimizer.lr, lengthen "
-            "optimizer.warmup_steps, or look at the samples of the last steps"
-        )
 
 
 class OverLimit:
@@ -188,16 +176,16 @@ class SkipCounter:
                 LOGGER.warning("skipped (%s) %s", skipped.reason, skipped.message)
                 self._recent = [*self._recent[-9:], skipped.message]
 
-    def judge(self, totals: dict) -> None:
+    def judge(self, totals: Totals) -> None:
         """Count what all ranks saw since the last call.
 
         Raises:
             DataError: more than the allowed share dropped out.
         """
-        for reason, count in totals["skipped"].items():
+        for reason, count in totals.skipped.items():
             self._reasons[reason] += count
         self._skipped = sum(self._reasons.values())
-        self._seen += sum(totals["skipped"].values()) + totals["samples"]
+        self._seen += sum(totals.skipped.values()) + sum(totals.samples.values())
         allowed = self._max_share * max(self._seen, self._least)
         if self._skipped > allowed:
             listed = "\n".join(f"  - {message}" for message in self._recent) or "  - (on other ranks; see above)"

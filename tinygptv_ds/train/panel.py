@@ -54,7 +54,7 @@ class Panel:
         answers = self._answers()
         rows = ["| | prompt | true | generated |", "|-|-|-|-|"]
         for number, (shown, answer) in enumerate(zip(self._samples, answers, strict=True)):
-            cells = [_cell(text) for text in (shown.prompt, shown.truth, answer)]
+            cells = [cell(text) for text in (shown.prompt, shown.truth, answer)]
             rows.append(f"| {number} | {' | '.join(cells)} |")
             note(f"sample {number} at step {step}: {shown.prompt!r} -> {answer!r} (true: {shown.truth!r})")
         if board is not None:
@@ -123,6 +123,6 @@ def _choose(stream: OpenStream, tokens: Tokens, count: int) -> list[Shown]:
     return chosen
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Text inside a Markdown table."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

@@ -7,6 +7,22 @@ import torch
 from tinygptv_ds.data.batch import Batch
 
 
+def model_inputs(batch: Batch) -> dict:
+    """The keyword arguments of the model's packed forward."""
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "cu_seqlens": batch.cu_seqlens,
+        "max_seqlen": batch.max_seqlen,
+        "pixel_values": batch.pixel_values,
+        "image_features": batch.image_features,
+        "image_rows": batch.image_rows,
+        "image_index": batch.image_index,
+        "target_rows": batch.target_rows,
+        "targets": batch.targets,
+    }
+
+
 class Transfer:
     """Copies batches to a device; on a GPU in a stream of its own, so that a copy overlaps with the step before it.
 

@@ -1,0 +1,120 @@
+"""Two ranks. First, for every ZeRO stage and precision, a step that is bad on rank 1 alone: what it leaves of weights
+and moments goes to REPORT. Then stage 4 as its script has it, with a loss that is NaN on rank 1 at step 3."""
+
+import json
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tinygptv_ds import cli
+from tinygptv_ds.convert.assemble import build_model
+from tinygptv_ds.data.loader import MicroBatches, open_tokens
+from tinygptv_ds.data.stream import open_stream
+from tinygptv_ds.dtypes import DTYPES
+from tinygptv_ds.errors import TinyGPTVError
+from tinygptv_ds.models import tinygptv
+from tinygptv_ds.models.trainable import lora, norms, projections, train_only
+from tinygptv_ds.train import loop
+from tinygptv_ds.train.engine import MOMENTS, Engine, start_distributed
+from tinygptv_ds.train.guard import Guard
+from tinygptv_ds.train.job import Job, parse_job
+from tinygptv_ds.train.sums import Sums
+from tinygptv_ds.train.transfer import Transfer
+
+ROOT = Path(__file__).parents[2]
+RANK = int(os.environ.get("RANK", 0))
+REPORT = Path(os.environ["REPORT"])
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nan": lambda losses: losses * torch.nan,
+    "finite gradient": lambda losses: losses + torch.inf,  # only the loss itself is infinite
+}
+fault: str | None = None
+token_losses = tinygptv.token_losses
+
+
+def faulty(logits: Tensor, targets: Tensor) -> Tensor:
+    losses = token_losses(logits, targets)
+    return FAULTS[fault](losses) if fault and RANK == 1 else losses
+
+
+def state(engine: Engine) -> dict[str, Tensor]:
+    """Weights and moments; what the model computes with is held against the weights."""
+    found = engine.trained_state()
+    for moment in MOMENTS:
+        found |= {f"{moment}/{name}": value for name, value in engine.moments(moment).items()}
+    return found
+
+
+def one_case(job: Job, kind: str) -> dict:
+    """A good step, a bad one, and a good one again."""
+    global fault
+    torch.manual_seed(0)
+    model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])
+    train_only(model, projections, norms, lora)
+    stream, tokens = open_stream(job.recipe), open_tokens(job.recipe, model.config)
+    engine = Engine(model, job)
+    batches = MicroBatches(stream, tokens, rank=RANK, world_size=job.ranks.world_size)
+    sums, guard, transfer = Sums(engine, stream.names), Guard(engine, stream), Transfer(engine.device)
+    states, said = [], ""
+    for step, bad in enumerate((None, kind, None)):
+        fault = bad
+        loop._optimizer_step(engine, step, [batches[step, n] for n in range(batches.count(step))], sums, transfer)
+        fault = None
+        states.append(state(engine))
+        try:
+            guard.stop_if_left_out(step, sums.recent)
+        except TinyGPTVError as error:
+            said = str(error)
+    first, second, third = states
+    return {
+        "kept": all(torch.equal(first[name], second[name]) for name in first),
+        "finite": all(tensor.isfinite().all().item() for tensor in second.values()),
+        "moved": any(not torch.equal(second[name], third[name]) for name in second),
+        "said": said,
+    }
+
+
+def all_cases() -> None:
+    job = parse_job(None, ROOT / "stages/stage4.yaml")
+    start_distributed(job)
+    found = {}
+    for zero in (1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            settings = {**job.deepspeed, "zero_optimization": {"stage": zero}}
+            if precision == "bf16":
+                settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+            kind = "nan" if precision == "fp32" else "finite gradient"
+            found[f"ZeRO-{zero} {precision}"] = one_case(replace(job, deepspeed=settings), kind)
+    (REPORT / f"cases-{RANK}.json").write_text(json.dumps(found))
+
+
+def noted_exit(code: int) -> None:
+    """What this rank leaves with, which the launcher tells of one rank alone."""
+    (REPORT / f"exit-{RANK}").write_text(str(code))
+    leave(code)
+
+
+def with_bad_step(engine: Engine, step: int, *rest: object) -> None:
+    global fault
+    fault = "nan" if step == 2 else None
+    optimizer_step(engine, step, *rest)
+    torch.save(engine.trained_state(), REPORT / f"weights-{RANK}-{step}.pt")
+
+
+leave, os._exit = os._exit, noted_exit
+wait = time.sleep
+cli.time.sleep = lambda seconds: wait(min(seconds, 0.3))  # else the launcher ends rank 1 while it lets rank 0 speak
+tinygptv.token_losses = faulty
+
+if __name__ == "__main__":
+    all_cases()
+    optimizer_step, loop._optimizer_step = loop._optimizer_step, with_bad_step
+    sys.argv.append("--set=deepspeed.zero_optimization.stage=3")
+    cli.run_command(runpy.run_path(str(ROOT / "stages/stage4.py"))["main"])

@@ -1,0 +1,75 @@
+"""A loss that is not finite on one rank alone: no rank moves a weight, all stop alike and name the samples."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tiny
+import torch
+from launch.launcher import Run, deepspeed_script, run
+
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.data.stream import Planner, open_stream
+
+CASES = [f"ZeRO-{zero} {precision}" for zero in (1, 2, 3) for precision in ("fp32", "bf16")]
+
+
+class Done(NamedTuple):
+    """The launch that all these tests look at."""
+
+    run: Run
+    report: Path
+    recipe: Path
+
+
+@pytest.fixture(scope="module")
+def done(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder = tmp_path_factory.mktemp("bad_steps")
+    recipe = tiny.write_recipe(folder / "recipe.yaml", tiny.recipe(weights, shards, train__checkpoint_every=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPORT", str(folder))
+        ended = run(deepspeed_script("tests/faults/harm_bad_steps.py"), recipe, folder / "run", ok=False)
+    return Done(ended, folder, recipe)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_step_moves_nothing(case: str, done: Done) -> None:
+    """Bit for bit, weights and both moments, also where the loss is infinite and its gradient is not."""
+    for rank in range(2):
+        found = json.loads((done.report / f"cases-{rank}.json").read_text())[case]
+        assert found["kept"] and found["finite"]
+        assert found["moved"]  # the step after it does, so the one before was left out and the engine is whole
+        assert "the loss is not finite at step 2, for these samples:" in found["said"]
+        assert "(rank 1)" in found["said"] and "(rank 0)" not in found["said"]
+
+
+def test_all_ranks_leave_alike(done: Done) -> None:
+    assert [(done.report / f"exit-{rank}").read_text() for rank in range(2)] == ["2", "2"]
+    assert done.run.code == 2
+    assert "Traceback" not in done.run.output
+    (error,) = [line for line in done.run.output.splitlines() if line.startswith("error: ")]
+    assert error == "error: the loss is not finite at step 3, for these samples:"
+    assert f"all samples of the step are in {done.run.folder / 'bad_step-3.json'}" in done.run.output
+    assert [line["step"] for line in done.run.metrics] == [1, 2]
+    assert not (done.run.folder / "model").exists()
+
+
+def test_the_run_keeps_the_weights_from_before(done: Done) -> None:
+    good, bad = (torch.load(done.report / f"weights-0-{step}.pt", weights_only=True) for step in (1, 2))
+    assert good.keys() == bad.keys() and all(torch.equal(good[name], bad[name]) for name in good)
+    newest = max((done.run.folder / "checkpoints").glob("step-*"))
+    assert newest.name == "step-00000002"
+
+
+def test_the_samples_of_every_rank_are_written(done: Done) -> None:
+    written = json.loads((done.run.folder / "bad_step-3.json").read_text())
+    assert written["step"] == 3
+    plan = Planner(open_stream(load_recipe(done.recipe)), 2).plan(2)
+    for rank, of_rank in enumerate(written["ranks"]):
+        assert of_rank["rank"] == rank
+        places = [(s["dataset"], Path(s["shard"]).name, s["index"], s["position"]) for s in of_rank["samples"]]
+        planned = plan.rank_share(rank)
+        assert places == [(r.dataset, f"{r.shard:05d}.tar", r.index, r.position) for r in planned]
+        assert all((s["loss"] == "nan") == (rank == 1) for s in of_rank["samples"])
+        assert all(s["key"].isdigit() and s["key"] in done.run.output for s in of_rank["samples"] if rank == 1)

@@ -1,0 +1,119 @@
+"""One rank's loader ten times slower than the other's: the same steps, the straggler named, and what a run reports."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tiny
+from launch.launcher import ZERO_3, Run, deepspeed_script, one_process, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stages.tiny.quickstart import training_lines
+
+STEPS = 4
+NAMES = ("vqa", "text", "chat", "pair")
+
+
+class Runs(NamedTuple):
+    """The same recipe on two ranks under ZeRO-3, one of them slow, and on one rank without validation."""
+
+    slow: Run
+    alone: Run
+    report: Path
+
+
+@pytest.fixture(scope="module")
+def runs(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("slow")
+    raw = tiny.recipe(weights, shards, train__steps_per_epoch=STEPS, train__validate_every=2)
+    raw["data"]["validation_share"] = 0.25
+    recipe = tiny.write_recipe(folder / "recipe.yaml", raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPORT", str(folder))
+        slow = run(
+            deepspeed_script("tests/faults/harm_slow_loader.py"),
+            recipe,
+            folder / "slow",
+            ZERO_3,
+            "--set=train.wandb=tiny",
+        )
+    alone = run(one_process(4), recipe, folder / "alone", "--set=train.validate_every=0")
+    return Runs(slow, alone, folder)
+
+
+def lines(done: Run, name: str) -> list[dict]:
+    return [line for line in done.metrics if name in line]
+
+
+def test_all_ranks_do_the_same_steps(runs: Runs) -> None:
+    """Nothing is lost to the slow one: the losses are those of a run without it."""
+    slow, alone = (training_lines(done.folder / "metrics.jsonl") for done in (runs.slow, runs.alone))
+    assert [line["step"] for line in slow] == [line["step"] for line in alone] == list(range(1, STEPS + 1))
+    for mine, other in zip(slow, alone, strict=True):
+        assert mine["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5)
+
+
+def test_the_straggler_is_named(runs: Runs) -> None:
+    """From the second step on; the first one waits for everything to warm up."""
+    for line in lines(runs.slow, "perf/slowest_rank")[1:]:
+        assert line["perf/slowest_rank"] == 1
+        assert line["perf/data_wait_max_pct"] > 20 > 2 * line["perf/data_wait_pct"] - line["perf/data_wait_max_pct"]
+        assert line["perf/slowest_seconds"] >= 0.6  # two micro-batches a step
+    log = (runs.slow.folder / "log.txt").read_text()
+    assert log.count("rank 1 holds up the others: data wait") >= STEPS - 1
+    assert "rank 0 holds up" not in log
+    assert "holds up" not in (runs.alone.folder / "log.txt").read_text()
+
+
+def test_validation_is_the_same_on_any_ranks(runs: Runs) -> None:
+    """On two ranks under ZeRO-3, where one has no picture now and then, and on one; it changes nothing of training."""
+    slow, alone = lines(runs.slow, "val/loss"), lines(runs.alone, "val/loss")
+    assert [line["step"] for line in slow] == [2, STEPS] and [line["step"] for line in alone] == [STEPS]
+    wanted = {"val/loss", *(f"val/loss_{name}" for name in NAMES)}
+    assert wanted == {name for name in slow[0] if name.startswith("val/")}
+    for name in wanted:
+        assert slow[1][name] == pytest.approx(alone[0][name], rel=1e-5), name
+        assert slow[1][name] < slow[0][name] + 0.1
+    assert f"step {STEPS}: validation loss {alone[0]['val/loss']:.4f} (vqa " in runs.alone.output
+
+
+def test_the_first_samples_are_shown(runs: Runs) -> None:
+    """One of each dataset, in the log and on TensorBoard, with what is learnt marked."""
+    log = (runs.slow.folder / "log.txt").read_text()
+    events = EventAccumulator(str(runs.slow.folder / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    (event,) = events.Tensors("data/first_samples/text_summary")
+    (table,) = event.tensor_proto.string_val
+    rows = table.decode().splitlines()[2:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == list(NAMES)
+    for name, row in zip(NAMES, rows, strict=True):
+        assert "&lt;&lt;" in row and "###>>" in row
+        (told,) = [line for line in log.splitlines() if f"INFO   {name} | " in line]
+        assert "<<" in told and "###>>" in told
+    assert len(events.Images("data/first_pictures")) == 1
+
+
+def test_one_entry_of_hyperparameters(runs: Runs) -> None:
+    events = EventAccumulator(str(runs.slow.folder / "tensorboard"))
+    events.Reload()
+    found = events.PluginTagToContent("hparams")
+    assert len([tag for tag in found if tag.endswith("session_start_info")]) == 1
+    (start,) = [content for tag, content in found.items() if tag.endswith("session_start_info")]
+    assert b"optimizer.lr" in start and b"zero_stage" in start and b"train.batch_size" in start
+    assert not [path for path in (runs.slow.folder / "tensorboard").iterdir() if path.is_dir()]
+    assert {"perf/tflops", "perf/samples_s", "train/spike", "data/mix_vqa", "val/loss"} <= set(events.Tags()["scalars"])
+
+
+def test_weights_and_biases_get_every_scalar(runs: Runs) -> None:
+    """Under the names and steps of TensorBoard, in an entry that a resumed run finds again."""
+    settings, *sent = json.loads((runs.report / "wandb.json").read_text())
+    assert settings["project"] == "tiny" and settings["resume"] == "allow" and settings["name"] == "slow"
+    assert settings["id"] == json.loads((runs.slow.folder / "wandb.json").read_text())["id"]
+    assert settings["config"]["train"]["batch_size"] == 8
+    written = [[line.pop("step"), line] for line in runs.slow.metrics]
+    assert [step for step, _ in sent] == [step for step, _ in written] == [1, 2, 2, 3, 4, 4]
+    for (_, mine), (_, line) in zip(sent, written, strict=True):
+        line.pop("time")
+        assert mine == line and all(math.isfinite(value) for value in mine.values())
