@@ -20,7 +20,7 @@ from tinygptv_ds.train.checkpoint import save_checkpoint
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.metrics import Reporter, Sums
 from tinygptv_ds.train.panel import Panel
-from tinygptv_ds.train.schedule import learning_rate
+from tinygptv_ds.train.schedule import begins_cycle, rate_of_step
 from tinygptv_ds.train.transfer import Transfer
 
 _JUDGED_AFTER = 1000  # samples; before, the allowed share of skipped ones is that of this many
@@ -35,7 +35,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
     """
     recipe, ranks = engine.job.recipe, engine.job.ranks
     warn_of_rising_rate(recipe.optimizer)
-    total = recipe.train.total_steps
+    total = engine.job.last_step
     loader = load_steps(
         MicroBatches(stream, tokens, rank=ranks.rank, world_size=ranks.world_size),
         first=engine.first_step,
@@ -91,7 +91,9 @@ def _optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums,
     if recipe.train.loss_reduction == "step_mean":
         targets = sum(len(batch.targets) for batch in batches)
         divisor = engine.all_reduce(torch.tensor(float(targets), device=engine.device)).clamp(min=1)
-    engine.set_learning_rate(_rate(engine, step))
+    if begins_cycle(step, recipe):
+        engine.reset_optimizer()
+    engine.set_learning_rate(rate_of_step(step, recipe))
     # Dropout is a function of step and rank, so a resumed run draws what an unbroken one would have drawn.
     torch.manual_seed(_seed(recipe.seed, step, engine.job.ranks.rank))
     for number, (item, batch) in enumerate(zip(loaded, batches, strict=True)):
@@ -115,16 +117,9 @@ def model_inputs(batch: Batch) -> dict:
     }
 
 
-def _rate(engine: Engine, step: int) -> float:
-    recipe = engine.job.recipe
-    return learning_rate(
-        step, recipe.optimizer, steps_per_epoch=recipe.train.steps_per_epoch, total_steps=recipe.train.total_steps
-    )
-
-
 def _figures(engine: Engine, step: int) -> dict[str, float]:
     return {
-        "lr": _rate(engine, step),
+        "lr": rate_of_step(step, engine.job.recipe),
         "grad_norm": engine.grad_norm(),
         "loss_scale": engine.loss_scale(),
         "skipped_steps": engine.skipped_steps,
