@@ -44,8 +44,8 @@ def _report(engine: Engine, seconds: float) -> list[str]:
         f"first steps are slow), so {hours:.1f} hours at most for all",
         f"memory: {last['perf/memory_gib']:.2f} GiB at its peak on rank 0",
         f"a run would write to {run_dir.with_name(run_dir.name.removesuffix(DRY_SUFFIX))}: log and figures; "
-        f"checkpoints of {checkpoint:.1f} MB ({every}, {train.keep_checkpoints} kept, {seconds:.1f} s each); model/ of "
-        f"{result:.1f} MB",
+        f"checkpoints of {checkpoint:.3f} MB ({every}, {train.keep_checkpoints} kept, {seconds:.1f} s each); model/ of "
+        f"{result:.3f} MB",
         f"nothing was kept: {run_dir} is removed",
     ]
 
