@@ -124,7 +124,7 @@ def kind_of(names: Iterable[str], path: Path) -> str:
 
 
 def _trained(names: Iterable[str], path: Path) -> str:
-    """The kind of a run's own weights, which may be all of the model, or one of its base models: all has been trained."""
+    """The kind of a run's own weights: trained, even where they are the whole model or one of its base models."""
     kind = kind_of(names, path)
     return kind if kind == "projection" else "trained"
 

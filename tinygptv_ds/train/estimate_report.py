@@ -64,7 +64,7 @@ def _time(found: Estimate, recipe: Recipe, cards: list[Card]) -> list[str]:
     head = f"{found.sample_operations / 1e12:.2f} TFLOP a sample{again}: {parts} GFLOP"
     lines = [
         f"  {card.name:<12} {found.speed[card.name].samples_per_second:>9.0f} samples/s "
-        f"{found.speed[card.name].hours:>9.1f} hours"
+        f"{_duration(found.speed[card.name].hours):>15}"
         for card in cards
     ]
     steps = f"at {found.mfu:.0%} of the peak, {train.total_steps:,} steps of {train.batch_size} samples:"
@@ -82,6 +82,10 @@ def _disk(found: Estimate, recipe: Recipe) -> list[str]:
         "kept and one being written",
         f"  model/       {_size(disk.model)}",
     ]
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
 
 
 def _size(count: float) -> str:
