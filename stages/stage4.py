@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_distributed(job)
     # Phi, ViT and Q-Former from their own files, then what the stage before has trained.
     model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])
-    train_only(model, projections, norms, lora)
+    train_only(model, projections, norms, lora, instead=job.recipe.model.train)
     stream = open_stream(job.recipe)
     tokens = open_tokens(job.recipe, model.config)
     check_features(model, job)  # where data.features names some: stale ones are refused

@@ -29,6 +29,10 @@ VERBS = {
         "run the frozen ViT and Q-Former over a recipe's pictures once, to train from what they give",
         "tinygptv_ds.features",
     ),
+    "estimate": (
+        "memory, time and disk that a recipe takes, before any GPU is touched",
+        "tinygptv_ds.train.estimate",
+    ),
     "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.convert.inspect"),
     "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.convert.convert"),
     "export": (

@@ -17,7 +17,8 @@ from tinygptv_ds.config.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
 CPU = ROOT / "ds_configs/cpu.json"
-ZERO_3 = "--set=deepspeed.zero_optimization.stage=3"
+# Without the threshold, no parameter of a tiny model would be divided.
+ZERO_3 = "--set=deepspeed.zero_optimization={stage: 3, stage3_param_persistence_threshold: 0}"
 _MARK = "TINYGPTV_TEST_RUN"  # environment variable by which every process of a run is known
 
 

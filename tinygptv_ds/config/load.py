@@ -116,6 +116,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         options = typing.get_args(kind)
         if value is None and type(None) in options:
             return None
+        if bool in options:
+            return _number_or_switch(value, where)
         (kind,) = [option for option in options if option is not type(None)]
     if dataclasses.is_dataclass(kind):
         return _build(kind, value, where)
@@ -138,6 +140,12 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
         raise ConfigError(f"{where} must be {names[kind]}, not {_describe(value)}")
+    return value
+
+
+def _number_or_switch(value: Any, where: str) -> bool | int:
+    if not isinstance(value, int):
+        raise ConfigError(f"{where} must be true, false or a whole number, not {_describe(value)}")
     return value
 
 

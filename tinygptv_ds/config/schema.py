@@ -5,6 +5,7 @@ A recipe is the YAML of one stage. DeepSpeed's JSON holds what is DeepSpeed's (Z
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tinygptv_ds.config.nearest import nearest
@@ -14,6 +15,21 @@ from tinygptv_ds.errors import ConfigError
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
+
+
+PARTS = {
+    "projections": "the two linear layers between Q-Former and Phi",
+    "norms": "the weights of Phi's norms",
+    "lora": "LoRA's A and B",
+    "qformer": "the Q-Former and its query tokens",
+    "vit": "the ViT and the norm after it",
+    "llm": "all of Phi but LoRA",
+}
+
+
+def _check_parts(where: str, parts: Iterable[str]) -> None:
+    for part in parts:
+        _require(part in PARTS, f"{where}: {part!r} is no part of the model{nearest(str(part), PARTS)}")
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,8 @@ class ModelSection:
         eva_vit_heads: attention heads of the ViT, which its file does not tell.
         qformer_heads: attention heads of the Q-Former, which its file does not tell.
         proj_hidden_size: width between the two projections.
+        train: what learns instead of what the stage trains as published, of `PARTS`; null: as published. Parts that
+            learn lie in fp32.
         lora_r: LoRA rank; 0 builds no LoRA.
         lora_alpha: LoRA scale, alpha / r.
         lora_dropout: dropout before LoRA's A.
@@ -40,7 +58,8 @@ class ModelSection:
         resid_dropout: dropout on attention and MLP outputs while training (Phi-2's own value is 0.1); None keeps the
             value of Phi's config.json.
         attention: auto, flash_attn, torch_varlen or sdpa.
-        gradient_checkpointing: recompute Phi's blocks in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: recompute Phi's blocks in the backward pass, which takes less memory and, for all of
+            them, about a third more time: true for every block, N for every N-th one.
     """
 
     phi: str
@@ -53,13 +72,14 @@ class ModelSection:
     eva_vit_heads: int = 16
     qformer_heads: int = 12
     proj_hidden_size: int = 4096
+    train: list[str] | None = None
     lora_r: int = 0
     lora_alpha: float = 16.0
     lora_dropout: float = 0.05
     lora_targets: list[str] = field(default_factory=lambda: ["query_key_value", "dense"])
     resid_dropout: float | None = None
     attention: str = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | int = False
 
     def __post_init__(self) -> None:
         _require(self.image_size > 0, "model.image_size must be positive")
@@ -68,6 +88,12 @@ class ModelSection:
         parts = ("llama_proj", "llama_proj2", "norms", "lora")
         odd = [part for part in self.fresh_parts if part not in parts]
         _require(not odd, f"model.fresh_parts: unknown {odd}; the parts that a stage trains are {', '.join(parts)}")
+        if self.train is not None:
+            _require(bool(self.train), "model.train is empty; null trains what the stage trains as published")
+            _check_parts("model.train", self.train)
+            has_lora = "lora" not in self.train or self.lora_r > 0
+            _require(has_lora, "model.train names lora, but model.lora_r is 0, which builds none")
+        _require(self.gradient_checkpointing >= 0, "model.gradient_checkpointing must be true, false or N from 1 on")
         known = {"query_key_value", "dense", "fc1", "fc2"}
         unknown = [t for t in self.lora_targets if t not in known]
         _require(not unknown, f"model.lora_targets: unknown {unknown}; a Phi block has {sorted(known)}")
@@ -205,15 +231,24 @@ class DataSection:
         return [dataset for dataset in self.datasets if not self.only or dataset.name in self.only]
 
 
+SCHEDULES = ("published", "cosine", "constant", "wsd")
+
+
 @dataclass(frozen=True)
 class OptimizerSection:
-    """AdamW and its schedule: linear warm-up, then a cosine over all steps, as the original computes it.
+    """AdamW and its schedule.
 
     Attributes:
         lr: rate at the end of the warm-up.
-        min_lr: what the cosine heads for; above `lr` it rises (the published stage 4).
+        lr_scale: factors on the rate by part (of `PARTS`, the first that a parameter belongs to); 1 for the others.
+        schedule: "published": a warm-up that counts steps within an epoch, then a cosine that has run since step 0, as
+            the original computes it. The others count the warm-up once, from the start: "cosine" falls from its end on
+            to `min_lr` at the last step, "constant" stays at `lr`, "wsd" (warm-up, stable, decay) stays there until
+            the last `decay_steps` and then falls to `min_lr` in a straight line.
+        min_lr: what the schedule heads for; above `lr` it rises (the published stage 4).
         warmup_lr: rate of the first step.
-        warmup_steps: steps of warm-up. As in the original they count within an epoch, and the cosine starts at step 0.
+        warmup_steps: steps of warm-up.
+        decay_steps: steps of the fall at the end, for "wsd" alone.
         weight_decay: for matrices; norms and biases have none.
         betas: AdamW's betas.
         gradient_clipping: None takes the DeepSpeed JSON's value; a number has to agree with it. 0: off.
@@ -223,6 +258,9 @@ class OptimizerSection:
     min_lr: float
     warmup_lr: float = 1e-6
     warmup_steps: int = 0
+    schedule: str = "published"
+    decay_steps: int = 0
+    lr_scale: dict = field(default_factory=dict)
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     gradient_clipping: float | None = None
@@ -230,6 +268,17 @@ class OptimizerSection:
     def __post_init__(self) -> None:
         _require(self.lr > 0 and self.min_lr >= 0, "optimizer.lr must be positive and optimizer.min_lr not negative")
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps must be 0 or more")
+        _require(
+            self.schedule in SCHEDULES,
+            f"optimizer.schedule: {self.schedule!r} is unknown{nearest(self.schedule, SCHEDULES)}",
+        )
+        wsd = self.schedule == "wsd"
+        _require(self.decay_steps > 0 or not wsd, "optimizer.schedule wsd needs optimizer.decay_steps above 0")
+        _require(self.decay_steps == 0 or wsd, "optimizer.decay_steps is of the schedule wsd; leave it 0 for others")
+        _check_parts("optimizer.lr_scale", self.lr_scale)
+        for part, factor in self.lr_scale.items():
+            number = isinstance(factor, int | float) and not isinstance(factor, bool)
+            _require(number and factor > 0, f"optimizer.lr_scale.{part} must be a positive number, not {factor!r}")
         _require(len(self.betas) == 2, "optimizer.betas must be two numbers")
 
 
@@ -242,7 +291,9 @@ class TrainSection:
         micro_batch_size: samples of one forward pass on one rank; null where `max_tokens` is given.
         max_tokens: instead of it: as many samples as have about this many tokens together, picture rows included. A
             longer sample is left out and counted.
-        epochs: times `steps_per_epoch`.
+        cycles: runs in a row, each with a fresh optimizer and schedule, from the weights of the one before; samples go
+            on. The published stage 1 was run 17 times.
+        epochs: of one cycle, each of `steps_per_epoch`.
         steps_per_epoch: optimizer steps of an "epoch" of the schedule.
         loss_reduction: "step_mean" divides by the target tokens of the whole step; "micro_batch_mean" is the original's
             mean over each micro-batch.
@@ -263,6 +314,7 @@ class TrainSection:
     batch_size: int
     micro_batch_size: int | None = None
     max_tokens: int | None = None
+    cycles: int = 1
     epochs: int = 1
     steps_per_epoch: int = 1000
     loss_reduction: str = "step_mean"
@@ -277,8 +329,8 @@ class TrainSection:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "epochs", "steps_per_epoch", "log_every", "validation_samples", "max_overflows")
-        for name in (*positive, "keep_checkpoints"):
+        positive = ("batch_size", "cycles", "epochs", "steps_per_epoch", "log_every", "validation_samples")
+        for name in (*positive, "max_overflows", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"train.{name} must be positive")
         sizes = [size for size in (self.micro_batch_size, self.max_tokens) if size is not None]
         _require(
@@ -292,9 +344,14 @@ class TrainSection:
         _require(self.loss_reduction in known, f"train.loss_reduction must be one of {', '.join(known)}")
 
     @property
+    def steps_per_cycle(self) -> int:
+        """Optimizer steps of one schedule."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
-        return self.epochs * self.steps_per_epoch
+        return self.cycles * self.steps_per_cycle
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of a step on one rank; with `max_tokens` the most that there can be.
@@ -343,4 +400,10 @@ class Recipe:
             not self.train.validate_every or self.data.has_validation,
             "train.validate_every is set, but there is nothing to validate on: name datasets in data.validation, or "
             "hold some of the training's back with data.validation_share",
+        )
+        steps, o = self.train.steps_per_cycle, self.optimizer
+        _require(
+            o.schedule == "published" or o.warmup_steps + o.decay_steps <= steps,
+            f"optimizer.warmup_steps ({o.warmup_steps}) and decay_steps ({o.decay_steps}) do not fit into the "
+            f"{steps} steps of train.epochs x train.steps_per_epoch",
         )

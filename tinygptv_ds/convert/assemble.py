@@ -7,7 +7,7 @@ of a kind that no file has yet, initialised by name. Nothing is left to chance.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import lora, norms, projections, vision
+from tinygptv_ds.models.trainable import PARTS, Part, lora, norms, projections, vision
 
 
 def build_model(
@@ -38,7 +38,8 @@ def build_model(
     Args:
         section: where the weights lie, and what is built around them.
         text: template and end symbol, noted in the model's configuration.
-        frozen_dtype: of everything that no stage trains; projections, Phi's norms and LoRA are fp32.
+        frozen_dtype: of everything that does not learn; projections, Phi's norms, LoRA and what `section.train` names
+            are fp32.
 
     Raises:
         WeightsError: a file is missing or damaged, or does not fit name for name and shape for shape.
@@ -47,7 +48,8 @@ def build_model(
     trained = None
     if section.init_from is not None:
         trained = fitting_source(meta_model(config), Path(section.init_from), section.fresh_parts)
-    model = assemble(config, base_paths(section), trained, frozen_dtype=frozen_dtype)
+    parts = [PARTS[name] for name in section.train or ()]
+    model = assemble(config, base_paths(section), trained, frozen_dtype=frozen_dtype, learning=parts)
     model.attention = section.attention
     model.language_model.model.gradient_checkpointing = section.gradient_checkpointing
     return model
@@ -126,7 +128,12 @@ def meta_model(config: TinyGPTVConfig) -> TinyGPTVForConditionalGeneration:
 
 
 def assemble(
-    config: TinyGPTVConfig, base: Mapping[str, Path], trained: Source | None, *, frozen_dtype: torch.dtype
+    config: TinyGPTVConfig,
+    base: Mapping[str, Path],
+    trained: Source | None,
+    *,
+    frozen_dtype: torch.dtype,
+    learning: Sequence[Part] = (),
 ) -> TinyGPTVForConditionalGeneration:
     """Build a model of these sizes in memory and fill it.
 
@@ -134,12 +141,13 @@ def assemble(
         config: the sizes.
         base: files of "phi", "eva_vit" and "qformer".
         trained: trained weights, checked by `fitting_source`.
-        frozen_dtype: of everything that no stage trains.
+        frozen_dtype: of everything that no stage trains as published.
+        learning: parts that are fp32 all the same.
 
     Raises:
         WeightsError: see `build_model`.
     """
-    model = _empty_model(config, frozen_dtype)
+    model = _empty_model(config, frozen_dtype, learning)
     parameters = dict(model.named_parameters())
     sources = _sources(_shapes(model), config, base, trained)
     for source in sources:
@@ -209,12 +217,15 @@ def _set_special_tokens(phi: PhiConfig, folder: Path) -> int:
     return image_token
 
 
-def _empty_model(config: TinyGPTVConfig, frozen_dtype: torch.dtype) -> TinyGPTVForConditionalGeneration:
+def _empty_model(
+    config: TinyGPTVConfig, frozen_dtype: torch.dtype, learning: Sequence[Part]
+) -> TinyGPTVForConditionalGeneration:
     """The model in its final dtypes with uninitialised memory: built without any, so that nothing is held twice."""
     model = meta_model(config).to(frozen_dtype)
     for name, parameter in model.named_parameters():
         # A norm's bias, though never trained, has to be of its weight's dtype.
-        if projections(name) or lora(name) or norms(re.sub(r"\.bias$", ".weight", name)):
+        published = projections(name) or lora(name) or norms(re.sub(r"\.bias$", ".weight", name))
+        if published or any(part(name) for part in learning):
             parameter.data = parameter.data.float()
     return model.to_empty(device="cpu")
 

@@ -123,11 +123,17 @@ def kind_of(names: Iterable[str], path: Path) -> str:
     )
 
 
+def _trained(names: Iterable[str], path: Path) -> str:
+    """The kind of a run's own weights: trained, even where they are the whole model or one of its base models."""
+    kind = kind_of(names, path)
+    return kind if kind == "projection" else "trained"
+
+
 def _model_folder(path: Path, folder: Path, container: str) -> Opened:
     file = folder / WEIGHTS
     stored, _ = open_file(file)
     notes = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
-    return Opened(path, container, kind_of(stored, file), [file], stored, folder, notes)
+    return Opened(path, container, _trained(stored, file), [file], stored, folder, notes)
 
 
 def _checkpoint(path: Path) -> Opened:
@@ -137,7 +143,7 @@ def _checkpoint(path: Path) -> Opened:
     moments = sorted(stored.keys() - {f"weight/{name}" for name in weights})
     run = path.resolve().parents[1]
     notes = read_json(path / "state.json")
-    kind = kind_of(weights, path)
+    kind = _trained(weights, path)
     return Opened(path, "checkpoint of a run", kind, [path / STATE], weights, run, notes, moments, True)
 
 

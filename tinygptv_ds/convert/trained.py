@@ -124,7 +124,7 @@ def whole_source(opened: Opened, init_from: str | None) -> Source:
             f"{opened.path} began from {init_from}, which may hold more than this stage trains: {error}. Put it back, "
             "or say where it is with --set model.init_from=PATH (null if it was without a Q-Former)"
         ) from None
-    added = {name: carried.weights[name] for name in beside_base(carried) if name not in source.weights}
+    added = {name: stored for name, stored in carried.weights.items() if name not in source.weights}
     return Source(source.path, added | source.weights, source.ignored)
 
 

@@ -37,11 +37,18 @@ class Estimate:
         """Rows of each sample, float64 `[n]`, from lengths `[n, 3]`."""
         pictures, question, answer = lengths.astype(np.float64).T
         asked = self._asked(pictures, question)
-        return 1 + asked + np.minimum(answer + estimate_tokens(self.text.end_sym), self.text.max_txt_len)
+        return 1 + asked + self._answered(answer)
+
+    def targets(self, lengths: np.ndarray) -> np.ndarray:
+        """Of these rows, those that are learnt, float64 `[n]`."""
+        return self._answered(lengths[:, 2].astype(np.float64))
 
     def cost(self, lengths: np.ndarray) -> np.ndarray:
         """What each sample takes in time, in tokens of the language model, float64 `[n]`."""
         return self.tokens(lengths) + lengths[:, 0] * self.picture_cost
+
+    def _answered(self, answer: np.ndarray) -> np.ndarray:
+        return np.minimum(answer + estimate_tokens(self.text.end_sym), self.text.max_txt_len)
 
     def _asked(self, pictures: np.ndarray, question: np.ndarray) -> np.ndarray:
         tag = estimate_tokens(IMAGE_TAG.replace("<ImageHere>", "")) if self.text.prompt_template else 0

@@ -102,7 +102,7 @@ class Planner:
 
     def _make(self, step: int) -> Plan:
         samples = self.stream.order.samples(step)
-        lengths = self._lengths_of(samples)
+        lengths = self.lengths_of(samples)
         cost = self.stream.estimate.cost(lengths)
         packing = pack(
             cost,
@@ -113,8 +113,8 @@ class Planner:
         )
         return Plan(samples, packing, cost)
 
-    def _lengths_of(self, samples: StepSamples) -> np.ndarray:
-        """Of all samples of a step `[n, 3]`, read a shard at a time."""
+    def lengths_of(self, samples: StepSamples) -> np.ndarray:
+        """`ShardIndex.lengths` of all samples of a step `[n, 3]`, read a shard at a time."""
         lengths = np.zeros((len(samples), 3), dtype=np.uint16)
         by_shard = np.lexsort((samples.shard, samples.dataset))
         pairs = np.stack([samples.dataset, samples.shard])[:, by_shard]

@@ -161,7 +161,7 @@ class PhiModel(nn.Module):
         text = config.text_config
         self.text_config = text
         self.rotary_dtype = getattr(torch, config.rotary_dtype)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = 0  # every how many blocks one is recomputed in the backward pass; 0: none
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(PhiBlock(config, layer) for layer in range(text.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps)
@@ -187,8 +187,9 @@ class PhiModel(nn.Module):
         cos, sin = rotary_tables(position_ids, self.text_config, self.rotary_dtype)
         context = Context(cos, sin, packing, mask, cache)
         x = inputs_embeds
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
+        every = int(self.gradient_checkpointing) if self.training else 0
+        for number, layer in enumerate(self.layers):
+            if every and number % every == 0:
                 x = checkpoint(layer, x, context, use_reentrant=False)
             else:
                 x = layer(x, context)

@@ -6,8 +6,7 @@ padded `[batch, length]` rows with an `attention_mask` and a cache. Both agree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,14 +38,13 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 _FEWEST_ROWS = 32
 
 
-@dataclass
-class PackedOutput:
-    """What a packed forward gives.
+class PackedOutput(NamedTuple):
+    """What a packed forward gives; a tuple, since ZeRO-3 looks into nothing else to see that the backward pass begins.
 
     Attributes:
         token_losses: fp32 `[K]`, cross entropy of each target token, in the order of the batch's `target_rows`.
-        anchor: a zero that depends on the projections, to be added to the loss of a micro-batch without pictures, so
-            that every rank has a gradient for every trained parameter.
+        anchor: a zero that depends on the projections, to be added to the loss: so every rank has a gradient for every
+            trained parameter, and all ranks' backward passes begin alike, whether a micro-batch has pictures or not.
     """
 
     token_losses: Tensor
@@ -164,24 +162,26 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """`[N, queries, Q-Former width]` to `[N, queries, LLM width]`; no activation between the two."""
         return self.llama_proj2(self.llama_proj(features.to(_compute_dtype(self.llama_proj.weight))))
 
-    def _image_embeds(self, pixel_values: Tensor | None, image_features: Tensor | None) -> tuple[Tensor, bool]:
+    def _image_embeds(
+        self, pixel_values: Tensor | None, image_features: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, bool]:
         """Projected pictures `[N, queries, width]`, and whether they are real.
 
-        Without a picture, zeros pass through the projections all the same, and under ZeRO-3 (`always_run_vision`) a
-        black picture through the ViT: every rank must take part in the same gathers and reductions. With features,
-        were there none in this batch, no rank runs the ViT.
+        Without a picture, zeros pass through the projections all the same, and with `always_run_vision` (under ZeRO-3,
+        or where ViT or Q-Former learn) a black picture through the ViT: every rank must take part in the same gathers
+        and reductions, in the same order. So no weight is touched before its turn either, not even for its device:
+        under ZeRO-3 that gathers it. With features, were there none in this batch, no rank runs the ViT.
         """
         if image_features is not None and len(image_features):
             return self.project(image_features), True
         if pixel_values is not None and len(pixel_values):
             return self.project(self.encode_vision(pixel_values)), True
-        device = self.llama_proj.weight.device
         if self.always_run_vision and image_features is None:
             size = self.config.vision_config.image_size
             features = self.encode_vision(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))
         else:
             shape = (1, self.config.num_query_tokens, self.config.qformer_config.hidden_size)
-            features = torch.zeros(shape, device=device, dtype=self.llama_proj.weight.dtype)
+            features = torch.zeros(shape, device=device)
         return self.project(features), False
 
     def forward(
@@ -229,14 +229,14 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 position_ids,
                 cu_seqlens,
                 max_seqlen,
-                self._image_embeds(pixel_values, image_features),
+                self._image_embeds(pixel_values, image_features, input_ids.device),
                 (image_rows, image_index),
                 (target_rows, targets),
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             if pixel_values is not None or image_features is not None:
-                images, _real = self._image_embeds(pixel_values, image_features)
+                images, _real = self._image_embeds(pixel_values, image_features, inputs_embeds.device)
                 place = (input_ids == self.config.image_token_id).unsqueeze(-1).expand_as(inputs_embeds)
                 inputs_embeds = inputs_embeds.masked_scatter(place, images.to(inputs_embeds.dtype))
         return self._forward_padded(inputs_embeds, attention_mask, position_ids, cache, use_cache, logits_to_keep)
@@ -263,7 +263,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         target_rows, targets = target
         logits = self.language_model.lm_head(hidden.index_select(0, target_rows))
         losses = token_losses(logits, targets)
-        return PackedOutput(losses, losses.new_zeros(()) if real else image_embeds.float().sum() * 0.0)
+        return PackedOutput(losses, image_embeds.float().sum() * 0.0)
 
     def _forward_padded(
         self,

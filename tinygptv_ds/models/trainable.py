@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from tinygptv_ds.errors import ConfigError
 
@@ -18,8 +18,8 @@ _NORM_WEIGHTS = re.compile(
 
 
 def vision(name: str) -> bool:
-    """What looks at a picture before the projections: ViT, its norm, query tokens and Q-Former. No stage trains it."""
-    return name.startswith(("visual_encoder.", "ln_vision.", "query_tokens", "qformer."))
+    """What looks at a picture before the projections: ViT, its norm, query tokens and Q-Former."""
+    return vit(name) or qformer(name)
 
 
 def projections(name: str) -> bool:
@@ -37,17 +37,50 @@ def lora(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
+def qformer(name: str) -> bool:
+    """The Q-Former and its query tokens."""
+    return name.startswith(("qformer.", "query_tokens"))
+
+
+def vit(name: str) -> bool:
+    """The ViT and the norm after it."""
+    return name.startswith(("visual_encoder.", "ln_vision."))
+
+
+def llm(name: str) -> bool:
+    """All of Phi, its norms included, but LoRA."""
+    return name.startswith("language_model.") and not lora(name)
+
+
+# By their names in a recipe; where a parameter is of several, the first counts.
+PARTS: dict[str, Part] = {
+    "projections": projections,
+    "norms": norms,
+    "lora": lora,
+    "qformer": qformer,
+    "vit": vit,
+    "llm": llm,
+}
+
+
 def learnt(name: str) -> bool:
     """All that the published stages train: projections, norm weights and LoRA."""
     return projections(name) or norms(name) or lora(name)
 
 
-def train_only(model: nn.Module, *parts: Part) -> list[str]:
+def train_only(model: nn.Module, *parts: Part, instead: Sequence[str] | None = None) -> list[str]:
     """Freeze everything but the parts given; returns the trained names in model order.
+
+    Args:
+        model: the model.
+        parts: what the stage trains as published.
+        instead: names of `PARTS` that a recipe lists instead of them (`model.train`).
 
     Raises:
         ConfigError: a part matches nothing (LoRA asked for in a model with `lora_r: 0`).
     """
+    if instead is not None:
+        parts = tuple(PARTS[name] for name in instead)
     matched = dict.fromkeys(parts, False)
     trained = []
     for name, parameter in model.named_parameters():
@@ -64,16 +97,37 @@ def train_only(model: nn.Module, *parts: Part) -> list[str]:
     return trained
 
 
-def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's two groups of trained parameters, split as the original does.
+def frozen_learnt(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what the published stages train and this run does not: part of its result all the same."""
+    frozen = ((name, p) for name, p in model.named_parameters() if learnt(name) and not p.requires_grad)
+    return {name: p.detach().clone() for name, p in frozen}
 
-    No decay for tensors of fewer than two dimensions or whose name contains "bias", "ln" or "bn".
+
+def weight_decay_groups(
+    model: nn.Module, weight_decay: float, lr_scale: Mapping[str, float] | None = None
+) -> list[dict]:
+    """AdamW's groups of trained parameters: for each factor on the rate those with weight decay and those without.
+
+    Without decay are, as in the original, tensors of fewer than two dimensions or whose name contains "bias", "ln" or
+    "bn".
+
+    Args:
+        model: the model.
+        weight_decay: of those that have it.
+        lr_scale: factors by name of `PARTS`; 1 where none is given. Each group notes its own as `lr_scale`.
     """
-    decay, no_decay = [], []
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
             plain = plain or any(part in name for part in ("bias", "ln", "bn"))
-            (no_decay if plain else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            groups.setdefault((_scale(name, lr_scale), plain), []).append(parameter)
+    return [
+        {"params": groups[scale, plain], "weight_decay": 0.0 if plain else weight_decay, "lr_scale": scale}
+        for scale, plain in sorted(groups, key=lambda key: (-key[0], key[1]))
+    ]
+
+
+def _scale(name: str, lr_scale: Mapping[str, float] | None) -> float:
+    first = next((part for part, belongs in PARTS.items() if belongs(name)), None)
+    return 1.0 if lr_scale is None else float(lr_scale.get(first, 1.0))

@@ -77,7 +77,8 @@ def save_checkpoint(engine: Engine, step: int) -> None:
         state = {
             "step": step,
             "samples": step * job.recipe.train.batch_size,
-            "optimizer_steps": step - engine.skipped_steps,
+            "optimizer_steps": engine.optimizer_steps,
+            "skipped_steps": engine.skipped_steps,
             "loss_scale": None if engine.scale is None else [engine.scale.value, engine.scale.good_steps],
             "recipe": fingerprint(job.recipe),
             "world_size": job.ranks.world_size,
@@ -166,12 +167,12 @@ def restore_optimizer(engine: Engine, checkpoint: Checkpoint) -> int:
     with safe_open(checkpoint.folder / "state.safetensors", framework="pt") as file:
         for moment in MOMENTS:
             engine.set_moments(moment, lambda name, moment=moment: file.get_tensor(f"{moment}/{name}"))
-    step, moved = checkpoint.state["step"], checkpoint.state["optimizer_steps"]
-    engine.set_optimizer_steps(moved)
-    engine.skipped_before = step - moved
-    if engine.scale is not None and checkpoint.state["loss_scale"] is not None:
-        engine.scale.set(*checkpoint.state["loss_scale"])
-    return step
+    state = checkpoint.state
+    engine.set_optimizer_steps(state["optimizer_steps"])
+    engine.skipped_before = state.get("skipped_steps", state["step"] - state["optimizer_steps"])
+    if engine.scale is not None and state["loss_scale"] is not None:
+        engine.scale.set(*state["loss_scale"])
+    return state["step"]
 
 
 def _prime_optimizer(engine: Engine) -> None:

@@ -20,7 +20,7 @@ from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.log import LOGGER, set_up_logging
 from tinygptv_ds.models.attention import choose_backend
 from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import weight_decay_groups
+from tinygptv_ds.models.trainable import frozen_learnt, weight_decay_groups
 from tinygptv_ds.train.job import Job
 from tinygptv_ds.train.rundir import start_run_dir
 from tinygptv_ds.train.stopwatch import Stopwatch
@@ -82,7 +82,9 @@ class LossScale:
         good_steps: steps since it last changed.
     """
 
-    def __init__(self, optimizer: object, value: float = 65536.0, good_steps: int = 0) -> None:
+    START = 65536.0
+
+    def __init__(self, optimizer: object, value: float = START, good_steps: int = 0) -> None:
         optimizer.torch_autocast_gradscaler = None
         self._optimizer = optimizer
         self.set(value, good_steps)
@@ -120,12 +122,13 @@ class Engine:
         optimizer = job.recipe.optimizer
         self.job = job
         self.device = torch.device(get_accelerator().current_device_name())
-        model.always_run_vision = job.zero_stage == 3
+        model.always_run_vision = job.zero_stage == 3 or not model.vision_is_frozen
         model.attention = job.recipe.model.attention
+        model.beside_base |= frozen_learnt(model)
         model.train()
         backend = choose_backend(model.attention, self.device, DTYPES[job.precision])
         LOGGER.info("attention: %s, gradient checkpointing: %s", backend, job.recipe.model.gradient_checkpointing)
-        groups = weight_decay_groups(model, optimizer.weight_decay)
+        groups = weight_decay_groups(model, optimizer.weight_decay, optimizer.lr_scale)
         adamw = torch.optim.AdamW(
             groups, lr=optimizer.lr, betas=tuple(optimizer.betas), fused=self.device.type == "cuda"
         )
@@ -142,7 +145,7 @@ class Engine:
     def set_learning_rate(self, rate: float) -> None:
         """For the optimizer step to come."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
 
     def set_boundary(self, last: bool) -> None:
         """Whether the micro-batch to come is the last of its step. The recipe's packing decides how many there are."""
@@ -224,11 +227,29 @@ class Engine:
         for name, parameter in self.trained_parameters():
             safe_set_full_optimizer_state(parameter, value(name), moment)
 
+    @property
+    def optimizer_steps(self) -> int:
+        """What AdamW's bias correction counts: the steps of this cycle that were not left out."""
+        return int(next(iter(self._adamw.state.values()))["step"]) if self._adamw.state else 0
+
     def set_optimizer_steps(self, steps: int) -> None:
-        """What AdamW's bias correction counts."""
-        inner = getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
-        for state in inner.state.values():
+        """Set that count, as from a checkpoint."""
+        for state in self._adamw.state.values():
             state["step"].fill_(steps)
+
+    def reset_optimizer(self) -> None:
+        """As it was before its first step, for a new cycle; the weights stay. To be called on all ranks."""
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self.trained_parameters()}
+        for moment in MOMENTS:
+            self.set_moments(moment, lambda name: torch.zeros(shapes[name]))
+        self.set_optimizer_steps(0)
+        if self.scale is not None:
+            self.scale.set(LossScale.START, 0)
+
+    @property
+    def _adamw(self) -> torch.optim.Optimizer:
+        """torch's optimizer inside DeepSpeed's."""
+        return getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
 
     def _link_optimizer_states(self) -> None:
         """ZeRO-1 and 2 link the states of the first parameter group only after its first step; link them all."""
@@ -253,6 +274,7 @@ class Engine:
 def start_engine(model: TinyGPTVForConditionalGeneration, job: Job) -> Iterator[Engine]:
     """The engine of a run, started from the newest checkpoint where there is one; the ranks part when it ends."""
     from tinygptv_ds.train.checkpoint import latest_checkpoint, load_weights, restore_optimizer
+    from tinygptv_ds.train.dry_run import finish_dry_run
 
     checkpoint = latest_checkpoint(job) if job.resume == "auto" else None
     if checkpoint is not None:
@@ -260,5 +282,7 @@ def start_engine(model: TinyGPTVForConditionalGeneration, job: Job) -> Iterator[
     engine = Engine(model, job)
     engine.first_step = restore_optimizer(engine, checkpoint) if checkpoint is not None else 0
     yield engine
+    if job.dry_run:
+        finish_dry_run(engine)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

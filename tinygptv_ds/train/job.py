@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinygptv_ds.config.deepspeed_checks import check_machine
 from tinygptv_ds.config.deepspeed_json import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.schema import Recipe
@@ -17,6 +18,8 @@ from tinygptv_ds.train.preflight import check_files
 from tinygptv_ds.train.tracking import check_tracking
 
 ROOT = Path(__file__).resolve().parents[2]
+DRY_STEPS = 2
+DRY_SUFFIX = ".dry-run"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Job:
         run_dir: everything the run writes.
         resume: "auto" goes on from the newest checkpoint of the run directory, "never" does not.
         ranks: who this process is.
+        dry_run: stop after `DRY_STEPS` steps and leave nothing behind.
     """
 
     recipe: Recipe
@@ -36,6 +40,13 @@ class Job:
     run_dir: Path
     resume: str
     ranks: Ranks
+    dry_run: bool = False
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps after which the run ends."""
+        total = self.recipe.train.total_steps
+        return min(DRY_STEPS, total) if self.dry_run else total
 
     @property
     def precision(self) -> str:
@@ -82,6 +93,12 @@ def stage_parser(recipe: Path) -> argparse.ArgumentParser:
         default="auto",
         help="auto: go on from the run directory's newest checkpoint; never: refuse a run directory in use",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, run two real steps, save, tell time, memory and what a run would write, and leave "
+        "nothing behind",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return parser
 
@@ -101,17 +118,25 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     ranks = ranks_from_env()
     json_path = args.deepspeed_config or default_deepspeed_json()
     resolved = resolve_deepspeed(load_deepspeed_json(json_path), loaded, ranks.world_size, str(json_path))
+    check_machine(resolved, has_gpu=has_gpu(), source=str(json_path))
     run_dir = args.run_dir or Path("runs") / f"stage{loaded.stage}"
-    _check_run_dir(run_dir, args.resume)
+    if args.dry_run:
+        run_dir = run_dir.with_name(run_dir.name + DRY_SUFFIX)
+    else:
+        _check_run_dir(run_dir, args.resume)
     check_files(loaded)
     check_tracking(loaded)
-    return Job(loaded, resolved, run_dir, args.resume, ranks)
+    return Job(loaded, resolved, run_dir, "never" if args.dry_run else args.resume, ranks, args.dry_run)
 
 
 def default_deepspeed_json() -> Path:
     """ZeRO-2 in bf16 where the driver shows a GPU, else the CPU's; known without importing torch."""
-    has_gpu = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
-    return ROOT / "ds_configs" / ("zero2_bf16.json" if has_gpu else "cpu.json")
+    return ROOT / "ds_configs" / ("zero2_bf16.json" if has_gpu() else "cpu.json")
+
+
+def has_gpu() -> bool:
+    """Whether the driver shows a GPU."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
 
 
 def _check_run_dir(run_dir: Path, resume: str) -> None:

@@ -19,7 +19,7 @@ from tinygptv_ds.train.first_batch import show_first_samples
 from tinygptv_ds.train.guard import Guard
 from tinygptv_ds.train.metrics import Reporter
 from tinygptv_ds.train.panel import Panel
-from tinygptv_ds.train.schedule import learning_rate
+from tinygptv_ds.train.schedule import begins_cycle, rate_of_step
 from tinygptv_ds.train.stopwatch import Stopwatch
 from tinygptv_ds.train.sums import RankTimes, Sums, Totals
 from tinygptv_ds.train.transfer import Transfer, model_inputs
@@ -37,7 +37,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
     """
     recipe, ranks = engine.job.recipe, engine.job.ranks
     warn_of_rising_rate(recipe.optimizer)
-    total = recipe.train.total_steps
+    total = engine.job.last_step
     loader = load_steps(
         MicroBatches(stream, tokens, rank=ranks.rank, world_size=ranks.world_size),
         first=engine.first_step,
@@ -103,7 +103,9 @@ def _optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums,
     if recipe.train.loss_reduction == "step_mean":
         targets = sum(len(batch.targets) for batch in batches)
         divisor = engine.all_reduce(torch.tensor(float(targets), device=engine.device)).clamp(min=1)
-    engine.set_learning_rate(_rate(engine, step))
+    if begins_cycle(step, recipe):
+        engine.reset_optimizer()
+    engine.set_learning_rate(rate_of_step(step, recipe))
     # Dropout is a function of step and rank, so a resumed run draws what an unbroken one would have drawn.
     torch.manual_seed(_seed(recipe.seed, step, engine.job.ranks.rank))
     for number, (item, batch) in enumerate(zip(loaded, batches, strict=True)):
@@ -111,16 +113,9 @@ def _optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums,
         sums.add(step, item, batch, output.token_losses)
 
 
-def _rate(engine: Engine, step: int) -> float:
-    recipe = engine.job.recipe
-    return learning_rate(
-        step, recipe.optimizer, steps_per_epoch=recipe.train.steps_per_epoch, total_steps=recipe.train.total_steps
-    )
-
-
 def _figures(engine: Engine, step: int) -> dict[str, float]:
     return {
-        "lr": _rate(engine, step),
+        "lr": rate_of_step(step, engine.job.recipe),
         "grad_norm": engine.grad_norm(),
         "loss_scale": engine.loss_scale(),
         "skipped_steps": engine.skipped_steps,

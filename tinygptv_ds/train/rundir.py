@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +20,8 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "timm", "peft",
 
 def start_run_dir(job: Job) -> Path:
     """Write the resolved recipe, the DeepSpeed JSON and the versions; returns the log file's path."""
+    if job.dry_run:  # what a dry run that was killed has left
+        shutil.rmtree(job.run_dir, ignore_errors=True)
     job.run_dir.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_dump(recipe_dict(job.recipe), sort_keys=False, allow_unicode=True)
     (job.run_dir / "recipe.yaml").write_text(recipe, encoding="utf-8")

@@ -1,0 +1,67 @@
+"""Mistakes in recipe, JSON or options: told in under a second, before torch is imported, with the key and a fix."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+AUTO = '{"gradient_clipping": 0.0, "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}'
+BATCH = '{"gradient_clipping": 0.0, "zero_optimization": {"stage": 2}, "train_batch_size": 48}'
+TWICE = '{"gradient_clipping": 0.0, "gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}'
+# Options (a text in braces is a JSON file), and what the message holds: the key, and what to do.
+MISTAKES = [
+    (["--set", "train.batchsize=4"], ["unknown key train.batchsize", "did you mean batch_size?"]),
+    (["--set", "optimiser.lr=1"], ["unknown key optimiser", "did you mean optimizer?"]),
+    (["--set", "train.batch_size=many"], ["train.batch_size must be a whole number, not 'many'"]),
+    (["--set", "model.train=[q_former]"], ["model.train: 'q_former'", "did you mean qformer?"]),
+    (["--set", "optimizer.schedule=cos"], ["optimizer.schedule: 'cos' is unknown", "did you mean cosine?"]),
+    (["--set", "train.micro_batch_size=3"], ["train.batch_size 2 does not divide", "choose train.micro_batch_size in"]),
+    (["--set", "deepspeed.zero_optimization.stage=5"], ["zero_optimization.stage is 5; use 1, 2 or 3"]),
+    (["--set", "deepspeed.gradient_cliping=1"], ["unknown key 'gradient_cliping'", "did you mean gradient_clipping?"]),
+    (["--deepspeed_config", BATCH], ["train_batch_size is 48", "make it 2", "Leave the key out of the JSON"]),
+    (["--deepspeed_config", AUTO], ['zero_optimization.reduce_bucket_size is "auto"', "write a value"]),
+    (["--deepspeed_config", TWICE], ["gradient_clipping is given twice"]),
+    (["--deepspeed_config", "ds_configs/zeropp.json"], ["zero_hpz_partition_size is 8", "--set deepspeed.zero_opt"]),
+    (["--deepspeed_config", "ds_configs/zero9.json"], ["no DeepSpeed JSON at", "ds_configs/ holds the ready ones"]),
+]
+# One process for all of them: starting Python takes longer than the checks.
+ASK = """
+import json, sys, time
+from pathlib import Path
+sys.modules.update(dict.fromkeys(("torch", "deepspeed", "transformers")))
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.train.job import parse_job
+told = []
+for options in json.loads(sys.argv[1]):
+    start = time.perf_counter()
+    try:
+        parse_job(options, Path("stages/stage4.yaml"))
+    except ConfigError as error:
+        told.append([str(error), time.perf_counter() - start])
+print(json.dumps(told))
+"""
+
+
+def test_each_is_told_at_once(tmp_path: Path) -> None:
+    asked = [
+        [_file(tmp_path / f"{number}.json", text) for text in options] for number, (options, _) in enumerate(MISTAKES)
+    ]
+    command = [sys.executable, "-c", ASK, json.dumps(asked)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert len(told) == len(MISTAKES)
+    for (message, seconds), (options, parts) in zip(told, MISTAKES, strict=True):
+        assert all(part in message for part in parts), (options, message)
+        assert seconds < 1
+
+
+def _file(path: Path, text: str) -> str:
+    """An option, or the path of a file that holds it where it is a JSON object."""
+    if text.startswith("{"):
+        path.write_text(text)
+        return str(path)
+    return text

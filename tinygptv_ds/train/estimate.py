@@ -1,0 +1,197 @@
+"""The command ``estimate``: what a recipe takes in memory, time and disk, before any GPU is touched. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.schema import Recipe
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.train.cards import CARDS, Card, cards_named
+from tinygptv_ds.train.costs import Operations, sample_operations
+from tinygptv_ds.train.estimate_report import report
+from tinygptv_ds.train.memory import Memory, MicroBatch, fits, step_memory
+from tinygptv_ds.train.sample_mean import ASSUMED_SAMPLE_BYTES, DataFacts, data_facts
+from tinygptv_ds.train.sizes import Sizes, parameters, sizes_of, trained_parts
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a card makes of the operations at the stated share of its peak."""
+
+    samples_per_second: float
+    hours: float
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on disk.
+
+    Attributes:
+        shards: of all datasets, or of the samples of the run at an assumed size.
+        shards_measured: which of the two.
+        features: of as many pictures, in bf16.
+        checkpoint: one; weights and two moments in fp32.
+        checkpoints: those that are kept, and the one being written.
+        model: the result.
+    """
+
+    shards: float
+    shards_measured: bool
+    features: float
+    checkpoint: float
+    checkpoints: float
+    model: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All of it.
+
+    Attributes:
+        sizes: of the model.
+        sizes_source: where they are from, in words.
+        parameters: by part.
+        trained: parts that learn.
+        data: the mean sample.
+        micro_batch: samples of one forward pass on one GPU.
+        gpus: how many.
+        memory: of one GPU, by ZeRO setting.
+        operations: of one sample, by part.
+        recomputed: share of Phi's blocks that run forward twice.
+        mfu: share of the cards' peak that is reached.
+        speed: by card, of all GPUs together.
+        disk: what is stored.
+    """
+
+    sizes: Sizes
+    sizes_source: str
+    parameters: dict[str, int]
+    trained: tuple[str, ...]
+    data: DataFacts
+    micro_batch: float
+    gpus: int
+    memory: dict[str, Memory]
+    operations: dict[str, Operations]
+    recomputed: float
+    mfu: float
+    speed: dict[str, Speed]
+    disk: Disk
+
+    @property
+    def sample_operations(self) -> float:
+        """Floating-point operations of one sample."""
+        return sum(part.total for part in self.operations.values())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``estimate``."""
+    parser.add_argument("recipe", type=Path, help="a stage's YAML, e.g. stages/stage4.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--gpu",
+        nargs="+",
+        default=["all"],
+        metavar="NAME",
+        help=f"which: {', '.join(card.name for card in CARDS)}, or all (default)",
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="of a card's peak that is reached (default: %(default)s)",
+    )
+    parser.add_argument("--tokens", type=float, metavar="N", help="tokens of a sample, its pictures' rows included")
+    parser.add_argument("--targets", type=float, metavar="N", help="of them, those that are learnt")
+    parser.add_argument("--json", action="store_true", help="print it for machines")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``estimate``."""
+    if args.gpus < 1 or not 0 < args.mfu <= 1:
+        raise ConfigError("--gpus must be at least 1, and --mfu lie above 0 and be at most 1")
+    recipe, cards = load_recipe(args.recipe, args.set), cards_named(args.gpu)
+    found = estimate(recipe, cards, gpus=args.gpus, mfu=args.mfu, data=_asked(data_facts(recipe), args))
+    if args.json:
+        print(json.dumps(as_plain(found, cards), indent=1))
+    else:
+        print(report(found, recipe, cards))
+
+
+def estimate(recipe: Recipe, cards: list[Card], *, gpus: int, mfu: float, data: DataFacts) -> Estimate:
+    """Everything about a recipe on `gpus` of each of these cards.
+
+    Raises:
+        ConfigError: the batch does not divide among the GPUs.
+    """
+    sizes, source = sizes_of(recipe)
+    trained, counts = trained_parts(recipe), parameters(sizes)
+    train, every = recipe.train, int(recipe.model.gradient_checkpointing)
+    train.accumulation(gpus)
+    recomputed = -(-sizes.phi.layers // every) / sizes.phi.layers if every else 0.0
+    features = recipe.data.features is not None
+    samples = train.micro_batch_size or train.max_tokens / data.sample.tokens
+    operations = sample_operations(sizes, data.sample, trained, recomputed=recomputed, from_features=features)
+    batch = MicroBatch(samples, data.sample, recomputed, features)
+    return Estimate(
+        sizes=sizes,
+        sizes_source=source,
+        parameters=counts,
+        trained=trained,
+        data=data,
+        micro_batch=samples,
+        gpus=gpus,
+        memory=step_memory(sizes, trained, batch, gpus),
+        operations=operations,
+        recomputed=recomputed,
+        mfu=mfu,
+        speed={card.name: _speed(card, operations, recipe, gpus * mfu) for card in cards},
+        disk=_disk(recipe, sizes, data, sum(counts[part] for part in trained)),
+    )
+
+
+def as_plain(found: Estimate, cards: list[Card]) -> dict[str, Any]:
+    """The estimate as plain values, with what fits on which card."""
+    plain = asdict(found)
+    for name, memory in found.memory.items():
+        plain["memory"][name] |= {"total": memory.total, "fits": [c.name for c in cards if fits(memory, c.gib)]}
+    return plain | {"sample_operations": found.sample_operations}
+
+
+def _asked(data: DataFacts, args: argparse.Namespace) -> DataFacts:
+    """The data with the lengths that the command line gives."""
+    given = {name: value for name in ("tokens", "targets") if (value := getattr(args, name)) is not None}
+    if not given:
+        return data
+    sample = replace(data.sample, **given)
+    if not 0 < sample.targets <= sample.tokens:
+        raise ConfigError(
+            f"--tokens {sample.tokens:g} and --targets {sample.targets:g}: targets are some of the tokens"
+        )
+    return replace(data, sample=sample, source=f"{' and '.join(given)} as given")
+
+
+def _speed(card: Card, operations: dict[str, Operations], recipe: Recipe, effective_gpus: float) -> Speed:
+    per_second = card.teraflops * 1e12 * effective_gpus / sum(part.total for part in operations.values())
+    return Speed(per_second, recipe.train.total_steps * recipe.train.batch_size / per_second / 3600)
+
+
+def _disk(recipe: Recipe, sizes: Sizes, data: DataFacts, learning: int) -> Disk:
+    train = recipe.train
+    drawn = train.total_steps * train.batch_size
+    samples = drawn if data.samples is None else data.samples
+    one = 12 * learning
+    return Disk(
+        shards=samples * ASSUMED_SAMPLE_BYTES if data.shard_bytes is None else data.shard_bytes,
+        shards_measured=data.shard_bytes is not None,
+        features=samples * data.sample.pictures * sizes.queries * sizes.qformer.width * 2,
+        checkpoint=one,
+        checkpoints=one * (train.keep_checkpoints + 1),
+        model=4 * learning,
+    )

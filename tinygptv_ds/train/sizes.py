@@ -1,0 +1,151 @@
+"""How large the parts of a recipe's model are, from its configuration alone. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tinygptv_ds.config.schema import PARTS, Recipe
+from tinygptv_ds.errors import ConfigError
+
+PUBLISHED_PARTS = {1: ("projections", "norms"), 2: ("projections", "norms", "lora")}
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """Width, MLP width and number of blocks of one of the model's three transformers."""
+
+    width: int
+    mlp: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that parameters, operations and memory follow from; the defaults are the published ones.
+
+    Attributes:
+        vit: EVA ViT-g.
+        qformer: the Q-Former; it looks at the picture in every second block.
+        phi: Phi-2.
+        image_size: pixels.
+        patch: pixels.
+        queries: rows of a picture in the sequence.
+        proj_hidden: width between the projections.
+        head_dim: of Phi.
+        vocabulary: of Phi.
+        lora_r: LoRA's rank.
+        lora_targets: layers that have it.
+    """
+
+    vit: Transformer = Transformer(1408, 6144, 39)
+    qformer: Transformer = Transformer(768, 3072, 12)
+    phi: Transformer = Transformer(2560, 10240, 32)
+    image_size: int = 224
+    patch: int = 14
+    queries: int = 32
+    proj_hidden: int = 4096
+    head_dim: int = 80
+    vocabulary: int = 51200
+    lora_r: int = 0
+    lora_targets: tuple[str, ...] = ("query_key_value", "dense")
+
+    @property
+    def patches(self) -> int:
+        """Rows of a picture in the ViT, the class token included."""
+        return (self.image_size // self.patch) ** 2 + 1
+
+    @property
+    def crossings(self) -> int:
+        """Blocks of the Q-Former that look at the picture."""
+        return -(-self.qformer.layers // 2)
+
+    @property
+    def phi_linears(self) -> dict[str, tuple[int, int]]:
+        """Widths in and out of the linear layers of one of Phi's blocks."""
+        width, mlp = self.phi.width, self.phi.mlp
+        return {
+            "query_key_value": (width, 3 * width),
+            "dense": (width, width),
+            "fc1": (width, mlp),
+            "fc2": (mlp, width),
+        }
+
+
+def sizes_of(recipe: Recipe) -> tuple[Sizes, str]:
+    """The sizes of a recipe's model, and a sentence that says where they come from.
+
+    Raises:
+        ConfigError: Phi's config.json is there and cannot be read.
+    """
+    model = recipe.model
+    base = Sizes()
+    sizes = replace(
+        base,
+        vit=replace(base.vit, layers=model.eva_vit_depth),
+        image_size=model.image_size,
+        proj_hidden=model.proj_hidden_size,
+        lora_r=model.lora_r,
+        lora_targets=tuple(model.lora_targets),
+    )
+    path = Path(model.phi) / "config.json"
+    if not path.is_file():
+        return sizes, f"published sizes of Phi-2, ViT and Q-Former ({path} is not there)"
+    phi = _read(path)
+    try:
+        width, heads = phi["hidden_size"], phi["num_attention_heads"]
+        sizes = replace(
+            sizes,
+            phi=Transformer(width, phi["intermediate_size"], phi["num_hidden_layers"]),
+            head_dim=width // heads,
+            vocabulary=phi["vocab_size"],
+        )
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{path} does not tell Phi's sizes: {error}") from None
+    return sizes, f"sizes of Phi from {path}, published sizes of ViT and Q-Former"
+
+
+def parameters(sizes: Sizes) -> dict[str, int]:
+    """Parameters by part; they add up to the model, `norms` being counted apart from `llm`."""
+    vit, qformer, phi = sizes.vit, sizes.qformer, sizes.phi
+    d, m = vit.width, vit.mlp
+    vit_block = 4 * d + (3 * d * d + 2 * d) + _linear(d, d) + _linear(d, m) + _linear(m, d)
+    vit_rest = sizes.patches * d + d + _linear(3 * sizes.patch**2, d) + 2 * d  # positions, class, patches, last norm
+    q, f = qformer.width, qformer.mlp
+    query_block = 4 * _linear(q, q) + 2 * q + _linear(q, f) + _linear(f, q) + 2 * q
+    crossing = 2 * _linear(q, q) + 2 * _linear(d, q) + 2 * q
+    width = phi.width
+    linears = sum(_linear(*widths) for widths in sizes.phi_linears.values())
+    norm_weights = phi.layers * (2 * width + 2 * sizes.head_dim) + width
+    norm_biases = phi.layers * (width + 2 * sizes.head_dim) + width
+    lora = sum(sum(widths) for name, widths in sizes.phi_linears.items() if name in sizes.lora_targets)
+    return {
+        "vit": vit.layers * vit_block + vit_rest,
+        "qformer": qformer.layers * query_block + sizes.crossings * crossing + 2 * q + sizes.queries * q,
+        "projections": _linear(q, sizes.proj_hidden) + _linear(sizes.proj_hidden, width),
+        "llm": sizes.vocabulary * width + _linear(width, sizes.vocabulary) + phi.layers * linears + norm_biases,
+        "norms": norm_weights,
+        "lora": phi.layers * sizes.lora_r * lora,
+    }
+
+
+def trained_parts(recipe: Recipe) -> tuple[str, ...]:
+    """What a recipe trains, by the names of `config.schema.PARTS`."""
+    if recipe.model.train is not None:
+        chosen = set(recipe.model.train) | ({"norms"} if "llm" in recipe.model.train else set())
+        return tuple(part for part in PARTS if part in chosen)
+    parts = PUBLISHED_PARTS.get(recipe.stage, PUBLISHED_PARTS[2])
+    return (*parts, "lora") if recipe.stage == 1 and recipe.model.lora_r else parts
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
