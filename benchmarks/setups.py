@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -105,7 +106,7 @@ def _recipe(folder: Path) -> Path:
 
 
 def _losses(setup: Setup, recipe: Path, run_dir: Path) -> list[float]:
-    start = ["deepspeed", "--num_gpus", str(setup.ranks), "stages/stage4.py"]
+    start = ["deepspeed", "--num_gpus", str(setup.ranks), "--master_port", str(_free_port()), "stages/stage4.py"]
     given = ["--recipe", str(recipe), "--run-dir", str(run_dir)]
     given += ["--deepspeed_config", f"ds_configs/{setup.json_file}.json"]
     changes = [part for change in setup.changes for part in ("--set", change)]
@@ -116,6 +117,12 @@ def _losses(setup: Setup, recipe: Path, run_dir: Path) -> list[float]:
         raise SystemExit(f"{setup.precision}, {setup.name}, {setup.ranks} rank(s) failed:\n{done.stdout}{done.stderr}")
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["train/loss"] for line in lines]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 if __name__ == "__main__":
