@@ -243,8 +243,11 @@ class TrainSection:
         log_every: steps between log lines.
         sample_every: steps between panels of generated answers; 0: only at the end.
         sample_count: pictures in a panel.
-        checkpoint_every: steps between checkpoints; 0: only at the end.
-        keep_checkpoints: older ones are removed.
+        checkpoint_every: steps between checkpoints; 0: none by steps. One is made at the end in any case.
+        checkpoint_minutes: minutes between checkpoints, by rank 0's clock; 0: none by time. Both may be given.
+        keep_checkpoints: the newest ones that are kept; older ones are removed.
+        keep_every: of the older ones, those whose step is a multiple of this are kept for ever; 0: none.
+        deepspeed_checkpoints: write each checkpoint in DeepSpeed's own format too, while training waits.
     """
 
     batch_size: int
@@ -257,7 +260,10 @@ class TrainSection:
     sample_every: int = 0
     sample_count: int = 4
     checkpoint_every: int = 1000
+    checkpoint_minutes: float = 0.0
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    deepspeed_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "steps_per_epoch", "log_every", "keep_checkpoints"):
@@ -268,7 +274,7 @@ class TrainSection:
             "give either train.micro_batch_size (samples) or train.max_tokens, and null for the other",
         )
         _require(sizes[0] > 0, "train.micro_batch_size and train.max_tokens must be positive")
-        for name in ("sample_every", "sample_count", "checkpoint_every"):
+        for name in ("sample_every", "sample_count", "checkpoint_every", "checkpoint_minutes", "keep_every"):
             _require(getattr(self, name) >= 0, f"train.{name} must be 0 or more")
         known = ("step_mean", "micro_batch_mean")
         _require(self.loss_reduction in known, f"train.loss_reduction must be one of {', '.join(known)}")

@@ -16,7 +16,6 @@ from tinygptv_ds.data.stream import OpenStream
 from tinygptv_ds.dist import cores_per_rank
 from tinygptv_ds.errors import DataError, TinyGPTVError
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.train.checkpoint import save_checkpoint
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.metrics import Reporter, Sums
 from tinygptv_ds.train.panel import Panel
@@ -32,6 +31,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
     Raises:
         DataError: more samples than the recipe allows could not be used.
         TinyGPTVError: the loss is no longer finite.
+        Stopped: a signal came; the run is saved.
     """
     recipe, ranks = engine.job.recipe, engine.job.ranks
     warn_of_rising_rate(recipe.optimizer)
@@ -55,6 +55,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         waited += time.perf_counter() - start
         skips.report(loaded)
         over.look(loaded)
+        engine.saver.before_step()
         _optimizer_step(engine, step, loaded, sums, transfer)
         reporter.step_done()
         done = step + 1
@@ -67,8 +68,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
             waited, last_log = 0.0, done
         if recipe.train.sample_every and done % recipe.train.sample_every == 0 and done != total:
             panel.write(reporter.board, done)
-        if recipe.train.checkpoint_every and done % recipe.train.checkpoint_every == 0 and done != total:
-            save_checkpoint(engine, done)
+        engine.saver.after_step(done)
     panel.write(reporter.board, total)
     reporter.close()
 
