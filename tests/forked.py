@@ -125,6 +125,6 @@ def _rank(
     sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115 - for as long as the process lives
     if fault is not None:
         fault(**told)
-    # The loader's workers are children, which a daemon may not have.
+    multiprocessing.set_start_method("fork", force=True)  # as it is for a rank that a launcher has started
     main = runpy.run_path(str(ROOT / "stages/stage4.py"))["main"]
     run_command(lambda: main(argv))
