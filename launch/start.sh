@@ -31,4 +31,26 @@ if ! command -v deepspeed >/dev/null; then
   echo "error: deepspeed is not on PATH; run 'source launch/setup.sh requirements.txt' first" >&2
   exit 2
 fi
-exec deepspeed "${launcher[@]}" "$root/stages/$stage.py" "${script[@]}"
+
+# A signal to stop goes to the ranks themselves, which save and end; the launcher then ends with their exit code.
+children() { cat "/proc/$1/task/$1/children" 2>/dev/null; }
+pass_on() {
+  local child rank passed=
+  for child in $(children "$running"); do
+    tr '\0' ' ' < "/proc/$child/cmdline" 2>/dev/null | grep -q deepspeed.launcher.launch || continue
+    for rank in $(children "$child"); do kill "-$1" "$rank" 2>/dev/null && passed=yes; done
+    [ -n "$passed" ] || kill -TERM "$child" 2>/dev/null
+  done
+  # Several nodes: the launcher itself tells them. No rank yet: there is nothing to save.
+  [ -n "$passed" ] || kill -TERM "$running" 2>/dev/null
+}
+deepspeed "${launcher[@]}" "$root/stages/$stage.py" "${script[@]}" &
+running=$!
+trap 'pass_on TERM' TERM
+trap 'pass_on USR1' USR1
+trap 'kill -INT "$running" 2>/dev/null' INT
+while true; do
+  code=0
+  wait "$running" || code=$?
+  kill -0 "$running" 2>/dev/null || exit "$code"
+done

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stream = open_stream(job.recipe)
     tokens = open_tokens(job.recipe, model.config)
     check_features(model, job)  # where data.features names some: stale ones are refused
-    with start_engine(model, job) as engine:
+    with start_engine(model, job, stream) as engine:
         train(engine, stream, tokens)
         trained = engine.trained_state()  # gathered from all ranks
         if job.ranks.is_main:

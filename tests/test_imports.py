@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "processing": BASE,
     "data": BASE | {"processing"},
     "models": BASE | {"processing"},
-    "train": MIDDLE,
+    "train": MIDDLE | {"convert"},
     "convert": MIDDLE,
     "infer": MIDDLE | {"convert"},
     "doctor": MIDDLE,

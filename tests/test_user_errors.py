@@ -172,6 +172,9 @@ def test_a_run_directory_in_use(recipe_file: Callable[..., Path], tmp_path: Path
     assert "holds checkpoints; choose another --run-dir, or --resume auto" in one_error(
         stage(4, *given, "--resume=never")
     )
+    assert "--resume nowhere: there is no such folder; give auto, never, or" in one_error(
+        stage(4, *given, "--resume=nowhere")
+    )
     (run / "model").mkdir()
     assert "holds a finished run" in one_error(stage(4, *given))
 

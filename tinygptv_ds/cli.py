@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from tinygptv_ds import __version__
-from tinygptv_ds.errors import TinyGPTVError
+from tinygptv_ds.errors import Stopped, TinyGPTVError
 
 USER_ERROR = 2
 VERBS = {
@@ -45,6 +45,8 @@ VERBS = {
 def run_command(command: Callable[[], None]) -> None:
     """Call `command`; what the user has to fix ends in one message on stderr and exit code 2, no traceback.
 
+    A run that a signal has stopped, and that is not finished, ends with 128 + the signal's number.
+
     Among several ranks only rank 0 speaks. The others wait a moment before they leave, since the launcher ends all
     ranks as soon as one has gone.
     """
@@ -58,6 +60,11 @@ def run_command(command: Callable[[], None]) -> None:
         # Threads of the process group or the loader must not hold up, nor clutter, the way out.
         sys.stdout.flush()
         os._exit(USER_ERROR)
+    except Stopped as stop:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"stopped: {stop}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(stop.code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # such as "| head" has seen enough

@@ -33,12 +33,14 @@ def whole_folder(out: Path) -> Iterator[Path]:
         for file in partial.rglob("*"):
             if file.is_file():
                 sync(file)
+        sync(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if out.exists():
         out.rename(old)
     partial.rename(out)
+    sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -57,9 +59,12 @@ def whole_file(out: Path) -> Iterator[Path]:
 
 
 def sync(file: Path) -> None:
-    """Have the system put a file's content on the disk."""
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+    """Have the system put a file's content, or a folder's list of names, on the disk."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:

@@ -19,3 +19,15 @@ class WeightsError(TinyGPTVError):
 
 class CheckpointError(TinyGPTVError):
     """A training checkpoint that is torn, altered, or of another run."""
+
+
+class Stopped(Exception):
+    """A run that was told to stop by a signal, and that goes on later from what it has saved.
+
+    Attributes:
+        code: the exit code, 128 + the signal's number: 143 after SIGTERM, 138 after SIGUSR1.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.code = 128 + number

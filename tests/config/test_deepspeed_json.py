@@ -60,6 +60,7 @@ def test_the_recipe_changes_it() -> None:
         ({"tensorboard": {}}, "leave out 'tensorboard'"),
         ({"bf16": {"enabled": "auto"}}, 'bf16.enabled is "auto"'),
         ({"gradient_clipping": "auto"}, 'gradient_clipping is "auto"'),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "leave out bf16.check_grad_overflow"),
         ({"train_batch_size": "auto"}, 'train_batch_size is "auto"'),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto"'),
         ({"train_batch_size": 8}, "train_batch_size is 8, but the recipe's train.batch_size make it 12"),

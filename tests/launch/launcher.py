@@ -6,9 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,13 @@ def one_process(stage: int) -> list[str]:
 
 
 def run(
-    command: Sequence[str], recipe: Path, folder: Path, *options: str, json_file: Path = CPU, ok: bool = True
+    command: Sequence[str],
+    recipe: Path,
+    folder: Path,
+    *options: str,
+    json_file: Path = CPU,
+    ok: bool = True,
+    meanwhile: Callable[[int], None] | None = None,
 ) -> Run:
     """Run a stage to its end.
 
@@ -72,9 +79,10 @@ def run(
         options: further options of the stage.
         json_file: for `--deepspeed_config`.
         ok: whether it has to succeed.
+        meanwhile: called beside it with the process id of the command.
     """
     given = ["--recipe", str(recipe), "--run-dir", str(folder), "--deepspeed_config", str(json_file), *options]
-    code, output = _finish([*command, *given], timeout=150)
+    code, output = _finish([*command, *given], timeout=150, meanwhile=meanwhile)
     assert code == 0 or not ok, f"{' '.join(command)} ended with {code}:\n{output}"
     return Run(code, output, folder)
 
@@ -98,13 +106,15 @@ def _launcher_options(ranks: int) -> list[str]:
         return ["--num_gpus", str(ranks), "--master_port", str(free.getsockname()[1])]
 
 
-def _finish(command: list[str], timeout: float) -> tuple[int, str]:
+def _finish(command: list[str], timeout: float, meanwhile: Callable[[int], None] | None) -> tuple[int, str]:
     mark = uuid.uuid4().hex
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, _MARK: mark, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
+        if meanwhile is not None:
+            threading.Thread(target=meanwhile, args=(process.pid,), daemon=True).start()
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

@@ -23,7 +23,7 @@ def main() -> None:
     model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])
     train_only(model, projections, norms, lora)
     stream, tokens = open_stream(job.recipe), open_tokens(job.recipe, model.config)
-    with start_engine(model, job) as engine:
+    with start_engine(model, job, stream) as engine:
         train(engine, stream, tokens)
         trained = engine.trained_state()
         for name, lean in (("lean", True), ("whole", False)):

@@ -10,7 +10,7 @@ import pytest
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.train import job as job_module
 from tinygptv_ds.train.job import parse_job
-from tinygptv_ds.train.rundir import start_run_dir
+from tinygptv_ds.train.rundir import note_run, start_run_dir
 
 ROOT = Path(__file__).parents[2]
 OWN = ROOT / "stages/stage4.yaml"
@@ -55,6 +55,7 @@ def test_the_default_json_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_run_directory_repeats_the_run(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     job = parse_job(["--recipe", str(recipe_file()), CPU, "--run-dir", str(tmp_path / "run"), "--set=seed=5"], OWN)
     assert start_run_dir(job) == tmp_path / "run/log.txt"
+    note_run(job)
     assert load_recipe(tmp_path / "run/recipe.yaml") == job.recipe
     assert json.loads((tmp_path / "run/deepspeed.json").read_text()) == job.deepspeed
     versions = json.loads((tmp_path / "run/versions.json").read_text())

@@ -1,22 +1,29 @@
-"""Checkpoints: a damaged one is named and passed over, another run's is refused, an unfinished one is not seen."""
+"""Which checkpoint a run goes on from: a damaged one is named, another run's refused, an unfinished one not seen."""
 
 import json
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
 from tinygptv_ds.config.load import apply_overrides, build_recipe
+from tinygptv_ds.data.stream import open_stream
 from tinygptv_ds.dist import Ranks
-from tinygptv_ds.errors import CheckpointError
+from tinygptv_ds.errors import CheckpointError, ConfigError
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.train.checkpoint import _remove_old, _write, fingerprint, latest_checkpoint, load_weights
+from tinygptv_ds.train import lock
+from tinygptv_ds.train.checkpoint import Snapshot, complete_ones, remove_old, step_of, write_checkpoint
+from tinygptv_ds.train.facts import differences, facts_of
 from tinygptv_ds.train.job import Job
 from tinygptv_ds.train.metrics import forget_after
+from tinygptv_ds.train.resume import began_from, choose_checkpoint, load_weights, open_checkpoint
 
 MakeJob = Callable[..., Job]
 
@@ -25,9 +32,9 @@ MakeJob = Callable[..., Job]
 def job(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> MakeJob:
     """The same run with other values, as `--set` gives them."""
 
-    def make(*overrides: str) -> Job:
+    def make(*overrides: str, resume: object = "auto", run: str = "run", anyway: bool = False) -> Job:
         recipe = build_recipe(apply_overrides(raw_recipe(), overrides), "test")
-        return Job(recipe, {}, tmp_path / "run", "auto", Ranks(0, 0, 1, 1))
+        return Job(recipe, {}, tmp_path / run, str(resume), Ranks(0, 0, 1, 1), resume_anyway=anyway)
 
     return make
 
@@ -39,88 +46,74 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
     return caplog
 
 
-def write(job: Job, step: int) -> Path:
-    folder = job.run_dir / "checkpoints" / f"step-{step:08d}"
+def facts(job: Job) -> dict[str, Any]:
+    return facts_of(job.recipe, open_stream(job.recipe))
+
+
+def write(job: Job, step: int, began_from: str | None = None) -> Path:
     tensors = {"weight/a": torch.full((2, 3), float(step)), "exp_avg/a": torch.zeros(2, 3)}
-    state = {"step": step, "optimizer_steps": step, "loss_scale": None, "recipe": fingerprint(job.recipe)}
-    _write(folder, tensors, state)
-    return folder
+    state = {"step": step, "optimizer_steps": step, "loss_scale": None, "must_match": facts(job)}
+    return write_checkpoint(job.run_dir / "checkpoints", Snapshot(tensors, state | {"began_from": began_from}))
+
+
+def chosen(job: Job) -> Path | None:
+    found = choose_checkpoint(job, facts(job))
+    return None if found is None else Path(found)
 
 
 def test_the_newest_is_taken(job: MakeJob) -> None:
-    assert latest_checkpoint(job()) is None
+    assert chosen(job()) is None
     for step in (9, 10, 2):
         write(job(), step)
-    found = latest_checkpoint(job())
+    found = open_checkpoint(chosen(job()))
     assert found.state["step"] == 10
     model = nn.ParameterDict({"a": nn.Parameter(torch.zeros(2, 3)), "frozen": nn.Parameter(torch.zeros(1), False)})
     load_weights(model, found)
     assert (model["a"] == 10).all()
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "one bit of the tensors": lambda folder: flip(folder / "state.safetensors"),
-    "tensors cut short": lambda folder: (folder / "state.safetensors").write_bytes(b"\x00" * 8),
-    "no tensors": lambda folder: (folder / "state.safetensors").unlink(),
-    "no state": lambda folder: (folder / "state.json").unlink(),
-    "state cut short": lambda folder: (folder / "state.json").write_text('{"step": 2'),
-    "state of something else": lambda folder: (folder / "state.json").write_text("[1]"),
-    "state without its hash": lambda folder: (folder / "state.json").write_text('{"step": 2}'),
-    "state without its recipe": lambda folder: without_recipe(folder / "state.json"),
-}
-
-
-def without_recipe(path: Path) -> None:
-    state = json.loads(path.read_text())
-    del state["recipe"]
-    path.write_text(json.dumps(state))
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_one_is_named_and_the_one_before_taken(
-    damage: str, job: MakeJob, said: pytest.LogCaptureFixture
-) -> None:
-    write(job(), 1)
-    newest = write(job(), 2)
-    DAMAGE[damage](newest)
-    assert latest_checkpoint(job()).state["step"] == 1
-    (warning,) = [r.getMessage() for r in said.records if r.levelno == logging.WARNING]
-    assert warning.startswith(f"checkpoint {newest} is damaged (")
+def test_none_is_taken_where_none_is_whole(job: MakeJob) -> None:
+    """Beginning anew over what could not be read would hide that weeks are lost."""
+    (write(job(), 1) / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoint\(s\) in .* is whole"):
+        chosen(job())
 
 
 def test_an_unfinished_one_is_not_seen(job: MakeJob) -> None:
     first = write(job(), 1)
     first.rename(first.with_name("step-00000009.partial"))
-    assert latest_checkpoint(job()) is None
-    write(job(), 9)  # what an interrupted run left behind is no obstacle
-    assert latest_checkpoint(job()).state["step"] == 9
-    assert not list((job().run_dir / "checkpoints").glob("*.partial"))
+    assert chosen(job()) is None
+    assert not list(first.parent.iterdir())  # what an interrupted run left behind goes
+    first = write(job(), 9)
+    first.rename(first.with_name("step-00000009.partial"))
+    assert step_of(write(job(), 9)) == 9  # nor is it an obstacle
 
 
 @pytest.mark.parametrize(
-    ("override", "section"),
+    ("override", "field"),
     [
-        ("optimizer.lr=0.5", "optimizer"),
-        ("train.batch_size=16", "train"),
-        ("train.steps_per_epoch=60", "train"),
-        ("data.datasets.0.weight=3", "data"),
-        ("data.only=[chat]", "data"),
-        ("text.end_sym=x", "text"),
-        ("model.lora_r=2", "model"),
-        ("seed=1", "seed"),
-        ("stage=2", "stage"),
+        ("optimizer.lr=0.5", "optimizer.lr: 0.003 in the checkpoint, 0.5 here"),
+        ("train.batch_size=16", "train.batch_size: 8 in the checkpoint, 16 here"),
+        ("train.steps_per_epoch=60", "train.steps_per_epoch: 6 in the checkpoint, 60 here"),
+        ("data.datasets.0.weight=3", "data.datasets.vqa.weight: 1.0 in the checkpoint, 3.0 here"),
+        ("data.only=[chat]", "data.datasets.vqa.weight: 1.0 in the checkpoint, nothing here"),
+        ("text.end_sym=x", 'text.end_sym: "###" in the checkpoint, "x" here'),
+        ("model.lora_r=2", "model.lora_r: 4 in the checkpoint, 2 here"),
+        ("data.validation_share=0.5", 'samples of vqa: "12 in 3 shard(s), '),
+        ("seed=1", "seed: 7 in the checkpoint, 1 here"),
+        ("stage=2", "stage: 4 in the checkpoint, 2 here"),
     ],
 )
-def test_another_recipe_is_refused(override: str, section: str, job: MakeJob) -> None:
+def test_another_recipe_is_refused(override: str, field: str, job: MakeJob, said: pytest.LogCaptureFixture) -> None:
     folder = write(job(), 1)
-    with pytest.raises(CheckpointError, match=rf"{folder} is of another recipe: {section} differ.*recipe\.yaml"):
-        latest_checkpoint(job(override))
+    with pytest.raises(CheckpointError) as caught:
+        chosen(job(override))
+    assert str(caught.value).startswith(f"{folder} is of another recipe, other data or other base weights:\n  - ")
+    assert f"  - {field}" in str(caught.value)
+    assert "--resume-anyway" in str(caught.value)
+    said.clear()
+    assert chosen(job(override, anyway=True)) == folder
+    assert f"  - {field}" in said.text
 
 
 @pytest.mark.parametrize(
@@ -132,6 +125,9 @@ def test_another_recipe_is_refused(override: str, section: str, job: MakeJob) ->
         "train.validation_samples=5",
         "train.max_overflows=5",
         "train.wandb=project",
+        "train.checkpoint_minutes=7",
+        "train.keep_every=7",
+        "train.deepspeed_checkpoints=true",
         "data.num_workers=2",
         "data.only=[vqa, text, chat, pair]",
         "model.gradient_checkpointing=true",
@@ -139,21 +135,132 @@ def test_another_recipe_is_refused(override: str, section: str, job: MakeJob) ->
     ],
 )
 def test_what_changes_no_number_may_change(override: str, job: MakeJob) -> None:
-    write(job(), 1)
-    assert latest_checkpoint(job(override)).state["step"] == 1
+    folder = write(job(), 1)
+    assert chosen(job(override)) == folder
+
+
+def test_other_data_other_weights_another_tokenizer(job: MakeJob, weights: Path, tmp_path: Path) -> None:
+    """By what they hold: the same under another path is the same."""
+    here = facts(job())
+    copy = shutil.copytree(weights, tmp_path / "copy")
+    paths = {part: copy / name for part, name in (("phi", "phi"), ("eva_vit", "eva_vit_g.pth"))}
+    moved = job(*(f"model.{part}={path}" for part, path in paths.items()))
+    assert facts(moved) == here
+
+    (tokenizer,) = copy.glob("phi/tokenizer.json")
+    tokenizer.write_text(tokenizer.read_text().replace('"red"', '"der"') + " ")
+    assert names(here, facts(moved)) == ["tokenizer of model.phi"]
+    config = copy / "phi/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_version": "0", "resid_pdrop": 0.5}))
+    assert names(here, facts(moved)) == ["configuration of model.phi", "tokenizer of model.phi"]
+    flip(copy / "eva_vit_g.pth", -1)
+    (copy / "phi/model.safetensors").write_bytes((weights / "phi/model.safetensors").read_bytes() + b" ")
+    assert {"weights of model.phi", "weights of model.eva_vit"} < set(names(here, facts(moved)))
+
+    other = tiny.write_shards(tmp_path / "other", tiny.samples("vqa", 11))
+    (line,) = differences(here, facts(job(f"data.datasets.0.shards={other}")))
+    assert line.startswith('samples of vqa: "12 in 3 shard(s), ') and '"11 in 3 shard(s), ' in line
+    renamed = shutil.copytree(job().recipe.data.datasets[0].shards, tmp_path / "renamed")
+    for path in list(renamed.glob("00000.*")):
+        path.rename(path.with_name(path.name.replace("00000.", "00009.")))
+    assert names(here, facts(job(f"data.datasets.0.shards={renamed}"))) == ["samples of vqa"]
+
+
+def names(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    return sorted(line.partition(":")[0] for line in differences(there, here))
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
 
 
 def test_other_parameters_are_refused(job: MakeJob) -> None:
-    write(job(), 1)
+    found = open_checkpoint(write(job(), 1))
     model = nn.ParameterDict({"b": nn.Parameter(torch.zeros(2, 3))})
     with pytest.raises(CheckpointError, match="other parameters than this stage trains"):
-        load_weights(model, latest_checkpoint(job()))
+        load_weights(model, found)
+    model = nn.ParameterDict({"a": nn.Parameter(torch.zeros(2, 1))})
+    with pytest.raises(CheckpointError, match=r"a is \[2, 3\], here \[2, 1\]"):
+        load_weights(model, found)
 
 
-def test_old_ones_go(job: MakeJob) -> None:
-    folders = [write(job(), step) for step in (1, 2, 3, 10)]
-    _remove_old(folders[0].parent, keep=2)
-    assert [folder.exists() for folder in folders] == [False, False, True, True]
+# ---- a checkpoint that is named --------------------------------------------------------------------------------------
+
+
+def test_one_of_another_run(job: MakeJob) -> None:
+    """A run begins from it, and goes on from its own, again and again, when the same command is repeated."""
+    given = write(job(run="other"), 4)
+    mine = job(resume=given)
+    assert chosen(mine) == given and began_from(mine, given) == str(given)
+    own = write(mine, 5, began_from(mine, given))
+    assert chosen(mine) == own and began_from(mine, own) == str(given)
+    other = job(resume=write(job(run="third"), 4))
+    with pytest.raises(CheckpointError, match=r"has checkpoints of its own, which do not come from .*--resume auto"):
+        chosen(other)
+
+
+def test_an_earlier_one_of_the_run(job: MakeJob) -> None:
+    """The newer ones are of a way that is left: a later `auto` must not return to it."""
+    first, second, third = (write(job(), step) for step in (1, 2, 3))
+    assert chosen(job(resume=first)) == first
+    assert chosen(job()) == first
+    left = sorted(path.name for path in first.parent.iterdir())
+    assert left == [first.name, f"{second.name}.aside", f"{third.name}.aside"]
+
+
+def test_what_is_no_checkpoint(job: MakeJob) -> None:
+    run = write(job(run="other"), 4).parents[1]
+    with pytest.raises(CheckpointError, match=r"other is no checkpoint.*such as .*step-00000004"):
+        chosen(job(resume=run))
+    (run / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty is no checkpoint"):
+        chosen(job(resume=run / "empty"))
+
+
+# ---- what is kept, and by whom ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"), [(2, 0, [30, 35]), (1, 10, [10, 20, 30, 35]), (2, 25, [25, 30, 35]), (9, 0, None)]
+)
+def test_old_ones_go(keep: int, keep_every: int, left: list[int] | None, tmp_path: Path) -> None:
+    steps = list(range(5, 40, 5))
+    for step in steps:
+        (tmp_path / f"step-{step:08d}").mkdir()
+    remove_old(complete_ones(tmp_path), keep, keep_every)
+    assert [step_of(folder) for folder in complete_ones(tmp_path)] == (left or steps)
+    assert len(list(tmp_path.iterdir())) == len(left or steps)
+
+
+def test_a_lock_of_another_host_is_explained(tmp_path: Path) -> None:
+    """As a network file system shows it, where the lock of a node that has crashed may stay."""
+    held = lock.lock_run_dir(tmp_path)
+    told = {"host": "node7", "pid": 12, "started": "2026-01-01 00:00:00 UTC"}
+    (tmp_path / lock.LOCK).write_text(json.dumps(told))
+    with pytest.raises(ConfigError) as caught:
+        lock.lock_run_dir(tmp_path)
+    message = str(caught.value)
+    assert "in use by another job (process 12 on node7 since 2026-01-01 00:00:00 UTC)" in message
+    assert "If node7 has crashed, its lock may have stayed behind on a network file system: " in message
+    assert f"remove {tmp_path / lock.LOCK}" in message
+    (tmp_path / lock.LOCK).write_text("")
+    with pytest.raises(ConfigError, match="in use by another job"):
+        lock.lock_run_dir(tmp_path)
+    os.close(held)
+    os.close(lock.lock_run_dir(tmp_path))
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(handle: int, how: int) -> None:
+        raise OSError(lock.errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    os.close(lock.lock_run_dir(tmp_path))
+    assert "without locks: nothing keeps a second job out" in said.text
 
 
 def test_lines_of_steps_to_be_repeated_are_dropped(tmp_path: Path) -> None:

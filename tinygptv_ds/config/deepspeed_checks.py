@@ -63,6 +63,16 @@ def check_combinations(config: dict[str, Any], source: str, world_size: int) -> 
         raise ConfigError(f"{source}: zero_optimization.stage is {stage}; use 1, 2 or 3")
     _check_zero_plus_plus(zero, on, source, world_size)
     _check_offload(config, zero, source)
+    _check_gradients_are_looked_at(config, source)
+
+
+def _check_gradients_are_looked_at(config: dict[str, Any], source: str) -> None:
+    """What the stop before a step that is not finite rests on."""
+    if config.get("bf16", {}).get("check_grad_overflow") is False:
+        raise ConfigError(
+            f"{source}: leave out bf16.check_grad_overflow; false can switch off DeepSpeed's look at the gradients, "
+            "without which a step that is not finite would reach the weights"
+        )
 
 
 def check_machine(config: dict[str, Any], *, has_gpu: bool, source: str) -> None:

@@ -307,8 +307,11 @@ class TrainSection:
             run (30 halve it by 10^9). In bf16 and fp32 the first loss or gradient that is not finite does.
         wandb: a project of Weights & Biases to which the scalars go as well; null: none. The package is an extra:
             pip install wandb.
-        checkpoint_every: steps between checkpoints; 0: only at the end.
-        keep_checkpoints: older ones are removed.
+        checkpoint_every: steps between checkpoints; 0: none by steps. One is made at the end in any case.
+        checkpoint_minutes: minutes between checkpoints, by rank 0's clock; 0: none by time. Both may be given.
+        keep_checkpoints: the newest ones that are kept; older ones are removed.
+        keep_every: of the older ones, those whose step is a multiple of this are kept for ever; 0: none.
+        deepspeed_checkpoints: write each checkpoint in DeepSpeed's own format too, while training waits.
     """
 
     batch_size: int
@@ -326,7 +329,10 @@ class TrainSection:
     max_overflows: int = 30
     wandb: str | None = None
     checkpoint_every: int = 1000
+    checkpoint_minutes: float = 0.0
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    deepspeed_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "cycles", "epochs", "steps_per_epoch", "log_every", "validation_samples")
@@ -338,7 +344,8 @@ class TrainSection:
             "give either train.micro_batch_size (samples) or train.max_tokens, and null for the other",
         )
         _require(sizes[0] > 0, "train.micro_batch_size and train.max_tokens must be positive")
-        for name in ("sample_every", "sample_count", "validate_every", "checkpoint_every"):
+        steps = ("sample_every", "sample_count", "validate_every", "checkpoint_every", "keep_every")
+        for name in (*steps, "checkpoint_minutes"):
             _require(getattr(self, name) >= 0, f"train.{name} must be 0 or more")
         known = ("step_mean", "micro_batch_mean")
         _require(self.loss_reduction in known, f"train.loss_reduction must be one of {', '.join(known)}")

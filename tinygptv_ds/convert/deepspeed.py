@@ -1,8 +1,8 @@
-"""Checkpoints as DeepSpeed writes them (ZeRO-1 to 3, any number of ranks): the fp32 values of what was trained.
+"""Checkpoints as DeepSpeed writes them (ZeRO-1 to 3, any number of ranks): what was trained, and AdamW's moments.
 
-Each rank's `*_optim_states.pt` holds its slices of the fp32 copies, laid end to end; a `*_model_states.pt` tells names
-and shapes. ZeRO-1 and 2 cut the whole row of a parameter group into one slice a rank; ZeRO-3 cuts every parameter. Only
-the bytes of a wanted parameter are read, and DeepSpeed itself is not needed.
+Each rank's `*_optim_states.pt` holds its slices of the fp32 copies and of the moments, laid end to end; a
+`*_model_states.pt` tells names and shapes. ZeRO-1 and 2 cut the whole row of a parameter group into one slice a rank;
+ZeRO-3 cuts every parameter. Only the bytes of a wanted parameter are read, and DeepSpeed itself is not needed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from torch import Tensor
 from tinygptv_ds.convert.storage import Stored, open_torch
 from tinygptv_ds.errors import WeightsError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_CLIENT = "tinygptv_ds"  # under which our own runs put their state
+
 
 @dataclass(frozen=True)
 class DeepSpeedCheckpoint:
@@ -33,6 +36,9 @@ class DeepSpeedCheckpoint:
         zero_stage: 1, 2 or 3.
         ranks: how many wrote it.
         step: optimizer steps.
+        optimizers: what each rank's `*_optim_states.pt` holds.
+        param_shapes: shapes by name, for each parameter group.
+        client: plain values that whoever wrote it has put beside.
     """
 
     folder: Path
@@ -41,6 +47,20 @@ class DeepSpeedCheckpoint:
     zero_stage: int
     ranks: int
     step: int
+    optimizers: list[dict]
+    param_shapes: list[dict]
+    client: dict[str, Any]
+
+    @property
+    def moments(self) -> dict[str, dict[str, Stored]]:
+        """AdamW's, fp32, by `exp_avg` or `exp_avg_sq` and name."""
+        return {kind: _joined(self.folder, self.optimizers, self.param_shapes, kind) for kind in MOMENTS}
+
+    @property
+    def optimizer_steps(self) -> int:
+        """What AdamW has counted."""
+        step = _adam_state(self.optimizers[0])[0]["step"]
+        return int(step.read() if isinstance(step, Stored) else step)
 
 
 class _Inert:
@@ -102,13 +122,17 @@ def open_deepspeed(folder: Path) -> DeepSpeedCheckpoint:
             f"{folder}: written by {ranks} ranks, but there are {len(optimizers)} *_optim_states.pt; copy all ranks' "
             "files, from a file system that every node has written to"
         )
-    join = _join_zero3 if stage == 3 else _join_zero2
-    try:
-        weights = dict(join(optimizers, model["param_shapes"]))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise WeightsError(f"{folder}: not laid out as DeepSpeed does ({error!r})") from None
+    shapes = model.get("param_shapes") or []
     return DeepSpeedCheckpoint(
-        folder, weights, list(model.get("frozen_param_shapes") or ()), stage, ranks, model.get("global_steps", 0)
+        folder,
+        _joined(folder, optimizers, shapes, None),
+        list(model.get("frozen_param_shapes") or ()),
+        stage,
+        ranks,
+        model.get("global_steps", 0),
+        optimizers,
+        shapes,
+        model.get(_CLIENT) or {},
     )
 
 
@@ -139,11 +163,39 @@ def _number(stage: Any) -> int:
     return int(stage.args[0]) if isinstance(stage, _Inert) else int(stage)
 
 
-def _join_zero2(optimizers: Sequence[dict], param_shapes: Sequence[dict]) -> Iterator[tuple[str, Stored]]:
+def _joined(
+    folder: Path, optimizers: Sequence[dict], param_shapes: Sequence[dict], kind: str | None
+) -> dict[str, Stored]:
+    """The fp32 copies (None), or one of the moments, whole and by name."""
+    join = _join_zero3 if _number(optimizers[0]["zero_stage"]) == 3 else _join_zero2
+    try:
+        return dict(join(optimizers, param_shapes, kind))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{folder}: {kind or 'fp32 copies'} not laid out as DeepSpeed does ({error!r})") from None
+
+
+def _rows(optimizer: dict, kind: str | None) -> list[Stored]:
+    """What one rank holds of every row: the fp32 copies under ZeRO's own keys, the moments in torch's state dict."""
+    if kind is not None:
+        return [state[kind] for state in _adam_state(optimizer)]
+    zero3 = _number(optimizer["zero_stage"]) == 3
+    return optimizer["fp32_flat_groups" if zero3 else "single_partition_of_fp32_groups"]
+
+
+def _adam_state(optimizer: dict) -> list[dict]:
+    zero3 = _number(optimizer["zero_stage"]) == 3
+    states = optimizer["optimizer_state_dict" if zero3 else "base_optimizer_state"]["state"]
+    return [states[number] for number in sorted(states)]
+
+
+def _join_zero2(
+    optimizers: Sequence[dict], param_shapes: Sequence[dict], kind: str | None
+) -> Iterator[tuple[str, Stored]]:
     """Per group, the ranks' slices one after the other are the whole row."""
     paddings = optimizers[0].get("param_alignment_paddings") or [[0] * len(group) for group in param_shapes]
+    rows = [_rows(state, kind) for state in optimizers]
     for number, (group, padding) in enumerate(zip(param_shapes, paddings, strict=True)):
-        slices = [state["single_partition_of_fp32_groups"][number] for state in optimizers]
+        slices = [row[number] for row in rows]
         begin = 0
         for (name, shape), gap in zip(group.items(), padding, strict=True):
             end = begin + torch.Size(shape).numel()
@@ -152,9 +204,11 @@ def _join_zero2(optimizers: Sequence[dict], param_shapes: Sequence[dict]) -> Ite
             begin = end + gap
 
 
-def _join_zero3(optimizers: Sequence[dict], param_shapes: Sequence[dict]) -> Iterator[tuple[str, Stored]]:
+def _join_zero3(
+    optimizers: Sequence[dict], param_shapes: Sequence[dict], kind: str | None
+) -> Iterator[tuple[str, Stored]]:
     """Every rank holds the same stretch of its own row for a parameter: an equal share, the last one filled up."""
-    rows = [state["fp32_flat_groups"] for state in optimizers]
+    rows = [_rows(state, kind) for state in optimizers]
     begin = 0
     for name, shape in ((name, shape) for group in param_shapes for name, shape in group.items()):
         end = begin + -(-torch.Size(shape).numel() // len(rows))

@@ -6,6 +6,8 @@ A sample that cannot be used drops out of its step and is reported; nothing else
 
 from __future__ import annotations
 
+import ctypes
+import signal
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -30,6 +32,7 @@ from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.images import to_pixels
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence
 
+_SET_PARENT_DEATH_SIGNAL = 1  # Linux, PR_SET_PDEATHSIG
 _NO_PIXELS = np.zeros((0, 3, 1, 1), dtype=np.uint8)
 
 
@@ -198,6 +201,16 @@ def _counted(ref: SampleRef, skipped: list[Skipped]) -> Iterator[None]:
         skipped.append(Skipped(ref, error.reason, str(error)))
 
 
+def _live_and_die_with_parent(worker: int) -> None:
+    """A signal to stop goes to the whole process tree: the step under way needs its batch, so the parent decides.
+
+    In return the worker ends at once with its parent, however that ends.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
 def load_steps(
     dataset: MicroBatches, *, first: int, last: int, num_workers: int, pin_memory: bool
 ) -> Iterator[list[Loaded]]:
@@ -224,6 +237,7 @@ def load_steps(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_live_and_die_with_parent if num_workers else None,
     )
     ready = iter(loader)
     for _ in range(first, last):

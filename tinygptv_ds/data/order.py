@@ -74,6 +74,11 @@ class DatasetOrder:
         """Samples in one epoch."""
         return self._size
 
+    @property
+    def counts(self) -> np.ndarray:
+        """Samples of each shard that are drawn, int64 [S]."""
+        return self._counts
+
     def locate(self, k: int) -> tuple[int, int, int]:
         """(epoch, shard, index within the shard) of draw `k`, 0 <= k."""
         draws = self.draws(k, 1)

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.train.checkpoint import save_checkpoint
+from tinygptv_ds.train.checkpoint import FOLDER, write_checkpoint
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.job import DRY_SUFFIX
+from tinygptv_ds.train.saver import take_snapshot
 
 
 def finish_dry_run(engine: Engine) -> None:
@@ -20,9 +21,10 @@ def finish_dry_run(engine: Engine) -> None:
     """
     job = engine.job
     start = time.perf_counter()
-    save_checkpoint(engine, job.last_step)
-    seconds = time.perf_counter() - start
+    snapshot = take_snapshot(engine, job.last_step, facts={})
     if job.ranks.is_main:
+        write_checkpoint(job.run_dir / FOLDER, snapshot)
+        seconds = time.perf_counter() - start
         for line in _report(engine, seconds):
             LOGGER.info("%s", line)
         shutil.rmtree(job.run_dir)

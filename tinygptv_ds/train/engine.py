@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
@@ -15,15 +16,22 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
+from tinygptv_ds.data.stream import OpenStream
 from tinygptv_ds.dist import complete_env, cores_per_rank
 from tinygptv_ds.dtypes import DTYPES
+from tinygptv_ds.errors import Stopped
 from tinygptv_ds.log import LOGGER, set_up_logging
 from tinygptv_ds.models.attention import choose_backend
 from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
 from tinygptv_ds.models.trainable import frozen_learnt, weight_decay_groups
+from tinygptv_ds.train.facts import facts_of
 from tinygptv_ds.train.job import Job
-from tinygptv_ds.train.rundir import start_run_dir
+from tinygptv_ds.train.rundir import note_run, start_run_dir
 from tinygptv_ds.train.stopwatch import Stopwatch
+from tinygptv_ds.train.together import found_by_rank_0
+
+if TYPE_CHECKING:
+    from tinygptv_ds.train.saver import Saver
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, under the names that torch gives them
 _TIMEOUT = timedelta(minutes=30)
@@ -46,8 +54,8 @@ def start_distributed(job: Job) -> None:
     backend = get_accelerator().communication_backend_name() if not on_cpu else "gloo"
     with _quiet_stdout(job.ranks.rank):
         deepspeed.init_distributed(dist_backend=backend, timeout=_TIMEOUT, verbose=False)
-    log_file = start_run_dir(job) if job.ranks.is_main else None
-    set_up_logging(job.ranks.rank, log_file)
+    log_file = found_by_rank_0(job.ranks, lambda: str(start_run_dir(job)))
+    set_up_logging(job.ranks.rank, Path(log_file))
     torch.manual_seed(job.recipe.seed)
     torch.distributed.barrier()
     LOGGER.info(
@@ -113,6 +121,7 @@ class Engine:
         device: where this rank computes.
         scale: the loss scale under autocast in fp16, else None.
         first_step: where the run goes on.
+        saver: makes the run's checkpoints.
         skipped_before: optimizer steps left out before a resumption.
         forward_clock: times this rank's forward passes.
         job: recipe, JSON, run directory and ranks.
@@ -138,6 +147,7 @@ class Engine:
         autocast_fp16 = getattr(self.deepspeed.optimizer, "torch_autocast_gradscaler", None) is not None
         self.scale = LossScale(self.deepspeed.optimizer) if autocast_fp16 else None
         self.first_step = 0
+        self.saver: Saver
         self.skipped_before = 0
         self.forward_clock = Stopwatch(self.device)
         self._last = True
@@ -212,14 +222,28 @@ class Engine:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """fp32 copies of what was trained, whole, on the CPU. To be called on all ranks."""
-        return {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self.trained_parameters()}
+        """fp32 copies of what was trained, whole, on rank 0's CPU; elsewhere none. To be called on all ranks."""
+        return self._on_rank_0(safe_get_full_fp32_param)
 
     def moments(self, moment: str) -> dict[str, Tensor]:
-        """fp32 copies of one of `MOMENTS`, whole, on the CPU, by parameter. To be called on all ranks."""
+        """As `trained_state`, one of `MOMENTS`. To be called on all ranks."""
         self._link_optimizer_states()
-        trained = self.trained_parameters()
-        return {name: safe_get_full_optimizer_state(p, moment).detach().cpu().clone() for name, p in trained}
+        return self._on_rank_0(lambda parameter: safe_get_full_optimizer_state(parameter, moment))
+
+    def _on_rank_0(self, gather: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        kept = {}
+        for name, parameter in self.trained_parameters():
+            whole = gather(parameter)
+            if self.job.ranks.is_main:
+                kept[name] = whole.detach().to("cpu", torch.float32, copy=True)
+        return kept
+
+    def save_deepspeed(self, folder: Path, tag: str, state: dict) -> None:
+        """Write DeepSpeed's own checkpoint of what was trained, `state` beside it. To be called on all ranks."""
+        with _quiet_stdout(1):
+            self.deepspeed.save_checkpoint(
+                str(folder), tag=tag, client_state={"tinygptv_ds": state}, exclude_frozen_parameters=True
+            )
 
     def set_moments(self, moment: str, value: Callable[[str], Tensor]) -> None:
         """Put one of `MOMENTS` back, `value` giving it whole by parameter. It exists from the first step on."""
@@ -271,18 +295,37 @@ class Engine:
 
 
 @contextlib.contextmanager
-def start_engine(model: TinyGPTVForConditionalGeneration, job: Job) -> Iterator[Engine]:
-    """The engine of a run, started from the newest checkpoint where there is one; the ranks part when it ends."""
-    from tinygptv_ds.train.checkpoint import latest_checkpoint, load_weights, restore_optimizer
-    from tinygptv_ds.train.dry_run import finish_dry_run
+def start_engine(model: TinyGPTVForConditionalGeneration, job: Job, stream: OpenStream) -> Iterator[Engine]:
+    """The engine of a run, started from the checkpoint that `job.resume` asks for; the ranks part when it ends.
 
-    checkpoint = latest_checkpoint(job) if job.resume == "auto" else None
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another recipe, other data or other base weights.
+    """
+    from tinygptv_ds.train import resume
+    from tinygptv_ds.train.dry_run import finish_dry_run
+    from tinygptv_ds.train.saver import Saver
+
+    facts = facts_of(job.recipe, stream) if job.ranks.is_main else {}
+    chosen = found_by_rank_0(job.ranks, lambda: resume.choose_checkpoint(job, facts))
+    if job.ranks.is_main:
+        note_run(job)
+    checkpoint = None if chosen is None else resume.open_checkpoint(Path(chosen))
     if checkpoint is not None:
-        load_weights(model, checkpoint)
+        resume.load_weights(model, checkpoint)
     engine = Engine(model, job)
-    engine.first_step = restore_optimizer(engine, checkpoint) if checkpoint is not None else 0
-    yield engine
-    if job.dry_run:
-        finish_dry_run(engine)
+    engine.first_step = resume.restore_optimizer(engine, checkpoint) if checkpoint is not None else 0
+    origin = None if checkpoint is None else resume.began_from(job, checkpoint.folder)
+    try:
+        with Saver(engine, facts, origin) as engine.saver:
+            yield engine
+            if job.dry_run:
+                finish_dry_run(engine)
+    except Stopped:
+        _part()
+        raise
+    _part()
+
+
+def _part() -> None:
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

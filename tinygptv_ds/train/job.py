@@ -30,9 +30,11 @@ class Job:
         recipe: the checked recipe.
         deepspeed: the JSON for DeepSpeed, complete.
         run_dir: everything the run writes.
-        resume: "auto" goes on from the newest checkpoint of the run directory, "never" does not.
+        resume: "auto" goes on from the newest whole checkpoint of the run directory, "never" does not; else the path of
+            a checkpoint.
         ranks: who this process is.
         dry_run: stop after `DRY_STEPS` steps and leave nothing behind.
+        resume_anyway: go on although recipe, data or base weights differ from the checkpoint's.
     """
 
     recipe: Recipe
@@ -41,6 +43,7 @@ class Job:
     resume: str
     ranks: Ranks
     dry_run: bool = False
+    resume_anyway: bool = False
 
     @property
     def last_step(self) -> int:
@@ -89,9 +92,15 @@ def stage_parser(recipe: Path) -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is written (default: runs/stageN)")
     parser.add_argument(
         "--resume",
-        choices=["auto", "never"],
         default="auto",
-        help="auto: go on from the run directory's newest checkpoint; never: refuse a run directory in use",
+        metavar="auto|PATH|never",
+        help="auto: go on from the run directory's newest whole checkpoint, if any; PATH: from this checkpoint, which "
+        "may be another run's or in DeepSpeed's format; never: refuse a run directory with checkpoints",
+    )
+    parser.add_argument(
+        "--resume-anyway",
+        action="store_true",
+        help="go on although recipe, data or base weights differ from the checkpoint's; the log says in what",
     )
     parser.add_argument(
         "--dry-run",
@@ -126,7 +135,9 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
         _check_run_dir(run_dir, args.resume)
     check_files(loaded)
     check_tracking(loaded)
-    return Job(loaded, resolved, run_dir, "never" if args.dry_run else args.resume, ranks, args.dry_run)
+    return Job(
+        loaded, resolved, run_dir, "never" if args.dry_run else args.resume, ranks, args.dry_run, args.resume_anyway
+    )
 
 
 def default_deepspeed_json() -> Path:
@@ -146,6 +157,8 @@ def _check_run_dir(run_dir: Path, resume: str) -> None:
         )
     if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
         raise ConfigError(f"{run_dir} holds checkpoints; choose another --run-dir, or --resume auto to go on from them")
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise ConfigError(f"--resume {resume}: there is no such folder; give auto, never, or the path of a checkpoint")
 
 
 def _shown(path: Path) -> Path:

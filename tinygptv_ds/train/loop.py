@@ -13,7 +13,6 @@ from tinygptv_ds.data.stream import OpenStream
 from tinygptv_ds.dist import cores_per_rank
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.train.checkpoint import save_checkpoint
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.first_batch import show_first_samples
 from tinygptv_ds.train.guard import Guard
@@ -34,6 +33,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
     Raises:
         DataError: more samples than the recipe allows could not be used.
         TinyGPTVError: a loss or gradient is not finite; no weight has been moved by it.
+        Stopped: a signal came; the run is saved.
     """
     recipe, ranks = engine.job.recipe, engine.job.ranks
     warn_of_rising_rate(recipe.optimizer)
@@ -59,6 +59,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         skips.report(loaded)
         over.look(loaded)
         guard.look(step, loaded)
+        engine.saver.before_step()
         _optimizer_step(engine, step, loaded, sums, transfer)
         guard.stop_if_left_out(step, sums.recent)
         reporter.step_done()
@@ -74,8 +75,8 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         if _now_and_then(recipe.train.sample_every, done) and done != total:
             with reporter.aside():
                 panel.write(reporter.board, done)
-        if recipe.train.checkpoint_every and done % recipe.train.checkpoint_every == 0 and done != total:
-            save_checkpoint(engine, done)
+        with reporter.aside():
+            engine.saver.after_step(done)
     reporter.scalars(total, validation.measure(total))
     panel.write(reporter.board, total)
     reporter.close()

@@ -14,20 +14,30 @@ import yaml
 from tinygptv_ds import __version__
 from tinygptv_ds.config.load import recipe_dict
 from tinygptv_ds.train.job import Job
+from tinygptv_ds.train.lock import lock_run_dir
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "timm", "peft", "webdataset", "flash-attn", "numpy")
 
 
 def start_run_dir(job: Job) -> Path:
-    """Write the resolved recipe, the DeepSpeed JSON and the versions; returns the log file's path."""
+    """Make the run directory and take it for this process; returns the log file's path.
+
+    Raises:
+        ConfigError: another job holds it.
+    """
     if job.dry_run:  # what a dry run that was killed has left
         shutil.rmtree(job.run_dir, ignore_errors=True)
     job.run_dir.mkdir(parents=True, exist_ok=True)
+    lock_run_dir(job.run_dir)
+    return job.run_dir / "log.txt"
+
+
+def note_run(job: Job) -> None:
+    """Write the resolved recipe, the DeepSpeed JSON and the versions, once it is clear that they will run."""
     recipe = yaml.safe_dump(recipe_dict(job.recipe), sort_keys=False, allow_unicode=True)
     (job.run_dir / "recipe.yaml").write_text(recipe, encoding="utf-8")
     (job.run_dir / "deepspeed.json").write_text(json.dumps(job.deepspeed, indent=2) + "\n")
     (job.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
-    return job.run_dir / "log.txt"
 
 
 def versions() -> dict[str, str | None]:

@@ -1,0 +1,156 @@
+"""How long a save holds up the training, how long the writing goes on beside it, and how long a resumption takes.
+
+What the published stages train (45 M parameters of made-up values, with their moments) in a real engine, on one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks.made_up import SIZES, random
+from tinygptv_ds.config.deepspeed_json import load_deepspeed_json, resolve_deepspeed
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.convert.assemble import meta_model
+from tinygptv_ds.disk import sha256, whole_folder
+from tinygptv_ds.dist import ranks_from_env
+from tinygptv_ds.models.trainable import learnt
+from tinygptv_ds.train.checkpoint import STATE, TENSORS, Snapshot, read_state, write_checkpoint
+from tinygptv_ds.train.engine import MOMENTS, Engine, start_distributed
+from tinygptv_ds.train.job import ROOT, Job, default_deepspeed_json
+from tinygptv_ds.train.resume import load_weights, open_checkpoint
+from tinygptv_ds.train.saver import take_snapshot
+
+
+class Trained(nn.Module):
+    """The trained parameters of a model alone; its loss is zero."""
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        shapes = {name: tuple(p.shape) for name, p in meta_model(SIZES[size]).named_parameters() if learnt(name)}
+        for name, shape in shapes.items():
+            self.register_parameter(name.replace(".", "/"), nn.Parameter(random(shape, torch.float32)))
+
+    def forward(self) -> Tensor:
+        """A loss that gives every parameter a gradient."""
+        return sum(parameter.sum() for parameter in self.parameters()) * 1e-6
+
+
+def start(run_dir: Path, size: str) -> Engine:
+    """An engine that has made a step, so that there are moments."""
+    recipe = load_recipe(ROOT / "stages/stage4.yaml", ["train.batch_size=1", "train.micro_batch_size=1"])
+    path = default_deepspeed_json()
+    config = resolve_deepspeed(load_deepspeed_json(path), recipe, 1, str(path))
+    job = Job(recipe, config, run_dir, "never", ranks_from_env())
+    start_distributed(job)
+    model = Trained(size)
+    model.attention = "auto"
+    engine = Engine(model, job)
+    engine.set_boundary(True)
+    engine.backward_and_step(engine.deepspeed())
+    return engine
+
+
+def synchronous(engine: Engine, folder: Path) -> None:
+    """A save as it is mostly made: while training waits, with the library's writer, the hash from what was written."""
+    snapshot = take_snapshot(engine, 1, {})
+    with whole_folder(folder) as partial_folder:
+        save_file(dict(snapshot.tensors), partial_folder / TENSORS)
+        state = {**snapshot.state, "sha256": sha256(partial_folder / TENSORS)}
+        (partial_folder / STATE).write_text(json.dumps(state))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def work_rate(until: Callable[[], bool]) -> float:
+    """Matrix products a second on this thread's core, as a training beside the writing would make them."""
+    a = torch.randn(256, 256)
+    began, count = time.perf_counter(), 0
+    while not until():
+        a @ a
+        count += 1
+    return count / (time.perf_counter() - began)
+
+
+def measure(size: str, rounds: int, folder: Path) -> dict[str, float]:
+    """Medians over some rounds; the two ways take turns."""
+    engine = start(folder / "run", size)
+    rows = [one_round(engine, folder, number + 1) for number in range(rounds)]
+    size_gb = (folder / f"run/checkpoints/step-{1:08d}" / TENSORS).stat().st_size / 1e9
+    torch.distributed.destroy_process_group()
+    return {"gb": size_gb} | {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def one_round(engine: Engine, folder: Path, number: int) -> dict[str, float]:
+    """Both ways of saving, and a resumption from the second's checkpoint."""
+    row = {"synchronous_seconds": seconds(partial(synchronous, engine, folder / "old"))}
+    snapshots: list[Snapshot] = []
+    row["stall_seconds"] = seconds(lambda: snapshots.append(take_snapshot(engine, number, {})))
+    end = time.perf_counter() + 1.0
+    alone = work_rate(lambda: time.perf_counter() > end)
+    write = partial(write_checkpoint, folder / "run/checkpoints", snapshots[0])
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(seconds, write)
+        row["work_beside"] = work_rate(writing.done) / alone
+        row["write_seconds"] = writing.result()
+    return row | resume_times(engine, folder / "run/checkpoints" / snapshots[0].name)
+
+
+def resume_times(engine: Engine, folder: Path) -> dict[str, float]:
+    """Holding every file against its hash, and reading weights and moments into model and optimizer."""
+    verify = seconds(lambda: read_state(folder))
+
+    def load() -> None:
+        checkpoint = open_checkpoint(folder)
+        load_weights(engine.module, checkpoint)
+        for moment in MOMENTS:
+            engine.set_moments(moment, partial(checkpoint.tensor, moment))
+
+    return {"verify_seconds": verify, "load_seconds": seconds(load)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=list(SIZES), default="published")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to write; it has to exist (default: the system's own)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        row = measure(args.size, args.rounds, Path(folder))
+    print(f"checkpoint of {row['gb']:.2f} GB                      seconds")
+    print(f"training waits, all at once (as before)  {row['synchronous_seconds']:8.2f}")
+    print(f"training waits, snapshot alone           {row['stall_seconds']:8.2f}")
+    print(f"writing, hashing, syncing beside it      {row['write_seconds']:8.2f}")
+    print(f"  meanwhile the training's thread does   {100 * row['work_beside']:8.0f} % of its work")
+    print(f"resume: every file against its hash      {row['verify_seconds']:8.2f}")
+    print(f"resume: weights and moments put back     {row['load_seconds']:8.2f}")
+    if args.json:
+        machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": str(torch.__version__)}
+        args.json.write_text(json.dumps({**machine, **row}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What goes wrong in a rank: to be given to `forked.started`, and imported by the ranks themselves."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from tinygptv_ds.data.loader import Loaded
+from tinygptv_ds.train import loop
+from tinygptv_ds.train.engine import Engine
+
+
+def watched(at: int = -1, number: int = 0, rank: int = 0, after: str = "", pause: str = "") -> None:
+    """Note what every step is fed; in step `at` one rank gets a signal, or waits.
+
+    Args:
+        at: the step, from 0.
+        number: the signal.
+        rank: which rank.
+        after: the checkpoint that has to be there before the signal is sent.
+        pause: wait until a file of this name is in the run directory.
+    """
+    optimizer_step = loop._optimizer_step
+
+    def noted(engine: Engine, step: int, loaded: list[Loaded], *rest: object) -> None:
+        run, mine = engine.job.run_dir, engine.job.ranks.rank
+        with (run / f"fed-{mine}.jsonl").open("a") as file:
+            ids = [[list(vars(ref).values()) for ref in item.batch.sample_ids] for item in loaded]
+            file.write(json.dumps([step, ids]) + "\n")
+        optimizer_step(engine, step, loaded, *rest)
+        if step == at and mine == rank:
+            (run / "reached").touch()
+            for name in filter(None, (after and f"checkpoints/{after}", pause)):
+                wait_for(run / name)
+            if number:
+                os.kill(os.getpid(), number)
+
+    loop._optimizer_step = noted
+
+
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until, path
+        time.sleep(0.002)
+
+
+def fed(run: Path, ranks: int) -> dict[int, list[list]]:
+    """By step, the samples that all ranks together were fed last, in the order of the stream."""
+    steps: dict[int, dict[int, list]] = {}
+    for rank in range(ranks):
+        path = run / f"fed-{rank}.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
+            step, micro_batches = json.loads(line)
+            steps.setdefault(step, {})[rank] = [ref for micro in micro_batches for ref in micro]
+    return {step: sorted(ref for refs in by_rank.values() for ref in refs) for step, by_rank in steps.items()}

@@ -1,0 +1,130 @@
+"""Ranks of a stage without the launcher, forked from one process that has imported everything: seconds, not tens."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from tinygptv_ds.cli import run_command
+
+ROOT = Path(__file__).parents[1]
+CPU = ROOT / "ds_configs/cpu.json"
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["forked_imports"])
+
+
+def _start_server() -> None:
+    """Python 3.11 does not hand on the path of modules to the process that is forked from."""
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ["PYTHONPATH"] = before
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run: their processes, what they print, and where they write."""
+
+    processes: list[BaseProcess]
+    said: Path
+    folder: Path
+
+    @property
+    def output(self) -> str:
+        """What all ranks have printed so far."""
+        return self.said.read_text(errors="replace")
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    def end(self, timeout: float = 60) -> list[int]:
+        """Wait for the ranks; their exit codes."""
+        until = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, until - time.monotonic()))
+        late = [process for process in self.processes if process.is_alive()]
+        for process in late:
+            process.kill()
+        assert not late, f"{len(late)} rank(s) did not end in {timeout:.0f} s:\n{self.output}"
+        return [process.exitcode for process in self.processes]
+
+    def wait_for(self, path: Path, timeout: float = 40) -> None:
+        """Until a file is there."""
+        until = time.monotonic() + timeout
+        while not path.exists():
+            alive = any(process.is_alive() for process in self.processes)
+            assert alive and time.monotonic() < until, f"no {path}:\n{self.output}"
+            time.sleep(0.005)
+
+
+@contextmanager
+def started(
+    recipe: Path, folder: Path, *options: str, ranks: int = 1, fault: Callable[..., None] | None = None, **told: Any
+) -> Iterator[Ranks]:
+    """Ranks of stage 4 under way; whatever is left of them at the end is killed.
+
+    Args:
+        recipe: its YAML.
+        folder: the run directory.
+        options: further options of the stage.
+        ranks: how many.
+        fault: called in each rank before it begins, to break something.
+        told: keyword arguments of `fault`.
+    """
+    _start_server()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said = folder.with_name(f"{folder.name}-{time.monotonic_ns()}.txt")
+    said.touch()
+    argv = ["--recipe", str(recipe), "--run-dir", str(folder), "--deepspeed_config", str(CPU), *options]
+    shared = (ranks, port, said, argv, fault, told)
+    processes = [_FORKS.Process(target=_rank, args=(rank, *shared)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        yield Ranks(processes, said, folder)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+
+
+def ended(recipe: Path, folder: Path, *options: str, code: int = 0, **given: Any) -> Ranks:
+    """As `started`, run to the end, which all ranks have to reach with this exit code."""
+    with started(recipe, folder, *options, **given) as run:
+        codes = run.end()
+    assert codes == [code] * len(codes), f"exit codes {codes}:\n{run.output}"
+    return run
+
+
+def _rank(
+    rank: int, world: int, port: int, said: Path, argv: Sequence[str], fault: Callable[..., None] | None, told: dict
+) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    with said.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115 - for as long as the process lives
+    if fault is not None:
+        fault(**told)
+    multiprocessing.set_start_method("fork", force=True)  # as it is for a rank that a launcher has started
+    main = runpy.run_path(str(ROOT / "stages/stage4.py"))["main"]
+    run_command(lambda: main(argv))
