@@ -25,6 +25,11 @@ def test_tests_and_files_that_are_named(document: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_half_merged_page(document: Path) -> None:
+    assert re.findall(r"^(?:<{7}|>{7}|={7}$)", document.read_text(), flags=re.M) == []
+
+
 def test_the_table_of_weights_names_every_kind() -> None:
     """One row at least for every form and kind that the verbs know."""
     from tinygptv_ds.convert.export import FORMS
