@@ -60,7 +60,7 @@ def start(run_dir: Path, size: str) -> Engine:
     job = Job(recipe, config, run_dir, "never", ranks_from_env())
     start_distributed(job)
     model = Trained(size)
-    model.attention = "auto"
+    model.attention, model.vision_is_frozen, model.beside_base = "auto", True, {}
     engine = Engine(model, job)
     engine.set_boundary(True)
     engine.backward_and_step(engine.deepspeed())

@@ -45,7 +45,7 @@ def faulty(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def state(engine: Engine) -> dict[str, Tensor]:
-    """Weights and moments; what the model computes with is held against the weights."""
+    """Weights and moments, whole on rank 0 and none elsewhere."""
     found = engine.trained_state()
     for moment in MOMENTS:
         found |= {f"{moment}/{name}": value for name, value in engine.moments(moment).items()}
@@ -83,6 +83,7 @@ def one_case(job: Job, kind: str) -> dict:
 
 def all_cases() -> None:
     job = parse_job(None, ROOT / "stages/stage4.yaml")
+    job = replace(job, run_dir=REPORT / "cases")  # the run's own folder is for the stage that follows
     start_distributed(job)
     found = {}
     for zero in (1, 2, 3):

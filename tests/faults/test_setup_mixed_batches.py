@@ -86,7 +86,8 @@ def test_a_cycle_starts_with_a_fresh_optimizer(zero_2: Run) -> None:
 
 def test_resumed_in_the_middle_of_a_cycle(place: Place, zero_2: Run) -> None:
     """Bit for bit: the samples go on, and AdamW counts the steps of this cycle alone."""
-    shutil.copytree(zero_2.folder / "checkpoints", place.folder / "resumed/checkpoints")
+    saved = f"checkpoints/step-{SAVED:08d}"
+    shutil.copytree(zero_2.folder / saved, place.folder / "resumed" / saved)
     again = run(bash_form(4), place.recipe, place.folder / "resumed")
     assert again.column("step") == list(range(SAVED + 1, STEPS + 1))
     assert again.column("train/loss") == zero_2.column("train/loss")[SAVED:]
