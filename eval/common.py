@@ -68,12 +68,10 @@ def read_questions(shards: str, limit: int | None) -> list[Question]:
 def ask(args: argparse.Namespace, questions: list[Question], instruction: str) -> list[str]:
     """Load the model and answer all questions greedily; `instruction` holds `{}` for a question's words."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-
+    from tinygptv_ds.dtypes import DTYPES
     from tinygptv_ds.infer.generate import load_model
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
-    model, processor = load_model(args.model, dtype)
+    model, processor = load_model(args.model, DTYPES[args.dtype])
     return ask_model(model, processor, questions, instruction, args)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.config.schema import DataSection, DatasetSection, Recipe
 from tinygptv_ds.data.cache import count_samples, open_cache
 from tinygptv_ds.data.features import (
@@ -74,11 +74,8 @@ class Work:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the verb."""
     parser.epilog = "On several GPUs: torchrun --nproc-per-node 8 -m tinygptv_ds features RECIPE --out DIR"
-    parser.add_argument("recipe", type=Path, help="the stage's YAML: its datasets, its vision path and image size")
+    add_recipe_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets one folder for each dataset")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one value of the recipe, as for a stage"
-    )
     parser.add_argument("--batch-size", type=int, default=32, help="samples at once (default: %(default)s)")
     parser.add_argument(
         "--dtype",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import types
 import typing
@@ -35,6 +36,12 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             the wrong type or is out of range.
     """
     return build_recipe(apply_overrides(_read_yaml(Path(path)), overrides), str(path))
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `load_recipe` takes, for a verb that works on a recipe: `recipe` and `--set`."""
+    parser.add_argument("recipe", type=Path, help="a stage's YAML, e.g. stages/stage4.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
 
 
 def build_recipe(raw: dict, source: str) -> Recipe:

@@ -29,11 +29,10 @@ from tinygptv_ds.data.index import (
     header_of,
     load_index,
     sample_counts,
-    write_atomically,
 )
 from tinygptv_ds.data.remote import RemoteShard, Shard, download, index_beside, remote_size
 from tinygptv_ds.data.room import NoRoomError, Room, locked
-from tinygptv_ds.disk import cache_home, sync
+from tinygptv_ds.disk import cache_home, sync, write_atomically
 from tinygptv_ds.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.data.cache import open_cache
 from tinygptv_ds.data.checking.dataset import Scope
 from tinygptv_ds.data.checking.recipe import check_data
@@ -30,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Exit code 0: everything that the recipe names can train; 1: something is missing or broken, or more samples "
         "than data.max_skipped_share would drop out; 2: the recipe or the command line is wrong."
     )
-    parser.add_argument("recipe", type=Path, help="a stage's YAML, e.g. stages/stage4.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    add_recipe_arguments(parser)
     parser.add_argument("--root", type=Path, metavar="DIR", help="look there for the own files of missing datasets")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(

@@ -19,13 +19,13 @@ from typing import Any
 from tinygptv_ds.config.schema import DatasetSection
 from tinygptv_ds.data.remote import Shard
 from tinygptv_ds.data.shards import expand_shards
+from tinygptv_ds.data.tar import FEATURE_BYTES
 from tinygptv_ds.disk import whole_file
 from tinygptv_ds.errors import DataError
 
 NOTES = "features.json"
 FORMAT = 1
 HOW = "python -m tinygptv_ds features RECIPE --out DIR"
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class FeatureShape:
     @property
     def nbytes(self) -> int:
         """Bytes of one picture's features."""
-        return self.queries * self.width * ITEM_BYTES[self.dtype]
+        return self.queries * self.width * FEATURE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

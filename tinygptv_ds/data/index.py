@@ -8,7 +8,6 @@ import mmap
 import multiprocessing
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tinygptv_ds.data.tar import PICTURE_SUFFIXES, SKIPPED, Member, scan_tar
-from tinygptv_ds.disk import cache_home
+from tinygptv_ds.disk import cache_home, write_atomically
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.lengths import text_lengths
 
@@ -245,16 +244,3 @@ def _read_header(path: Path, tar_state: tuple[int, int]) -> IndexHeader | None:
     except OSError:
         return None
     return header if header is not None and header[:2] == tar_state else None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, also among processes that write the same one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -97,12 +97,7 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
 def draft_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Draft:
     """All of `load_sample` but the pixels; raises as it does."""
     tar = stream.shards[ref.dataset][ref.shard]
-    try:
-        raw = reader.read(tar, ref.index)
-    except SampleError:
-        raise
-    except DataError as error:
-        raise SampleError("unreadable_shard", str(error)) from error
+    raw = reader.read(tar, ref.index)
     where = f"{tar}: sample {raw.key}"
     draw = sample_rng(stream.seed, ref)
     rendered = in_words(raw, draw, clean=stream.sections[ref.dataset].clean, where=where)

@@ -16,7 +16,7 @@ from tinygptv_ds.data.tar import SKIPPED
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.images import to_pixels
 
-_OF_THE_STORAGE = ("unreadable", "truncated")  # another time the sample may be whole
+_OF_THE_STORAGE = ("unreadable", "unreadable_shard", "truncated")  # another time the sample may be whole
 
 
 @dataclass(frozen=True)

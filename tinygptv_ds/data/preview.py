@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.data.presence import absent, options_without
@@ -22,8 +22,7 @@ FORMS = (".html", ".png")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``preview``."""
-    parser.add_argument("recipe", type=Path, help="a stage's YAML, e.g. stages/stage4.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    add_recipe_arguments(parser)
     parser.add_argument(
         "--out",
         type=Path,

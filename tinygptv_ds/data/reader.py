@@ -79,10 +79,14 @@ class ShardReader:
             os.close(self._shards.popitem()[1][0])
 
     def read(self, tar: Shard, index: int) -> RawSample:
-        """Sample number `index` of `tar`. Raises SampleError if it is unusable, DataError if the shard is."""
-        file, shard = self._shard(tar)
+        """Sample number `index` of `tar`. Raises SampleError if it, or the whole shard, cannot be used."""
+        try:
+            file, shard = self._shard(tar)
+        except DataError as error:
+            raise SampleError("unreadable_shard", str(error)) from error
         if not 0 <= index < len(shard):
-            raise DataError(f"{tar}: has {len(shard)} samples, none with number {index}; was it replaced meanwhile?")
+            message = f"{tar}: has {len(shard)} samples, none with number {index}; was it replaced meanwhile?"
+            raise SampleError("unreadable_shard", message)
         key = shard.key(index)
         where = f"{tar}: sample {key}"
         members = shard.members(index)
@@ -101,13 +105,13 @@ class ShardReader:
             return f"number {index}"
 
     def read_record(self, tar: Shard, index: int) -> tuple[str, dict[str, Any]]:
-        """(key, record) without the pictures; errors as in `read`."""
+        """(key, record) without the pictures. Raises SampleError if it is unusable, DataError if the shard is."""
         file, shard = self._shard(tar)
         where = f"{tar}: sample {shard.key(index)}"
         return shard.key(index), _parse(self._record_bytes(file, shard.members(index), where), where)
 
     def stored(self, tar: Shard, index: int) -> tuple[str, bytes | None, int]:
-        """(key, the ``json`` member as it is or None, how many pictures there are); errors as in `read`."""
+        """(key, the ``json`` member as it is or None, how many pictures there are); errors as in `read_record`."""
         file, shard = self._shard(tar)
         where = f"{tar}: sample {shard.key(index)}"
         member = next((member for member in shard.members(index) if member.suffix == "json"), None)

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
-from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.data.mixture import SampleRef
 from tinygptv_ds.data.stream import Planner, open_stream
 from tinygptv_ds.errors import ConfigError
@@ -57,8 +56,7 @@ def show(steps: Steps, first: int, last: int, workers: int) -> Iterator[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``stream``."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a stage's YAML, such as stages/stage4.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    add_recipe_arguments(parser)
     parser.add_argument("--steps", type=int, default=1, metavar="N", help="optimizer steps to show (default: 1)")
     parser.add_argument("--start-step", type=int, default=0, metavar="S", help="the first of them (default: 0)")
     parser.add_argument("--world-size", type=int, default=1, metavar="R", help="ranks of the run (default: 1)")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.cards import CARDS, Card, cards_named
@@ -90,8 +89,7 @@ class Estimate:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``estimate``."""
-    parser.add_argument("recipe", type=Path, help="a stage's YAML, e.g. stages/stage4.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    add_recipe_arguments(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument(
         "--gpu",

@@ -164,12 +164,7 @@ def check_chunk(chunk: Chunk) -> Tally:
 
 def _check(tally: Tally, reader: ShardReader, chunk: Chunk, index: int) -> None:
     """Raises SampleError where training would leave the sample out."""
-    try:
-        raw = reader.read(chunk.tar, index)
-    except SampleError:
-        raise
-    except DataError as error:
-        raise SampleError("unreadable_shard", str(error)) from error
+    raw = reader.read(chunk.tar, index)
     where = f"{chunk.tar}: sample {raw.key}"
     corrupt = list(_corrupt(raw))
     tally.pictures += len(raw.images)
