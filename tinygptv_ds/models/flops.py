@@ -81,6 +81,19 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Forward:
+    """Operations of a forward pass in layers that have weights, and in attention, which has none."""
+
+    linear: float
+    attention: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.linear + self.attention
+
+
+@dataclass(frozen=True)
 class _Linear:
     """A linear layer, per row. `learns`: its weight has a gradient; `rank`: of the LoRA beside it, which learns."""
 
@@ -124,18 +137,23 @@ def step_costs(config: Any, trained: Collection[str], *, from_features: bool = F
     return Costs(token + pair / 2, pair / 2, 2 * head.forward + head.weight_gradients, picture)
 
 
+def phi_linears(width: int, inner: int) -> dict[str, tuple[int, int]]:
+    """Widths in and out of the linear layers of one of Phi's blocks."""
+    return {
+        "query_key_value": (width, 3 * width),
+        "dense": (width, width),
+        "fc1": (width, inner),
+        "fc2": (inner, width),
+    }
+
+
 def _block(config: Any, layer: int, trained: frozenset[str]) -> list[_Linear]:
     width, inner = config.text_config.hidden_size, config.text_config.intermediate_size
-    shapes = {
-        "self_attn.query_key_value": (width, 3 * width),
-        "self_attn.dense": (width, width),
-        "mlp.fc1": (width, inner),
-        "mlp.fc2": (inner, width),
-    }
     linears = []
-    for name, (inputs, outputs) in shapes.items():
-        rank = config.lora_r if name.split(".")[1] in config.lora_targets else 0
-        learns = f"language_model.model.layers.{layer}.{name}.weight" in trained
+    for name, (inputs, outputs) in phi_linears(width, inner).items():
+        rank = config.lora_r if name in config.lora_targets else 0
+        module = "mlp" if name in ("fc1", "fc2") else "self_attn"
+        learns = f"language_model.model.layers.{layer}.{module}.{name}.weight" in trained
         linears.append(_Linear(inputs, outputs, learns, rank))
     return linears
 
@@ -154,8 +172,9 @@ def _vision(config: Any, trained: frozenset[str]) -> float:
     """Per picture. A part with anything trained costs three times its forward pass, one behind such a part twice."""
     vit = any(name.startswith(("visual_encoder.", "ln_vision.")) for name in trained)
     qformer = any(name.startswith(("query_tokens", "qformer.")) for name in trained)
-    embedding = _patch_embedding(config) * (2 if vit else 1)  # pixels have no gradient
-    return embedding + _vit(config) * (3 if vit else 1) + _qformer(config) * (3 if qformer else 2 if vit else 1)
+    embedding = patch_embedding(config) * (2 if vit else 1)  # pixels have no gradient
+    blocks = vit_blocks(config).total * (3 if vit else 1)
+    return embedding + blocks + qformer_blocks(config).total * (3 if qformer else 2 if vit else 1)
 
 
 def _patches(config: Any) -> int:
@@ -163,25 +182,29 @@ def _patches(config: Any) -> int:
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
 
 
-def _patch_embedding(config: Any) -> float:
+def patch_embedding(config: Any) -> float:
+    """Operations that make rows of one picture's patches."""
     vision = config.vision_config
     return 2.0 * (_patches(config) - 1) * 3 * vision.patch_size**2 * vision.hidden_size
 
 
-def _vit(config: Any) -> float:
+def vit_blocks(config: Any) -> Forward:
+    """One picture through the ViT's blocks."""
     vision, rows = config.vision_config, _patches(config)
     width, inner = vision.hidden_size, vision.intermediate_size
-    block = 2.0 * rows * (4 * width**2 + 2 * width * inner) + 4.0 * rows**2 * width
-    return vision.num_hidden_layers * block
+    layers = vision.num_hidden_layers
+    return Forward(2.0 * rows * layers * (4 * width**2 + 2 * width * inner), 4.0 * rows**2 * width * layers)
 
 
-def _qformer(config: Any) -> float:
+def qformer_blocks(config: Any) -> Forward:
+    """One picture through the Q-Former, whose every n-th block looks at it."""
     qformer, rows, queries = config.qformer_config, _patches(config), config.num_query_tokens
     width, inner, seen = qformer.hidden_size, qformer.intermediate_size, qformer.encoder_hidden_size
-    block = 2.0 * queries * (4 * width**2 + 2 * width * inner) + 4.0 * queries**2 * width
-    cross = 2.0 * queries * 2 * width**2 + 2.0 * rows * 2 * seen * width + 4.0 * queries * rows * width
-    crossing = -(-qformer.num_hidden_layers // qformer.cross_attention_frequency)
-    return qformer.num_hidden_layers * block + crossing * cross
+    layers = qformer.num_hidden_layers
+    crossings = -(-layers // qformer.cross_attention_frequency)
+    linear = 2.0 * queries * layers * (4 * width**2 + 2 * width * inner)
+    linear += crossings * (2.0 * queries * 2 * width**2 + 2.0 * rows * 2 * seen * width)
+    return Forward(linear, 4.0 * queries**2 * width * layers + 4.0 * queries * rows * width * crossings)
 
 
 def peak_flops(device: str, precision: str) -> float | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.models.flops import PEAK_TFLOPS
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,14 @@ class Card:
 
 
 CARDS = (
-    Card("RTX-3090", 24, 71),
-    Card("RTX-4090", 24, 165),
-    Card("A6000", 48, 155),
-    Card("L40S", 48, 362),
-    Card("A100-40GB", 40, 312),
-    Card("A100-80GB", 80, 312),
-    Card("H100-80GB", 80, 989),
-    Card("H200-141GB", 141, 989),
+    Card("RTX-3090", 24, PEAK_TFLOPS["RTX 3090"]),
+    Card("RTX-4090", 24, PEAK_TFLOPS["RTX 4090"]),
+    Card("A6000", 48, PEAK_TFLOPS["RTX A6000"]),
+    Card("L40S", 48, PEAK_TFLOPS["L40S"]),
+    Card("A100-40GB", 40, PEAK_TFLOPS["A100"]),
+    Card("A100-80GB", 80, PEAK_TFLOPS["A100"]),
+    Card("H100-80GB", 80, PEAK_TFLOPS["H100"]),
+    Card("H200-141GB", 141, PEAK_TFLOPS["H200"]),
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from tinygptv_ds.models.flops import patch_embedding, qformer_blocks, vit_blocks
 from tinygptv_ds.train.sizes import Sizes
 
 _UPSTREAM = ("vit", "qformer", "projections", "llm", "norms", "lora")
@@ -72,8 +73,8 @@ def sample_operations(
     head = 2 * sample.targets * sizes.phi.width * sizes.vocabulary
     blocks = _counted(sizes.phi.layers * linear, into_phi, learns["llm"], sizes.phi.layers * attention)
     return {
-        "vit": _scaled(_counted(*_vit(sizes, learns["vit"])), pictures),
-        "qformer": _scaled(_counted(*_qformer(sizes, learns["vit"], learns["qformer"])), pictures),
+        "vit": _scaled(_vit(sizes, learns["vit"]), pictures),
+        "qformer": _scaled(_qformer(sizes, learns["vit"], learns["qformer"]), pictures),
         "projections": _scaled(
             _counted(_projections(sizes), before_projections, learns["projections"]), sample.pictures
         ),
@@ -92,19 +93,14 @@ def _scaled(operations: Operations, factor: float) -> Operations:
     return Operations(operations.forward * factor, operations.backward * factor)
 
 
-def _vit(sizes: Sizes, learns: bool) -> tuple[float, bool, bool, float]:
-    vit, rows = sizes.vit, sizes.patches
-    linear = 2 * rows * vit.layers * (4 * vit.width**2 + 2 * vit.width * vit.mlp)
-    linear += 2 * (rows - 1) * 3 * sizes.patch**2 * vit.width
-    return linear, learns, learns, 4 * rows**2 * vit.width * vit.layers
+def _vit(sizes: Sizes, learns: bool) -> Operations:
+    blocks, embedding = vit_blocks(sizes.as_config()), patch_embedding(sizes.as_config())
+    return _counted(blocks.linear + embedding, learns, learns, blocks.attention)
 
 
-def _qformer(sizes: Sizes, vit_learns: bool, learns: bool) -> tuple[float, bool, bool, float]:
-    q, rows, patches = sizes.qformer, sizes.queries, sizes.patches
-    linear = 2 * rows * q.layers * (4 * q.width**2 + 2 * q.width * q.mlp)
-    linear += sizes.crossings * (2 * rows * 2 * q.width**2 + 2 * patches * 2 * sizes.vit.width * q.width)
-    attention = 4 * rows**2 * q.width * q.layers + 4 * rows * patches * q.width * sizes.crossings
-    return linear, vit_learns or learns, learns, attention
+def _qformer(sizes: Sizes, vit_learns: bool, learns: bool) -> Operations:
+    blocks = qformer_blocks(sizes.as_config())
+    return _counted(blocks.linear, vit_learns or learns, learns, blocks.attention)
 
 
 def _projections(sizes: Sizes) -> float:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tinygptv_ds.config.schema import PARTS, Recipe
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.models.flops import phi_linears
 
 PUBLISHED_PARTS = {1: ("projections", "norms"), 2: ("projections", "norms", "lora")}
 
@@ -65,13 +67,28 @@ class Sizes:
     @property
     def phi_linears(self) -> dict[str, tuple[int, int]]:
         """Widths in and out of the linear layers of one of Phi's blocks."""
-        width, mlp = self.phi.width, self.phi.mlp
-        return {
-            "query_key_value": (width, 3 * width),
-            "dense": (width, width),
-            "fc1": (width, mlp),
-            "fc2": (mlp, width),
-        }
+        return phi_linears(self.phi.width, self.phi.mlp)
+
+    def as_config(self) -> SimpleNamespace:
+        """The vision path's sizes under the names of a `TinyGPTVConfig`."""
+        vit, qformer = self.vit, self.qformer
+        return SimpleNamespace(
+            vision_config=SimpleNamespace(
+                image_size=self.image_size,
+                patch_size=self.patch,
+                hidden_size=vit.width,
+                intermediate_size=vit.mlp,
+                num_hidden_layers=vit.layers,
+            ),
+            qformer_config=SimpleNamespace(
+                hidden_size=qformer.width,
+                intermediate_size=qformer.mlp,
+                num_hidden_layers=qformer.layers,
+                encoder_hidden_size=vit.width,
+                cross_attention_frequency=2,
+            ),
+            num_query_tokens=self.queries,
+        )
 
 
 def sizes_of(recipe: Recipe) -> tuple[Sizes, str]:
