@@ -31,3 +31,9 @@ class Stopped(Exception):
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
         self.code = 128 + number
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from tinygptv_ds.config.data_section import DataSection, DatasetSection
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
-from tinygptv_ds.config.schema import DataSection, DatasetSection, Recipe
+from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.data.cache import count_samples, open_cache
 from tinygptv_ds.data.features import (
     NOTES,

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 from weight_layouts import blip2_state, eva_state, phi_state, save_phi, tiny_config
 
-from tinygptv_ds.config.schema import (
-    DataSection,
-    DatasetSection,
-    ModelSection,
-    OptimizerSection,
-    Recipe,
-    TextSection,
-    TrainSection,
-)
+from tinygptv_ds.config.data_section import DataSection, DatasetSection
+from tinygptv_ds.config.schema import ModelSection, OptimizerSection, Recipe, TextSection, TrainSection
 from tinygptv_ds.convert.model_folder import save_trained
 from tinygptv_ds.convert.provenance import provenance_of
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration

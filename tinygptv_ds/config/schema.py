@@ -8,14 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from tinygptv_ds.config.data_section import DataSection
 from tinygptv_ds.config.nearest import nearest
-from tinygptv_ds.errors import ConfigError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
+from tinygptv_ds.errors import ConfigError, require
 
 PARTS = {
     "projections": "the two linear layers between Q-Former and Phi",
@@ -29,7 +24,7 @@ PARTS = {
 
 def _check_parts(where: str, parts: Iterable[str]) -> None:
     for part in parts:
-        _require(part in PARTS, f"{where}: {part!r} is no part of the model{nearest(str(part), PARTS)}")
+        require(part in PARTS, f"{where}: {part!r} is no part of the model{nearest(str(part), PARTS)}")
 
 
 @dataclass(frozen=True)
@@ -82,23 +77,23 @@ class ModelSection:
     gradient_checkpointing: bool | int = False
 
     def __post_init__(self) -> None:
-        _require(self.image_size > 0, "model.image_size must be positive")
-        _require(self.lora_r >= 0, "model.lora_r must be 0 (no LoRA) or a positive rank")
-        _require(0 <= self.lora_dropout < 1, "model.lora_dropout must lie in [0, 1)")
+        require(self.image_size > 0, "model.image_size must be positive")
+        require(self.lora_r >= 0, "model.lora_r must be 0 (no LoRA) or a positive rank")
+        require(0 <= self.lora_dropout < 1, "model.lora_dropout must lie in [0, 1)")
         parts = ("llama_proj", "llama_proj2", "norms", "lora")
         odd = [part for part in self.fresh_parts if part not in parts]
-        _require(not odd, f"model.fresh_parts: unknown {odd}; the parts that a stage trains are {', '.join(parts)}")
+        require(not odd, f"model.fresh_parts: unknown {odd}; the parts that a stage trains are {', '.join(parts)}")
         if self.train is not None:
-            _require(bool(self.train), "model.train is empty; null trains what the stage trains as published")
+            require(bool(self.train), "model.train is empty; null trains what the stage trains as published")
             _check_parts("model.train", self.train)
             has_lora = "lora" not in self.train or self.lora_r > 0
-            _require(has_lora, "model.train names lora, but model.lora_r is 0, which builds none")
-        _require(self.gradient_checkpointing >= 0, "model.gradient_checkpointing must be true, false or N from 1 on")
+            require(has_lora, "model.train names lora, but model.lora_r is 0, which builds none")
+        require(self.gradient_checkpointing >= 0, "model.gradient_checkpointing must be true, false or N from 1 on")
         known = {"query_key_value", "dense", "fc1", "fc2"}
         unknown = [t for t in self.lora_targets if t not in known]
-        _require(not unknown, f"model.lora_targets: unknown {unknown}; a Phi block has {sorted(known)}")
+        require(not unknown, f"model.lora_targets: unknown {unknown}; a Phi block has {sorted(known)}")
         backends = ("auto", "flash_attn", "torch_varlen", "sdpa")
-        _require(self.attention in backends, f"model.attention: {self.attention!r} is not one of {', '.join(backends)}")
+        require(self.attention in backends, f"model.attention: {self.attention!r} is not one of {', '.join(backends)}")
 
 
 @dataclass(frozen=True)
@@ -122,113 +117,11 @@ class TextSection:
     max_context_len: int = 3800
 
     def __post_init__(self) -> None:
-        _require(self.max_txt_len > 0, "text.max_txt_len must be positive")
-        _require(self.max_context_len > 0, "text.max_context_len must be positive")
+        require(self.max_txt_len > 0, "text.max_txt_len must be positive")
+        require(self.max_context_len > 0, "text.max_context_len must be positive")
         template_ok = self.prompt_template is None or self.prompt_template.count("{}") == 1
-        _require(template_ok, "text.prompt_template must hold {} exactly once, where the question goes")
-        _require(self.prompt_per in ("sample", "step"), "text.prompt_per must be sample or step")
-
-
-@dataclass(frozen=True)
-class DatasetSection:
-    """One dataset of the mixture.
-
-    Attributes:
-        name: its name in logs and on TensorBoard.
-        shards: a folder, a glob or a brace pattern of tars, relative to the working directory; or the same
-            as a URL that fsspec knows (``https://``, ``s3://``, ...; a folder ends in ``/``), or ``pipe:COMMAND``,
-            whose output is a tar. Braces are best for these: they need no listing.
-        weight: its share of the samples, relative to the others' (published: sampling ratio x batch size).
-        clean: apply the original's text cleaning to the fields that the original cleans.
-    """
-
-    name: str
-    shards: str
-    weight: float = 1.0
-    clean: bool = True
-
-    def __post_init__(self) -> None:
-        _require(self.weight > 0, f"data.datasets, {self.name}: weight must be positive")
-
-
-@dataclass(frozen=True)
-class DataSection:
-    """The stream of samples.
-
-    Attributes:
-        datasets: what is mixed.
-        only: names of those of `datasets` that this run uses, with their weights as listed; empty: all.
-        homogeneous: every step holds one dataset, drawn by weight; in the original each rank draws one for itself.
-        validation: datasets for the validation loss and the panel of generated answers; empty: no validation loss,
-            and the panel shows the training sets' first samples.
-        num_workers: loader processes per rank, whatever the number of datasets, and no more than the rank has cores;
-            0 loads in the training process.
-        shuffle_shards: samples are shuffled within windows of this many shards.
-        validation_share: of every training dataset, this share (the last samples of each shard) is kept from training
-            and used as `validation` is.
-        max_skipped_share: the run stops once more than this share of the samples seen was unreadable.
-        cache_dir: where remote shards are kept, best on a local disk of each node, whose processes share it; None:
-            `tinygptv_ds/shards` in the user's cache folder.
-        cache_gb: 10^9 bytes of remote shards kept at most; best several windows of `shuffle_shards` of every dataset.
-        allow_pipe: names of the datasets whose shards may be ``pipe:`` commands; each runs in a shell.
-        decoding: "exact" gives the original's pixels; "fast" decodes JPEGs of twice the input size or more at a
-            part of theirs, which moves pixels by 1 to 3 of 255 on average. Training only: inference and evaluation are
-            always exact.
-        features: folder that `python -m tinygptv_ds features` wrote for these datasets: they are read from there, with
-            the outputs of ViT and Q-Former in place of pictures; None reads pictures.
-    """
-
-    datasets: list[DatasetSection]
-    only: list[str] = field(default_factory=list)
-    homogeneous: bool = False
-    validation: list[DatasetSection] = field(default_factory=list)
-    num_workers: int = 2
-    shuffle_shards: int = 16
-    validation_share: float = 0.0
-    max_skipped_share: float = 0.01
-    cache_dir: str | None = None
-    cache_gb: float = 100.0
-    allow_pipe: list[str] = field(default_factory=list)
-    decoding: str = "exact"
-    features: str | None = None
-
-    def __post_init__(self) -> None:
-        _require(bool(self.datasets), "data.datasets is empty: name at least one dataset")
-        names = [d.name for d in self.datasets]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        _require(not twice, f"data.datasets: {', '.join(twice)} appears more than once; names must differ")
-        for name in self.only:
-            _require(name in names, f"data.only: {name!r} is none of data.datasets{nearest(name, names)}")
-        _require(self.num_workers >= 0, "data.num_workers must be 0 or more")
-        _require(self.shuffle_shards > 0, "data.shuffle_shards must be positive")
-        _require(0 <= self.max_skipped_share <= 1, "data.max_skipped_share must lie in [0, 1]")
-        _require(0 <= self.validation_share < 1, "data.validation_share must lie in [0, 1)")
-        _require(
-            not (self.validation and self.validation_share),
-            "data.validation names datasets, and data.validation_share holds some back for the same use: "
-            "give one of the two",
-        )
-        _require(self.cache_gb > 0, "data.cache_gb must be positive")
-        everyone = [*self.datasets, *self.validation]
-        odd = sorted(set(self.allow_pipe) - {d.name for d in everyone})
-        _require(not odd, f"data.allow_pipe: {odd} is no dataset of data.datasets or data.validation")
-        piped = sorted({d.name for d in everyone if d.shards.startswith("pipe:")} - set(self.allow_pipe))
-        _require(
-            not piped,
-            f"data.datasets: the shards of {', '.join(piped)} are pipe: commands, which run in a shell with all your "
-            f"rights; if you trust this recipe, --set data.allow_pipe=[{','.join(piped)}]",
-        )
-        _require(self.decoding in ("exact", "fast"), f"data.decoding: {self.decoding!r} is not one of exact, fast")
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether there are samples that are not trained on."""
-        return bool(self.validation) or self.validation_share > 0
-
-    @property
-    def used(self) -> list[DatasetSection]:
-        """The datasets that are trained on, in the order of the recipe."""
-        return [dataset for dataset in self.datasets if not self.only or dataset.name in self.only]
+        require(template_ok, "text.prompt_template must hold {} exactly once, where the question goes")
+        require(self.prompt_per in ("sample", "step"), "text.prompt_per must be sample or step")
 
 
 SCHEDULES = ("published", "cosine", "constant", "wsd")
@@ -266,20 +159,20 @@ class OptimizerSection:
     gradient_clipping: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0 and self.min_lr >= 0, "optimizer.lr must be positive and optimizer.min_lr not negative")
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must be 0 or more")
-        _require(
+        require(self.lr > 0 and self.min_lr >= 0, "optimizer.lr must be positive and optimizer.min_lr not negative")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps must be 0 or more")
+        require(
             self.schedule in SCHEDULES,
             f"optimizer.schedule: {self.schedule!r} is unknown{nearest(self.schedule, SCHEDULES)}",
         )
         wsd = self.schedule == "wsd"
-        _require(self.decay_steps > 0 or not wsd, "optimizer.schedule wsd needs optimizer.decay_steps above 0")
-        _require(self.decay_steps == 0 or wsd, "optimizer.decay_steps is of the schedule wsd; leave it 0 for others")
+        require(self.decay_steps > 0 or not wsd, "optimizer.schedule wsd needs optimizer.decay_steps above 0")
+        require(self.decay_steps == 0 or wsd, "optimizer.decay_steps is of the schedule wsd; leave it 0 for others")
         _check_parts("optimizer.lr_scale", self.lr_scale)
         for part, factor in self.lr_scale.items():
             number = isinstance(factor, int | float) and not isinstance(factor, bool)
-            _require(number and factor > 0, f"optimizer.lr_scale.{part} must be a positive number, not {factor!r}")
-        _require(len(self.betas) == 2, "optimizer.betas must be two numbers")
+            require(number and factor > 0, f"optimizer.lr_scale.{part} must be a positive number, not {factor!r}")
+        require(len(self.betas) == 2, "optimizer.betas must be two numbers")
 
 
 @dataclass(frozen=True)
@@ -337,18 +230,18 @@ class TrainSection:
     def __post_init__(self) -> None:
         positive = ("batch_size", "cycles", "epochs", "steps_per_epoch", "log_every", "validation_samples")
         for name in (*positive, "max_overflows", "keep_checkpoints"):
-            _require(getattr(self, name) > 0, f"train.{name} must be positive")
+            require(getattr(self, name) > 0, f"train.{name} must be positive")
         sizes = [size for size in (self.micro_batch_size, self.max_tokens) if size is not None]
-        _require(
+        require(
             len(sizes) == 1,
             "give either train.micro_batch_size (samples) or train.max_tokens, and null for the other",
         )
-        _require(sizes[0] > 0, "train.micro_batch_size and train.max_tokens must be positive")
+        require(sizes[0] > 0, "train.micro_batch_size and train.max_tokens must be positive")
         steps = ("sample_every", "sample_count", "validate_every", "checkpoint_every", "keep_every")
         for name in (*steps, "checkpoint_minutes"):
-            _require(getattr(self, name) >= 0, f"train.{name} must be 0 or more")
+            require(getattr(self, name) >= 0, f"train.{name} must be 0 or more")
         known = ("step_mean", "micro_batch_mean")
-        _require(self.loss_reduction in known, f"train.loss_reduction must be one of {', '.join(known)}")
+        require(self.loss_reduction in known, f"train.loss_reduction must be one of {', '.join(known)}")
 
     @property
     def steps_per_cycle(self) -> int:
@@ -402,14 +295,14 @@ class Recipe:
     deepspeed: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require(self.stage in (1, 2, 3, 4), f"stage must be 1, 2, 3 or 4, not {self.stage}")
-        _require(
+        require(self.stage in (1, 2, 3, 4), f"stage must be 1, 2, 3 or 4, not {self.stage}")
+        require(
             not self.train.validate_every or self.data.has_validation,
             "train.validate_every is set, but there is nothing to validate on: name datasets in data.validation, or "
             "hold some of the training's back with data.validation_share",
         )
         steps, o = self.train.steps_per_cycle, self.optimizer
-        _require(
+        require(
             o.schedule == "published" or o.warmup_steps + o.decay_steps <= steps,
             f"optimizer.warmup_steps ({o.warmup_steps}) and decay_steps ({o.decay_steps}) do not fit into the "
             f"{steps} steps of train.epochs x train.steps_per_epoch",

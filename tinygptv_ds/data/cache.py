@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from tinygptv_ds.config.schema import DataSection
+from tinygptv_ds.config.data_section import DataSection
 from tinygptv_ds.data.index import (
     HEADER_BYTES,
     IndexHeader,

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tinygptv_ds.config.schema import DatasetSection
+from tinygptv_ds.config.data_section import DatasetSection
 from tinygptv_ds.data.remote import Shard
 from tinygptv_ds.data.shards import expand_shards
 from tinygptv_ds.data.tar import FEATURE_BYTES

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tinygptv_ds.config.schema import DataSection, DatasetSection
+from tinygptv_ds.config.data_section import DataSection, DatasetSection
 from tinygptv_ds.data.features import shards_of
 from tinygptv_ds.data.sets import how_to_get
 from tinygptv_ds.errors import DataError

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tinygptv_ds.config.schema import DatasetSection, Recipe
+from tinygptv_ds.config.data_section import DatasetSection
+from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.data.cache import ShardCache, count_samples, open_cache
 from tinygptv_ds.data.features import FeatureShape, read_notes, shards_of
 from tinygptv_ds.data.index import ShardIndex, load_index

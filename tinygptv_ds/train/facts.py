@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tinygptv_ds.config.data_section import DataSection
 from tinygptv_ds.config.load import recipe_dict
-from tinygptv_ds.config.schema import DataSection, Recipe
+from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.data.features import read_notes
 from tinygptv_ds.data.stream import OpenStream
 

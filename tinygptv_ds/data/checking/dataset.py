@@ -8,7 +8,7 @@ from pathlib import Path
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from tinygptv_ds.config.schema import DatasetSection
+from tinygptv_ds.config.data_section import DatasetSection
 from tinygptv_ds.data.cache import ShardCache, count_samples
 from tinygptv_ds.data.checking.samples import Tally, check_samples
 from tinygptv_ds.data.checking.sources import Sources, check_sources

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinygptv_ds.config.schema import DatasetSection, Recipe
+from tinygptv_ds.config.data_section import DatasetSection
+from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.data.mixture import Mixture
 from tinygptv_ds.data.stream import open_stream
 

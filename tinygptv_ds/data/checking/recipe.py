@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinygptv_ds.config.schema import DatasetSection, Recipe
+from tinygptv_ds.config.data_section import DatasetSection
+from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.data.checking.dataset import DatasetCheck, Scope, check_dataset
 from tinygptv_ds.data.checking.mixture import Plan, plan
 from tinygptv_ds.data.mixture import Mixture

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from tinygptv_ds.config.schema import DatasetSection
+from tinygptv_ds.config.data_section import DatasetSection
 from tinygptv_ds.data.cache import ShardCache
 from tinygptv_ds.data.index import load_index
 from tinygptv_ds.data.mixture import SampleRef, sample_rng
