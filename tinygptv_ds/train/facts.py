@@ -43,6 +43,10 @@ LEFT_OUT = {
         "keep_checkpoints",
         "keep_every",
         "deepspeed_checkpoints",
+        "startup_minutes",
+        "step_minutes",
+        "slow_step_seconds",
+        "lost_after_seconds",
     ),
 }
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")

@@ -54,8 +54,10 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
     skips = SkipCounter(recipe.data.max_skipped_share, total * recipe.train.batch_size)
     over = OverLimit(recipe.train.max_tokens)
     for step in range(engine.first_step, total):
+        engine.progress.begin_step(step)
         with waiting.running():
             loaded = next(loader)
+        engine.progress.computing()
         skips.report(loaded)
         over.look(loaded)
         guard.look(step, loaded)
@@ -70,13 +72,14 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
             over.report()
             reporter.log(done, totals, _figures(engine, step) | {"spike": guard.judge(totals)}, skips.summary())
         if _now_and_then(recipe.train.validate_every, done) and done != total:
-            with reporter.aside():
+            with reporter.aside(), engine.progress.patience("validating"):
                 reporter.scalars(done, validation.measure(done))
         if _now_and_then(recipe.train.sample_every, done) and done != total:
-            with reporter.aside():
+            with reporter.aside(), engine.progress.patience("answering the panel"):
                 panel.write(reporter.board, done)
         with reporter.aside():
             engine.saver.after_step(done)
+    engine.progress.last_phase("finishing")
     reporter.scalars(total, validation.measure(total))
     panel.write(reporter.board, total)
     reporter.close()
