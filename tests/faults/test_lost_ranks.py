@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
-from forked import Ranks, started
+from forked import started
 from rank_hangs import in_step
 
 LOST = 75
@@ -37,10 +37,6 @@ def test_killed_in_a_step(recipe: Callable[..., Path], tmp_path: Path) -> None:
     assert run.output.count("error: ") == 1 and "Traceback" not in run.output
 
 
-def others(run: Ranks, but: int) -> list[int]:
-    return [code for rank, code in enumerate(run.end()) if rank != but]
-
-
 def test_rank_0_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> None:
     with started(recipe(), tmp_path / "run", ranks=3, fault=in_step, at=2, rank=0, how="killed") as run:
         assert run.end() == [-signal.SIGKILL, LOST, LOST]
@@ -62,7 +58,6 @@ def test_no_sign_of_life(how: str, recipe: Callable[..., Path], tmp_path: Path) 
         print(run.output)
         run.processes[1].join(1)
         print([p.exitcode for p in run.processes])
-    for f in (tmp_path / "run/stacks").iterdir(): print(f, f.read_text())
 
 
 def test_hang(recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -70,4 +65,3 @@ def test_hang(recipe: Callable[..., Path], tmp_path: Path) -> None:
     with started(path, tmp_path / "run", ranks=3, fault=in_step, at=2, rank=1, how="asleep") as run:
         codes = run.end()
         print(codes, run.output)
-    for f in (tmp_path / "run/stacks").iterdir(): print(f, f.read_text())

@@ -26,10 +26,10 @@ from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGene
 from tinygptv_ds.models.trainable import frozen_learnt, weight_decay_groups
 from tinygptv_ds.train.facts import facts_of
 from tinygptv_ds.train.job import Job
+from tinygptv_ds.train.progress import BACKWARD, FORWARD, Progress, first_group_timeout
 from tinygptv_ds.train.rundir import note_run, start_run_dir
 from tinygptv_ds.train.stopwatch import Stopwatch
 from tinygptv_ds.train.together import found_by_rank_0
-from tinygptv_ds.train.progress import Progress, first_group_timeout
 from tinygptv_ds.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Engine:
         job: recipe, JSON, run directory and ranks.
     """
 
-    def __init__(self, model: TinyGPTVForConditionalGeneration, job: Job) -> None:
+    def __init__(self, model: TinyGPTVForConditionalGeneration, job: Job, progress: Progress | None = None) -> None:
         optimizer = job.recipe.optimizer
         self.job = job
         self.device = torch.device(get_accelerator().current_device_name())
@@ -159,7 +159,7 @@ class Engine:
         self.scale = LossScale(self.deepspeed.optimizer) if autocast_fp16 else None
         self.first_step = 0
         self.saver: Saver
-        self.progress: Progress
+        self.progress = progress or Progress(job.ranks.rank, job.recipe.train, set_group_timeout)
         self.skipped_before = 0
         self.forward_clock = Stopwatch(self.device)
         self._last = True
@@ -185,6 +185,7 @@ class Engine:
             count: micro-batches of the step, the same on all ranks.
         """
         self.set_boundary(number + 1 == count)
+        self.progress.enter(FORWARD)
         with self.forward_clock.running():
             output = self.deepspeed(**inputs)
         total = output.token_losses.sum()
@@ -200,6 +201,7 @@ class Engine:
 
     def backward_and_step(self, loss: Tensor) -> None:
         """The end of a micro-batch; the optimizer moves after the last of a step."""
+        self.progress.enter(BACKWARD)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         self.deepspeed.step()
         if self._last and self.scale is not None:
@@ -326,8 +328,7 @@ def start_engine(
     checkpoint = None if chosen is None else resume.open_checkpoint(Path(chosen))
     if checkpoint is not None:
         resume.load_weights(model, checkpoint)
-    engine = Engine(model, job)
-    engine.progress = watchdog.progress
+    engine = Engine(model, job, watchdog.progress)
     engine.first_step = resume.restore_optimizer(engine, checkpoint) if checkpoint is not None else 0
     origin = None if checkpoint is None else resume.began_from(job, checkpoint.folder)
     try:

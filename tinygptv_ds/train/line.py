@@ -16,6 +16,7 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.together import found_by_rank_0
 
 Message = dict[str, Any]
+HELLO: Message = {}  # heard when a rank has connected
 _CONNECT_SECONDS = 30.0
 _HELLO_SECONDS = 10.0  # for whoever connects to say who it is
 
@@ -68,14 +69,15 @@ class Line:
             self._server = await asyncio.start_server(self._accept, sock=self._socket)
             return
         reader, writer = await asyncio.open_connection(sock=self._socket)
+        writer.write(json.dumps({"token": self._token, "rank": self._ranks.rank}).encode() + b"\n")
         self._keep(0, reader, writer)
-        self.say({"token": self._token, "rank": self._ranks.rank})
 
-    def say(self, message: Message) -> None:
-        """Send to all ranks from rank 0, to rank 0 from the others; never waits."""
+    def say(self, message: Message, to: int | None = None) -> None:
+        """Send to all ranks, or one, from rank 0, and to rank 0 from the others; never waits."""
         line = json.dumps(message).encode() + b"\n"
-        for writer in self._writers.values():
-            writer.write(line)
+        for rank, writer in self._writers.items():
+            if to in (None, rank):
+                writer.write(line)
 
     @property
     def is_alone(self) -> bool:
@@ -94,6 +96,7 @@ class Line:
     def _keep(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers[rank] = writer
         self._tasks.add(asyncio.create_task(self._hear(rank, reader)))
+        self._heard(rank, HELLO)
 
     async def _hear(self, rank: int, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(OSError):

@@ -18,6 +18,7 @@ from tinygptv_ds.train.first_batch import show_first_samples
 from tinygptv_ds.train.guard import Guard
 from tinygptv_ds.train.metrics import Reporter
 from tinygptv_ds.train.panel import Panel
+from tinygptv_ds.train.progress import PREPARING, REPORTING
 from tinygptv_ds.train.schedule import begins_cycle, rate_of_step
 from tinygptv_ds.train.stopwatch import Stopwatch
 from tinygptv_ds.train.sums import RankTimes, Sums, Totals
@@ -57,13 +58,14 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         engine.progress.begin_step(step)
         with waiting.running():
             loaded = next(loader)
-        engine.progress.computing()
+        engine.progress.enter(PREPARING)
         skips.report(loaded)
         over.look(loaded)
         guard.look(step, loaded)
         engine.saver.before_step()
         _optimizer_step(engine, step, loaded, sums, transfer)
         guard.stop_if_left_out(step, sums.recent)
+        engine.progress.enter(REPORTING)
         reporter.step_done()
         done = step + 1
         if reporter.is_due(done):

@@ -15,8 +15,14 @@ from datetime import timedelta
 
 from tinygptv_ds.config.schema import TrainSection
 
-START_UP, DATA, COMPUTING = "starting up", "waiting for data", "computing"
-IN_STEP = (DATA, COMPUTING)
+START_UP, DATA, PREPARING, FORWARD, BACKWARD, REPORTING = (
+    "starting up",
+    "waiting for data",
+    "preparing the step",
+    "in a forward pass",
+    "in a backward pass or a step of the optimizer",
+    "reporting",
+)
 _STEPS = 64  # that the median is taken over
 _MARGIN = 30.0  # seconds that collectives may wait beyond the limits here, so that the watchdog comes first
 
@@ -32,7 +38,8 @@ class Beat:
         step: the one under way, from 1; 0: none yet.
         phase: what it does.
         moves: phases entered so far; all ranks go through the same ones, so that the others wait for the lowest.
-        seconds: since the step began, or the phase where that has a limit of its own.
+        patient: whether it may take long, as a start-up, a save or a validation may.
+        seconds: since the step began, or the phase where that is patient.
     """
 
     rank: int
@@ -41,6 +48,7 @@ class Beat:
     step: int = 0
     phase: str = START_UP
     moves: int = 0
+    patient: bool = True
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -77,20 +85,29 @@ class Progress:
     Args:
         rank: which.
         train: the limits.
-        clock: what they are measured by.
         set_group_timeout: sets how long collectives may wait.
+        clock: what is measured by.
+
+    Attributes:
+        starting: until the second step begins.
     """
 
     def __init__(
-        self, rank: int, train: TrainSection, clock: AwakeClock, set_group_timeout: Callable[[timedelta], None]
+        self,
+        rank: int,
+        train: TrainSection,
+        set_group_timeout: Callable[[timedelta], None],
+        clock: AwakeClock | None = None,
     ) -> None:
         self._rank, self._host = rank, socket.gethostname()
-        self._clock = clock
         self._set_group_timeout = set_group_timeout
-        self.long, self.short = limits(train)
+        self._clock = clock or AwakeClock(math.inf)
+        self._long, self._short = _limits(train)
+        self.starting = True
         self._first_step: int | None = None
         self._durations: deque[float] = deque(maxlen=_STEPS)
-        self._state = (0, START_UP, 0, clock.now())  # step, phase, moves, when its limit began to run; replaced whole
+        # step, phase, moves, patient, when its limit began to run: replaced as a whole, for the other thread
+        self._state = (0, START_UP, 0, True, self._clock.now())
 
     @property
     def usual(self) -> float:
@@ -98,67 +115,62 @@ class Progress:
         durations = list(self._durations)
         return statistics.median(durations) if durations else 0.0
 
-    def limit_of(self, phase: str) -> float:
-        """Seconds that it may take."""
-        return self.short if phase in IN_STEP else self.long
+    def limit(self, *, patient: bool) -> float:
+        """Seconds that a phase may take."""
+        return self._long if patient else self._short
 
     def beat(self) -> Beat:
         """As of now."""
-        step, phase, moves, began = self._state
-        return Beat(self._rank, self._host, os.getpid(), step, phase, moves, self._clock.now() - began)
+        step, phase, moves, patient, began = self._state
+        return Beat(self._rank, self._host, os.getpid(), step, phase, moves, patient, self._clock.now() - began)
 
     def begin_step(self, step: int) -> None:
-        """A step, counted from 0, begins, with the wait for its data. The first one of a run is part of its start-up."""
+        """A step, counted from 0, begins, with the wait for its data. A run's first one is part of its start-up."""
+        now = self._clock.now()
+        _, _, moves, patient, began = self._state
         if self._first_step is None:
             self._first_step = step
+        elif not patient:
+            self._durations.append(now - began)
         if step == self._first_step:
-            self._enter(START_UP, step + 1, self._state[3])
+            self._state = (step + 1, DATA, moves + 1, True, began)
             return
-        if self._state[1] == COMPUTING:
-            self._durations.append(self._clock.now() - self._state[3])
-        else:
-            self._let_groups_wait(self.short)
-        self._enter(DATA, step + 1)
+        if self.starting:
+            self.starting = False
+            self._let_groups_wait(patient=False)
+        self._state = (step + 1, DATA, moves + 1, False, now)
 
-    def computing(self) -> None:
-        """The step's data is there."""
-        if self._state[1] == DATA:
-            self._enter(COMPUTING, began=self._state[3])
+    def enter(self, phase: str) -> None:
+        """The next phase of the step under way."""
+        step, _, moves, patient, began = self._state
+        self._state = (step, phase, moves + 1, patient, began)
 
     @contextmanager
     def patience(self, phase: str) -> Iterator[None]:
         """What happens inside may take as long as the start-up, and counts to no step. To be entered on all ranks."""
-        _, before, _, began = self._state
+        _, before, _, patient, began = self._state
         entered = self._clock.now()
-        self._let_groups_wait(self.long)
-        self._enter(phase)
+        self.last_phase(phase)
         yield
-        self._let_groups_wait(self.limit_of(before))
-        self._enter(before, began=began + self._clock.now() - entered)
+        self._let_groups_wait(patient=patient)
+        step, _, moves, _, _ = self._state
+        self._state = (step, before, moves + 1, patient, began + self._clock.now() - entered)
 
     def last_phase(self, phase: str) -> None:
-        """As `patience`, until the end."""
-        self._let_groups_wait(self.long)
-        self._enter(phase)
+        """As `patience`, to the end."""
+        self._let_groups_wait(patient=True)
+        step, _, moves, _, _ = self._state
+        self._state = (step, phase, moves + 1, True, self._clock.now())
 
-    def _enter(self, phase: str, step: int | None = None, began: float | None = None) -> None:
-        before, _, moves, _ = self._state
-        self._state = (
-            before if step is None else step,
-            phase,
-            moves + 1,
-            self._clock.now() if began is None else began,
-        )
-
-    def _let_groups_wait(self, seconds: float) -> None:
-        self._set_group_timeout(timedelta(seconds=min(seconds, self.long) + _MARGIN))
-
-
-def limits(train: TrainSection) -> tuple[float, float]:
-    """Seconds that the start-up and what is like it may take, and those of a step."""
-    return 60.0 * train.startup_minutes, 60.0 * train.step_minutes or math.inf
+    def _let_groups_wait(self, *, patient: bool) -> None:
+        self._set_group_timeout(timedelta(seconds=min(self.limit(patient=patient), self._long) + _MARGIN))
 
 
 def first_group_timeout(train: TrainSection) -> timedelta:
     """How long collectives may wait while a run starts up."""
-    return timedelta(seconds=limits(train)[0] + _MARGIN)
+    return timedelta(seconds=_limits(train)[0] + _MARGIN)
+
+
+def _limits(train: TrainSection) -> tuple[float, float]:
+    """Seconds that a start-up and what is like it may take, and those of a step."""
+    return 60.0 * train.startup_minutes, 60.0 * train.step_minutes or math.inf

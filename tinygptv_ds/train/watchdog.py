@@ -24,8 +24,8 @@ from tinygptv_ds.errors import Stopped, TinyGPTVError
 from tinygptv_ds.log import LOGGER, note
 from tinygptv_ds.train.checkpoint import FOLDER, complete_ones
 from tinygptv_ds.train.job import Job
-from tinygptv_ds.train.line import Line, Message
-from tinygptv_ds.train.progress import IN_STEP, START_UP, AwakeClock, Beat, Progress
+from tinygptv_ds.train.line import HELLO, Line, Message
+from tinygptv_ds.train.progress import AwakeClock, Beat, Progress
 from tinygptv_ds.train.stacks import Stacks
 
 LOST = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
@@ -56,7 +56,7 @@ class Watchdog:
         self._interval = min(1.0, self._lost_after / 10) if self._lost_after else 1.0
         self._line = Line(ranks, self._heard) if ranks.world_size > 1 and self._lost_after else None
         self._clock = AwakeClock(10 * self._interval)
-        self.progress = Progress(ranks.rank, train, self._clock, set_group_timeout)
+        self.progress = Progress(ranks.rank, train, set_group_timeout, self._clock)
         self.stacks: Stacks
         self._beats: dict[int, Beat] = {}
         self._heard_at: dict[int, float] = {}
@@ -115,27 +115,34 @@ class Watchdog:
         if self._line is not None:
             await self._line.start()
         while not self._over.is_set() or self._ending:
+            if not self._ending:
+                await self._look()
             await asyncio.sleep(self._interval)
-            if self._ending:
-                continue
-            self._clock.tick()
-            self._beats[self._rank] = beat = self.progress.beat()
-            self._arm(beat)
-            if self._line is not None:
-                self._line.say({"beat": asdict(beat)})
-            self._look_for_silence()
-            if self._rank == 0 or self._line is None:
-                await self._look_for_delay()
 
-    def _arm(self, beat: Beat) -> None:
-        """Should this thread itself be kept from running, which happens while a run starts up."""
-        connected = self._line is not None
-        short = connected and beat.phase != START_UP
-        self.stacks.arm(self._lost_after if short else self.progress.long, leave=connected)
+    async def _look(self) -> None:
+        self._clock.tick()
+        self._beats[self._rank] = self.progress.beat()
+        self.stacks.arm(self._may_be_silent, leave=self._line is not None)
+        if self._line is not None:
+            self._line.say(self._own_beat())
+            self._look_for_silence()
+        if self._rank == 0 or self._line is None:
+            await self._look_for_delay()
+
+    @property
+    def _may_be_silent(self) -> float:
+        """Seconds. While a run starts up, code may well keep this thread from running."""
+        short = self._line is not None and not self.progress.starting
+        return self._lost_after if short else self.progress.limit(patient=True)
+
+    def _own_beat(self) -> Message:
+        return {"beat": asdict(self.progress.beat())}
 
     def _heard(self, rank: int, message: Message | None) -> None:
         self._heard_at[rank] = self._clock.now()
-        if message is None:
+        if message == HELLO:
+            self._line.say(self._own_beat(), to=rank)
+        elif message is None:
             if rank not in self._excused:
                 self._lose({rank}, "its process is gone")
         elif "beat" in message:
@@ -150,10 +157,9 @@ class Watchdog:
             self._end(message["end"])
 
     def _look_for_silence(self) -> None:
-        """Of all ranks on rank 0; of rank 0 on the others. While starting up, code may well keep the thread waiting."""
+        """Of all ranks on rank 0; of rank 0 on the others."""
+        limit = self._may_be_silent
         for rank, heard in self._heard_at.items():
-            starting = rank not in self._beats or self._beats[rank].phase == START_UP
-            limit = self.progress.long if starting else self._lost_after
             if rank not in self._excused and self._clock.now() - heard > limit:
                 self._lose({rank}, f"no sign of life for {limit:g} s: host or network down, or the process frozen")
 
@@ -167,8 +173,8 @@ class Watchdog:
         step = self.progress.beat().step
         self._end_all(
             f"{', '.join(map(str, lost))} {'was' if len(lost) == 1 else 'were'} lost {_in_step(step)} ({how}). Look "
-            "above for a message of its own, and in the kernel log (dmesg) of "
-            f"{', '.join(sorted({beat.host for beat in lost}))} for the OOM killer; then {self._going_on()}"
+            f"above for a message of its own, in {self.stacks.path.parent} for its stacks, and in the kernel log "
+            f"(dmesg) of {', '.join(sorted({beat.host for beat in lost}))} for the OOM killer; then {self._going_on()}"
         )
 
     async def _look_for_delay(self) -> None:
@@ -177,9 +183,9 @@ class Watchdog:
         behind = min(beat.moves for beat in beats)
         awaited = [beat for beat in beats if beat.moves == behind]
         worst = max(awaited, key=lambda beat: beat.seconds)
-        limit, usual = self.progress.limit_of(worst.phase), self.progress.usual
+        limit, usual = self.progress.limit(patient=worst.patient), self.progress.usual
         slow = bool(self._slow and usual) and worst.seconds > max(self._slow, _TIMES_SLOWER * usual)
-        slow = slow and worst.phase in IN_STEP and self._reported != worst.step
+        slow = slow and not worst.patient and self._reported != worst.step
         if worst.seconds <= limit and not slow:
             return
         self._reported = worst.step
@@ -192,7 +198,7 @@ class Watchdog:
             LOGGER.warning("%s, where a whole step takes %.1f s; %s", found, usual, where)
             return
         await asyncio.sleep(2 * self._interval)  # for the others to write theirs
-        key = "step_minutes" if worst.phase in IN_STEP else "startup_minutes"
+        key = "startup_minutes" if worst.patient else "step_minutes"
         self._end_all(
             f"{found}, longer than train.{key} ({limit / 60:g}) allows; {where}. Raise train.{key} if it was only "
             f"slow; then {self._going_on()}"
@@ -207,10 +213,10 @@ class Watchdog:
         """Another rank has ended with an error; this one would have found the same by now if it had it too."""
         above = "" if left["code"] == 2 else "; its traceback is above"
         message = f"{left['error']} (on rank {rank}, {_in_step(self.progress.beat().step)}{above})"
-        self._end({"message": message, "code": left["code"]})
+        self._end_all(message, left["code"])
 
-    def _end_all(self, message: str) -> None:
-        end = {"message": message, "code": LOST}
+    def _end_all(self, message: str, code: int = LOST) -> None:
+        end = {"message": message, "code": code}
         if self._rank == 0 and self._line is not None and not self._ending:
             self._line.say({"end": end})
         self._end(end)
