@@ -313,6 +313,12 @@ class Recipe:
             "train.validate_every is set, but there is nothing to validate on: name datasets in data.validation, or "
             "hold some of the training's back with data.validation_share",
         )
+        read, limit = self.data.read_timeout_seconds, 60 * self.train.step_minutes
+        require(
+            not limit or read < limit,
+            f"data.read_timeout_seconds ({read:g}) must lie below train.step_minutes ({limit:g} s), so that a loader "
+            "process that hangs is begun anew before the run ends",
+        )
         steps, o = self.train.steps_per_cycle, self.optimizer
         require(
             o.schedule == "published" or o.warmup_steps + o.decay_steps <= steps,

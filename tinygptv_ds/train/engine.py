@@ -17,6 +17,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from tinygptv_ds.data.stream import OpenStream
+from tinygptv_ds.data.workers import Stuck
 from tinygptv_ds.dist import complete_env, cores_per_rank
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import Stopped
@@ -132,13 +133,14 @@ class Engine:
         scale: the loss scale under autocast in fp16, else None.
         first_step: where the run goes on.
         saver: makes the run's checkpoints.
-        progress: what the watchdog is told of this rank.
+        progress: what a watchdog is told of this rank.
+        stuck: writes the stacks of loader processes that hang; None: nobody watches.
         skipped_before: optimizer steps left out before a resumption.
         forward_clock: times this rank's forward passes.
         job: recipe, JSON, run directory and ranks.
     """
 
-    def __init__(self, model: TinyGPTVForConditionalGeneration, job: Job, progress: Progress | None = None) -> None:
+    def __init__(self, model: TinyGPTVForConditionalGeneration, job: Job, watchdog: Watchdog | None = None) -> None:
         optimizer = job.recipe.optimizer
         self.job = job
         self.device = torch.device(get_accelerator().current_device_name())
@@ -159,7 +161,10 @@ class Engine:
         self.scale = LossScale(self.deepspeed.optimizer) if autocast_fp16 else None
         self.first_step = 0
         self.saver: Saver
-        self.progress = progress or Progress(job.ranks.rank, job.recipe.train, set_group_timeout)
+        self.progress = Progress(job.ranks.rank, job.recipe.train, set_group_timeout)
+        self.stuck: Stuck | None = None
+        if watchdog is not None:
+            self.progress, self.stuck = watchdog.progress, watchdog.stacks.dump_workers
         self.skipped_before = 0
         self.forward_clock = Stopwatch(self.device)
         self._last = True
@@ -328,7 +333,7 @@ def start_engine(
     checkpoint = None if chosen is None else resume.open_checkpoint(Path(chosen))
     if checkpoint is not None:
         resume.load_weights(model, checkpoint)
-    engine = Engine(model, job, watchdog.progress)
+    engine = Engine(model, job, watchdog)
     engine.first_step = resume.restore_optimizer(engine, checkpoint) if checkpoint is not None else 0
     origin = None if checkpoint is None else resume.began_from(job, checkpoint.folder)
     try:

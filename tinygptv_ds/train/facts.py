@@ -26,6 +26,7 @@ LEFT_OUT = {
         "cache_dir",
         "cache_gb",
         "allow_pipe",
+        "read_timeout_seconds",
         "features",
     ),
     "train": (

@@ -45,6 +45,8 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         last=total,
         num_workers=min(recipe.data.num_workers, cores_per_rank(ranks)),
         pin_memory=engine.device.type == "cuda",
+        read_seconds=recipe.data.read_timeout_seconds,
+        stuck=engine.stuck,
     )
     validation, panel = Validation(engine, tokens), Panel(engine, stream, tokens)
     reporter = Reporter(engine, total, engine.first_step)

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 FOLDER = "stacks"
@@ -35,7 +36,7 @@ class Stacks:
         faulthandler.dump_traceback(self._file, all_threads=True)
         self.dump_workers(multiprocessing.active_children(), why)
 
-    def dump_workers(self, workers: Iterable[multiprocessing.Process], why: str) -> None:
+    def dump_workers(self, workers: Iterable[BaseProcess], why: str) -> None:
         """Add the stacks of loader processes."""
         for worker in workers:
             state = _status_of(worker.pid)
