@@ -21,6 +21,10 @@ log = logging.getLogger(__name__)
 _SET_PARENT_DEATH_SIGNAL = 1  # Linux, PR_SET_PDEATHSIG
 _POLL_SECONDS = 1.0  # after which a batch that has not come makes us look at the processes
 _DYING_SECONDS = 1.0
+_USUAL_REASONS = {
+    signal.SIGKILL: ", most often by the system for want of memory (dmesg tells)",
+    signal.SIGBUS: ", most often because /dev/shm is full (docker run --shm-size), or a file that it maps unreadable",
+}
 
 Stuck = Callable[[Sequence[BaseProcess], str], None]
 
@@ -115,9 +119,9 @@ class Workers:
 
 def _ending(process: BaseProcess) -> str:
     code = process.exitcode
-    if code == -signal.SIGKILL:
-        return "was killed by SIGKILL, most often by the system for want of memory (dmesg tells)"
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    return f"was killed by {signal.Signals(-code).name}{_USUAL_REASONS.get(-code, '')}"
 
 
 def _live_and_die_with_parent(worker: int) -> None:

@@ -30,7 +30,7 @@ from tinygptv_ds.train.stacks import Stacks
 
 LOST = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 _TIMES_SLOWER = 5.0  # than the median of the steps before, for a step to be reported
-_GATHER = 0.3  # seconds: processes that end together are named together
+_GATHER = 0.1  # seconds: processes that end together are named together
 _OWN_WAY = 5.0  # seconds that a rank gets to find by itself the mistake that another one has told of
 _ANSWER = 0.3  # seconds that a last message may take
 _LEFT_OVER = 2.0  # seconds at most that rank 0 stays after it has told the others to end
