@@ -103,7 +103,7 @@ class ShardReader:
 
     def read_record(self, tar: Shard, index: int) -> tuple[str, dict[str, Any]]:
         """(key, record) without the pictures. Raises SampleError if it is unusable, DataError if the shard is."""
-        _, shard = self._shard(tar)
+        shard = self._shard(tar)[1]
         where = f"{tar}: sample {shard.key(index)}"
         return shard.key(index), _parse(self._record_bytes(tar, shard.members(index), where), where)
 
@@ -174,7 +174,7 @@ def _pread(file: int, member: Member) -> bytes:
     What the file does not hold is not there in the result, and no memory is taken for it.
     """
     wanted = min(member.size, max(0, os.fstat(file).st_size - member.offset))
-    data = os.pread(file, wanted, member.offset)
+    data = os.pread(file, wanted, member.offset) if wanted else b""
     while 0 < len(data) < wanted:
         more = os.pread(file, wanted - len(data), member.offset + len(data))
         if not more:
