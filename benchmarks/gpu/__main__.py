@@ -1,6 +1,6 @@
 """Attention, and training steps of the published size with made-up weights, measured on this machine's GPUs.
 
-Prints one table and writes it, with all figures, to a folder. `benchmarks/gpu.sh` finds Python and missing packages first.
+Prints one table and writes it, with all figures, to a folder. `benchmarks/gpu.sh` finds Python and what it lacks first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks.gpu.plan import CHECKS, SIZES, groups
+from benchmarks.gpu.plan import CHECKS, groups
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.run import Launcher, run_checks, run_group
 from tinygptv_ds.cli import run_command

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -85,14 +85,16 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat(rows, dim=1).transpose(0, 1)
 
 
-def _results(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, attend) -> dict[str, Tensor]:
+def _results(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, attend: Callable[..., Tensor]) -> dict[str, Tensor]:
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     out = attend(*inputs)
     gradients = torch.autograd.grad(out, inputs, gradient.to(out.dtype))
     return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *gradients), strict=True))
 
 
-def _times(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, attend, device: torch.device) -> dict[str, float]:
+def _times(
+    q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, attend: Callable[..., Tensor], device: torch.device
+) -> dict[str, float]:
     times = 20 if device.type == "cuda" else 2
     with torch.no_grad():
         forward = seconds(lambda: attend(q, k, v), device, times)

@@ -1,4 +1,4 @@
-"""Installs from a folder of wheels what this Python lacks, into a folder of its own: no network, nothing else touched."""
+"""Installs what this Python lacks from a folder of wheels into a folder of its own; nothing else is touched."""
 
 from __future__ import annotations
 
@@ -29,7 +29,17 @@ def main() -> None:
         sys.exit(f"error: {folder} holds no wheels; bash benchmarks/gpu_wheels.sh {folder} collects them")
     chosen = lacking(wheels)
     if chosen:
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-index",
+            "--no-deps",
+            "--no-compile",
+            "--no-cache-dir",
+        ]
         done = subprocess.run([*pip, "--target", str(site), *map(str, chosen)], check=False)
         if done.returncode:
             sys.exit(f"error: pip could not install from {folder}: were the wheels collected for this Python?")

@@ -99,4 +99,3 @@ def ceilings(device: torch.device) -> dict[str, float]:
         "copy_gb_s": 2 * size / copy,  # read and written
         "transfer_gb_s": size / transfer,
     }
-

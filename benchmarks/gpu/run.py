@@ -143,7 +143,7 @@ def run_group(launch: Callable[..., Ended], group: Group, options: list[str], fo
         ahead = left[len(rows) :]
         if rows and rows[-1]["status"] == OUT_OF_MEMORY:
             smaller = left[len(rows) - 1].halved()
-            left = [smaller, *ahead] if smaller else ahead
+            left = ahead if smaller is None or smaller in ahead else [smaller, *ahead]
         elif ended.by_budget:
             for case in ahead:
                 report.left_out(str(case), ended.why)
@@ -155,11 +155,12 @@ def run_group(launch: Callable[..., Ended], group: Group, options: list[str], fo
 
 
 def _once_each(lines: list[dict]) -> list[dict]:
-    """Where memory does not suffice, each rank says so."""
-    return [line for number, line in enumerate(lines) if not _is_repeated(line, lines[:number])]
-
-
-def _is_repeated(line: dict, before: list[dict]) -> bool:
-    return line["kind"] == "steps" and any(
-        other["kind"] == "steps" and other["value"]["case"] == line["value"]["case"] for other in before
-    )
+    """Where memory does not suffice, several ranks may say so of one case; it is told once."""
+    told, kept = [], []
+    for line in lines:
+        short = line["kind"] == "steps" and line["value"]["status"] == OUT_OF_MEMORY
+        if not short or line["value"]["case"] not in told:
+            kept.append(line)
+        if short:
+            told.append(line["value"]["case"])
+    return kept
