@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -146,7 +147,10 @@ def _show_prompts(args: argparse.Namespace, tasks: Sequence[Task], settings: Set
     config = config_of(args.model, _of_model(args), args.recipe)
     for task in tasks:
         words = wording(task.benchmark, settings, config.prompt_template, config.end_sym)
-        print(f"{task.name}: {words.prompt(task.questions[0])!r}, stops at {words.stop or 'the end token'!r}")
+        until = f"the answer ends at {words.stop or 'the end token'!r}"
+        if task.questions[0].choices:
+            until = f"the likeliest choice counts, each with {words.choice_end!r} behind it"
+        print(f"{task.name}: {words.prompt(task.questions[0])!r}; {until}")
 
 
 def _of_model(args: argparse.Namespace) -> list[str]:
@@ -188,7 +192,7 @@ def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, 
                 write_scalars(board, scalars(result, task.name), step)
             results.append(result)
     if ranks.is_main:
-        _write_table(out, results)
+        _write_table(out, maker)
         if args.json:
             save_json(args.json, results[0])
     return results
@@ -224,7 +228,10 @@ def _result(
     return {"benchmark": task.name, **made, **template, **scored}
 
 
-def _write_table(out: Path, results: Sequence[dict[str, Any]]) -> None:
+def _write_table(out: Path, maker: MadeBy) -> None:
+    """Of all results of this model in the folder, those of earlier calls too."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/results.json"))]
+    results = [result for result in found if result["checkpoint"] == maker.checkpoint]
     published = yaml.safe_load(_PUBLISHED.read_text(encoding="utf-8"))
     (out / "results.md").write_text(markdown(results, published), encoding="utf-8")
     print(f"{out}: results.md, and results.json with every answer in the folder of each benchmark", flush=True)

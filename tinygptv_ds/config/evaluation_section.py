@@ -31,6 +31,7 @@ class ScoredSection:
             refcoco, refcoco+, refcocog.
         shards: of a held-out kind: a folder, glob or brace pattern of shards.
         root: of a benchmark: the folder that holds it in the layout of docs/evaluation.md.
+        places: other places for some of these files, e.g. {images: PATH}.
         split: of a RefCOCO benchmark; null: val.
         name: in logs and on TensorBoard; null: the kind, with the split where there are several.
         template: "training" asks in the recipe's own template, "benchmark" in that of the published scripts; anything
@@ -41,6 +42,7 @@ class ScoredSection:
     kind: str
     shards: str | None = None
     root: str | None = None
+    places: dict = field(default_factory=dict)
     split: str | None = None
     name: str | None = None
     template: str | None = None
@@ -52,7 +54,10 @@ class ScoredSection:
         require(self.kind in kinds, f"evaluation.benchmarks: kind {self.kind!r} is unknown{nearest(self.kind, kinds)}")
         if self.kind in HELD_OUT:
             require(self.shards is not None, f"{where}: name its held-out shards with shards")
-            require(self.root is None and self.split is None, f"{where}: root and split are of published benchmarks")
+            require(
+                not (self.root or self.split or self.places),
+                f"{where}: root, split and places are of published benchmarks",
+            )
         else:
             require(self.root is not None, f"{where}: name the folder of its files with root")
             require(self.shards is None, f"{where}: shards are of the kinds {', '.join(HELD_OUT)}")

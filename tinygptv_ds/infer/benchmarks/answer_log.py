@@ -70,7 +70,7 @@ class AnswerLog:
 
 
 def refuse_others(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError where `folder` holds answers of another model or other settings; says which, with both values."""
+    """Raise ConfigError where `folder` holds answers of another model or other settings; says which."""
     file = folder / SETTINGS
     there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else settings
     names = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]

@@ -1,8 +1,9 @@
-"""Puts a task's questions to a model: shared over ranks by number, batched, every answer kept as soon as it is there."""
+"""Puts a task's questions to a model: shared over ranks by number, batched, each answer kept as soon as it is there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import distributed
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from tinygptv_ds.infer.benchmarks.question import Answer, Question, Task
 from tinygptv_ds.infer.benchmarks.settings import Settings, Wording
 from tinygptv_ds.infer.candidates import Choice, candidate_losses
 from tinygptv_ds.infer.generate import answers
+from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.images import to_pixels
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
@@ -72,19 +74,29 @@ class Asker:
             unit="question",
             disable=None if bar and self._ranks.is_main else True,
         ) as progress:
-            for batch in batches:
-                if batch is None:  # nothing is left for this rank
-                    if self._in_step:
-                        self._answer(task, wording, range(1))
-                    continue
-                given = known[batch]
-                if given is None:
-                    given = self._answer(task, wording, batch)
-                    progress.update(len(batch))
-                    if log is not None:
-                        log.add(batch, given)
-                found |= dict(zip(batch, given, strict=True))
-        return _gathered(found, len(task.questions), self._ranks)
+            problem = None
+            try:
+                for batch in batches:
+                    if batch is None:  # nothing is left for this rank
+                        if self._in_step:
+                            self._answer(task, wording, range(1))
+                        continue
+                    given = known[batch]
+                    if given is None:
+                        given = self._answer(task, wording, batch)
+                        progress.update(len(batch))
+                        if log is not None:
+                            log.add(batch, given)
+                    found |= dict(zip(batch, given, strict=True))
+            except DataError as error:
+                if self._in_step:  # the others wait for this rank's next pass
+                    raise
+                LOGGER.error("rank %d stops, the others finish their share: %s", self._ranks.rank, error)
+                problem = str(error)
+        shares = _of_all((found, problem), self._ranks)
+        _raise([problem for _, problem in shares])
+        by_number = {number: answer for found, _ in shares for number, answer in found.items()}
+        return [by_number[number] for number in range(len(task.questions))]
 
     def _answer(self, task: Task, wording: Wording, batch: range) -> list[Answer]:
         questions = [task.questions[number] for number in batch]
@@ -129,11 +141,19 @@ def share(count: int, batch_size: int, ranks: Ranks) -> list[range | None]:
 
 
 def check_pictures(task: Task, image_size: int, batch_size: int, ranks: Ranks) -> None:
-    """Decode the pictures of this rank's share once, so that none stops a training later. Raises DataError."""
-    for batch in share(len(task.questions), batch_size, ranks):
-        for number in batch or ():
-            question = task.questions[number]
-            _decode(task, question, question.pictures(), image_size)
+    """Decode each picture once on some rank, so that none stops a training later. To be called on all ranks.
+
+    Raises:
+        DataError: pictures cannot be used; names the first of every rank, on all ranks.
+    """
+    problem = None
+    try:
+        for batch in share(len(task.questions), batch_size, ranks):
+            for question in (task.questions[number] for number in batch or ()):
+                _decode(task, question, question.pictures(), image_size)
+    except DataError as error:
+        problem = str(error)
+    _raise(_of_all(problem, ranks))
 
 
 def _decode(task: Task, question: Question, pictures: Iterable, image_size: int) -> None:
@@ -154,11 +174,16 @@ def _named(task: Task, questions: Sequence[Question], pictures: Sequence, error:
     return DataError(f"{task.name}, questions {questions[0].key} to {questions[-1].key}: {error}")
 
 
-def _gathered(found: dict[int, Answer], count: int, ranks: Ranks) -> list[Answer]:
-    """The answers of all ranks in order."""
-    shares = [found]
+def _of_all(value: Any, ranks: Ranks) -> list[Any]:
+    """What every rank has, plain values, on all of them."""
+    values = [value]
     if ranks.world_size > 1:
-        shares = [{}] * ranks.world_size
-        distributed.all_gather_object(shares, found)
-    answers_of = {number: answer for each in shares for number, answer in each.items()}
-    return [answers_of[number] for number in range(count)]
+        values = [None] * ranks.world_size
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def _raise(problems: Sequence[str | None]) -> None:
+    told = [problem for problem in problems if problem is not None]
+    if told:
+        raise DataError("\n".join(told))

@@ -1,7 +1,7 @@
 """CIDEr and BLEU of captions, as the COCO caption server computes them, without its Java.
 
-CIDEr is pycocoevalcap's, the server's own code; BLEU is sacrebleu's. Both count the words that the server's PTBTokenizer
-would make, which NLTK's Treebank tokeniser makes without Java.
+CIDEr is pycocoevalcap's, the server's own code; BLEU is sacrebleu's. Both count the words that the server's
+PTBTokenizer would make, which NLTK's Treebank tokeniser makes without Java.
 """
 
 from __future__ import annotations

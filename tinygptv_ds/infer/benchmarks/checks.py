@@ -33,10 +33,10 @@ class Checks:
 
         Args:
             path: the file.
-            option: the option that names another place, such as "gqa.questions".
+            option: what names another place, such as "gqa.questions=FILE".
         """
         if not path.is_file():
-            self.problem(f"{path} is not there; put it there, or --set {option}=FILE")
+            self.problem(f"{path} is not there; put it there, or name another place with {option}")
             return None
         try:
             return load_json(path) if path.suffix != ".jsonl" else list(_lines(path))
@@ -72,7 +72,7 @@ class Checks:
         return [(str(number), entry) for number, entry in pairs if number not in bad]
 
     def picture(self, option: str, *places: Path) -> Path:
-        """The first of `places` at which a picture lies; where there is none, the first of them, noted under `option`."""
+        """The first of `places` where a picture lies; if there is none, the first of them, noted under `option`."""
         found = next((place for place in places if self._is_file(place)), None)
         self._wanted.setdefault(option, set()).add(found or places[0])
         if found is None and places[0] not in self._missing.setdefault(option, []):
@@ -83,7 +83,8 @@ class Checks:
         """Raise DataError with all that was noted."""
         pictures = [
             f"{len(missing)} of {len(self._wanted[option])} pictures are not there, the first: "
-            f"{', '.join(str(path) for path in missing[:_LISTED])}; put them there, or --set {option}=FOLDER"
+            f"{', '.join(str(path) for path in missing[:_LISTED])}; put them there, or name another place with "
+            f"{option}=FOLDER"
             for option, missing in self._missing.items()
             if missing
         ]

@@ -22,7 +22,7 @@ BENCHMARK = Benchmark(
 
 def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
     """Entries hold `question`, `answer`, and `image`, a file's name, or `imageId`, as GQA itself has it."""
-    content = checks.content(places["questions"], "gqa.questions")
+    content = checks.content(places["questions"], "gqa.questions=FILE")
     picture = "imageId" if isinstance(content, dict) else "image"
     fields = {"question": str, "answer": str, picture: str}
     questions = []

@@ -27,7 +27,7 @@ def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
     file = places["questions"]
     fields = {"img": str, "text": str, "label": int}
     questions = []
-    for key, entry in checks.entries(file, checks.content(file, "hm.questions"), fields, binary_label):
+    for key, entry in checks.entries(file, checks.content(file, "hm.questions=FILE"), fields, binary_label):
         path = checks.picture("hm.images", places["images"] / entry["img"])
         questions.append(Question(key, _TEXT.format(entry["text"]), entry["label"], picture_file(path)))
     return questions

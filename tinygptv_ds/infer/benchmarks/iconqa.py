@@ -41,10 +41,12 @@ def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
     """Entries hold `image_id`, `question`, `choices` and `answer`, the number of the right one."""
     file, images = places["questions"], places["images"]
     if file.is_file() or not places["problems"].is_file():
-        content = checks.content(file, "iconvqa.questions (or the download's iconvqa.problems)")
+        content = checks.content(
+            file, "iconvqa.questions=FILE, or the download's problems.json with iconvqa.problems=FILE"
+        )
     else:
         file = places["problems"]
-        content = choose_text(checks.content(file, "iconvqa.problems"))
+        content = choose_text(checks.content(file, "iconvqa.problems=FILE"))
     fields = {"image_id": (str, int), "question": str, "choices": list, "answer": int}
     questions = []
     for key, entry in checks.entries(file, content, fields, _odd_choices):

@@ -51,7 +51,7 @@ def _entries(
     places: Mapping[str, Path], place: str, inside: str | None, fields: Mapping[str, type], checks: Checks
 ) -> list[dict]:
     file = places[place]
-    content = checks.content(file, f"okvqa.{place}")
+    content = checks.content(file, f"okvqa.{place}=FILE")
     if inside is not None and isinstance(content, dict):
         content = content.get(inside)
         if content is None:

@@ -41,8 +41,8 @@ class Benchmark:
     """How a set of questions is asked and scored.
 
     Attributes:
-        rules: points of one answer by rule; a score is their mean. "strict" looks at the answer, which ends at the stop;
-            the others at the whole continuation.
+        rules: points of one answer by rule; a score is their mean. Those called "compat..." see the whole
+            continuation, the others what stands before the stop.
         template: the published prompt with `{}` for pictures and words; None: that of the training.
         parsable: whether an answer has the form that is asked for.
         shown: the answer as people read it, from the stopped text or the losses.

@@ -38,7 +38,7 @@ def read(name: str, split: str, places: Mapping[str, Path], checks: Checks) -> l
     """Entries hold `img_id` (a picture's name and an object's number), `sents`, `bbox`, `width` and `height`."""
     file = places["annotations"] / f"{name}_{split}.json"
     fields = {"img_id": str, "sents": str, "bbox": list, "width": _NUMBER, "height": _NUMBER}
-    content = checks.content(file, f"{name}.annotations=FOLDER, not a")
+    content = checks.content(file, f"{name}.annotations=FOLDER")
     questions = []
     for key, entry in checks.entries(file, content, fields, _odd_box):
         path = checks.picture(f"{name}.images", places["images"] / f"{entry['img_id'].rpartition('_')[0]}.jpg")

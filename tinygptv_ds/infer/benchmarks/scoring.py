@@ -42,7 +42,7 @@ def scalars(result: Mapping[str, Any], name: str) -> dict[str, float]:
 
 
 def _row(task: Task, question: Question, answer: Answer, end: str) -> dict[str, Any]:
-    """One prediction. Rules other than strict see the whole continuation."""
+    """One prediction."""
     benchmark = task.benchmark
     stopped, whole, raw = answer, answer, {"losses": answer}
     if isinstance(answer, str):

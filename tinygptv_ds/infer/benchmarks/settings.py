@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.infer.benchmarks.question import Benchmark, Question
-from tinygptv_ds.processing.sequence import wrap
-from tinygptv_ds.processing.text import IMAGE_TAG
+from tinygptv_ds.processing.text import IMAGE_TAG, wrap
 
 _STOP = "###"  # between the turns of the published prompts
 

@@ -63,10 +63,10 @@ def places_of(name: str, root: Path, overrides: Sequence[str] = ()) -> dict[str,
         key, equals, path = text.partition("=")
         benchmark, dot, place = key.strip().rpartition(".")
         if not equals or not dot or not path:
-            raise ConfigError(f"--set {text}: write BENCHMARK.PLACE=PATH, for instance --set gqa.images=/data/gqa")
+            raise ConfigError(f"{text}: write BENCHMARK.PLACE=PATH, for instance gqa.images=/data/gqa")
         known = [f"{each}.{one}" for each, entry in PUBLISHED.items() for one in entry.places]
         if key.strip() not in known:
-            raise ConfigError(f"--set {key}: there is no such place{nearest(key.strip(), known)}")
+            raise ConfigError(f"{key}: benchmarks have no such place{nearest(key.strip(), known)}")
         if benchmark == name:
             places[place] = Path(path)
     return places
@@ -91,5 +91,7 @@ def open_section(section: ScoredSection, limit: int | None, checks: Checks) -> T
     if section.kind in HELD_OUT:
         return open_held_out(section.kind, section.shards, limit, section.label)
     split = section.split or next(iter(SPLITS[section.kind]), "")
-    task = open_published(section.kind, split, places_of(section.kind, Path(section.root)), checks, limit)
+    moved = [f"{section.kind}.{place}={path}" for place, path in section.places.items()]
+    places = places_of(section.kind, Path(section.root), moved)
+    task = open_published(section.kind, split, places, checks, limit)
     return Task(section.label, task.benchmark, task.questions)

@@ -28,7 +28,7 @@ def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
     file = places["questions"]
     fields = {"image": str, "question": str, "answers": list}
     questions = []
-    for key, entry in checks.entries(file, checks.content(file, "vizwiz.questions"), fields, odd_answers):
+    for key, entry in checks.entries(file, checks.content(file, "vizwiz.questions=FILE"), fields, odd_answers):
         path = checks.picture("vizwiz.images", places["images"] / entry["image"])
         truths = [answer["answer"] for answer in entry["answers"]]
         questions.append(Question(key, _TEXT.format(entry["question"]), truths, picture_file(path)))

@@ -1,4 +1,4 @@
-"""VSR, the zero-shot test split: whether a statement about a picture is true (Hugging Face cambridgeltl/vsr_zeroshot)."""
+"""VSR, zero-shot test split: whether a statement about a picture is true (Hugging Face cambridgeltl/vsr_zeroshot)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
     file, images = places["questions"], places["images"]
     fields = {"image": str, "caption": str, "label": int}
     questions = []
-    for key, entry in checks.entries(file, checks.content(file, "vsr.questions"), fields, binary_label):
+    for key, entry in checks.entries(file, checks.content(file, "vsr.questions=FILE"), fields, binary_label):
         places_of_it = [images / folder / entry["image"] for folder in ("train2017", "val2017", "")]
         path = checks.picture("vsr.images", *places_of_it)
         truth = "true" if entry["label"] else "false"
