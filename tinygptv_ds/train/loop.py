@@ -81,7 +81,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
             with reporter.aside(), engine.progress.patience("validating"):
                 reporter.scalars(done, validation.measure(done))
         if _now_and_then(recipe.evaluation.every, done) and done != total:
-            with reporter.aside():
+            with reporter.aside(), engine.progress.patience("evaluating"):
                 reporter.scalars(done, evaluation.measure(done))
         if _now_and_then(recipe.train.sample_every, done) and done != total:
             with reporter.aside(), engine.progress.patience("answering the panel"):
