@@ -1,10 +1,13 @@
-"""Who this process is among the ranks, read from the launcher's environment. No torch."""
+"""Who this process is among the ranks, read from the launcher's environment. torch comes only where they meet."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,24 @@ def complete_env() -> None:
 def cores_per_rank(ranks: Ranks) -> int:
     """CPU cores that one rank may use on this node."""
     return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+
+
+@contextmanager
+def joined(ranks: Ranks, patience: timedelta) -> Iterator[None]:
+    """The ranks of a launcher as one group of torch's over gloo, for a block in which they wait for each other."""
+    if ranks.world_size == 1:
+        yield
+        return
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=patience)
+    yield
+    distributed.destroy_process_group()
+
+
+def wait_for_all(ranks: Ranks) -> None:
+    """Until all ranks have come here."""
+    if ranks.world_size > 1:
+        from torch import distributed
+
+        distributed.barrier()

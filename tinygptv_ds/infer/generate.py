@@ -46,6 +46,7 @@ def answers(
     max_new_tokens: int = 20,
     batch_size: int = 32,
     begin_token: bool = False,
+    in_step: bool = False,
 ) -> Iterator[str]:
     """Greedy answers, one per question, in order.
 
@@ -57,6 +58,7 @@ def answers(
         max_new_tokens: at most.
         batch_size: prompts at once.
         begin_token: put the begin token in front, as in training; the original does not at inference.
+        in_step: every rank generates as often and as long, as ranks of ZeRO-3 must, which gather weights together.
 
     Raises:
         DataError: placeholders and pictures do not match, or a picture cannot be decoded.
@@ -64,6 +66,9 @@ def answers(
     for first in range(0, len(questions), batch_size):
         chunk = questions[first : first + batch_size]
         inputs = processor([list(p) for _, p in chunk], [text for text, _ in chunk], begin_token=begin_token)
+        if in_step and "pixel_values" not in inputs:  # the others' may have pictures: the ViT has to run here too
+            size = processor.image_size
+            inputs["pixel_values"] = torch.zeros(0, 3, size, size, dtype=torch.uint8)
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         with torch.no_grad():
             ids = model.generate(
@@ -72,5 +77,6 @@ def answers(
                 do_sample=False,
                 eos_token_id=processor.stop_ids(stop),
                 pad_token_id=processor.tokenizer.bos_token_id,
+                synced_gpus=in_step,
             )
         yield from processor.answers(ids[:, inputs["input_ids"].shape[1] :], stop)

@@ -14,6 +14,7 @@ from tinygptv_ds.dist import cores_per_rank
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.evaluation import Evaluation
 from tinygptv_ds.train.first_batch import show_first_samples
 from tinygptv_ds.train.guard import Guard
 from tinygptv_ds.train.metrics import Reporter
@@ -49,6 +50,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         stuck=engine.stuck,
     )
     validation, panel = Validation(engine, tokens), Panel(engine, stream, tokens)
+    evaluation = Evaluation(engine, tokens)
     reporter = Reporter(engine, total, engine.first_step)
     if engine.first_step == 0 and reporter.board is not None:
         show_first_samples(stream, tokens, reporter.board)
@@ -78,6 +80,9 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         if _now_and_then(recipe.train.validate_every, done) and done != total:
             with reporter.aside(), engine.progress.patience("validating"):
                 reporter.scalars(done, validation.measure(done))
+        if _now_and_then(recipe.evaluation.every, done) and done != total:
+            with reporter.aside(), engine.progress.patience("evaluating"):
+                reporter.scalars(done, evaluation.measure(done))
         if _now_and_then(recipe.train.sample_every, done) and done != total:
             with reporter.aside(), engine.progress.patience("answering the panel"):
                 panel.write(reporter.board, done)
@@ -85,6 +90,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
             engine.saver.after_step(done)
     engine.progress.last_phase("finishing")
     reporter.scalars(total, validation.measure(total))
+    reporter.scalars(total, evaluation.measure(total))
     panel.write(reporter.board, total)
     reporter.close()
 
