@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gradio as gr
@@ -15,6 +15,7 @@ from tinygptv_ds.errors import TinyGPTVError
 from tinygptv_ds.infer.demo_pictures import examples
 from tinygptv_ds.infer.drawing import colour, draw_regions
 from tinygptv_ds.infer.grounding import Region, find_regions, pieces, with_painted_box
+from tinygptv_ds.infer.settings import Generation
 
 # What each button puts before, or instead of, the question: those of MiniGPT-v2's demo, and captions.
 TASKS = {
@@ -37,25 +38,21 @@ HINTS = {
 }
 WAITING = 16  # questions in the queue; further ones are told to come back
 _MOST_BYTES = "20mb"
-_BRUSH = 20  # pixels, as in the original
 _HOUR = 3600  # seconds after which temporary files go
+# (field of Generation, least, most, step, label)
+_SLIDERS = (
+    ("temperature", 0, 2, 0.1, "Temperature (0: the likeliest word)"),
+    ("top_p", 0.05, 1, 0.05, "Top p"),
+    ("num_beams", 1, 10, 1, "Beams"),
+    ("max_new_tokens", 1, 500, 1, "Most new tokens"),
+    ("repetition_penalty", 1, 2, 0.05, "Repetition penalty"),
+)
 _PUNCTUATION = re.compile(f"([{re.escape(string.punctuation)}])")
 _CSS = "main.fillable {max-width: 1280px !important} button[title=Share] {display: none}"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the sliders hold; a temperature of 0 takes the likeliest word each time."""
-
-    temperature: float = 0.0
-    top_p: float = 0.9
-    beams: int = 1
-    max_new_tokens: int = 300
-    repetition_penalty: float = 1.05
-
-
 # (turns so far, question, picture or None, settings) -> the answer in pieces
-Reply = Callable[[Sequence[tuple[str, str]], str, Image.Image | None, Settings], Iterator[str]]
+Reply = Callable[[Sequence[tuple[str, str]], str, Image.Image | None, Generation], Iterator[str]]
 
 
 @dataclass
@@ -66,7 +63,7 @@ class Talk:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
 
-def build_page(reply: Reply, name: str, defaults: Settings) -> gr.Blocks:
+def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
     """The page, not launched yet.
 
     Args:
@@ -74,29 +71,26 @@ def build_page(reply: Reply, name: str, defaults: Settings) -> gr.Blocks:
         name: of the model.
         defaults: where the sliders stand at first.
     """
-    import tempfile
-    folder=tempfile.mkdtemp()
-    gr.set_static_paths(folder)
-    samples=[]
-    for n,(im,q) in enumerate(examples()):
-        im.save(f"{folder}/{n}.png"); samples.append((f"{folder}/{n}.png",q))
-    with gr.Blocks(title=f"{name} - TinyGPT-V", analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _HOUR)) as page:
+    samples = examples()
+    with gr.Blocks(
+        title=f"{name} - TinyGPT-V", analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _HOUR)
+    ) as page:
         gr.Markdown(f"## TinyGPT-V &nbsp;·&nbsp; {_escaped(name)}")
         talk = gr.State(Talk())
         with gr.Row(equal_height=False):
-            with gr.Column(scale=1, min_width=480):
+            with gr.Column(scale=5, min_width=480):
                 picture = gr.ImageEditor(
                     type="pil",
                     label="Picture",
                     sources=("upload", "clipboard"),
-                    brush=gr.Brush(default_size=_BRUSH, colors=["rgb(230, 25, 75)"], color_mode="fixed"),
+                    brush=gr.Brush(default_size=10, colors=["rgb(230, 25, 75)"], color_mode="fixed"),
                     transforms=(),
                     layers=False,
                     height=440,
                     elem_id="picture",
                 )
                 settings = _sliders(defaults)
-            with gr.Column(scale=1, min_width=480):
+            with gr.Column(scale=7, min_width=480):
                 chat = gr.Chatbot(
                     show_label=False,
                     height=440,
@@ -114,23 +108,28 @@ def build_page(reply: Reply, name: str, defaults: Settings) -> gr.Blocks:
                     send = gr.Button("Send", min_width=80, variant="primary", elem_id="send")
                     stop = gr.Button("Stop", min_width=80, elem_id="stop")
                     reset = gr.Button("Reset", min_width=80, elem_id="reset")
-        shown_examples = gr.Dataset(
+        offered = gr.Dataset(
             label="Examples",
             components=[gr.Image(visible=False, label="Picture"), gr.Textbox(visible=False, label="Question")],
-            samples=[[str(path), question] for path, question in samples],
+            samples=samples,
             type="index",
         )
-        shown_examples.click(lambda: None, None, picture).then(lambda n: (samples[n][0], samples[n][1]), shown_examples, [picture, words])
-
         task.input(lambda chosen: gr.Textbox(TASKS[chosen], placeholder=HINTS[chosen]), task, words, queue=False)
+        # The editor keeps its picture when it is given another one, unless it is emptied first.
+        offered.click(lambda: None, None, picture, show_progress="hidden").then(
+            lambda number: samples[number], offered, [picture, words], show_progress="hidden"
+        )
         given, shown = [words, picture, chat, talk, *settings], [words, chat, talk]
         asked = gr.on(
-            [send.click, words.submit], _asking(reply), given, shown, concurrency_limit=1, concurrency_id="model"
+            [send.click, words.submit],
+            _asking(reply, defaults),
+            given,
+            shown,
+            concurrency_limit=1,
+            concurrency_id="model",
         )
         stop.click(None, cancels=[asked], queue=False)
-        gr.on(
-            [reset.click, picture.upload, picture.clear], lambda: ([], Talk()), None, [chat, talk], cancels=[asked]
-        )
+        gr.on([reset.click, picture.upload, picture.clear], lambda: ([], Talk()), None, [chat, talk], cancels=[asked])
     return page.queue(max_size=WAITING, api_open=False)
 
 
@@ -160,19 +159,16 @@ def launch(page: gr.Blocks, host: str, port: int, *, share: bool, wait: bool = T
     return local
 
 
-def _sliders(defaults: Settings) -> list[gr.Slider]:
-    """One for each field of `Settings`, in order."""
+def _sliders(defaults: Generation) -> list[gr.Slider]:
+    """One for each of `_SLIDERS`."""
     with gr.Accordion("Sampling", open=False):
         return [
-            gr.Slider(0, 2, defaults.temperature, step=0.1, label="Temperature", info="0: the likeliest word"),
-            gr.Slider(0.05, 1, defaults.top_p, step=0.05, label="Top p"),
-            gr.Slider(1, 10, defaults.beams, step=1, label="Beams"),
-            gr.Slider(1, 500, defaults.max_new_tokens, step=1, label="Most new tokens"),
-            gr.Slider(1, 2, defaults.repetition_penalty, step=0.05, label="Repetition penalty"),
+            gr.Slider(least, most, getattr(defaults, name), step=step, label=label)
+            for name, least, most, step, label in _SLIDERS
         ]
 
 
-def _asking(reply: Reply) -> Callable[..., Iterator[tuple[Any, ...]]]:
+def _asking(reply: Reply, defaults: Generation) -> Callable[..., Iterator[tuple[Any, ...]]]:
     """What happens when a question is sent."""
 
     def ask(
@@ -186,10 +182,12 @@ def _asking(reply: Reply) -> Callable[..., Iterator[tuple[Any, ...]]]:
         if key != talk.picture:  # another picture is another conversation
             chat, talk = [], Talk(key)
         chat = [*chat, *_question(question, picture), _said("assistant", "")]
+        names = [name for name, *_ in _SLIDERS]
+        settings = replace(defaults, **dict(zip(names, sliders, strict=True)))
         answer = ""
         yield "", chat, talk
         try:
-            for piece in reply(talk.turns, question, picture, Settings(*sliders)):
+            for piece in reply(talk.turns, question, picture, settings):
                 answer += piece
                 chat[-1] = _said("assistant", _escaped(answer))
                 yield "", chat, talk

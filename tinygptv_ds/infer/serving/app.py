@@ -20,11 +20,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Send
 
-from tinygptv_ds.infer.serving.answerer import Answerer, Finish
+from tinygptv_ds.infer.answerer import Answerer
+from tinygptv_ds.infer.serving.chat import Finish, answer, prepare
 from tinygptv_ds.infer.serving.errors import Refused
 from tinygptv_ds.infer.serving.pictures import PictureLimits, load_pictures
-from tinygptv_ds.infer.serving.schema import ChatRequest, parse_request
+from tinygptv_ds.infer.serving.schema import parse_request
 from tinygptv_ds.infer.serving.worker import Worker
+from tinygptv_ds.infer.settings import Generation
 
 log = logging.getLogger(__name__)
 _BODY_SECONDS = 60  # a body that takes longer to arrive is not waited for
@@ -37,17 +39,26 @@ class Limits:
 
     Attributes:
         body_bytes: of a request, pictures in `data:` URLs included.
+        new_tokens: of an answer.
         waiting: requests that may wait for their turn.
         pictures: what each picture may be.
     """
 
     body_bytes: int
+    new_tokens: int
     waiting: int
     pictures: PictureLimits
 
 
-def build_app(answerer: Answerer, limits: Limits, api_key: str | None = None) -> Starlette:
-    """The application; `api_key` is asked of whoever calls `/v1/...`, unless it is None."""
+def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key: str | None = None) -> Starlette:
+    """The application.
+
+    Args:
+        answerer: the model.
+        defaults: settings that a request does not give.
+        limits: what a request may ask for.
+        api_key: asked of whoever calls `/v1/...`, unless it is None.
+    """
     worker = Worker(limits.waiting)
     began = int(time.time())
 
@@ -56,9 +67,9 @@ def build_app(answerer: Answerer, limits: Limits, api_key: str | None = None) ->
         if asked.model != answerer.name:
             message = f"the model {asked.model!r} is not here; this server has {answerer.name!r}"
             raise Refused(message, status=404, param="model", code="model_not_found")
-        pictures = await load_pictures(asked, answerer.image_size, limits.pictures)
-        prepared = await asyncio.to_thread(answerer.prepare, asked, pictures)
-        pieces = worker.run(lambda: answerer.stream(prepared))
+        pictures = await load_pictures(asked, answerer.processor.image_size, limits.pictures)
+        prepared = await asyncio.to_thread(prepare, answerer, asked, pictures, defaults, limits.new_tokens)
+        pieces = worker.run(lambda: answer(answerer, prepared))
         reply = _Reply(answerer.name, prepared.prompt_tokens)
         if not asked.stream:
             return JSONResponse(await _unless_gone(request, reply.whole(pieces)))
@@ -85,7 +96,9 @@ def build_app(answerer: Answerer, limits: Limits, api_key: str | None = None) ->
     def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def check(request: Request) -> Response:
             if api_key is not None and not _has_key(request, api_key):
-                raise Refused("a valid API key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key")
+                raise Refused(
+                    "a valid API key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key"
+                )
             return await endpoint(request)
 
         return check

@@ -5,9 +5,10 @@ A field that would change nothing is taken (`n: 1`, `tools: []`, null); one that
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tinygptv_ds.infer.serving.errors import Refused
 
@@ -18,11 +19,17 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+def _whole(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("it holds half a character (a lone surrogate)")
+    return text
+
+
 class TextPart(_Strict):
     """Words."""
 
     type: Literal["text"]
-    text: str
+    text: Annotated[str, AfterValidator(_whole)]
 
 
 class ImageURL(_Strict):
@@ -91,8 +98,10 @@ class ChatRequest(_Strict):
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     repetition_penalty: Annotated[float | None, Field(gt=0, le=2)] = None  # of vLLM's and others' servers
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS), BeforeValidator(_as_list)] = []
+    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS), BeforeValidator(_as_list)
+    ] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # who asks; changes nothing
@@ -125,8 +134,6 @@ def parse_request(body: bytes) -> ChatRequest:
 
 
 def _decode(body: bytes) -> Any:
-    import json
-
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")
 
@@ -160,9 +167,9 @@ def _refusal(error: ValidationError) -> Refused:
 
 def _name(path: tuple[int | str, ...]) -> str:
     """`messages[0].content[1].image_url.url`; the kind of a part, which pydantic puts in between, left out."""
-    name, kinds = "", ("content", int)
+    name = ""
     for at, step in enumerate(path):
-        if at > 1 and path[at - 2] == kinds[0] and isinstance(path[at - 1], kinds[1]):
+        if path[max(at - 2, 0)] == "content" and isinstance(path[at - 1], int):
             continue
         name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
     return name
@@ -181,8 +188,8 @@ def _check_turns(messages: list[Message]) -> None:
         expected = ("user", "assistant")[(number - first) % 2]
         if message.role != expected:
             raise Refused(
-                f"{where}: the role must be {expected!r} here, not {message.role!r}; a conversation is a system message "
-                "or none, then user and assistant in turn",
+                f"{where}: the role must be {expected!r} here, not {message.role!r}; a conversation is at most one "
+                "system message, then user and assistant in turn",
                 param=f"{where}.role",
             )
     if len(turns) % 2 == 0:

@@ -1,0 +1,65 @@
+"""The command `demo`: a page on which one talks with the model about a picture."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.infer.options import add_address_arguments, add_model_arguments, check_arguments, open_answerer
+from tinygptv_ds.infer.settings import add_generation_arguments, generation_from
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from tinygptv_ds.infer.demo_page import Reply
+    from tinygptv_ds.infer.settings import Generation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `demo`."""
+    add_model_arguments(parser)
+    add_address_arguments(parser, 7860)
+    parser.add_argument("--share", action="store_true", help="open a public address through gradio's servers")
+    add_generation_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve the page until interrupted.
+
+    Raises:
+        ConfigError: an option is wrong, a package is missing, or the port is taken.
+        WeightsError: there is no model.
+    """
+    check_arguments(args, "gradio")
+    defaults = generation_from(args)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+    from tinygptv_ds.infer.demo_page import build_page, launch
+
+    reply, name = replying(args)
+    page = build_page(reply, name, defaults)
+    try:
+        launch(page, args.host, args.port, share=args.share)
+    except OSError as error:
+        raise ConfigError(f"{args.host}:{args.port} cannot be listened on: {error}") from None
+
+
+def replying(args: argparse.Namespace) -> tuple[Reply, str]:
+    """The model that the options name, as the page wants it, and its name."""
+    answerer = open_answerer(args)
+
+    from tinygptv_ds.infer.answerer import Turn
+
+    def reply(
+        turns: Sequence[tuple[str, str]], question: str, picture: Image.Image | None, generation: Generation
+    ) -> Iterator[str]:
+        pictures = [] if picture is None else [picture]
+        asked = [Turn(said, answer=answer) for said, answer in turns] + [Turn(question)]
+        asked[0] = Turn(asked[0].question, pictures, asked[0].answer)
+        prompt, seen = answerer.prompt(asked)
+        yield from answerer.stream(prompt, seen, generation)
+
+    return reply, answerer.name
