@@ -3,56 +3,75 @@
 import asyncio
 import base64
 import io
-import itertools
 import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
 import tiny
+import torch
 import uvicorn
 from PIL import Image
 
 from tinygptv_ds.infer.answerer import Answerer, Turn
-from tinygptv_ds.infer.generate import answers
+from tinygptv_ds.infer.generate import Answer, answers
 from tinygptv_ds.infer.serving.app import Limits, build_app
 from tinygptv_ds.infer.serving.pictures import PictureLimits
 from tinygptv_ds.infer.settings import Generation
-from tinygptv_ds.infer.templates import TEMPLATES, choose_template
+from tinygptv_ds.infer.templates import TEMPLATES, Prompt, choose_template
 
 NAME, KEY = "tiny", "secret"
 LIMITS = Limits(body_bytes=200_000, new_tokens=50, waiting=2, pictures=PictureLimits(2, 20_000, 90_000))
 DEFAULTS = Generation(max_new_tokens=12)
 
 
-def serve(app: object) -> Iterator[str]:
+@contextmanager
+def serving(app: object) -> Iterator[str]:
     """The address of a server in a thread, while it runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = free.getsockname()
+        port = free.getsockname()[1]
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, args=([free],))
+        thread = threading.Thread(target=server.run, args=([free],), daemon=True)
         thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{address[1]}"
-        server.should_exit = True
-        thread.join()
+        until(lambda: server.started)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+def until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+class Recording(Answerer):
+    """Keeps what the model was asked last: prompt and pictures."""
+
+    def stream(self, prompt: Prompt, pictures: Sequence, generation: Generation) -> Answer:
+        self.__dict__["asked"] = (prompt, pictures)
+        return super().stream(prompt, pictures, generation)
 
 
 @pytest.fixture(scope="module")
 def answerer(loaded) -> Answerer:
     model, processor = loaded
-    return Answerer(model, processor, choose_template(None, processor.prompt_template, processor.end_sym), NAME)
+    return Recording(model, processor, choose_template(None, processor.prompt_template, processor.end_sym), NAME)
 
 
 @pytest.fixture(scope="module")
 def address(answerer: Answerer) -> Iterator[str]:
-    yield from serve(build_app(answerer, DEFAULTS, LIMITS, KEY))
+    with serving(build_app(answerer, DEFAULTS, LIMITS, KEY)) as there:
+        yield there
 
 
 @pytest.fixture
@@ -105,17 +124,18 @@ def test_text(client: openai.OpenAI, answerer: Answerer) -> None:
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + 12
 
 
-def test_pictures_and_history(client: openai.OpenAI, answerer: Answerer) -> None:
-    """The second question's answer depends on the picture and the answer before, and is the one of `answers`."""
-    settings = {"max_tokens": 20, "temperature": 2.0, "top_p": 1.0, "seed": 5}
-    given = []
-    for picture, before in itertools.product(tiny.pictures(2), ("a bus", "the left")):
-        messages = [said("what is it", data_url(picture)), {"role": "assistant", "content": before}, said("and?")]
-        reply = client.chat.completions.create(model=NAME, messages=messages, **settings)
-        given.append(reply.choices[0].message.content)
-        turns = [Turn("what is it", [picture], before), Turn("and?")]
-        assert given[-1] == directly(answerer, turns, Generation(20, temperature=2.0, top_p=1.0, seed=5))
-    assert len(set(given)) == 4
+def test_pictures_and_history(client: openai.OpenAI, answerer: Recording) -> None:
+    """The model is given the very pixels and the whole conversation, pictures before the words of their turn."""
+    first, second = tiny.pictures(2)
+    history = [said("what is it", data_url(first)), {"role": "assistant", "content": "a bus"}]
+    reply = client.chat.completions.create(model=NAME, messages=[*history, said("and?", data_url(second))])
+    prompt, pictures = answerer.asked
+    tag = "<Img><ImageHere></Img>"
+    assert prompt.text == f"[INST] {tag} what is it  [/INST]a bus###[INST] {tag} and?  [/INST]"
+    seen = answerer.processor.pixels(pictures)
+    assert torch.equal(seen, answerer.processor.pixels([first, second]))
+    turns = [Turn("what is it", [first], "a bus"), Turn("and?", [second])]
+    assert reply.choices[0].message.content == directly(answerer, turns, DEFAULTS)
 
 
 def streamed(client: openai.OpenAI, **request: object) -> tuple[str, list]:
@@ -312,13 +332,6 @@ class Slow:
             self.closed += 1
 
 
-def until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not happened():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
 def test_who_leaves_ends_his_answer_and_who_is_too_many_is_sent_away(answerer: Answerer) -> None:
     """One is answered, two wait, the fourth is refused; then all leave, streaming or not, and nothing goes on."""
     slow = Slow(answerer)
@@ -350,9 +363,8 @@ def test_who_leaves_ends_his_answer_and_who_is_too_many_is_sent_away(answerer: A
             await asyncio.to_thread(until, lambda: slow.closed == 3)
             await asyncio.gather(*asking, return_exceptions=True)
 
-    server = serve(build_app(slow, DEFAULTS, LIMITS))
-    asyncio.run(scenario(next(server)))
-    list(server)
+    with serving(build_app(slow, DEFAULTS, LIMITS)) as address:
+        asyncio.run(scenario(address))
 
 
 def test_a_failure_is_told(answerer: Answerer) -> None:
@@ -365,10 +377,11 @@ def test_a_failure_is_told(answerer: Answerer) -> None:
             self.begun = 1
             raise RuntimeError("out of memory")
 
-    server = serve(build_app(Failing(answerer), DEFAULTS, LIMITS))
-    with openai.OpenAI(base_url=f"{next(server)}/v1", api_key="x", max_retries=0) as client:
+    with (
+        serving(build_app(Failing(answerer), DEFAULTS, LIMITS)) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client,
+    ):
         with pytest.raises(openai.InternalServerError, match="the server failed: RuntimeError"):
             client.chat.completions.create(model=NAME, messages=HELLO, stream=True)
         with pytest.raises(openai.APIError, match="the answer broke off: RuntimeError"):
             streamed(client, messages=HELLO)
-    list(server)

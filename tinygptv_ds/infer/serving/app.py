@@ -99,7 +99,14 @@ def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key:
                 raise Refused(
                     "a valid API key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key"
                 )
-            return await endpoint(request)
+            try:
+                return await endpoint(request)
+            except (Refused, ClientDisconnect):
+                raise
+            except Exception as error:  # a mistake of ours: answered here, so that the connection stays
+                log.exception("%s %s", request.method, request.url.path)
+                message = f"the server failed: {type(error).__name__}"
+                raise Refused(message, status=500, code="internal_error") from None
 
         return check
 
@@ -114,7 +121,6 @@ def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key:
             Refused: lambda _, refused: refused.response(),
             HTTPException: _http_error,
             ClientDisconnect: lambda *_: Response(status_code=499),  # nobody reads it
-            Exception: _unexpected,
         },
         lifespan=lifespan,
     )
@@ -253,8 +259,3 @@ def _model(name: str, created: int) -> dict[str, Any]:
 def _http_error(request: Request, error: HTTPException) -> Response:
     """No such path, or not with this method."""
     return Refused(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code).response()
-
-
-def _unexpected(request: Request, error: Exception) -> Response:
-    """A mistake of ours; the traceback is in the server's log."""
-    return Refused(f"the server failed: {type(error).__name__}", status=500, code="internal_error").response()
