@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import string
+import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,8 +46,11 @@ _SLIDERS = (
     ("max_new_tokens", 1, 500, 1, "Most new tokens"),
     ("repetition_penalty", 1, 2, 0.05, "Repetition penalty"),
 )
-_PUNCTUATION = re.compile(f"([{re.escape(string.punctuation)}])")
-_CSS = "main.fillable {max-width: 1280px !important} button[title=Share] {display: none}"
+_CSS = """
+main.fillable {max-width: 1280px !important}
+button[title=Share] {display: none}
+#task label {padding: 5px 9px}
+"""
 
 
 # (turns so far, question, picture or None, settings) -> the answer in pieces
@@ -71,35 +73,18 @@ def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
         name: of the model.
         defaults: where the sliders stand at first.
     """
-    samples = examples()
-    with gr.Blocks(
-        title=f"{name} - TinyGPT-V", analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _HOUR)
-    ) as page:
-        gr.Markdown(f"## TinyGPT-V &nbsp;·&nbsp; {_escaped(name)}")
+    title = f"{name} - TinyGPT-V"
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _HOUR)) as page:
+        gr.HTML(f"<h2>TinyGPT-V &nbsp;·&nbsp; {html.escape(name)}</h2>")
         talk = gr.State(Talk())
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=480):
-                picture = gr.ImageEditor(
-                    type="pil",
-                    label="Picture",
-                    sources=("upload", "clipboard"),
-                    brush=gr.Brush(default_size=10, colors=["rgb(230, 25, 75)"], color_mode="fixed"),
-                    transforms=(),
-                    layers=False,
-                    height=440,
-                    elem_id="picture",
-                )
+                picture = _editor()
                 settings = _sliders(defaults)
+                samples = examples()
+                offered = _table(samples)
             with gr.Column(scale=7, min_width=480):
-                chat = gr.Chatbot(
-                    show_label=False,
-                    height=440,
-                    buttons=["copy"],
-                    latex_delimiters=[],
-                    feedback_options=None,
-                    placeholder="Upload a picture, or take one of the examples below, and ask.",
-                    elem_id="chat",
-                )
+                chat = _chat()
                 task = gr.Radio(list(TASKS), value="Chat", show_label=False, container=False, elem_id="task")
                 words = gr.Textbox(
                     placeholder=HINTS["Chat"], show_label=False, container=False, autofocus=True, elem_id="words"
@@ -108,12 +93,7 @@ def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
                     send = gr.Button("Send", min_width=80, variant="primary", elem_id="send")
                     stop = gr.Button("Stop", min_width=80, elem_id="stop")
                     reset = gr.Button("Reset", min_width=80, elem_id="reset")
-        offered = gr.Dataset(
-            label="Examples",
-            components=[gr.Image(visible=False, label="Picture"), gr.Textbox(visible=False, label="Question")],
-            samples=samples,
-            type="index",
-        )
+
         task.input(lambda chosen: gr.Textbox(TASKS[chosen], placeholder=HINTS[chosen]), task, words, queue=False)
         # The editor keeps its picture when it is given another one, unless it is emptied first.
         offered.click(lambda: None, None, picture, show_progress="hidden").then(
@@ -159,6 +139,37 @@ def launch(page: gr.Blocks, host: str, port: int, *, share: bool, wait: bool = T
     return local
 
 
+def _editor() -> gr.ImageEditor:
+    return gr.ImageEditor(
+        type="pil",
+        label="Picture",
+        sources=("upload", "clipboard"),
+        brush=gr.Brush(default_size=10, colors=["rgb(230, 25, 75)"], color_mode="fixed"),
+        transforms=(),
+        layers=False,
+        height=440,
+        elem_id="picture",
+    )
+
+
+def _table(samples: list[tuple[Image.Image, str]]) -> gr.Dataset:
+    """The examples; a click gives the number of a row."""
+    columns = [gr.Image(visible=False, label="Picture"), gr.Textbox(visible=False, label="Question")]
+    return gr.Dataset(label="Examples", components=columns, samples=samples, type="index", elem_id="examples")
+
+
+def _chat() -> gr.Chatbot:
+    return gr.Chatbot(
+        show_label=False,
+        height=440,
+        buttons=["copy"],
+        render_markdown=False,  # what people and models say is shown as it is
+        feedback_options=None,
+        placeholder="Upload a picture, or take one of the examples, and ask.",
+        elem_id="chat",
+    )
+
+
 def _sliders(defaults: Generation) -> list[gr.Slider]:
     """One for each of `_SLIDERS`."""
     with gr.Accordion("Sampling", open=False):
@@ -189,7 +200,7 @@ def _asking(reply: Reply, defaults: Generation) -> Callable[..., Iterator[tuple[
         try:
             for piece in reply(talk.turns, question, picture, settings):
                 answer += piece
-                chat[-1] = _said("assistant", _escaped(answer))
+                chat[-1] = _said("assistant", answer)
                 yield "", chat, talk
         except TinyGPTVError as error:
             raise gr.Error(str(error), print_exception=False) from None
@@ -212,7 +223,7 @@ def opened(editor: dict[str, Any] | None) -> tuple[Image.Image | None, Image.Ima
 
 def _question(question: str, picture: Image.Image | None) -> list[dict[str, Any]]:
     """The question, and the box in it where it is to be identified."""
-    said = [_said("user", _escaped(question))]
+    said = [_said("user", question)]
     regions = find_regions(question) if "[identify]" in question else []
     return said + ([_said("user", _drawn(picture, regions))] if picture and regions else [])
 
@@ -220,12 +231,16 @@ def _question(question: str, picture: Image.Image | None) -> list[dict[str, Any]
 def _answer(answer: str, picture: Image.Image | None) -> list[dict[str, Any]]:
     """The answer with its phrases in the colours of their boxes, and these on the picture."""
     regions = find_regions(answer)
+    if not regions or not picture:
+        return [_said("assistant", answer or "(no answer)")]
     text = "".join(
-        _escaped(text) if number is None else f'<b style="color: rgb{colour(number)}">{_escaped(text)}</b>'
+        html.escape(text) if number is None else f'<b style="color: rgb{colour(number)}">{html.escape(text)}</b>'
         for text, number in pieces(answer, regions)
     )
-    said = [_said("assistant", text or "*(no answer)*")]
-    return said + ([_said("assistant", _drawn(picture, regions))] if picture and regions else [])
+    return [
+        _said("assistant", gr.HTML(f'<span style="white-space: pre-wrap">{text}</span>')),
+        _said("assistant", _drawn(picture, regions)),
+    ]
 
 
 def _said(role: str, content: Any) -> dict[str, Any]:
@@ -233,9 +248,4 @@ def _said(role: str, content: Any) -> dict[str, Any]:
 
 
 def _drawn(picture: Image.Image, regions: list[Region]) -> gr.Image:
-    return gr.Image(draw_regions(picture, regions), format="jpeg", buttons=["download", "fullscreen"], show_label=False)
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return _PUNCTUATION.sub(r"\\\1", text)
+    return gr.Image(draw_regions(picture, regions), format="png", buttons=["download", "fullscreen"], show_label=False)

@@ -10,16 +10,16 @@ _DIGITS = (3, 8)  # seeds of scenes with several digits
 _SCALE = 4
 
 
-def examples() -> list[list[Image.Image | str]]:
-    """[picture, question] pairs."""
+def examples() -> list[tuple[Image.Image, str]]:
+    """Pictures and what to ask about them."""
     from tinygptv_ds.data.sets.digits import random_scene  # scikit-learn takes its time
 
     digits = [Image.fromarray(random_scene(random.Random(seed), "test").pixels) for seed in _DIGITS]
     return [
-        [street(), "[vqa] what colour is the bus?"],
-        [street(), "Please write a poem about the image"],
-        [digits[0], "[grounding] describe this image in detail"],
-        [digits[1], "[vqa] how many digits are there?"],
+        (street(), "[vqa] what colour is the bus?"),
+        (street(), "Please write a poem about the image"),
+        (digits[0], "[grounding] describe this image in detail"),
+        (digits[1], "[vqa] how many digits are there?"),
     ]
 
 
