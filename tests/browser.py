@@ -42,6 +42,7 @@ def visited(url: str, *, width: int = 1280, height: int = 900, scale: float = 1)
         page.on("request", lambda request: asked.append(request.url))
         page.goto(url)
         page.wait_for_selector("#picture input[type=file]", state="attached")
+        page.wait_for_selector("#picture canvas")  # who is earlier gets two of them
         try:
             yield page, asked
         finally:

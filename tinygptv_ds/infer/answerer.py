@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.infer.generate import Answer, prompt_row, stream
+from tinygptv_ds.infer.options import load_from
 from tinygptv_ds.infer.settings import Generation
 from tinygptv_ds.infer.templates import Conversation, Prompt, Template
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -31,12 +33,14 @@ class Answerer:
         processor: from `load_model`.
         template: the words around questions and answers.
         name: of the model, for people and clients.
+        show_prompts: print each prompt.
     """
 
     model: TinyGPTVForConditionalGeneration
     processor: TinyGPTVProcessor
     template: Template
     name: str
+    show_prompts: bool = False
 
     def prompt(self, turns: Sequence[Turn], system: str | None = None) -> tuple[Prompt, list[Picture]]:
         """The prompt for the last turn's answer, and all pictures.
@@ -77,4 +81,17 @@ class Answerer:
 
     def stream(self, prompt: Prompt, pictures: Sequence[Picture], generation: Generation) -> Answer:
         """The answer as it comes; errors as of `generate.stream`."""
+        if self.show_prompts:
+            print(f"prompt ({self.prompt_tokens(prompt, pictures)} tokens): {prompt.text!r}", flush=True)
         return stream(self.model, self.processor, prompt, pictures, generation)
+
+
+def open_answerer(args: argparse.Namespace, name: str | None = None) -> Answerer:
+    """Load the model that a command line names; errors as of `load_from`.
+
+    Args:
+        args: with `add_model_arguments`.
+        name: of the model (default: of its folder or file).
+    """
+    model, processor, template = load_from(args)
+    return Answerer(model, processor, template, name or args.model.resolve().name, args.show_prompt)

@@ -7,9 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.infer.options import add_address_arguments, add_model_arguments, check_arguments, open_answerer
-from tinygptv_ds.infer.settings import add_generation_arguments, generation_from
+from tinygptv_ds.infer.listening import add_serving_arguments, cannot_listen, check_serving_arguments
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,10 +18,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `demo`."""
-    add_model_arguments(parser)
-    add_address_arguments(parser, 7860)
+    add_serving_arguments(parser, 7860)
     parser.add_argument("--share", action="store_true", help="open a public address through gradio's servers")
-    add_generation_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,8 +29,7 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: an option is wrong, a package is missing, or the port is taken.
         WeightsError: there is no model.
     """
-    check_arguments(args, "gradio")
-    defaults = generation_from(args)
+    defaults = check_serving_arguments(args, "gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
     from tinygptv_ds.infer.demo_page import build_page, launch
@@ -44,14 +39,14 @@ def run(args: argparse.Namespace) -> None:
     try:
         launch(page, args.host, args.port, share=args.share)
     except OSError as error:
-        raise ConfigError(f"{args.host}:{args.port} cannot be listened on: {error}") from None
+        raise cannot_listen(args, error) from None
 
 
 def replying(args: argparse.Namespace) -> tuple[Reply, str]:
     """The model that the options name, as the page wants it, and its name."""
-    answerer = open_answerer(args)
+    from tinygptv_ds.infer.answerer import Turn, open_answerer
 
-    from tinygptv_ds.infer.answerer import Turn
+    answerer = open_answerer(args)
 
     def reply(
         turns: Sequence[tuple[str, str]], question: str, picture: Image.Image | None, generation: Generation

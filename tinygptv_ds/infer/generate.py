@@ -128,8 +128,8 @@ def prompt_row(
     if len(row) + new_tokens > context:
         raise DataError(
             f"the prompt of {len(row)} tokens ({pictures * processor.num_query_tokens} of them for {pictures} "
-            f"picture(s)) and an answer of up to {new_tokens} exceed the model's {context}; shorten the prompt, begin a "
-            "new conversation, or lower max_new_tokens"
+            f"picture(s)) and an answer of up to {new_tokens} exceed the model's {context}; shorten the prompt, "
+            "begin a new conversation, or lower max_new_tokens"
         )
     if not row:
         raise DataError("the prompt is empty; give it words or a picture")

@@ -1,81 +1,98 @@
-"""The options that name a model and how it is loaded, checked before torch is imported."""
+"""The options with which the verbs of inference load a model and word their questions. No torch before it is loaded."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.infer.templates import check_template
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.convert.paths import require
+from tinygptv_ds.infer.templates import Template, check_template, choose_template
 
 if TYPE_CHECKING:
-    from tinygptv_ds.infer.answerer import Answerer
+    from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+    from tinygptv_ds.processing.processor import TinyGPTVProcessor
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, in what precision, where, asked in which template."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="an exported folder, a run, or trained weights")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="(default: what the machine computes in)")
-    parser.add_argument("--bits", type=int, choices=[16, 8, 4], default=16, help="of Phi's weights (default: 16)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    parser.add_argument("--template", help="A, B, C, training, or a text with {} (default: what the checkpoint says)")
-    parser.add_argument("--recipe", type=Path, help="for trained weights that do not tell where their base lies")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of that recipe")
-
-
-def add_address_arguments(parser: argparse.ArgumentParser, port: int) -> None:
-    """Where to listen."""
+    """MODEL, in which form it is loaded, and the template."""
     parser.add_argument(
-        "--host", default="127.0.0.1", help="0.0.0.0 to be reached from elsewhere (default: %(default)s)"
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="an exported folder, a finished run, an adapter, a checkpoint, or a released .pth",
     )
-    parser.add_argument("--port", type=int, default=port, help="(default: %(default)s)")
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--bits", type=int, choices=[16, 8, 4], default=16, help="of Phi's linear layers; 16: as --dtype (default: 16)"
+    )
+    group.add_argument("--quantize-vision", action="store_true", help="with --bits 8 or 4: the ViT's, too")
+    group.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], help="of all else (default: bf16 where the machine computes in it)"
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    group.add_argument("--merge-lora", action="store_true", help="merge LoRA where it lies apart; a little faster")
+    group.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="the stage's YAML, where MODEL does not tell its base weights"
+    )
+    group.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of that recipe (repeatable)"
+    )
+    group = parser.add_argument_group("prompt")
+    group.add_argument(
+        "--template",
+        metavar="NAME",
+        help="A (the original's demo of stages 1 to 3), B (of stage 4), C (its benchmarks), training (as MODEL was "
+        "trained), or a text with {} for the question (default: training; A where that used none, as in stages 1, 2)",
+    )
+    group.add_argument(
+        "--begin-token",
+        action=argparse.BooleanOptionalAction,
+        help="begin prompts with the begin token (default: with the training's template and with texts of one's own)",
+    )
+    group.add_argument("--show-prompt", action="store_true", help="print each prompt to the letter, and how long it is")
 
 
-def check_arguments(args: argparse.Namespace, *packages: str) -> None:
-    """What can be wrong without a look at the model.
-
-    Args:
-        args: with both groups of options.
-        packages: that have to be installed beside requirements.txt.
+def check_model_arguments(args: argparse.Namespace) -> None:
+    """See what can be seen without torch.
 
     Raises:
-        ConfigError: anything.
+        TinyGPTVError: no such model, recipe or template.
     """
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConfigError(f"{' and '.join(missing)} not installed: pip install -r requirements-app.txt")
-    if not args.model.exists():
-        raise ConfigError(f"no model at {args.model}: give an exported folder, a run directory, or trained weights")
-    if not 0 < args.port < 65536:
-        raise ConfigError(f"--port must lie in 1 to 65535, not {args.port}")
+    require(args.model)
     check_template(args.template)
+    if args.recipe is not None:
+        load_recipe(args.recipe, args.set)
 
 
-def open_answerer(args: argparse.Namespace, name: str | None = None) -> Answerer:
-    """Load the model that the options name.
+def load_from(
+    args: argparse.Namespace, device: str | None = None
+) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor, Template]:
+    """The model, its processor and the template that a command line asks for; errors as of `load_model`.
 
     Args:
-        args: with `add_model_arguments`.
-        name: of the model (default: of its folder or file).
-
-    Raises:
-        WeightsError: there is no model.
-        ConfigError: it cannot be had in this way.
+        args: parsed by a parser with `add_model_arguments`, checked by `check_model_arguments`.
+        device: goes before none in `args`, as where each rank has its GPU.
     """
-    from tinygptv_ds.dtypes import DTYPES
-    from tinygptv_ds.infer.answerer import Answerer
-    from tinygptv_ds.infer.loading import load_model
-    from tinygptv_ds.infer.templates import choose_template
+    from transformers.utils import logging
 
+    from tinygptv_ds.dtypes import DTYPES
+    from tinygptv_ds.infer.loading import load_model
+
+    logging.disable_progress_bar()
     model, processor = load_model(
         args.model,
-        DTYPES[args.dtype] if args.dtype else None,
+        DTYPES.get(args.dtype),
         bits=args.bits,
-        device=args.device,
+        device=args.device or device,
+        merge=args.merge_lora,
+        quantize_vision=args.quantize_vision,
         recipe=args.recipe,
         overrides=args.set,
     )
     template = choose_template(args.template, processor.prompt_template, processor.end_sym)
-    return Answerer(model, processor, template, name or args.model.resolve().name)
+    if args.begin_token is not None:
+        template = replace(template, begin_token=args.begin_token)
+    return model, processor, template

@@ -17,7 +17,7 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.models.lora import LoRALinear
 
 _FEW_ROWS = 12  # up to here torch's kernel on 8-bit weights beats widening them first (measured, AVX-512)
-_BLOCK = 64  # weights of NF4 that share a scale
+_BLOCK = 64  # weights of NF4 that share a scale; torch's kernel on 8-bit weights reads beyond rows of other lengths
 _WIDENED = 1024  # rows of the weight that are widened at once: the copy stays in the cache
 
 
@@ -82,7 +82,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= _FEW_ROWS and x.dtype == torch.bfloat16:
+        if len(rows) <= _FEW_ROWS and x.dtype == torch.bfloat16 and rows.shape[1] % _BLOCK == 0:
             out = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
         else:
             out = (

@@ -6,9 +6,8 @@ import argparse
 import ipaddress
 import os
 
-from tinygptv_ds.errors import ConfigError, require
-from tinygptv_ds.infer.options import add_address_arguments, add_model_arguments, check_arguments, open_answerer
-from tinygptv_ds.infer.settings import add_generation_arguments, generation_from
+from tinygptv_ds.errors import require
+from tinygptv_ds.infer.listening import add_serving_arguments, cannot_listen, check_serving_arguments
 
 KEY_VARIABLE = "TINYGPTV_API_KEY"
 _MB = 1_000_000
@@ -17,8 +16,7 @@ _SHUTDOWN_SECONDS = 5  # for answers under way
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `serve`."""
-    add_model_arguments(parser)
-    add_address_arguments(parser, 8000)
+    add_serving_arguments(parser, 8000)
     parser.add_argument("--model-name", metavar="NAME", help="what clients call it (default: the folder's name)")
     parser.add_argument(
         "--api-key", metavar="KEY", help=f"what clients have to know (default: ${KEY_VARIABLE}; none: all are served)"
@@ -34,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         limits.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
     limits.add_argument("--no-fetch", action="store_true", help="take pictures from data URLs alone")
-    add_generation_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,15 +41,15 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: an option is wrong, a package is missing, or the port is taken.
         WeightsError: there is no model.
     """
-    check_arguments(args, "starlette", "uvicorn", "pydantic")
+    defaults = check_serving_arguments(args, "starlette", "uvicorn", "pydantic")
     for option in ("most_new_tokens", "most_pictures", "most_picture_mb", "most_megapixels", "most_body_mb"):
         require(getattr(args, option) >= 1, f"--{option.replace('_', '-')} must be at least 1")
     require(args.most_waiting >= 0, "--most-waiting must be at least 0")
-    defaults = generation_from(args)
     api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
 
     import uvicorn
 
+    from tinygptv_ds.infer.answerer import open_answerer
     from tinygptv_ds.infer.serving.app import Limits, build_app
     from tinygptv_ds.infer.serving.pictures import PictureLimits
 
@@ -67,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
     )
     try:
         listening = config.bind_socket()
-    except SystemExit:  # uvicorn has said why
-        raise ConfigError(f"{args.host}:{args.port} cannot be listened on; choose another --port or --host") from None
+    except SystemExit:
+        raise cannot_listen(args, "the reason stands above") from None
     print(f"{answerer.name}, template {answerer.template.name}, at http://{args.host}:{args.port}/v1", flush=True)
     if api_key is None and not _is_loopback(args.host):
         print(f"anyone who reaches {args.host} is answered: --api-key or ${KEY_VARIABLE} asks for a key", flush=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.infer.fetch import fetch_picture
 from tinygptv_ds.infer.serving.errors import Refused
 from tinygptv_ds.infer.serving.schema import ChatRequest
 from tinygptv_ds.processing.images import picture_size, to_pixels
@@ -78,6 +79,4 @@ def _decoded(url: str, limits: PictureLimits) -> bytes:
 def _fetched(url: str, limits: PictureLimits) -> bytes:
     if not limits.fetch:
         raise DataError("this server fetches no pictures; send a data URL")
-    from tinygptv_ds.infer.fetch import fetch
-
-    return fetch(url, max_bytes=limits.bytes)
+    return fetch_picture(url, max_bytes=limits.bytes)
