@@ -42,7 +42,7 @@ def visited(url: str, *, width: int = 1280, height: int = 900, scale: float = 1)
         page.on("request", lambda request: asked.append(request.url))
         page.goto(url)
         page.wait_for_selector("#picture input[type=file]", state="attached")
-        page.wait_for_selector("#picture canvas")  # who is earlier gets two of them
+        page.wait_for_selector("#picture canvas")
         try:
             yield page, asked
         finally:
@@ -59,7 +59,7 @@ def upload(page: "Page", picture: bytes) -> None:
 
 def paint(page: "Page", start: tuple[float, float], end: tuple[float, float]) -> None:
     """A stroke with the brush between two places of the editor's canvas, from 0 to 1."""
-    canvas = page.locator("#picture canvas").bounding_box()
+    canvas = page.locator("#picture canvas").first.bounding_box()
     points = [(canvas["x"] + x * canvas["width"], canvas["y"] + y * canvas["height"]) for x, y in (start, end)]
     page.mouse.move(*points[0])
     page.mouse.down()

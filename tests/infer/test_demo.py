@@ -75,7 +75,7 @@ def test_a_picture_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
         turns, question, _, _ = asked[1]
         assert turns == [("[grounding] describe this image in detail", SAID)]
         box = [int(side) for side in question.removeprefix("[identify] what is this {<").removesuffix(">}").split("><")]
-        assert 30 < box[0] < box[2] < 70 and 40 < box[1] < box[3] < 70
+        assert 30 < box[0] < box[2] < 70 and 40 < box[1] < box[3] < 80
         assert browser.drawn(page, 1).tobytes() == draw_regions(photo, find_regions(question)).tobytes()
 
         page.get_by_text("[vqa] how many digits are there?").click()

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gradio as gr
+from gradio import utils
+from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 
 from tinygptv_ds.errors import TinyGPTVError
@@ -97,7 +99,10 @@ def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
         task.input(lambda chosen: gr.Textbox(TASKS[chosen], placeholder=HINTS[chosen]), task, words, queue=False)
         # The editor keeps its picture when it is given another one, unless it is emptied first.
         offered.click(lambda: None, None, picture, show_progress="hidden").then(
-            lambda number: samples[number], offered, [picture, words], show_progress="hidden"
+            lambda number: (*samples[number], [], Talk()),
+            offered,
+            [picture, words, chat, talk],
+            show_progress="hidden",
         )
         given, shown = [words, picture, chat, talk, *settings], [words, chat, talk]
         asked = gr.on(
@@ -109,7 +114,8 @@ def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
             concurrency_id="model",
         )
         stop.click(None, cancels=[asked], queue=False)
-        gr.on([reset.click, picture.upload, picture.clear], lambda: ([], Talk()), None, [chat, talk], cancels=[asked])
+        fresh = {"fn": lambda: ([], Talk()), "outputs": [chat, talk], "cancels": [asked], "queue": False}
+        gr.on([reset.click, picture.upload], **fresh)
     return page.queue(max_size=WAITING, api_open=False)
 
 
@@ -142,6 +148,7 @@ def launch(page: gr.Blocks, host: str, port: int, *, share: bool, wait: bool = T
 def _editor() -> gr.ImageEditor:
     return gr.ImageEditor(
         type="pil",
+        format="png",
         label="Picture",
         sources=("upload", "clipboard"),
         brush=gr.Brush(default_size=10, colors=["rgb(230, 25, 75)"], color_mode="fixed"),
@@ -247,5 +254,6 @@ def _said(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _drawn(picture: Image.Image, regions: list[Region]) -> gr.Image:
-    return gr.Image(draw_regions(picture, regions), format="png", buttons=["download", "fullscreen"], show_label=False)
+def _drawn(picture: Image.Image, regions: list[Region]) -> dict[str, str]:
+    """A file in gradio's folder for such, written once; gradio would write a component's picture at every piece."""
+    return {"path": save_pil_to_cache(draw_regions(picture, regions), utils.get_upload_folder(), format="png")}
