@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from tinygptv_ds.infer.listening import add_serving_arguments, cannot_listen, check_serving_arguments
+from tinygptv_ds.infer.listening import add_serving_arguments, check_serving_arguments, listen
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,16 +30,15 @@ def run(args: argparse.Namespace) -> None:
         WeightsError: there is no model.
     """
     defaults = check_serving_arguments(args, "gradio")
+    channel = listen(args)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
     from tinygptv_ds.infer.demo_page import build_page, launch
 
     reply, name = replying(args)
     page = build_page(reply, name, defaults)
-    try:
-        launch(page, args.host, args.port, share=args.share)
-    except OSError as error:
-        raise cannot_listen(args, error) from None
+    channel.close()  # for gradio, which opens its own
+    launch(page, args.host, args.port, share=args.share)
 
 
 def replying(args: argparse.Namespace) -> tuple[Reply, str]:

@@ -51,6 +51,7 @@ _SLIDERS = (
 _CSS = """
 main.fillable {max-width: 1280px !important}
 button[title=Share] {display: none}
+#chat .image-container img {max-height: 300px; width: auto}
 #task label {padding: 5px 9px}
 """
 
@@ -168,7 +169,7 @@ def _table(samples: list[tuple[Image.Image, str]]) -> gr.Dataset:
 def _chat() -> gr.Chatbot:
     return gr.Chatbot(
         show_label=False,
-        height=440,
+        height=520,
         buttons=["copy"],
         render_markdown=False,  # what people and models say is shown as it is
         feedback_options=None,

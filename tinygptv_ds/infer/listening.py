@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import socket
 from pathlib import Path
 
 from tinygptv_ds.errors import ConfigError, require
@@ -38,6 +39,16 @@ def check_serving_arguments(args: argparse.Namespace, *packages: str) -> Generat
     return generation_from(args)
 
 
-def cannot_listen(args: argparse.Namespace, reason: object) -> ConfigError:
-    """The error of an address that is taken, or not this machine's."""
-    return ConfigError(f"{args.host}:{args.port} cannot be listened on ({reason}); choose another --port or --host")
+def listen(args: argparse.Namespace) -> socket.socket:
+    """A socket at the address, taken before a model is loaded for nothing.
+
+    Raises:
+        ConfigError: the address is another program's, or not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"{args.host}:{args.port} cannot be listened on ({error}); choose another --port or --host"
+        ) from None

@@ -7,7 +7,7 @@ import ipaddress
 import os
 
 from tinygptv_ds.errors import require
-from tinygptv_ds.infer.listening import add_serving_arguments, cannot_listen, check_serving_arguments
+from tinygptv_ds.infer.listening import add_serving_arguments, check_serving_arguments, listen
 
 KEY_VARIABLE = "TINYGPTV_API_KEY"
 _MB = 1_000_000
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
         require(getattr(args, option) >= 1, f"--{option.replace('_', '-')} must be at least 1")
     require(args.most_waiting >= 0, "--most-waiting must be at least 0")
     api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    channel = listen(args)
 
     import uvicorn
 
@@ -62,14 +63,10 @@ def run(args: argparse.Namespace) -> None:
     config = uvicorn.Config(
         app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS, server_header=False
     )
-    try:
-        listening = config.bind_socket()
-    except SystemExit:
-        raise cannot_listen(args, "the reason stands above") from None
     print(f"{answerer.name}, template {answerer.template.name}, at http://{args.host}:{args.port}/v1", flush=True)
     if api_key is None and not _is_loopback(args.host):
         print(f"anyone who reaches {args.host} is answered: --api-key or ${KEY_VARIABLE} asks for a key", flush=True)
-    uvicorn.Server(config).run([listening])
+    uvicorn.Server(config).run([channel])
 
 
 def _is_loopback(host: str) -> bool:
