@@ -27,13 +27,15 @@ _OPTIONS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # there is no other machine
 )
 _PATIENCE = 20_000  # milliseconds
+_SETTLING = 300  # of what is seen nowhere on the page
 
 
 @contextmanager
 def visited(url: str, *, width: int = 1280, height: int = 900, scale: float = 1) -> Iterator[tuple["Page", list[str]]]:
     """The demo's page, ready for a picture, and the addresses of all that it asks for."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=_PATIENCE)
     asked: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(_OPTIONS))
@@ -52,9 +54,18 @@ def visited(url: str, *, width: int = 1280, height: int = 900, scale: float = 1)
 def upload(page: "Page", picture: bytes) -> None:
     """Put a PNG into the editor, and wait until it is there."""
     file = {"name": "picture.png", "mimeType": "image/png", "buffer": picture}
-    with page.expect_response(lambda response: "/gradio_api/upload" in response.url):
+    with another_picture(page):
         page.set_input_files("#picture input[type=file]", files=[file])
-    page.wait_for_selector("#picture [aria-label='Clear canvas']")
+
+
+@contextmanager
+def another_picture(page: "Page") -> Iterator[None]:
+    """Wait until the editor shows a picture of another size: its zoom, of which it makes a text, has changed."""
+    zoom = "() => document.querySelector('#picture').innerText.match(/\\d+%/)[0]"
+    before = page.evaluate(zoom)
+    yield
+    page.wait_for_function(f"before => ({zoom})() != before", arg=before)
+    page.wait_for_timeout(_SETTLING)
 
 
 def paint(page: "Page", start: tuple[float, float], end: tuple[float, float]) -> None:

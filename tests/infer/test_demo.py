@@ -3,6 +3,7 @@
 import argparse
 import io
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,10 +48,16 @@ def test_a_picture_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
     """Painted on, too, and asked about again, with the history, which another picture ends; all without a net."""
     from playwright.sync_api import expect
 
-    asked = []
+    asked, ended = [], []
 
     def reply(turns: list, question: str, picture: Image.Image | None, settings: Generation) -> Iterator[str]:
         asked.append((list(turns), question, picture, settings))
+        try:
+            while question == "go on":
+                time.sleep(0.02)
+                yield "and "
+        finally:
+            ended.append(question)
         yield from (SAID[at : at + 7] for at in range(0, len(SAID), 7))
 
     photo = Image.new("RGB", (400, 200), (10, 160, 250))
@@ -78,8 +85,9 @@ def test_a_picture_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
         assert 30 < box[0] < box[2] < 70 and 40 < box[1] < box[3] < 80
         assert browser.drawn(page, 1).tobytes() == draw_regions(photo, find_regions(question)).tobytes()
 
-        page.get_by_text("[vqa] how many digits are there?").click()
-        page.wait_for_function("() => document.querySelector('#words textarea').value.startsWith('[vqa] how')")
+        with browser.another_picture(page):
+            page.get_by_text("[vqa] how many digits are there?").click()
+        expect(page.locator("#words textarea")).to_have_value("[vqa] how many digits are there?")
         page.click("#send")
         expect(page.locator("#chat .user.message")).to_have_count(1)
         expect(page.locator("#chat .image-container img")).to_have_count(1)
@@ -87,8 +95,12 @@ def test_a_picture_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
         assert turns == [] and question == "[vqa] how many digits are there?"
         assert picture.tobytes() == examples()[-1][0].tobytes()
 
+        browser.ask(page, "Chat", "go on")
+        expect(answer).to_contain_text("and and")
         page.click("#reset")
         expect(answer).to_have_count(0)
+        page.wait_for_timeout(300)
+        assert ended[-1] == "go on"
         assert [url for url in requests if not url.startswith(("http://127.0.0.1", "blob:", "data:"))] == []
 
 

@@ -115,8 +115,9 @@ def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
             concurrency_id="model",
         )
         stop.click(None, cancels=[asked], queue=False)
-        fresh = {"fn": lambda: ([], Talk()), "outputs": [chat, talk], "cancels": [asked], "queue": False}
-        gr.on([reset.click, picture.upload], **fresh)
+        # First an end, then the emptying: the other way round a late piece of the answer could undo it.
+        ended = gr.on([reset.click, picture.upload], None, cancels=[asked], queue=False)
+        ended.then(lambda: ([], Talk()), None, [chat, talk], queue=False)
     return page.queue(max_size=WAITING, api_open=False)
 
 

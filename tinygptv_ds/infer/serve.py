@@ -8,10 +8,12 @@ import os
 
 from tinygptv_ds.errors import require
 from tinygptv_ds.infer.listening import add_serving_arguments, check_serving_arguments, listen
+from tinygptv_ds.log import set_up_logging
 
 KEY_VARIABLE = "TINYGPTV_API_KEY"
 _MB = 1_000_000
 _SHUTDOWN_SECONDS = 5  # for answers under way
+_CONNECTIONS = 32  # beside those that wait: further ones get a 503
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     require(args.most_waiting >= 0, "--most-waiting must be at least 0")
     api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     channel = listen(args)
+    set_up_logging()
 
     import uvicorn
 
@@ -61,7 +64,11 @@ def run(args: argparse.Namespace) -> None:
     answerer = open_answerer(args, args.model_name)
     app = build_app(answerer, defaults, limits, api_key)
     config = uvicorn.Config(
-        app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS, server_header=False
+        app,
+        log_level="warning",
+        limit_concurrency=args.most_waiting + _CONNECTIONS,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        server_header=False,
     )
     print(f"{answerer.name}, template {answerer.template.name}, at http://{args.host}:{args.port}/v1", flush=True)
     if api_key is None and not _is_loopback(args.host):
