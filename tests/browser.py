@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from tinygptv_ds.infer.demo_page import TASKS
+from tinygptv_ds.infer.demo_page import HINTS, TASKS
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -80,9 +80,12 @@ def paint(page: "Page", start: tuple[float, float], end: tuple[float, float]) ->
 
 def ask(page: "Page", task: str, words: str | None = None) -> None:
     """Choose a task, type a question unless the task's words are one, and send it."""
-    task_words = TASKS[task]
+    from playwright.sync_api import expect
+
     page.get_by_label(task, exact=True).check()
-    page.wait_for_function("words => document.querySelector('#words textarea').value == words", arg=task_words)
+    # The task's words may be what stands there already; its hint tells that it has been chosen.
+    expect(page.locator("#words textarea")).to_have_attribute("placeholder", HINTS[task])
+    expect(page.locator("#words textarea")).to_have_value(TASKS[task])
     if words is not None:
         page.fill("#words textarea", words)
     page.click("#send")

@@ -89,7 +89,7 @@ def test_silence_has_an_end() -> None:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         with pytest.raises(DataError, match=r"longer than 0\.2 s"):
             fetch_picture(url, allow_private=True, timeout=0.2)
-    with pytest.raises(DataError, match="refused|reset"):
+    with pytest.raises(DataError, match=r"refused|reset"):
         fetch_picture(url, allow_private=True, timeout=5)
 
 

@@ -17,7 +17,7 @@ from tinygptv_ds.processing.images import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens, check_placeholders, prompt_ids, tokenize, wrap
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
 
-Picture = bytes | str | Path | Image.Image  # encoded, a path, or decoded
+Picture = bytes | str | Path | Image.Image | np.ndarray  # encoded, a path, decoded, or as `to_pixels` gives it
 
 
 class TinyGPTVProcessor(ProcessorMixin):
@@ -124,7 +124,8 @@ class TinyGPTVProcessor(ProcessorMixin):
         """uint8 `[N, 3, S, S]`, None where there is no picture; errors as in `__call__`."""
         if not pictures:
             return None
-        return torch.from_numpy(np.stack([to_pixels(picture, self.image_size) for picture in pictures]))
+        size = self.image_size
+        return torch.from_numpy(np.stack([p if isinstance(p, np.ndarray) else to_pixels(p, size) for p in pictures]))
 
     def prompt(self, question: str, num_images: int = 1) -> str:
         """A question as the training worded it: behind its pictures, inside the template."""
