@@ -75,4 +75,4 @@ def groups() -> Iterator[Group]:
                     cases.append(replace(plain, recompute=True))
                 if stage == 4 and first:
                     cases.append(replace(plain, batch=LARGER * plain.batch))
-                yield Group(tuple(cases), save=stage == 4 and first)
+                yield Group(tuple(cases), save=stage == 4 and (first or (precision == "fp16" and zero == 3)))

@@ -31,8 +31,8 @@ class Report:
     def __init__(self, out: Path, about: dict[str, Any]) -> None:
         self._out = out
         self._began = time.time()
-        self._found: dict[str, Any] = {**about, "machine": None, "ceilings": None, "save": None}
-        self._lists: dict[str, list] = {kind: [] for kind in ("attention", "whole_model", "steps", "check")}
+        self._found: dict[str, Any] = {**about, "machine": None, "ceilings": None}
+        self._lists: dict[str, list] = {kind: [] for kind in ("attention", "whole_model", "steps", "save", "check")}
         self._failed: list[dict[str, str]] = []
         self._left_out: list[dict[str, str]] = []
 
@@ -81,8 +81,7 @@ class Report:
     def text(self) -> str:
         """Markdown."""
         parts = [self._machine(), *attention_table(self._lists["attention"]), "", *step_table(self._lists["steps"])]
-        if self._found["save"]:
-            parts += ["", _saving(self._found["save"])]
+        parts += ["", *map(_saving, self._lists["save"])]
         checks = self.checks
         parts += ["", f"{sum(each['passed'] for each in checks)} of {len(checks)} checks passed"]
         parts += [f"- FAILED: {c['name']}: {c['value']:.3g}, allowed {c['limit']:g}" for c in checks if not c["passed"]]
@@ -179,11 +178,14 @@ def _step_row(row: dict[str, Any]) -> str:
     return f"| {case} | {' | '.join(cells)} |"
 
 
-def _saving(save: dict[str, float]) -> str:
+def _saving(save: dict[str, Any]) -> str:
+    waits = f"training waits {save['stall_seconds']:.2f} s (the first time {save['first_stall_seconds']:.2f} s)"
+    beside = (
+        f"a step takes {1000 * save['step_seconds_beside']:.0f} ms, alone {1000 * save['step_seconds_alone']:.0f} ms"
+    )
     return (
-        f"checkpoint of {save['gb']:.2f} GB: training waits {save['stall_seconds']:.2f} s (the first time "
-        f"{save['first_stall_seconds']:.2f} s), is written in {save['write_seconds']:.2f} s beside it, while a step "
-        f"takes {1000 * save['step_seconds_beside']:.0f} ms instead of {1000 * save['step_seconds_alone']:.0f} ms"
+        f"{save['group']}, checkpoint of {save['gb']:.2f} GB: {waits}; written in {save['write_seconds']:.2f} s, while "
+        f"{beside}"
     )
 
 

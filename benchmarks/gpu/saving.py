@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from benchmarks.gpu.machine import wait
-from tinygptv_ds.train.checkpoint import FOLDER, TENSORS, write_checkpoint
+from tinygptv_ds.train.checkpoint import FOLDER, TENSORS, Snapshot, write_checkpoint
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.saver import take_snapshot
 
@@ -28,20 +29,24 @@ def save_times(engine: Engine, step: Callable[[], object]) -> dict[str, float]:
         stalls.append(time.perf_counter() - began)
     checkpoints = engine.job.run_dir / FOLDER
     with ThreadPoolExecutor(1) as thread:
-        began = time.perf_counter()
-        writing = thread.submit(write_checkpoint, checkpoints, snapshot) if engine.job.ranks.is_main else None
+        writing = thread.submit(_write, checkpoints, snapshot) if engine.job.ranks.is_main else None
         beside = _mean_seconds(step, times=3)
-        folder = writing.result() if writing is not None else None
-        seconds = time.perf_counter() - began
-    gigabytes = (folder / TENSORS).stat().st_size / 1e9 if folder is not None else 0.0
+        seconds, size = writing.result() if writing is not None else (0.0, 0)
     return {
-        "gb": gigabytes,
+        "gb": size / 1e9,
         "stall_seconds": stalls[-1],
         "first_stall_seconds": stalls[0],
         "write_seconds": seconds,
         "step_seconds_alone": alone,
         "step_seconds_beside": beside,
     }
+
+
+def _write(checkpoints: Path, snapshot: Snapshot) -> tuple[float, int]:
+    """(seconds, bytes of the tensors)."""
+    began = time.perf_counter()
+    folder = write_checkpoint(checkpoints, snapshot)
+    return time.perf_counter() - began, (folder / TENSORS).stat().st_size
 
 
 def _mean_seconds(call: Callable[[], object], times: int) -> float:

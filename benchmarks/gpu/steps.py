@@ -173,7 +173,7 @@ def main() -> None:
                 batches = make_batches(model.config, cases[0], job.ranks.rank, pinned=device.type == "cuda")
                 times = save_times(engine, lambda: bench.run(batches, 1))
                 if job.ranks.is_main:
-                    add(args.out, "save", times)
+                    add(args.out, "save", {"group": cases[0].group, **times})
     except torch.OutOfMemoryError as error:
         reason = str(error).split("\n")[0]
         add(args.out, "steps", {"case": asdict(case), "status": OUT_OF_MEMORY, "why": reason})

@@ -67,7 +67,7 @@ def written(folder: Path) -> dict:
 
 
 def test_the_whole_command(tmp_path: Path) -> None:
-    """Machine, attention, packed against padded, steps of stage 4 from both sources under ZeRO-3 in fp16."""
+    """Machine, attention, packed against padded; under ZeRO-3 in fp16 steps of stage 4 and a checkpoint."""
     env = {**os.environ, "PYTHON": sys.executable}
     options = ["--tiny", "--steps", "2", "--out", str(tmp_path), "--only", "checks", "ZeRO-3, fp16, stage 4"]
     command = ["bash", str(ROOT / "benchmarks/gpu.sh"), *options]
@@ -84,9 +84,11 @@ def test_the_whole_command(tmp_path: Path) -> None:
         parts = row["seconds_by_part"]
         assert set(parts) == set(PARTS) and all(parts[part] > 0 for part in ("phi", "backward", "optimizer", "head"))
     assert pixels["seconds_by_part"]["vision"] > 0 == features["seconds_by_part"]["vision"]
+    (save,) = found["save"]
+    assert save["gb"] > 0 and all(value > 0 for name, value in save.items() if name.endswith("seconds"))
     assert found["checks"] and all(each["passed"] for each in found["checks"])
     assert not found["failed"] and not found["left_out"]
-    assert "| ZeRO-3, fp16, stage 4, features, 2 samples |" in done.stdout == done.stdout
+    assert "| ZeRO-3, fp16, stage 4, features, 2 samples |" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "log.txt", "table.md"]
 
 
@@ -96,7 +98,7 @@ def test_every_case_that_matters_is_planned() -> None:
         (s, z, p, f) for s in (1, 4) for z in (2, 3) for p in ("bf16", "fp16") for f in ("pixels", "features")
     }
     assert {case.group for group in groups() for case in group.cases} == {group.name for group in groups()}
-    assert [group.name for group in groups() if group.save] == ["ZeRO-2, bf16, stage 4"]
+    assert [group.name for group in groups() if group.save] == ["ZeRO-2, bf16, stage 4", "ZeRO-3, fp16, stage 4"]
 
 
 def test_without_memory_half_the_batch(tmp_path: Path, report: Report) -> None:
