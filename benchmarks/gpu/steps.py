@@ -104,6 +104,7 @@ class Bench:
         wait(engine.device)
         began = time.perf_counter()
         for step in range(self._done, self._done + count):
+            engine.progress.begin_step(step)
             engine.saver.before_step()
             optimizer_step(engine, step, [batches.loaded[step % len(batches.loaded)]], self._sums, self._transfer)
             engine.saver.after_step(step + 1)

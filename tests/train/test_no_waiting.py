@@ -25,6 +25,7 @@ from tinygptv_ds.models.trainable import lora, norms, projections, train_only
 from tinygptv_ds.processing.sequence import IGNORE, Sequence
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.loop import optimizer_step
+from tinygptv_ds.train.progress import Progress
 from tinygptv_ds.train.stopwatch import Stopwatch
 from tinygptv_ds.train.sums import Sums
 from tinygptv_ds.train.transfer import Transfer
@@ -95,6 +96,7 @@ def test_a_step(source: str, raw_recipe: Callable[..., dict[str, Any]]) -> None:
     )
     engine.forward_clock = Stopwatch(engine.device)
     engine.job = SimpleNamespace(recipe=build_recipe(raw_recipe(), "test"), ranks=Ranks(0, 0, 1, 1))
+    engine.progress = Progress(0, engine.job.recipe.train, lambda timeout: None)
     none = torch.zeros(0, config.num_query_tokens, config.qformer_config.hidden_size) if features else None
     sizes = {"queries": config.num_query_tokens, "image_size": 28, "bos": 1, "no_features": none}
     loaded = [Loaded(collate([sample(n, features), sample(n + 1, features)], ["vqa"], **sizes), ()) for n in (0, 2)]
