@@ -75,7 +75,7 @@ def test_rank_0_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_a_rank_with_a_bug(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Its traceback stays; the others do not wait for it, nor add the tracebacks of their collectives."""
+    """Its traceback stays, and it ends though Python cannot; the others add no tracebacks of their collectives."""
     with started(recipe(), tmp_path / "run", ranks=3, fault=in_step, at=2, rank=1, how="failing") as run:
         assert run.end() == [1, 1, 1]
     assert run.output.count("Traceback") == 1 and run.output.count("IndexError: pop from empty list\n") == 1

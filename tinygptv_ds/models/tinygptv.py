@@ -134,8 +134,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """uint8 `[N, 3, S, S]` to normalised floats of the ViT's dtype; floats pass as they are."""
         if pixel_values.dtype != torch.uint8:
             return pixel_values
-        mean = pixel_values.new_tensor(IMAGE_MEAN, dtype=torch.float32).view(3, 1, 1)
-        std = pixel_values.new_tensor(IMAGE_STD, dtype=torch.float32).view(3, 1, 1)
+        mean, std = (_by_channel(values, pixel_values.device) for values in (IMAGE_MEAN, IMAGE_STD))
         return (pixel_values.float() / 255 - mean) / std
 
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
@@ -307,6 +306,11 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if past == 0:
             step |= {"pixel_values": pixel_values, "image_features": image_features}
         return step | {"use_cache": True, "logits_to_keep": 1}
+
+
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """fp32 `[3, 1, 1]`, filled in on the device: a copy from the host would wait for all that is queued there."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -67,7 +67,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         over.look(loaded)
         guard.look(step, loaded)
         engine.saver.before_step()
-        _optimizer_step(engine, step, loaded, sums, transfer)
+        optimizer_step(engine, step, loaded, sums, transfer)
         guard.stop_if_left_out(step, sums.recent)
         engine.progress.enter(REPORTING)
         reporter.step_done()
@@ -110,13 +110,18 @@ def warn_of_rising_rate(optimizer: OptimizerSection) -> None:
         )
 
 
-def _optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums, transfer: Transfer) -> None:
+def optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums, transfer: Transfer) -> None:
+    """One step of this rank's micro-batches, counted in `sums`. To be called on all ranks.
+
+    The host waits for the device once, where ZeRO asks whether a gradient is not finite.
+    """
     recipe = engine.job.recipe
     batches = [transfer(item.batch) for item in loaded]
     divisor = None
     if recipe.train.loss_reduction == "step_mean":
         targets = sum(len(batch.targets) for batch in batches)
-        divisor = engine.all_reduce(torch.tensor(float(targets), device=engine.device)).clamp(min=1)
+        # Filled in on the device: torch.tensor would wait for what is queued there.
+        divisor = engine.all_reduce(torch.full((), float(targets), device=engine.device)).clamp(min=1)
     if begins_cycle(step, recipe):
         engine.reset_optimizer()
     engine.set_learning_rate(rate_of_step(step, recipe))
