@@ -218,8 +218,8 @@ def test_a_recipe_names_them_with_their_places(root: Path) -> None:
 
 def test_files_are_checked_before_torch_is_imported(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom eval import vqa\nfrom tinygptv_ds.errors import DataError\ntry:\n    vqa.scores(sys.argv[1:])\n"
-        "except DataError:\n    sys.exit('torch' in sys.modules)\nsys.exit(3)"
+        "import sys\nfrom eval import vqa\nfrom tinygptv_ds.errors import DataError\n"
+        "try:\n    vqa.scores(sys.argv[1:])\nexcept DataError:\n    sys.exit('torch' in sys.modules)\nsys.exit(3)"
     )
     options = ["--model", str(tmp_path), "--benchmarks", "gqa,hm", "--root", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, check=False)
