@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import yaml
 
 from tinygptv_ds.config.evaluation_section import SPLITS
 from tinygptv_ds.config.nearest import nearest
-from tinygptv_ds.dist import Ranks, joined, ranks_from_env, wait_for_all
+from tinygptv_ds.dist import Ranks, ranks_from_env, together, wait_for_all
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.infer.benchmarks import answer_log
 from tinygptv_ds.infer.benchmarks.checks import Checks
@@ -27,7 +26,6 @@ from tinygptv_ds.infer.benchmarks.table import open_held_out, open_published, pl
 if TYPE_CHECKING:
     from tinygptv_ds.infer.benchmarks.made_by import MadeBy
 
-_PATIENCE = timedelta(days=30)  # of the ranks that have finished their share
 _PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
@@ -108,7 +106,7 @@ def evaluate(args: argparse.Namespace, kind: str, benchmarks: Sequence[str] = ()
         _show_prompts(args, tasks, settings)
         return []
     ranks = ranks_from_env()
-    with joined(ranks, _PATIENCE):
+    with together(ranks):
         return _score(args, tasks, settings, ranks)
 
 

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, read from the launcher's environment. torch comes only where they meet."""
+"""Who this process is among the ranks, read from the launcher's environment. torch is loaded where they meet only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+
+_PATIENCE = timedelta(days=30)  # of the ranks that have finished their share
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,21 @@ def cores_per_rank(ranks: Ranks) -> int:
 
 
 @contextmanager
-def joined(ranks: Ranks, patience: timedelta) -> Iterator[None]:
-    """The ranks of a launcher as one group of torch's over gloo, for a block in which they wait for each other."""
+def together(ranks: Ranks) -> Iterator[None]:
+    """Inside, the ranks of a launcher can meet (`wait_for_all`), on the CPU: no GPU is waited on or held."""
     if ranks.world_size == 1:
         yield
         return
-    from torch import distributed
+    import torch.distributed
 
-    distributed.init_process_group("gloo", timeout=patience)
+    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     yield
-    distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def wait_for_all(ranks: Ranks) -> None:
-    """Until all ranks have come here."""
+    """Go on once all ranks have come here."""
     if ranks.world_size > 1:
-        from torch import distributed
+        import torch.distributed
 
-        distributed.barrier()
+        torch.distributed.barrier()

@@ -8,7 +8,6 @@ import fcntl
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from tinygptv_ds.data.features import (
 )
 from tinygptv_ds.data.remote import Shard
 from tinygptv_ds.data.shards import expand_shards
-from tinygptv_ds.dist import Ranks, cores_per_rank, joined, ranks_from_env, wait_for_all
+from tinygptv_ds.dist import Ranks, cores_per_rank, ranks_from_env, together, wait_for_all
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.log import LOGGER, set_up_logging
 from tinygptv_ds.train.preflight import check_files
@@ -37,8 +36,6 @@ from tinygptv_ds.train.preflight import check_files
 if TYPE_CHECKING:
     from tinygptv_ds.data.pictures import Slot
     from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-
-_PATIENCE = timedelta(days=30)  # of the ranks that have finished their shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     check_files(recipe)
     ranks = ranks_from_env()
     set_up_logging(ranks.rank)
-    with joined(ranks, _PATIENCE):
+    with together(ranks):
         work = _load_vision(recipe, args, ranks)
         for section in recipe.data.used:
             _make(section, args.out / section.name, work)

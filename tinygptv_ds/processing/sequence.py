@@ -80,16 +80,26 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, num_images: int,
     Raises:
         DataError: the prompt does not hold one placeholder per picture.
     """
+    check_placeholders(prompt, num_images)
     pieces = prompt.split(IMAGE_PLACEHOLDER)
-    if len(pieces) - 1 != num_images:
-        raise DataError(
-            f"the prompt holds {len(pieces) - 1} times {IMAGE_PLACEHOLDER}, but there are {num_images} picture(s): "
-            f"{prompt[:200]!r}"
-        )
     ids = tokenize(tokenizer, pieces[0])
     for piece in pieces[1:]:
         ids += [image.token_id] * image.count + tokenize(tokenizer, piece)
     return ids
+
+
+def check_placeholders(prompt: str, num_images: int) -> None:
+    """See that a prompt holds one placeholder per picture.
+
+    Raises:
+        DataError: it does not.
+    """
+    found = prompt.count(IMAGE_PLACEHOLDER)
+    if found != num_images:
+        raise DataError(
+            f"the prompt holds {found} times {IMAGE_PLACEHOLDER}, but there are {num_images} picture(s): "
+            f"{prompt[:200]!r}"
+        )
 
 
 def build_sequence(
