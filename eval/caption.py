@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.common import evaluate, parser
 from tinygptv_ds.cli import run_command
+from tinygptv_ds.infer.benchmarks.held_out import CAPTION
 
 LENGTH = 60  # tokens; captions are longer than the answers of the other scripts
 
@@ -22,6 +23,7 @@ def scores(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The results, as they are written."""
     options = parser(__doc__.splitlines()[0])
     options.set_defaults(max_new_tokens=LENGTH)
+    options.add_argument("--instruction", help=f"the words to ask with (default: {CAPTION!r})")
     return evaluate(options.parse_args(argv), "caption")
 
 

@@ -114,7 +114,7 @@ def open_tasks(args: argparse.Namespace, kind: str, benchmarks: Sequence[str]) -
     """The questions of all that is named, from files that have been checked."""
     places = [text for text in args.set if not text.startswith("model.")]
     if args.shards is not None:
-        return [open_held_out(kind, args.shards, args.limit)]
+        return [open_held_out(kind, args.shards, args.limit, instruction=getattr(args, "instruction", None))]
     checks, tasks = Checks(), []
     for name in args.benchmarks.split(","):
         if name not in benchmarks:

@@ -1,6 +1,8 @@
 """Every benchmark is read as it is distributed, worded as published, and what is missing or odd is told at once."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import benchmark_files
 import pytest
 from benchmark_files import picture, write
 
+from eval import refer, vqa
 from tinygptv_ds.config.evaluation_section import SPLITS, ScoredSection
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.infer.benchmarks.checks import Checks
@@ -15,6 +18,7 @@ from tinygptv_ds.infer.benchmarks.question import Question
 from tinygptv_ds.infer.benchmarks.settings import Settings, wording
 from tinygptv_ds.infer.benchmarks.table import PUBLISHED, open_published, open_section, places_of
 
+ROOT = Path(__file__).parents[2]
 SHORT = "[vqa] Based on the image, respond to this question with a short answer:"
 # The first question of each, its whole prompt, its answer, and where its picture lies.
 FIRST = {
@@ -210,3 +214,25 @@ def test_a_recipe_names_them_with_their_places(root: Path) -> None:
     with pytest.raises(DataError, match=r"1 of 1 pictures are not there.*none/gqa/gqa_images/n0\.jpg"):
         checks.finish()
     assert ScoredSection("refcocog", root="x").label == "refcocog_val"
+
+
+def test_files_are_checked_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom eval import vqa\nfrom tinygptv_ds.errors import DataError\n"
+        "try:\n    vqa.scores(sys.argv[1:])\nexcept DataError:\n    sys.exit('torch' in sys.modules)\nsys.exit(3)"
+    )
+    options = ["--model", str(tmp_path), "--benchmarks", "gqa,hm", "--root", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, check=False)
+    assert done.returncode == 0
+
+
+def test_prompts_can_be_looked_at(root: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(exported), "--benchmarks", "hm,iconvqa", "--root", str(root), "--show-prompt"]
+    assert vqa.scores([*options, "--template", "training"]) == []
+    memes, icons = capsys.readouterr().out.splitlines()
+    assert memes.startswith('hm: "[INST] <Img><ImageHere></Img> This is an image writting')
+    assert icons.endswith(" [/INST]'; the likeliest choice counts, each with '###' behind it")
+    with pytest.raises(ConfigError, match="'gpa' is none of these; did you mean gqa"):
+        vqa.scores(["--model", str(exported), "--benchmarks", "gpa"])
+    with pytest.raises(ConfigError, match="refcocog has val, test"):
+        refer.scores(["--model", str(exported), "--benchmarks", "refcocog", "--splits", "testA"])

@@ -112,6 +112,8 @@ def test_captions_of_both_kinds_of_records(tmp_path) -> None:
         write_samples(iter(made), tmp_path / kind, samples_per_shard=2, total=2, settings={})
         questions = read_held_out("caption", str(tmp_path / kind))
         assert [q.truth for q in questions] == [[sample.record[field]] for sample in made]
+        assert {q.text for q in questions} == {"[caption] Briefly describe this image."}
+        assert read_held_out("caption", str(tmp_path / kind), 1, "what?")[0].text == "what?"
 
 
 def test_results_are_never_left_half_written(tmp_path) -> None:

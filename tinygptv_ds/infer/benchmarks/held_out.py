@@ -14,7 +14,7 @@ from tinygptv_ds.infer.benchmarks.refcoco import LOCATE
 from tinygptv_ds.infer.boxes import HIT_IOU, clean_box_answer, integers, iou, is_well_formed, parse_box
 from tinygptv_ds.infer.scores import SHORT_ANSWER, gqa_hit
 
-CAPTION = "[caption] please describe this image?"  # the words of the original's classes for COCO and NoCaps
+CAPTION = "[caption] Briefly describe this image."  # one of those that training draws from
 
 
 def without_marks(answer: str) -> str:
@@ -57,13 +57,14 @@ KINDS = {
 _WORDS = {"vqa": SHORT_ANSWER, "refer": LOCATE, "caption": CAPTION}
 
 
-def read_held_out(kind: str, shards: str, limit: int | None = None) -> list[Question]:
+def read_held_out(kind: str, shards: str, limit: int | None = None, instruction: str | None = None) -> list[Question]:
     """Single-turn questions or captions of shards, in stored order.
 
     Args:
         kind: vqa, refer or caption.
         shards: a folder, glob or brace pattern.
         limit: only the first so many.
+        instruction: other words to ask in, `{}` standing for the stored ones, if there are any; None: the kind's own.
 
     Raises:
         DataError: no shards, or a sample that holds no single question or caption.
@@ -72,10 +73,11 @@ def read_held_out(kind: str, shards: str, limit: int | None = None) -> list[Ques
     reader = ShardReader(cache=cache)
     tars = expand_shards(shards)
     places = [(tar, i) for tar, n in zip(tars, count_samples(tars, cache), strict=True) for i in range(n)]
-    return [_question(kind, reader, tar, index) for tar, index in places[:limit]]
+    words = instruction or _WORDS[kind]
+    return [_question(kind, words, reader, tar, index) for tar, index in places[:limit]]
 
 
-def _question(kind: str, reader: ShardReader, tar: object, index: int) -> Question:
+def _question(kind: str, instruction: str, reader: ShardReader, tar: object, index: int) -> Question:
     key, stored, pictures = reader.stored(tar, index)
     record = _record(stored)
     fields = ("caption", "caption") if kind == "caption" and "caption" in record else ("text", "answer")
@@ -84,12 +86,12 @@ def _question(kind: str, reader: ShardReader, tar: object, index: int) -> Questi
         truths = [truth] if isinstance(truth, str) else truth
         if not isinstance(truths, list) or not truths or not all(isinstance(each, str) for each in truths):
             raise DataError(f"{tar}: sample {key} holds no caption")
-        words, truth = CAPTION, truths
+        words, truth = "", truths
     elif not isinstance(words, str) or not isinstance(truth, str):
         raise DataError(f"{tar}: sample {key} holds no single question with one answer")
     return Question(
         key=f"{tar.name}/{key}",
-        text=_WORDS[kind].replace("{}", words, 1),
+        text=instruction.replace("{}", words, 1),
         truth=truth,
         pictures=lambda: reader.read(tar, index).images,
         picture_count=pictures,

@@ -79,11 +79,13 @@ def open_published(name: str, split: str, places: Places, checks: Checks, limit:
     return Task(label, entry.benchmark, entry.read(split, places, checks)[:limit])
 
 
-def open_held_out(kind: str, shards: str, limit: int | None = None, name: str | None = None) -> Task:
+def open_held_out(
+    kind: str, shards: str, limit: int | None = None, name: str | None = None, instruction: str | None = None
+) -> Task:
     """Held-out shards as a task; raises DataError as `read_held_out`, ConfigError where packages are missing."""
     if kind == "caption":
         check_packages()
-    return Task(name or kind, KINDS[kind], read_held_out(kind, shards, limit))
+    return Task(name or kind, KINDS[kind], read_held_out(kind, shards, limit, instruction))
 
 
 def open_section(section: ScoredSection, limit: int | None, checks: Checks) -> Task:
