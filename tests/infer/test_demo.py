@@ -95,6 +95,8 @@ def test_a_picture_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
         assert turns == [] and question == "[vqa] how many digits are there?"
         assert picture.tobytes() == examples()[-1][0].tobytes()
 
+        browser.upload(page, png(photo))
+        expect(answer).to_have_count(0)
         browser.ask(page, "Chat", "go on")
         expect(answer).to_contain_text("and and")
         page.click("#reset")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -62,7 +63,7 @@ Reply = Callable[[Sequence[tuple[str, str]], str, Image.Image | None, Generation
 
 @dataclass
 class Talk:
-    """One visitor's conversation about one picture."""
+    """One visitor's conversation about one picture, which is known by its hash."""
 
     picture: bytes = b""
     turns: list[tuple[str, str]] = field(default_factory=list)
@@ -116,8 +117,9 @@ def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
         )
         stop.click(None, cancels=[asked], queue=False)
         # First an end, then the emptying: the other way round a late piece of the answer could undo it.
-        ended = gr.on([reset.click, picture.upload], None, cancels=[asked], queue=False)
+        ended = reset.click(None, cancels=[asked], queue=False)
         ended.then(lambda: ([], Talk()), None, [chat, talk], queue=False)
+        picture.upload(_another_picture, [picture, talk], [chat, talk], show_progress="hidden")
     return page.queue(max_size=WAITING, api_open=False)
 
 
@@ -198,9 +200,8 @@ def _asking(reply: Reply, defaults: Generation) -> Callable[..., Iterator[tuple[
         question = with_painted_box(words, mask).strip()
         if not question:
             raise gr.Error("There is no question.", print_exception=False)
-        key = b"" if picture is None else picture.tobytes()
-        if key != talk.picture:  # another picture is another conversation
-            chat, talk = [], Talk(key)
+        if _key(picture) != talk.picture:  # another picture is another conversation
+            chat, talk = [], Talk(_key(picture))
         chat = [*chat, *_question(question, picture), _said("assistant", "")]
         names = [name for name, *_ in _SLIDERS]
         settings = replace(defaults, **dict(zip(names, sliders, strict=True)))
@@ -217,6 +218,16 @@ def _asking(reply: Reply, defaults: Generation) -> Callable[..., Iterator[tuple[
         yield "", [*chat[:-1], *_answer(answer, picture)], talk
 
     return ask
+
+
+def _another_picture(editor: dict[str, Any] | None, talk: Talk) -> tuple[Any, Any]:
+    """An empty conversation, unless it is about this picture: an example's counts as uploaded a moment late."""
+    picture, _ = opened(editor)
+    return (gr.skip(), gr.skip()) if _key(picture) == talk.picture else ([], Talk(_key(picture)))
+
+
+def _key(picture: Image.Image | None) -> bytes:
+    return b"" if picture is None else hashlib.sha256(picture.tobytes() + str(picture.size).encode()).digest()
 
 
 def opened(editor: dict[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
