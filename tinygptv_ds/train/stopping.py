@@ -13,12 +13,14 @@ import torch
 from tinygptv_ds.train.engine import Engine
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Among the words of its command line: the per-node and the outer process of DeepSpeed's launcher, and torch's in both forms.
+_LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed", "torch.distributed.run", "torchrun")
 
 
 class StopSignals:
     """Notes SIGTERM and SIGUSR1 instead of dying of them.
 
-    The launcher's end counts as a SIGTERM: DeepSpeed's leaves its ranks behind when it is killed.
+    The launcher's end counts as a SIGTERM: DeepSpeed's and torchrun leave their ranks behind when they are killed.
     """
 
     def __init__(self) -> None:
@@ -68,7 +70,7 @@ class Votes:
 
 
 def launchers_above() -> list[int]:
-    """The processes of DeepSpeed's launcher that this one was started by, the nearest first."""
+    """The processes of a launcher, DeepSpeed's or torchrun, that this one was started by, the nearest first."""
     found, pid = [], os.getppid()
     while _is_launcher(pid):
         found.append(pid)
@@ -78,10 +80,10 @@ def launchers_above() -> list[int]:
 
 def _is_launcher(pid: int) -> bool:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # gone
         return False
-    return any(word == b"deepspeed.launcher.launch" or word.endswith(b"/deepspeed") for word in words)
+    return any(Path(word).name in _LAUNCHERS for word in words)
 
 
 def _parent_of(pid: int) -> int:
