@@ -20,13 +20,15 @@ MAY_IMPORT = {
     "dist": {"errors"},
     "disk": set(),
     "dtypes": set(),
+    "finding": set(),
     "processing": BASE,
     "data": BASE | {"processing"},
     "models": BASE | {"processing"},
     "train": MIDDLE | {"convert"},
     "convert": MIDDLE,
     "infer": MIDDLE | {"convert"},
-    "doctor": MIDDLE,
+    "hosts": MIDDLE | {"finding"},
+    "doctor": MIDDLE | {"finding", "hosts"},
     "features": MIDDLE | {"train", "convert", "infer"},
     "cli": MIDDLE | {"train", "convert", "infer", "doctor", "features"},
     "__main__": {"cli"},
@@ -80,7 +82,9 @@ def test_nothing_is_unpickled_freely(path: Path) -> None:
         name = ast.unparse(call.func)
         assert name not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), f"line {call.lineno}: {name}"
         if name == "torch.load":
-            assert {"weights_only=True"} <= {f"{word.arg}={ast.unparse(word.value)}" for word in call.keywords}, f"line {call.lineno}: {name}"
+            assert {"weights_only=True"} <= {f"{word.arg}={ast.unparse(word.value)}" for word in call.keywords}, (
+                f"line {call.lineno}: {name}"
+            )
 
 
 def test_the_package_is_all_here() -> None:

@@ -8,17 +8,20 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.dist import Ranks, cores_per_rank
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.finding import Finding
+from tinygptv_ds.hosts.hostfile import read_hostfile
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
+
+    from tinygptv_ds.config.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = "source launch/setup.sh requirements.txt"
@@ -26,30 +29,18 @@ WEIGHTS_GIB = 8  # Phi-2, EVA ViT-g and BLIP-2's Q-Former as published
 _IMPORTED = ("torch", "torchvision", "timm", "transformers", "deepspeed")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        name: what was looked at.
-        text: what was found.
-        remedy: what to do about it, where something is to be done.
-        blocks: whether training is impossible without it.
-    """
-
-    name: str
-    text: str
-    remedy: str | None = None
-    blocks: bool = False
-
-    def __str__(self) -> str:
-        mark = "MISSING" if self.blocks else "note" if self.remedy else "ok"
-        line = f"{mark:8} {self.name:16} {self.text}"
-        return line if self.remedy is None else f"{line}\n{'':25} -> {self.remedy}"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb has no options."""
+    """Without options the verb looks at this machine; with a hostfile, at those hosts."""
+    parser.add_argument(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="look at the hosts of this file over ssh: are they alike, and how fast are they together",
+    )
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="whose weights and shards each host has to see")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where runs are to go (default: runs)")
+    parser.add_argument("--ssh-port", type=int, metavar="N", help="other than ssh's own configuration says")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,14 +49,34 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: something is missing without which no stage can be trained.
     """
-    findings = []
-    for finding in diagnose():
+    findings, where = diagnose(), "here"
+    if args.hostfile is not None:
+        slots = read_hostfile(args.hostfile)
+        recipe = None if args.recipe is None else _recipe(args.recipe, args.set)
+        findings, where = hosts_of(slots, recipe, args.run_dir or Path("runs"), args.ssh_port), f"on {', '.join(slots)}"
+    elif args.recipe or args.set or args.run_dir or args.ssh_port:
+        raise ConfigError("--recipe, --set, --run-dir and --ssh-port need --hostfile; check-data looks at data here")
+    missing = {}
+    for finding in findings:
         print(finding, flush=True)
-        findings.append(finding)
-    missing = [finding.name for finding in findings if finding.blocks]
+        missing |= {finding.name: None} if finding.blocks else {}
     if missing:
-        raise ConfigError(f"training is not possible here yet: see {', '.join(missing)} above")
-    print("\nTraining is possible here.")
+        raise ConfigError(f"training is not possible {where} yet: see {', '.join(missing)} above")
+    print(f"\nTraining is possible {where}.")
+
+
+def _recipe(path: Path, changes: Sequence[str]) -> Recipe:
+    from tinygptv_ds.config.load import load_recipe
+
+    return load_recipe(path, changes)
+
+
+def hosts_of(slots: Mapping[str, int], recipe: Recipe | None, run_dir: Path, ssh_port: int | None) -> Iterator[Finding]:
+    """All that can be said of the hosts of a hostfile."""
+    from tinygptv_ds.hosts.check import diagnose_hosts
+
+    names = [each.name for file in ("requirements.txt", "requirements-gpu.txt") for each in requirements(file)]
+    return diagnose_hosts(slots, names, recipe, run_dir, ssh_port)
 
 
 def diagnose() -> Iterator[Finding]:

@@ -172,13 +172,19 @@ def _write_files(folder: Path) -> None:
     known = "".join(f"Host {n}\n  HostName {a}\n" for n, a in zip(NAMES, _ADDRESSES, strict=True))
     (folder / "ssh_config").write_text(
         f"{known}Host *\n  IdentityFile {folder}/user_key\n  StrictHostKeyChecking no\n"
-        f"  UserKnownHostsFile {folder}/known_hosts\n  LogLevel ERROR\n  ServerAliveInterval 5\n  ServerAliveCountMax 3\n"
+        f"  UserKnownHostsFile {folder}/known_hosts\n  LogLevel ERROR\n"
+        "  ServerAliveInterval 5\n  ServerAliveCountMax 3\n"
     )
     ssh = folder / "bin/ssh"
     ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
     ssh.chmod(0o755)
     (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
-    passed_on = {"GLOO_SOCKET_IFNAME": "eth0", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1}
+    passed_on = {
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": 1,
+    }
     (folder / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in passed_on.items()))
 
 

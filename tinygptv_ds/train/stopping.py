@@ -13,7 +13,7 @@ import torch
 from tinygptv_ds.train.engine import Engine
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Among the words of its command line: the per-node and the outer process of DeepSpeed's launcher, and torch's in both forms.
+# By a word of their command lines: the per-node and the outer process of DeepSpeed's launcher, and torch's two forms.
 _LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed", "torch.distributed.run", "torchrun")
 
 

@@ -1,0 +1,76 @@
+"""How fast the hosts add up tensors together, and what that means for a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+
+from tinygptv_ds.finding import Finding
+from tinygptv_ds.hosts.bandwidth import GRADIENTS_MB, Row
+from tinygptv_ds.hosts.ssh import Host, HostFailed
+
+_SECONDS = 180.0  # for the program to start and to measure
+_SLOW = 0.5e9  # bytes a second among GPUs; a link of 10 Gbit/s gives about 1.1e9
+
+
+def exchange_findings(hosts: Sequence[Host], backend: str, interfaces: Mapping[str, str]) -> Iterator[Finding]:
+    """All-reduces among all ranks of these hosts, size by size.
+
+    Args:
+        hosts: rank 0 runs on the first.
+        backend: gloo or nccl.
+        interfaces: by host, what to talk through unless the environment that is passed on names another.
+    """
+    firsts = [0, *accumulate(host.slots for host in hosts)]
+    master = hosts[0].addresses[0] if len(hosts) > 1 else "127.0.0.1"
+    port = hosts[0].ask("machine", run_dir=".")["free_port"]
+
+    def ranks_of(number: int) -> dict:
+        host = hosts[number]
+        return host.ask(
+            "all_reduce",
+            _SECONDS + 30,
+            first=firsts[number],
+            slots=host.slots,
+            world=firsts[-1],
+            master=master,
+            port=port,
+            backend=backend,
+            interface=interfaces.get(host.name),
+            limit=_SECONDS,
+        )
+
+    try:
+        with ThreadPoolExecutor(len(hosts)) as pool:
+            told = list(pool.map(ranks_of, range(len(hosts))))
+    except HostFailed as error:
+        yield Finding("all-reduce", str(error), error.remedy, blocks=True)
+        return
+    failed = {host.name: answer["error"] for host, answer in zip(hosts, told, strict=True) if "error" in answer}
+    if failed:
+        remedy = f"is {master} open to the others on every port, and does the interface lead there (.deepspeed_env)?"
+        for name, error in failed.items():
+            yield Finding("all-reduce", f"{name}: {error}", remedy, blocks=True)
+        return
+    yield from table([Row(*row) for row in told[0]["rows"]], firsts[-1], backend)
+
+
+def table(rows: Sequence[Row], ranks: int, backend: str) -> Iterator[Finding]:
+    """A line a size, and what an optimizer step makes of them."""
+    yield Finding("all-reduce", f"{ranks} ranks over {backend}:  size | time | algorithm | bus")
+    for row in rows:
+        algorithm, bus = row.algorithm_bandwidth() / 1e9, row.bus_bandwidth(ranks) / 1e9
+        text = f"{row.size_mb:>6} MB | {row.seconds * 1000:9.1f} ms | {algorithm:7.2f} GB/s | {bus:7.2f} GB/s"
+        yield Finding("all-reduce", text)
+    of_gradients = next((row for row in rows if row.size_mb == GRADIENTS_MB), None)
+    seconds = of_gradients.seconds if of_gradients else GRADIENTS_MB / rows[-1].size_mb * rows[-1].seconds
+    slow = backend == "nccl" and rows[-1].bus_bandwidth(ranks) < _SLOW
+    yield Finding(
+        "a ZeRO-2 step",
+        f"45.3 M parameters' fp32 gradients, {GRADIENTS_MB} MB, are added up once a micro-batch: {seconds:.2f} s, beside "
+        f"the backward pass where overlap_comm is on; gathering the new weights takes {seconds / 2:.2f} s more a step",
+        "slower than a link of 10 Gbit/s: see the interface above and NCCL_DEBUG=INFO; else fewer, larger micro-batches"
+        if slow
+        else None,
+    )
