@@ -8,20 +8,19 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.dist import Ranks, cores_per_rank
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.errors import ConfigError, require
 from tinygptv_ds.finding import Finding
 from tinygptv_ds.hosts.hostfile import read_hostfile
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
-
-    from tinygptv_ds.config.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = "source launch/setup.sh requirements.txt"
@@ -37,6 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="look at the hosts of this file over ssh: are they alike, and how fast are they together",
     )
+    parser.add_argument(
+        "--all-reduce",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="time all-reduces among N ranks of this machine, or one for each GPU",
+    )
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="whose weights and shards each host has to see")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where runs are to go (default: runs)")
@@ -47,15 +54,9 @@ def run(args: argparse.Namespace) -> None:
     """Print the report.
 
     Raises:
-        ConfigError: something is missing without which no stage can be trained.
+        ConfigError: something is missing without which no stage can be trained, or the options do not fit together.
     """
-    findings, where = diagnose(), "here"
-    if args.hostfile is not None:
-        slots = read_hostfile(args.hostfile)
-        recipe = None if args.recipe is None else _recipe(args.recipe, args.set)
-        findings, where = hosts_of(slots, recipe, args.run_dir or Path("runs"), args.ssh_port), f"on {', '.join(slots)}"
-    elif args.recipe or args.set or args.run_dir or args.ssh_port:
-        raise ConfigError("--recipe, --set, --run-dir and --ssh-port need --hostfile; check-data looks at data here")
+    findings, where = _asked(args)
     missing = {}
     for finding in findings:
         print(finding, flush=True)
@@ -65,18 +66,33 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nTraining is possible {where}.")
 
 
-def _recipe(path: Path, changes: Sequence[str]) -> Recipe:
+def _asked(args: argparse.Namespace) -> tuple[Iterator[Finding], str]:
+    """The findings that the options ask for, and of where."""
+    if args.hostfile is not None:
+        require(
+            args.all_reduce is None, "--all-reduce is for this machine alone; --hostfile times its hosts in any case"
+        )
+        slots = read_hostfile(args.hostfile)
+        return _of_hosts(slots, args), f"on {', '.join(slots)}"
+    options = ("recipe", "set", "run_dir", "ssh_port")
+    given = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name)]
+    require(
+        not given, f"{', '.join(given)} can only be given with --hostfile; check-data looks at a recipe's data here"
+    )
+    if args.all_reduce is None:
+        return diagnose(), "here"
+    from tinygptv_ds.hosts.exchange import local_findings
+
+    return chain(diagnose(), local_findings(args.all_reduce)), "here"
+
+
+def _of_hosts(slots: Mapping[str, int], args: argparse.Namespace) -> Iterator[Finding]:
     from tinygptv_ds.config.load import load_recipe
-
-    return load_recipe(path, changes)
-
-
-def hosts_of(slots: Mapping[str, int], recipe: Recipe | None, run_dir: Path, ssh_port: int | None) -> Iterator[Finding]:
-    """All that can be said of the hosts of a hostfile."""
     from tinygptv_ds.hosts.check import diagnose_hosts
 
+    recipe = None if args.recipe is None else load_recipe(args.recipe, args.set)
     names = [each.name for file in ("requirements.txt", "requirements-gpu.txt") for each in requirements(file)]
-    return diagnose_hosts(slots, names, recipe, run_dir, ssh_port)
+    return diagnose_hosts(slots, names, recipe, args.run_dir or Path("runs"), args.ssh_port)
 
 
 def diagnose() -> Iterator[Finding]:

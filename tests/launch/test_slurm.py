@@ -96,7 +96,7 @@ def end(job: subprocess.Popen[str], timeout: float = 60) -> tuple[int, str]:
 
 
 def test_stopped_requeued_and_gone_on_with(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """Signalled as the script asks for, a real run saves and is requeued; the same job goes on, and is stopped again."""
+    """Signalled as the script asks for, a real run saves and is requeued; the same job goes on and is stopped again."""
     (asked,) = re.findall(r"^#SBATCH --signal=(\S+)@\d+", SCRIPT.read_text(), re.M)
     slurm = Slurm(tmp_path, ROOT)
     raw = raw_recipe(train__steps_per_epoch=100_000, train__checkpoint_every=3, data__num_workers=1)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
-from tinygptv_ds.dist import Ranks, ranks_from_env
+from tinygptv_ds.dist import ranks_from_env
 from tinygptv_ds.hosts.facts import MARK
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ class Row(NamedTuple):
         return self.algorithm_bandwidth() * 2 * (ranks - 1) / ranks
 
 
-def measure(ranks: Ranks, device: torch.device) -> Iterator[Row]:
+def measure(sizes_mb: Sequence[int], device: torch.device) -> Iterator[Row]:
     """All-reduces of growing size. To be called on all ranks."""
     import torch
     from torch import distributed
 
-    for size in SIZES_MB:
+    for size in sizes_mb:
         tensor = torch.ones(size * 1_000_000 // 4, device=device)
         seconds = _timed(lambda: distributed.all_reduce(tensor), device)  # noqa: B023 - called at once
         times = torch.tensor(max(1.0, min(50.0, _SECONDS_OF_SIZE / seconds)), device=device)
@@ -78,7 +78,9 @@ def main() -> None:
     """Measure; rank 0 prints the rows as JSON behind `MARK`."""
     parser = argparse.ArgumentParser(description="Times all-reduces among the ranks that a launcher has started.")
     parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo", help="what the ranks talk through")
-    backend = parser.parse_args().backend
+    parser.add_argument("--sizes-mb", type=int, nargs="+", default=SIZES_MB, help="what is added up, rising")
+    args = parser.parse_args()
+    backend = args.backend
 
     import torch
     from torch import distributed
@@ -88,7 +90,7 @@ def main() -> None:
     if backend == "nccl":
         torch.cuda.set_device(device)
     distributed.init_process_group(backend, timeout=_CONNECT)
-    rows = list(measure(ranks, device))
+    rows = list(measure(args.sizes_mb, device))
     if ranks.is_main:
         print(f"{MARK}{json.dumps(rows)}", flush=True)
     distributed.barrier()

@@ -155,7 +155,8 @@ class _Look:
             why = way.get("why", f"no interface has the address {way.get('address')}")
             return Finding("network", f"no way to {other.name}: {why}", "mend the route between the hosts", blocks=True)
         self.interfaces[host.name] = way["interface"]
-        return network(way["interface"], way["interfaces"], self._env, machine["own_address"])
+        name = f"{'NCCL' if machine['gpus'] else 'GLOO'}_SOCKET_IFNAME"
+        return network(way["interface"], way["interfaces"], name, self._env.get(name), machine["own_address"])
 
 
 def _slots(slots: int, gpus: int, cores: int) -> Finding:
@@ -175,27 +176,32 @@ def clock(offset: float, error: float) -> Finding:
     return Finding("clock", text, "timedatectl set-ntp true, or chrony: logs of hosts cannot be read together")
 
 
-def network(interface: str, interfaces: Mapping[str, str], env: Mapping[str, str], own_address: str | None) -> Finding:
-    """Whether gloo and NCCL will take the interface that leads to the other hosts.
+def network(
+    interface: str, interfaces: Mapping[str, str], name: str, given: str | None, own_address: str | None
+) -> Finding:
+    """Whether the ranks will talk through the interface that leads to the other hosts.
 
     Args:
         interface: that one.
         interfaces: all of the host, with their addresses.
-        env: what the launcher passes on.
-        own_address: what the host's own name stands for there.
+        name: GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, whichever counts there.
+        given: its value as the launcher passes it on, or None.
+        own_address: what the host's own name stands for there, which gloo takes if not told.
     """
-    remedy = f"in .deepspeed_env: GLOO_SOCKET_IFNAME={interface} and NCCL_SOCKET_IFNAME={interface}"
-    given = {name: env[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name in env}
-    for name, value in given.items():
-        wanted = [part.lstrip("=") for part in value.split(",")]
-        if not value.startswith("^") and not any(own.startswith(part) for own in interfaces for part in wanted):
-            return Finding("network", f"{name}={value}, but there is only {', '.join(interfaces)}", remedy, blocks=True)
-        if not value.startswith("^") and not any(interface.startswith(part) for part in wanted):
-            return Finding("network", f"{name}={value}, while {interface} leads to the others", remedy)
-    if given:
-        return Finding("network", f"{interface}, as {' and '.join(f'{k}={v}' for k, v in given.items())} says")
-    if own_address is None or own_address.startswith("127."):
-        return Finding("network", f"{interface}, but gloo would take {own_address or 'none'}, its own name's", remedy)
+    remedy = f"in .deepspeed_env: {name}={interface}"
+    others = [each for each in interfaces if each != "lo"]
+    if given is not None:
+        wanted = [part.lstrip("=") for part in given.lstrip("^").split(",")]
+        taken = [each for each in interfaces if given.startswith("^") != any(each.startswith(part) for part in wanted)]
+        if not taken:
+            return Finding("network", f"{name}={given} names none of {', '.join(interfaces)}", remedy, blocks=True)
+        if interface not in taken:
+            return Finding("network", f"{name}={given}, while {interface} leads to the others", remedy)
+        return Finding("network", f"{interface}, as {name}={given} says")
+    if name.startswith("GLOO") and own_address != interfaces[interface]:
+        return Finding("network", f"{interface}; gloo would take {own_address}, as its own name says", remedy)
+    if name.startswith("NCCL") and len(others) > 1:
+        return Finding("network", f"{interface}; NCCL would choose among {', '.join(others)}", remedy)
     return Finding("network", f"{interface} leads to the others")
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
+from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.finding import Finding
-from tinygptv_ds.hosts.bandwidth import GRADIENTS_MB, Row
+from tinygptv_ds.hosts import facts
+from tinygptv_ds.hosts.bandwidth import GRADIENTS_MB, SIZES_MB, Row
 from tinygptv_ds.hosts.ssh import Host, HostFailed
 
 _SECONDS = 180.0  # for the program to start and to measure
@@ -38,11 +40,12 @@ def exchange_findings(hosts: Sequence[Host], backend: str, interfaces: Mapping[s
             port=port,
             backend=backend,
             interface=interfaces.get(host.name),
+            sizes_mb=list(SIZES_MB),
             limit=_SECONDS,
         )
 
     try:
-        with ThreadPoolExecutor(len(hosts)) as pool:
+        with ThreadPoolExecutor(len(hosts)) as pool:  # all together, since they wait for each other
             told = list(pool.map(ranks_of, range(len(hosts))))
     except HostFailed as error:
         yield Finding("all-reduce", str(error), error.remedy, blocks=True)
@@ -68,9 +71,37 @@ def table(rows: Sequence[Row], ranks: int, backend: str) -> Iterator[Finding]:
     slow = backend == "nccl" and rows[-1].bus_bandwidth(ranks) < _SLOW
     yield Finding(
         "a ZeRO-2 step",
-        f"45.3 M parameters' fp32 gradients, {GRADIENTS_MB} MB, are added up once a micro-batch: {seconds:.2f} s, beside "
-        f"the backward pass where overlap_comm is on; gathering the new weights takes {seconds / 2:.2f} s more a step",
+        f"{GRADIENTS_MB} MB of gradients (45.3 M parameters, fp32) are added up once a micro-batch: {seconds:.2f} s, "
+        "beside the backward pass where overlap_comm is on; gathering the new weights sends half as much, once a step",
         "slower than a link of 10 Gbit/s: see the interface above and NCCL_DEBUG=INFO; else fewer, larger micro-batches"
         if slow
         else None,
     )
+
+
+def local_findings(ranks: int | None) -> Iterator[Finding]:
+    """All-reduces among ranks of this machine alone; None: one for each GPU."""
+    machine = facts.machine(".")
+    ranks = ranks or machine["gpus"]
+    if ranks < 2:
+        raise ConfigError("--all-reduce takes two ranks or more: there is no second GPU here, so say how many")
+    backend = "nccl" if machine["gpus"] else "gloo"
+    if backend == "nccl" and ranks > machine["gpus"]:
+        raise ConfigError(
+            f"--all-reduce {ranks}: there are {machine['gpus']} GPUs here, and NCCL takes one for each rank"
+        )
+    told = facts.all_reduce(
+        first=0,
+        slots=ranks,
+        world=ranks,
+        master="127.0.0.1",
+        port=machine["free_port"],
+        backend=backend,
+        interface="lo" if backend == "gloo" else None,
+        sizes_mb=list(SIZES_MB),
+        limit=_SECONDS,
+    )
+    if "error" in told:
+        yield Finding("all-reduce", told["error"], "see the lines on communication and GPUs above", blocks=True)
+        return
+    yield from table([Row(*row) for row in told["rows"]], ranks, backend)

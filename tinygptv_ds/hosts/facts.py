@@ -151,14 +151,46 @@ def _shards(here: list[Path], count: int) -> str:
 
 
 def all_reduce(
-    first: int, slots: int, world: int, master: str, port: int, backend: str, interface: str | None, limit: float
+    first: int,
+    slots: int,
+    world: int,
+    *,
+    master: str,
+    port: int,
+    backend: str,
+    interface: str | None,
+    sizes_mb: list[int],
+    limit: float,
 ) -> dict[str, Any]:
-    """Run this host's ranks of the bandwidth program; what rank 0 has measured, or why it could not."""
+    """Run this host's ranks of the bandwidth program.
+
+    Args:
+        first: rank of the first.
+        slots: how many are run here.
+        world: how many there are on all hosts.
+        master: address of rank 0's host.
+        port: there.
+        backend: gloo or nccl.
+        interface: what to talk through, unless the environment names another.
+        sizes_mb: to measure.
+        limit: seconds after which they are killed.
+
+    Returns:
+        Under "rows" what rank 0 has measured, if it is among them; or under "error" what went wrong.
+    """
     env = os.environ | {"MASTER_ADDR": master, "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     name = f"{backend.upper()}_SOCKET_IFNAME"
     if interface is not None:
         env.setdefault(name, interface)
-    command = [sys.executable, "-m", "tinygptv_ds.hosts.bandwidth", "--backend", backend]
+    command = [
+        sys.executable,
+        "-m",
+        "tinygptv_ds.hosts.bandwidth",
+        "--backend",
+        backend,
+        "--sizes-mb",
+        *map(str, sizes_mb),
+    ]
     ranks = [
         subprocess.Popen(
             command,
@@ -177,7 +209,7 @@ def all_reduce(
             out, err = rank.communicate(timeout=max(0.0, until - time.monotonic()))
             told.append((rank.returncode, out, err.strip().splitlines()))
     except subprocess.TimeoutExpired:
-        return {"error": f"not done within {limit:.0f} s"}
+        return {"error": f"not done within {limit:g} s"}
     finally:
         for rank in ranks:
             rank.kill()
