@@ -1,4 +1,4 @@
-"""`doctor --hostfile` and `--all-reduce`, as far as one host goes: the files, what is judged, and what is said of it."""
+"""`doctor --hostfile` and `--all-reduce`, as far as one host goes: files, what is judged, what is said of it."""
 
 import json
 import os

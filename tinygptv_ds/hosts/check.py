@@ -63,7 +63,7 @@ def diagnose_hosts(
             if failed or any(finding.blocks for finding in merged):
                 yield Finding("all-reduce", "not measured before what is missing above is there")
             elif sum(slots.values()) > 1:
-                yield from exchange_findings(list(hosts.values()), look.backend, look.interfaces)
+                yield from exchange_findings(list(hosts.values()), look.ports[next(iter(hosts))], look.backend, look.interfaces)
 
 
 def _pdsh() -> Finding:
@@ -87,6 +87,7 @@ class _Look:
     Attributes:
         backend: what the ranks will talk through; known once all hosts have been looked at.
         interfaces: by host, through which it reaches the others.
+        ports: by host, one that is free.
         files: by host, what it sees of the recipe's weights and shards.
     """
 
@@ -104,6 +105,7 @@ class _Look:
         self._recipe = None if recipe is None else recipe_dict(recipe)
         self._gpus: set[int] = set()
         self.interfaces: dict[str, str] = {}
+        self.ports: dict[str, int] = {}
         self.files: dict[str, dict[str, str]] = {}
 
     @property
@@ -118,6 +120,7 @@ class _Look:
         """
         machine = host.ask("machine", run_dir=str(self._run_dir))
         self._gpus.add(machine["gpus"])
+        self.ports[host.name] = machine["free_port"]
         found = [
             self._software(host.ask("software", packages=self._packages)),
             _slots(host.slots, machine["gpus"], machine["cores"]),
@@ -150,7 +153,7 @@ class _Look:
     def _network(self, host: Host, machine: Mapping[str, Any]) -> Finding:
         first, second = self._hosts[0], self._hosts[1]
         other = second if host is first else first
-        way = host.ask("route", to=other.addresses[0] if other.addresses else other.name)
+        way = host.ask("route", to=other.address)
         if way["interface"] is None:
             why = way.get("why", f"no interface has the address {way.get('address')}")
             return Finding("network", f"no way to {other.name}: {why}", "mend the route between the hosts", blocks=True)

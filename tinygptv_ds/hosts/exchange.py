@@ -16,40 +16,31 @@ _SECONDS = 180.0  # for the program to start and to measure
 _SLOW = 0.5e9  # bytes a second among GPUs; a link of 10 Gbit/s gives about 1.1e9
 
 
-def exchange_findings(hosts: Sequence[Host], backend: str, interfaces: Mapping[str, str]) -> Iterator[Finding]:
+def exchange_findings(
+    hosts: Sequence[Host], port: int, backend: str, interfaces: Mapping[str, str]
+) -> Iterator[Finding]:
     """All-reduces among all ranks of these hosts, size by size.
 
     Args:
         hosts: rank 0 runs on the first.
+        port: a free one there.
         backend: gloo or nccl.
         interfaces: by host, what to talk through unless the environment that is passed on names another.
     """
     firsts = [0, *accumulate(host.slots for host in hosts)]
-    master = hosts[0].addresses[0] if len(hosts) > 1 else "127.0.0.1"
-    port = hosts[0].ask("machine", run_dir=".")["free_port"]
+    master = hosts[0].address if len(hosts) > 1 else "127.0.0.1"
 
     def ranks_of(number: int) -> dict:
         host = hosts[number]
-        return host.ask(
-            "all_reduce",
-            _SECONDS + 30,
-            first=firsts[number],
-            slots=host.slots,
-            world=firsts[-1],
-            master=master,
-            port=port,
-            backend=backend,
-            interface=interfaces.get(host.name),
-            sizes_mb=list(SIZES_MB),
-            limit=_SECONDS,
-        )
+        given = {"master": master, "port": port, "backend": backend, "interface": interfaces.get(host.name)}
+        given |= {"first": firsts[number], "slots": host.slots, "world": firsts[-1]}
+        try:
+            return host.ask("all_reduce", _SECONDS + 30, **given, sizes_mb=list(SIZES_MB), limit=_SECONDS)
+        except HostFailed as error:
+            return {"error": str(error)}
 
-    try:
-        with ThreadPoolExecutor(len(hosts)) as pool:  # all together, since they wait for each other
-            told = list(pool.map(ranks_of, range(len(hosts))))
-    except HostFailed as error:
-        yield Finding("all-reduce", str(error), error.remedy, blocks=True)
-        return
+    with ThreadPoolExecutor(len(hosts)) as pool:  # all together, since they wait for each other
+        told = list(pool.map(ranks_of, range(len(hosts))))
     failed = {host.name: answer["error"] for host, answer in zip(hosts, told, strict=True) if "error" in answer}
     if failed:
         remedy = f"is {master} open to the others on every port, and does the interface lead there (.deepspeed_env)?"

@@ -69,6 +69,11 @@ class Host:
             self.close()
             raise
 
+    @property
+    def address(self) -> str:
+        """By which the other hosts reach it: what the launcher takes for that of the first host."""
+        return self.addresses[0] if self.addresses else self.name
+
     def ask(self, question: str, seconds: float = _ANSWER_SECONDS, **given: Any) -> Any:
         """The answer of `QUESTIONS` of facts.py.
 
