@@ -1,7 +1,7 @@
-"""Two hosts on this machine: network namespaces joined by a cable, an sshd in each, and names that ssh knows.
+"""Two hosts on this machine: network namespaces joined by a cable, an sshd in each, and names of their own.
 
 Nothing outside the given folder and the namespaces is changed: keys and configurations lie in the folder, an `ssh` that
-reads them comes first on PATH, and sshd sees a /run of its own.
+reads them comes first on PATH, and sshd sees a /run and a hostname of its own.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def why_not() -> str | None:
     """What is missing here for two hosts; None if nothing is."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [name for name in ("ip", "sshd", "ssh", "ssh-keygen", "pdsh") if shutil.which(name, path=_path()) is None]
+    missing = [name for name in ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "pdsh") if shutil.which(name, path=_path()) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
     trial = f"tgv-{uuid.uuid4().hex[:8]}"
@@ -173,7 +173,7 @@ def _write_files(folder: Path) -> None:
     (folder / "ssh_config").write_text(
         f"{known}Host *\n  IdentityFile {folder}/user_key\n  StrictHostKeyChecking no\n"
         f"  UserKnownHostsFile {folder}/known_hosts\n  LogLevel ERROR\n"
-        "  ServerAliveInterval 5\n  ServerAliveCountMax 3\n"
+        "  ServerAliveInterval 1\n  ServerAliveCountMax 3\n"
     )
     ssh = folder / "bin/ssh"
     ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
@@ -189,11 +189,11 @@ def _write_files(folder: Path) -> None:
 
 
 def _start_sshd(folder: Path, name: str, space: str, address: str) -> subprocess.Popen:
-    own_run = 'mount -t tmpfs none /run && mkdir /run/sshd && exec "$@"'
+    own = f'mount -t tmpfs none /run && mkdir /run/sshd && hostname {name} && exec "$@"'
     sshd = [shutil.which("sshd", path=_path()), "-D", "-f", f"{folder}/sshd_config", "-o", f"ListenAddress={address}"]
     with (folder / f"{name}.log").open("w") as log:
         return subprocess.Popen(
-            ["ip", "netns", "exec", space, "sh", "-c", own_run, "sh", *sshd], stdout=log, stderr=log
+            ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", own, "sh", *sshd], stdout=log, stderr=log
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 from tqdm import tqdm
 
+from tinygptv_ds.data.storage import persist
 from tinygptv_ds.data.tar import PICTURE_SUFFIXES, SKIPPED, Member, scan_tar
 from tinygptv_ds.disk import cache_home, write_atomically
 from tinygptv_ds.errors import DataError
@@ -131,8 +132,12 @@ class ShardIndex:
 
 def sample_count(tar: Path) -> int:
     """Number of samples in `tar`, from the index's first bytes; builds the index if there is none."""
-    count = stored_count(tar)
-    return len(build_index(tar)) if count is None else count
+
+    def found() -> int:
+        count = stored_count(tar)
+        return len(build_index(tar)) if count is None else count
+
+    return persist(str(tar), found)
 
 
 def sample_counts(tars: Sequence[Path], workers: int | None = None) -> list[int]:
@@ -158,6 +163,10 @@ def stored_count(tar: Path) -> int | None:
 
 def load_index(tar: Path) -> ShardIndex:
     """The index of `tar`, built first if it is missing, torn or older than the tar."""
+    return persist(str(tar), lambda: _load_index(tar))
+
+
+def _load_index(tar: Path) -> ShardIndex:
     for path in _index_paths(tar):
         if _read_header(path, _tar_state(tar)) is not None:
             with contextlib.suppress(ValueError, OSError):

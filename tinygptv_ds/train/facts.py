@@ -26,6 +26,7 @@ LEFT_OUT = {
         "cache_dir",
         "cache_gb",
         "allow_pipe",
+        "read_timeout_seconds",
         "features",
     ),
     "train": (
@@ -43,6 +44,10 @@ LEFT_OUT = {
         "keep_checkpoints",
         "keep_every",
         "deepspeed_checkpoints",
+        "startup_minutes",
+        "step_minutes",
+        "slow_step_seconds",
+        "lost_after_seconds",
     ),
 }
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")

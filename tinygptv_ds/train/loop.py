@@ -18,6 +18,7 @@ from tinygptv_ds.train.first_batch import show_first_samples
 from tinygptv_ds.train.guard import Guard
 from tinygptv_ds.train.metrics import Reporter
 from tinygptv_ds.train.panel import Panel
+from tinygptv_ds.train.progress import PREPARING, REPORTING
 from tinygptv_ds.train.schedule import begins_cycle, rate_of_step
 from tinygptv_ds.train.stopwatch import Stopwatch
 from tinygptv_ds.train.sums import RankTimes, Sums, Totals
@@ -44,6 +45,8 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         last=total,
         num_workers=min(recipe.data.num_workers, cores_per_rank(ranks)),
         pin_memory=engine.device.type == "cuda",
+        read_seconds=recipe.data.read_timeout_seconds,
+        stuck=engine.stuck,
     )
     validation, panel = Validation(engine, tokens), Panel(engine, stream, tokens)
     reporter = Reporter(engine, total, engine.first_step)
@@ -54,14 +57,17 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
     skips = SkipCounter(recipe.data.max_skipped_share, total * recipe.train.batch_size)
     over = OverLimit(recipe.train.max_tokens)
     for step in range(engine.first_step, total):
+        engine.progress.begin_step(step)
         with waiting.running():
             loaded = next(loader)
+        engine.progress.enter(PREPARING)
         skips.report(loaded)
         over.look(loaded)
         guard.look(step, loaded)
         engine.saver.before_step()
         _optimizer_step(engine, step, loaded, sums, transfer)
         guard.stop_if_left_out(step, sums.recent)
+        engine.progress.enter(REPORTING)
         reporter.step_done()
         done = step + 1
         if reporter.is_due(done):
@@ -70,13 +76,14 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
             over.report()
             reporter.log(done, totals, _figures(engine, step) | {"spike": guard.judge(totals)}, skips.summary())
         if _now_and_then(recipe.train.validate_every, done) and done != total:
-            with reporter.aside():
+            with reporter.aside(), engine.progress.patience("validating"):
                 reporter.scalars(done, validation.measure(done))
         if _now_and_then(recipe.train.sample_every, done) and done != total:
-            with reporter.aside():
+            with reporter.aside(), engine.progress.patience("answering the panel"):
                 panel.write(reporter.board, done)
         with reporter.aside():
             engine.saver.after_step(done)
+    engine.progress.last_phase("finishing")
     reporter.scalars(total, validation.measure(total))
     panel.write(reporter.board, total)
     reporter.close()
