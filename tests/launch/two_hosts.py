@@ -116,7 +116,11 @@ def why_not() -> str | None:
     """What is missing here for two hosts; None if nothing is."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [name for name in ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "pdsh") if shutil.which(name, path=_path()) is None]
+    missing = [
+        name
+        for name in ("ip", "unshare", "sshd", "ssh", "ssh-keygen", "pdsh")
+        if shutil.which(name, path=_path()) is None
+    ]
     if missing:
         return f"not installed: {', '.join(missing)}"
     trial = f"tgv-{uuid.uuid4().hex[:8]}"

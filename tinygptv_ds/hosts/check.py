@@ -63,7 +63,9 @@ def diagnose_hosts(
             if failed or any(finding.blocks for finding in merged):
                 yield Finding("all-reduce", "not measured before what is missing above is there")
             elif sum(slots.values()) > 1:
-                yield from exchange_findings(list(hosts.values()), look.ports[next(iter(hosts))], look.backend, look.interfaces)
+                yield from exchange_findings(
+                    list(hosts.values()), look.ports[next(iter(hosts))], look.backend, look.interfaces
+                )
 
 
 def _pdsh() -> Finding:

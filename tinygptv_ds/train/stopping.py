@@ -71,7 +71,12 @@ class Votes:
 
 def launchers_above() -> list[int]:
     """The processes of a launcher, DeepSpeed's or torchrun, that this one was started by, the nearest first."""
-    found, pid = [], os.getppid()
+    return launchers_of(os.getppid())
+
+
+def launchers_of(pid: int) -> list[int]:
+    """This process and those above it, as far as they are a launcher's."""
+    found = []
     while _is_launcher(pid):
         found.append(pid)
         pid = _parent_of(pid)
