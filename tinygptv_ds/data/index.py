@@ -134,7 +134,7 @@ def sample_count(tar: Path) -> int:
     """Number of samples in `tar`, from the index's first bytes; builds the index if there is none."""
 
     def found() -> int:
-        count = _stored_count(tar)
+        count = stored_count(tar)
         return len(build_index(tar)) if count is None else count
 
     return persist(str(tar), found)
@@ -144,7 +144,7 @@ def sample_counts(tars: Sequence[Path], workers: int | None = None) -> list[int]
     """`sample_count` of every tar. Missing indexes are built first (about a second per 10,000 samples), with a
     progress bar and, from some number on, in `workers` processes (default: one per core).
     """
-    counts = [_stored_count(tar) for tar in tars]
+    counts = [stored_count(tar) for tar in tars]
     missing = [tar for tar, count in zip(tars, counts, strict=True) if count is None]
     if len(missing) > _MANY:
         # spawn: the caller may have threads or a device open
@@ -154,7 +154,8 @@ def sample_counts(tars: Sequence[Path], workers: int | None = None) -> list[int]
     return [sample_count(tar) if count is None else count for tar, count in zip(tars, counts, strict=True)]
 
 
-def _stored_count(tar: Path) -> int | None:
+def stored_count(tar: Path) -> int | None:
+    """Number of samples in `tar`, if there is an index of it as it is now."""
     state = _tar_state(tar)
     headers = (_read_header(path, state) for path in _index_paths(tar))
     return next((header.samples for header in headers if header is not None), None)
