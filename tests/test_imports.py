@@ -20,13 +20,15 @@ MAY_IMPORT = {
     "dist": {"errors"},
     "disk": set(),
     "dtypes": set(),
+    "finding": set(),
     "processing": BASE,
     "data": BASE | {"processing"},
     "models": BASE | {"processing"},
-    "train": MIDDLE | {"convert"},
+    "train": MIDDLE | {"convert", "infer"},  # scores while training; infer knows nothing of train
     "convert": MIDDLE,
     "infer": MIDDLE | {"convert"},
-    "doctor": MIDDLE,
+    "hosts": MIDDLE | {"finding"},
+    "doctor": MIDDLE | {"finding", "hosts"},
     "features": MIDDLE | {"train", "convert", "infer"},
     "cli": MIDDLE | {"train", "convert", "infer", "doctor", "features"},
     "__main__": {"cli"},
@@ -71,6 +73,18 @@ def test_only_in_its_place(package: str) -> None:
     users = [path for path in SOURCES if any(m.split(".")[0] == package for m in imported(path))]
     names = [str(path.relative_to(ROOT)) for path in users]
     assert [name for name in names if not name.startswith(tuple(ONLY_IN[package]))] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_unpickled_freely(path: Path) -> None:
+    """torch.load with weights_only=True alone, and pickle's own loaders nowhere."""
+    for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        assert name not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), f"line {call.lineno}: {name}"
+        if name == "torch.load":
+            assert {"weights_only=True"} <= {f"{word.arg}={ast.unparse(word.value)}" for word in call.keywords}, (
+                f"line {call.lineno}: {name}"
+            )
 
 
 def test_the_package_is_all_here() -> None:

@@ -44,6 +44,7 @@ def answers(
     begin_token: bool = False,
     generation: Generation | None = None,
     numbers: Sequence[int] | None = None,
+    in_step: bool = False,
 ) -> Iterator[str]:
     """Answers, one per question, in order; what a question is answered does not depend on its batch.
 
@@ -58,6 +59,7 @@ def answers(
         begin_token: put the begin token in front of prompts that are plain text, as in training.
         generation: all other settings (default: greedy, 20 tokens).
         numbers: which question each is, where that is not its place here; draws depend on it.
+        in_step: every rank generates as often and as long, as ranks of ZeRO-3 must, which gather weights together.
 
     Raises:
         DataError: placeholders and pictures do not match, a picture cannot be decoded, or a prompt is too long.
@@ -71,7 +73,7 @@ def answers(
     seeds = row_seeds(generation.seed, range(len(asked)) if numbers is None else numbers)
     for first in range(0, len(asked), batch_size):
         chunk = slice(first, first + batch_size)
-        batch = _Batch(model, processor, asked[chunk], generation, seeds[chunk])
+        batch = _Batch(model, processor, asked[chunk], generation, seeds[chunk], in_step=in_step)
         texts = processor.tokenizer.batch_decode(batch.generate(), skip_special_tokens=True)
         yield from (cut(text, stops) for text, stops in zip(texts, batch.stops, strict=True))
 
@@ -155,15 +157,19 @@ class _Batch:
         asked: Sequence[tuple[Prompt, Sequence[Picture]]],
         generation: Generation,
         seeds: Sequence[int],
+        *,
+        in_step: bool = False,
     ) -> None:
         rows = [prompt_row(model, processor, p, len(seen), generation.max_new_tokens) for p, seen in asked]
         pixels = processor.pixels([picture for _, pictures in asked for picture in pictures])
+        if in_step and pixels is None:  # the others' may have pictures: the ViT has to run here too
+            pixels = torch.zeros(0, 3, processor.image_size, processor.image_size, dtype=torch.uint8)
         inputs = {name: tensor.to(model.device) for name, tensor in processor.pad(rows).items()}
         with torch.no_grad():
             seen = None if pixels is None else pixels.to(model.device)
             self.embeds = model.embed(inputs["input_ids"], seen)
         self.model, self.processor, self.generation, self.seeds = model, processor, generation, seeds
-        self.mask = inputs["attention_mask"]
+        self.mask, self._in_step = inputs["attention_mask"], in_step
         self.lengths = [len(row) for row in rows]
         self.stops = [prompt.stop if generation.stop is None else generation.stop for prompt, _ in asked]
 
@@ -204,6 +210,7 @@ class _Batch:
                 logits_processor=steps,
                 stopping_criteria=StoppingCriteriaList(criteria),
                 streamer=streamer,
+                synced_gpus=self._in_step,
             )
 
     def _end_tokens(self, stops: Sequence[str]) -> list[int]:

@@ -45,7 +45,8 @@ class Template:
     Attributes:
         name: for messages.
         question: around a question, with `{}` for it.
-        before: in front of the whole.
+        system: in front of the whole, followed by `before`; a system message takes its place.
+        before: in front of the first question.
         after_answer: behind each answer of the history.
         begin_token: whether the begin token stands in front.
         stop: texts that end an answer.
@@ -55,6 +56,7 @@ class Template:
 
     name: str
     question: str
+    system: str = ""
     before: str = ""
     after_answer: str = ""
     begin_token: bool = False
@@ -67,7 +69,8 @@ class Template:
 
         Questions hold their `<ImageHere>`, see `with_pictures`.
         """
-        parts = [self.before] if self.before else []
+        opening = self.system + self.before
+        parts = [opening] if opening else []
         for number, (question, answer) in enumerate(turns):
             parts.append(self.question.replace("{}", question, 1))
             if number + 1 < len(turns):
@@ -98,7 +101,7 @@ class Template:
 
 
 TEMPLATES = {
-    "A": Template("A", "Human: {}###Assistant: ", before=f"{_SYSTEM}###", after_answer="###"),
+    "A": Template("A", "Human: {}###Assistant: ", system=_SYSTEM, before="###", after_answer="###"),
     "B": Template("B", "<s>[INST] {} [/INST]"),
     "C": Template("C", "Human: {}###Assistant: ", before="###", after_answer="###"),
 }

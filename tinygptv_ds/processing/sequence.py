@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tinygptv_ds.config.schema import TextSection
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Draw, Rendered, load_prompts
+from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Draw, Rendered, load_prompts, wrap
 
 IGNORE = -100
 
@@ -58,11 +58,6 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if backend is None or backend.truncation or backend.padding:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # the same in half the time
-
-
-def wrap(template: str | None, question: str) -> str:
-    """The question inside the template; braces of the question stay as they are."""
-    return question if template is None else template.replace("{}", question, 1)
 
 
 def prompt_text(rendered: Rendered, num_images: int, text: TextSection, draw: Draw) -> str:
