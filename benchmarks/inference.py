@@ -79,9 +79,8 @@ def measure_all(folder: Path, size: str, only: str, tokens: int) -> list[dict]:
         print(f"making weights of the {size} size in {folder}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(make_weights(folder, size).phi_bin)
-    print(
-        f"\n{'':20}{'loading, GB':>12}{'peak, GB':>9}{'load, s':>9}{'first token, s':>16}{'tokens/s':>10}{f'{BATCH} at once':>11}"
-    )
+    columns = f"{'loading, GB':>12}{'peak, GB':>9}{'load, s':>9}{'first token, s':>16}{'tokens/s':>10}"
+    print(f"\n{'':20}{columns}{f'{BATCH} at once':>11}", flush=True)
     found = []
     for name in FORMS:
         if only in name:
@@ -139,11 +138,9 @@ def figures(name: str, recipe: str, tokens: int) -> dict:
 
 def show(row: dict) -> None:
     """One line of the table."""
-    print(
-        f"{row['form']:20}{row['peak_loading']:>12.2f}{row['peak']:>9.2f}{row['load']:>9.0f}{row['first_token']:>16.2f}{row['tokens_s']:>10.2f}"
-        f"{row['tokens_s_together']:>11.2f}",
-        flush=True,
-    )
+    memory = f"{row['peak_loading']:>12.2f}{row['peak']:>9.2f}{row['load']:>9.0f}"
+    speed = f"{row['first_token']:>16.2f}{row['tokens_s']:>10.2f}{row['tokens_s_together']:>11.2f}"
+    print(f"{row['form']:20}{memory}{speed}", flush=True)
 
 
 def peak_gb() -> float:
