@@ -72,7 +72,8 @@ class Workers:
         self._processes: list[BaseProcess] = list(getattr(self._batches, "_workers", ()))
         # torch's handler would raise the loss of a process anywhere in the main thread, in a collective for example.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+            torchs = getattr(before, "__module__", None) == "torch.utils.data._utils.signal_handling"
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs or before is None else before)
 
     def next(self) -> Any:
         """The next batch.
