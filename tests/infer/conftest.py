@@ -14,12 +14,8 @@ from tinygptv_ds.convert.export_hf import export_hf
 from tinygptv_ds.convert.model_folder import save_trained
 from tinygptv_ds.convert.provenance import provenance_of
 from tinygptv_ds.convert.resolve import resolve
-from tinygptv_ds.infer.loading import load_model
-from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.infer.loading import Loaded, load_model
 from tinygptv_ds.models.trainable import learnt
-from tinygptv_ds.processing.processor import TinyGPTVProcessor
-
-Loaded = tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor]
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from pathlib import Path
 import forked
 import pytest
 import tiny
-from conftest import Loaded
 from tar_server import TarServer
 from verbs import call
 
@@ -21,6 +20,7 @@ from tinygptv_ds.cli import run_command
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.infer import answer as verb
 from tinygptv_ds.infer.generate import answers
+from tinygptv_ds.infer.loading import Loaded
 from tinygptv_ds.infer.settings import Generation
 from tinygptv_ds.infer.templates import Conversation, choose_template
 

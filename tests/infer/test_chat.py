@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import tiny
-from conftest import Loaded
 from verbs import call
 
 from tinygptv_ds.errors import ConfigError, DataError, WeightsError
 from tinygptv_ds.infer import chat
 from tinygptv_ds.infer.generate import answers
+from tinygptv_ds.infer.loading import Loaded
 from tinygptv_ds.infer.settings import Generation
 from tinygptv_ds.infer.templates import Conversation, choose_template
 

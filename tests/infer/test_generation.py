@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from conftest import Loaded
 
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.infer.generate import Question, answers, stream
+from tinygptv_ds.infer.loading import Loaded
 from tinygptv_ds.infer.settings import Generation
 from tinygptv_ds.infer.stopping import cut
 from tinygptv_ds.infer.templates import Prompt, training_template

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import Loaded
 from torch import Tensor, nn
 
 from tinygptv_ds.config.load import build_recipe
@@ -18,7 +17,7 @@ from tinygptv_ds.convert.provenance import provenance_of
 from tinygptv_ds.convert.resolve import resolve
 from tinygptv_ds.errors import ConfigError, WeightsError
 from tinygptv_ds.infer import loading
-from tinygptv_ds.infer.loading import load_model
+from tinygptv_ds.infer.loading import Loaded, load_model
 from tinygptv_ds.infer.quantized import AdaptedLinear, Int8Linear, quantized_linear
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration

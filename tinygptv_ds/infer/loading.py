@@ -28,6 +28,8 @@ from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 
+Loaded = tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor]
+
 
 def load_model(
     path: Path,
@@ -39,7 +41,7 @@ def load_model(
     quantize_vision: bool = False,
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
-) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor]:
+) -> Loaded:
     """A model ready to answer, with its processor.
 
     Args:
