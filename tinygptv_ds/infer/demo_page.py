@@ -119,7 +119,9 @@ def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
         # First an end, then the emptying: the other way round a late piece of the answer could undo it.
         ended = reset.click(None, cancels=[asked], queue=False)
         ended.then(lambda: ([], Talk()), None, [chat, talk], queue=False)
-        picture.upload(_another_picture, [picture, talk], [chat, talk], show_progress="hidden")
+        picture.upload(
+            _another_picture, [picture, talk], [chat, talk], show_progress="hidden", trigger_mode="always_last"
+        )
     return page.queue(max_size=WAITING, api_open=False)
 
 
