@@ -77,9 +77,19 @@ def test_help_of_the_command_line() -> None:
         "index",
         "features",
     )
-    for verb in (*verbs, "inspect", "convert", "export"):
+    for verb in (*verbs, "inspect", "convert", "export", "chat", "answer"):
         assert verb in done.stdout
         assert cli(verb, "--help").returncode == 0
+
+
+def test_inference_that_cannot_begin(tmp_path: Path) -> None:
+    """A model that is not there, settings out of range and questions that are none, all before torch is loaded."""
+    (tmp_path / "questions.jsonl").write_text("[]")
+    files = ["--input", str(tmp_path / "questions.jsonl"), "--output", str(tmp_path / "answers.jsonl")]
+    assert "no such file or folder" in one_error(cli("chat", str(tmp_path / "none")))
+    assert "--template 'Z'" in one_error(cli("chat", str(tmp_path), "--template", "Z"))
+    assert "top_p must lie above 0" in one_error(cli("answer", str(tmp_path), *files, "--top-p", "0"))
+    assert "1 of 1 lines cannot be answered" in one_error(cli("answer", str(tmp_path), *files))
 
 
 def test_a_missing_recipe(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tinygptv_ds.convert.resolve import resolve
 from tinygptv_ds.errors import ConfigError, WeightsError
 from tinygptv_ds.infer import loading
 from tinygptv_ds.infer.loading import Loaded, load_model
-from tinygptv_ds.infer.quantized import AdaptedLinear, Int8Linear, quantized_linear
+from tinygptv_ds.infer.quantized import AdaptedLinear, quantized_linear
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.models.trainable import learnt
@@ -78,19 +78,20 @@ def test_dtypes(exported: Path) -> None:
     assert model.generation_config.max_new_tokens == 300
 
 
-@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=needs_bitsandbytes)])
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "apart"])
 def test_quantised(wide_run: Path, bits: int, merge: bool) -> None:
     """Near the whole model (of random weights, where errors are largest), LoRA not lost, with the ViT too."""
     true = logits(load_model(wide_run, FP32)[0])
     model, _ = load_model(wide_run, FP32, bits=bits, merge=merge)
     linear = {name: type(m).__name__ for name, m in model.named_modules() if hasattr(m, "weight")}
-    kind = "Int8Linear" if bits == 8 else "Linear4bit"
+    kind = "Linear8bitLt" if bits == 8 else "Linear4bit"
     layers = [name for name, made in linear.items() if made == kind]
     assert len(layers) == 2 * 4 and all(name.startswith("language_model.model.layers.") for name in layers)
     assert {linear[name] for name in ("llama_proj", "language_model.lm_head")} == {"Linear"}
     assert any(isinstance(m, AdaptedLinear) for m in model.modules()) is not merge
-    assert error(logits(model), true) < (0.05 if bits == 8 else 0.35)
+    assert error(logits(model), true) < (0.1 if bits == 8 else 0.35)
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
             module.scaling = 0.0
@@ -98,25 +99,28 @@ def test_quantised(wide_run: Path, bits: int, merge: bool) -> None:
         assert error(logits(model), true) > 0.3
     seeing, _ = load_model(wide_run, FP32, bits=bits, merge=merge, quantize_vision=True)
     assert sum(type(m).__name__ == kind for m in seeing.modules()) == 2 * 4 + 2 * 4
-    assert error(logits(seeing), true) < (0.05 if bits == 8 else 0.35)
+    assert error(logits(seeing), true) < (0.1 if bits == 8 else 0.35)
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "width"), [(1, 128), (12, 128), (13, 128), (1, 40)])
-def test_8_bit_layer(dtype: torch.dtype, rows: int, width: int) -> None:
-    """Both ways to multiply, whatever the dtype: within what 8 bit and the dtype allow."""
+@pytest.mark.parametrize(("bits", "within"), [(8, 0.02), (4, 0.12)])
+def test_layer(dtype: torch.dtype, bits: int, within: float) -> None:
+    """Whatever the rows, the dtype and outliers among the inputs: within what the bits allow."""
     torch.manual_seed(0)
-    true = nn.Linear(width, 2100)
-    made = Int8Linear(true.weight.detach(), true.bias.detach().to(dtype), dtype)
-    x = torch.randn(2, rows, width)[:1]
-    with torch.no_grad():
-        found = made(x.to(dtype))
-    assert (found.dtype, found.shape) == (dtype, (1, rows, 2100))
-    assert error(found.float(), true(x).detach()) < 0.01
-    assert made.weight.dtype == torch.int8
-    assert not Int8Linear(torch.zeros(3, 4), None, dtype)(torch.ones(1, 4, dtype=dtype)).any()
+    true = nn.Linear(128, 320).requires_grad_(False)
+    made = quantized_linear(true.weight, true.bias.to(dtype), bits, dtype, torch.device("cpu"))
+    for shape in ((1, 1, 128), (3, 20, 128)):
+        x = torch.randn(shape)
+        x[..., ::50] *= 40
+        with torch.no_grad():
+            found = made(x.to(dtype))
+        assert (found.dtype, found.shape) == (dtype, (*shape[:-1], 320))
+        assert error(found.float(), true(x)) < within
+    assert made.weight.element_size() == 1 and made.weight.numel() == 128 * 320 * bits // 8
 
 
+@needs_bitsandbytes
 def test_lora_beside_a_quantised_layer() -> None:
     torch.manual_seed(0)
     adapted = LoRALinear(64, 32, lora_r=2, lora_alpha=3, lora_dropout=0.5).eval()
@@ -124,9 +128,10 @@ def test_lora_beside_a_quantised_layer() -> None:
     base = quantized_linear(adapted.weight.detach(), adapted.bias.detach(), 8, FP32, torch.device("cpu"))
     x = torch.randn(5, 64)
     with torch.no_grad():
-        assert error(AdaptedLinear(base, adapted)(x), adapted(x)) < 0.01
+        assert error(AdaptedLinear(base, adapted)(x), adapted(x)) < 0.02
 
 
+@needs_bitsandbytes
 def test_weights_are_read_one_at_a_time(wide_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No weight stays behind in its first form while others are read."""
     import weakref
@@ -170,6 +175,7 @@ def test_what_cannot_be_had(exported: Path, told: dict, match: str) -> None:
         load_model(exported, FP32, **told)
 
 
+@needs_bitsandbytes
 def test_bits_and_what_they_need(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="multiple of 64 wide; here one has 32"):
         load_model(exported, FP32, bits=4)

@@ -174,7 +174,7 @@ def _answer_all(
         for batch in _batches(ordered, work):
             ready = [asked for asked in batch if asked.prompt is not None]
             if ready and not shown:
-                from tinygptv_ds.infer.chat import describe
+                from tinygptv_ds.infer.generate import describe
 
                 tqdm.write(describe(ready[0].prompt, processor, len(ready[0].pixels)))
                 shown = True

@@ -145,6 +145,8 @@ class Chat:
     def _print_prompt(self) -> None:
         if self.prompt is None:
             raise DataError("nothing has been asked yet")
+        from tinygptv_ds.infer.generate import describe
+
         print(describe(self.prompt, self.processor, len(self.conversation.pictures)))
 
     def _answer(self, question: str) -> None:
@@ -170,15 +172,6 @@ class Chat:
         answer.close()
         print()
         talk.answered(said)
-
-
-def describe(prompt: Prompt, processor: TinyGPTVProcessor, pictures: int) -> str:
-    """A prompt to the letter, its length in tokens, and what ends the answer."""
-    tokens = len(processor.row(prompt.parts, pictures, begin_token=prompt.begin_token))
-    begin = ", begin token in front" if prompt.begin_token else ""
-    seen = f", {pictures * processor.num_query_tokens} of them for {pictures} picture(s)" if pictures else ""
-    stops = " ".join(map(repr, prompt.stop))
-    return f"--- prompt: {tokens} tokens{seen}{begin}; stops at {stops}\n{prompt.text}\n---"
 
 
 def _typed() -> Iterator[str]:

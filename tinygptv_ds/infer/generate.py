@@ -28,7 +28,7 @@ from tinygptv_ds.infer.templates import Prompt
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.processor import Picture, TinyGPTVProcessor
 
-__all__ = ["Answer", "answers", "load_model", "prompt_row", "stream"]
+__all__ = ["Answer", "answers", "describe", "load_model", "prompt_row", "stream"]
 
 Question = tuple[str | Prompt, Sequence[Picture]]  # a prompt with `<ImageHere>` and its pictures
 
@@ -136,6 +136,15 @@ def prompt_row(
     if not row:
         raise DataError("the prompt is empty; give it words or a picture")
     return row
+
+
+def describe(prompt: Prompt, processor: TinyGPTVProcessor, pictures: int) -> str:
+    """A prompt to the letter, its length in tokens, and what ends the answer."""
+    tokens = len(processor.row(prompt.parts, pictures, begin_token=prompt.begin_token))
+    begin = ", begin token in front" if prompt.begin_token else ""
+    seen = f", {pictures * processor.num_query_tokens} of them for {pictures} picture(s)" if pictures else ""
+    stops = " ".join(map(repr, prompt.stop))
+    return f"--- prompt: {tokens} tokens{seen}{begin}; stops at {stops}\n{prompt.text}\n---"
 
 
 class _Batch:

@@ -93,14 +93,14 @@ def check_bits(bits: int, device: torch.device, dtype: torch.dtype) -> None:
     """
     if bits not in (16, 8, 4):
         raise ConfigError(f"bits must be 16, 8 or 4, not {bits}")
-    if bits == 16 or (bits == 8 and device.type == "cpu"):
+    if bits == 16:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"{bits} bits on {device.type} need bitsandbytes: pip install -r requirements-quant.txt, "
+            f"{bits} bits need bitsandbytes: pip install -r requirements-quant.txt, "
             "or pip install 'bitsandbytes>=0.50,<1'"
         )
-    if bits == 8 and dtype == torch.float32:
+    if bits == 8 and device.type == "cuda" and dtype == torch.float32:
         raise ConfigError("8 bits on a GPU compute in 16 bit; take bf16 or fp16 instead of fp32")
 
 

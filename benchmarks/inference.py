@@ -1,0 +1,189 @@
+"""Memory and speed of answering with the full-size model, its weights made up, in 16, 8 and 4 bit.
+
+Each form is loaded in a process of its own from base weights and an adapter, looks at one picture of 224 pixels and
+answers with a fixed number of tokens. Memory is the kernel's VmHWM, the largest resident set, Python and the libraries
+included (0.8 GB).
+
+    python benchmarks/inference.py [--dir FOLDER] [--only TEXT] [--tokens N] [--json FILE]
+    python benchmarks/inference.py --layers      # one linear layer of Phi, by number of rows
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinygptv_ds.cli import run_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMS: dict[str, dict] = {
+    "bf16": {},
+    "bf16, LoRA merged": {"merge": True},
+    "8 bit": {"bits": 8},
+    "8 bit, ViT too": {"bits": 8, "quantize_vision": True},
+    "4 bit": {"bits": 4},
+    "4 bit, ViT too": {"bits": 4, "quantize_vision": True},
+}
+BATCH = 8
+WORDS = 40  # of the question, one token each
+ROWS = (1, 8, 64, 256)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the weights, measure every form, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dir", type=Path, help="where the weights go, 15 GB (default: a temporary folder)")
+    parser.add_argument("--size", choices=["published", "tiny"], default="published", help="tiny: to try it out")
+    parser.add_argument("--only", default="", metavar="TEXT", help="the forms with this in their name")
+    parser.add_argument("--tokens", type=int, default=48, help="of each answer (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--layers", action="store_true", help="time one linear layer instead")
+    parser.add_argument(
+        "--form", nargs=2, metavar=("NAME", "RECIPE"), help=argparse.SUPPRESS
+    )  # in a process of its own
+    args = parser.parse_args(argv)
+    if args.layers:
+        rows = time_layers()
+    elif args.form:
+        print(json.dumps(figures(*args.form, args.tokens)))
+        return
+    else:
+        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+            rows = measure_all(Path(folder), args.size, args.only, args.tokens)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_all(folder: Path, size: str, only: str, tokens: int) -> list[dict]:
+    """Every form with `only` in its name, printed as it is done."""
+    from benchmarks.made_up import make_weights
+
+    print(f"making weights of the {size} size in {folder}", flush=True)
+    made = make_weights(folder, size)
+    shutil.rmtree(made.phi_bin)
+    print(f"\n{'':20}{'peak, GB':>9}{'load, s':>9}{'first token, s':>16}{'tokens/s':>10}{f'{BATCH} at once':>11}")
+    found = []
+    for name in FORMS:
+        if only in name:
+            command = [sys.executable, __file__, "--form", name, str(made.recipe), "--tokens", str(tokens)]
+            env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr}")
+            found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            show(found[-1])
+    return found
+
+
+def figures(name: str, recipe: str, tokens: int) -> dict:
+    """One form, in this process."""
+    import numpy as np
+    import torch
+
+    from tinygptv_ds.infer.generate import answers, load_model, stream
+    from tinygptv_ds.infer.settings import Generation
+    from tinygptv_ds.infer.templates import Prompt
+
+    trained = Path(recipe).with_suffix(".pth")
+    began = time.perf_counter()
+    model, processor = load_model(trained, torch.bfloat16, device="cpu", recipe=Path(recipe), **FORMS[name])
+    loaded, peak = time.perf_counter() - began, peak_gb()
+    prompt = Prompt(("<ImageHere>", *(f"w{number}" for number in range(WORDS))), begin_token=True, stop=())
+    rng = np.random.default_rng(0)
+    size = processor.image_size
+    pictures = [rng.integers(0, 255, (3, size, size), dtype=np.uint8)]
+    fixed = Generation(max_new_tokens=tokens, min_new_tokens=tokens)
+    for _ in range(2):  # the first time some weights are packed anew
+        began = time.perf_counter()
+        answer = stream(model, processor, prompt, pictures, fixed)
+        times = []
+        for _piece in answer:
+            times.append((time.perf_counter() - began, answer.new_tokens))
+    (first, before), (last, after) = times[0], times[-1]
+    began = time.perf_counter()
+    list(answers(model, processor, [(prompt, pictures)] * BATCH, generation=fixed, batch_size=BATCH))
+    together = BATCH * tokens / (time.perf_counter() - began)
+    return {
+        "form": name,
+        "peak_loading": peak,
+        "peak": peak_gb(),
+        "load": loaded,
+        "first_token": first,
+        "tokens_s": (after - before) / (last - first),
+        "tokens_s_together": together,
+    }
+
+
+def show(row: dict) -> None:
+    """One line of the table; the batch's rate includes its pictures and prompts."""
+    print(
+        f"{row['form']:20}{row['peak']:>9.2f}{row['load']:>9.0f}{row['first_token']:>16.2f}{row['tokens_s']:>10.2f}"
+        f"{row['tokens_s_together']:>11.2f}",
+        flush=True,
+    )
+
+
+def peak_gb() -> float:
+    """The largest resident set so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+
+
+def time_layers() -> list[dict]:
+    """Milliseconds of Phi's largest linear layer (2560 to 10240) by rows of the input, the fastest of ten."""
+    import torch
+    from torch import nn
+
+    from tinygptv_ds.infer.quantized import quantized_linear
+
+    torch.manual_seed(0)
+    true = nn.Linear(2560, 10240).requires_grad_(False)
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    layers: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype]] = {
+        "fp32": (true, torch.float32),
+        "bf16": (nn.Linear(2560, 10240, dtype=bf16).requires_grad_(False), bf16),
+        "8 bit, bitsandbytes": (quantized_linear(true.weight, true.bias.to(bf16), 8, bf16, cpu), bf16),
+        "4 bit, bitsandbytes": (quantized_linear(true.weight, true.bias.to(bf16), 4, bf16, cpu), bf16),
+    }
+    if importlib.util.find_spec("torchao") is not None:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        weight_only = nn.Sequential(nn.Linear(2560, 10240, dtype=bf16).requires_grad_(False))
+        quantize_(weight_only, Int8WeightOnlyConfig())
+        layers["8 bit, torchao"] = (weight_only, bf16)
+    print(f"{'ms by rows of input':24}{''.join(f'{rows:>9}' for rows in ROWS)}")
+    found = []
+    with torch.no_grad():
+        for name, (layer, dtype) in layers.items():
+            spent = {rows: 1000 * fastest(layer, torch.randn(rows, 2560, dtype=dtype)) for rows in ROWS}
+            found.append({"layer": name, "ms": spent})
+            print(f"{name:24}{''.join(f'{ms:>9.2f}' for ms in spent.values())}", flush=True)
+    return found
+
+
+def fastest(layer: Callable[[Tensor], Tensor], x: Tensor, times: int = 10) -> float:
+    """Seconds of the fastest call after two that warm up."""
+    spent = []
+    for _ in range(times + 2):
+        began = time.perf_counter()
+        layer(x)
+        spent.append(time.perf_counter() - began)
+    return min(spent[2:])
+
+
+if __name__ == "__main__":
+    run_command(main)
