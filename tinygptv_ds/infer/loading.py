@@ -6,7 +6,9 @@ copy of the model never exists: quantised layers too are made one by one.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -158,6 +160,7 @@ def _quantize(
         bias = None if layer.bias is None else weights[f"{name}.bias"].read().to(device, dtype)
         made = quantized_linear(weights[f"{name}.weight"].read(), bias, bits, dtype, device)
         model.set_submodule(name, AdaptedLinear(made, layer) if isinstance(layer, LoRALinear) else made)
+        _return_freed_memory()
     for block in model.visual_encoder.blocks if vision else ():
         block.attn.qkv_bias_separate = True  # timm would else take the weight out of the layer
 
@@ -168,11 +171,19 @@ def _fill(model: nn.Module, weights: Mapping[str, Stored], device: torch.device)
         if parameter.is_meta:
             value = convert_tensor(name, weights[name].read(), parameter.dtype)
             _place(model, name, nn.Parameter(value.to(device), requires_grad=False))
+            del value
+            _return_freed_memory()
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             if not name.endswith(".attn.k_bias"):  # timm's key bias, fixed at zero, is the one that no file holds
                 raise WeightsError(f"no file supplies {name}; timm is of a version that is not known here")
             _place(model, name, torch.zeros_like(buffer, device=device))
+
+
+def _return_freed_memory() -> None:
+    """Of what is freed glibc keeps blocks of up to 32 MB for later ones, which with all those sizes hardly ever fit."""
+    with contextlib.suppress(AttributeError, OSError):  # other systems have their own ways
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _place(model: nn.Module, name: str, value: Tensor) -> None:
