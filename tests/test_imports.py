@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "processing": BASE,
     "data": BASE | {"processing"},
     "models": BASE | {"processing"},
-    "train": MIDDLE | {"convert"},
+    "train": MIDDLE | {"convert", "infer"},  # scores while training; infer knows nothing of train
     "convert": MIDDLE,
     "infer": MIDDLE | {"convert"},
     "hosts": MIDDLE | {"finding"},

@@ -40,6 +40,10 @@ VERBS = {
         "write a run's model for inference, as an adapter, or for the original's code",
         "tinygptv_ds.convert.export",
     ),
+    "chat": ("talk with a model about pictures, in the terminal", "tinygptv_ds.infer.chat"),
+    "answer": ("answer a file of questions about pictures, on one rank or many", "tinygptv_ds.infer.answer"),
+    "serve": ("answer over HTTP, as OpenAI's chat API, with pictures", "tinygptv_ds.infer.serve"),
+    "demo": ("a page to talk with the model about a picture", "tinygptv_ds.infer.demo"),
 }
 
 

@@ -3,9 +3,10 @@
 import ctypes
 import os
 import signal
+import threading
 import time
 
-from tinygptv_ds.train import progress
+from tinygptv_ds.train import progress, watchdog
 from tinygptv_ds.train.engine import Engine
 
 HOWS = {
@@ -13,13 +14,15 @@ HOWS = {
     "frozen": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "asleep": lambda: time.sleep(1000),
     "holding Python's lock": lambda: ctypes.PyDLL(None).sleep(1000),
-    "failing": lambda: [].pop(),
+    # Python waits for such a thread, for ever.
+    "failing": lambda: [].pop() if threading.Thread(target=time.sleep, args=[1000]).start() is None else None,
 }
 
 
 def in_step(at: int, rank: int, how: str, after: float = 0.0) -> None:
     """Between the first two micro-batches of step `at`, from 0, this happens to one rank, after so many seconds."""
     micro_step = Engine.micro_step
+    watchdog._WAY_OUT = 2.0
     steps = iter(range(1000))
 
     def broken(engine: Engine, *given: object, number: int, count: int) -> object:

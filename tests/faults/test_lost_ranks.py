@@ -75,7 +75,7 @@ def test_rank_0_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_a_rank_with_a_bug(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Its traceback stays; the others do not wait for it, nor add the tracebacks of their collectives."""
+    """Its traceback stays, and it ends though Python cannot; the others add no tracebacks of their collectives."""
     with started(recipe(), tmp_path / "run", ranks=3, fault=in_step, at=2, rank=1, how="failing") as run:
         assert run.end() == [1, 1, 1]
     assert run.output.count("Traceback") == 1 and run.output.count("IndexError: pop from empty list\n") == 1
@@ -104,25 +104,25 @@ def test_a_rank_that_hangs(recipe: Callable[..., Path], tmp_path: Path) -> None:
     """A long time for the start-up and a short one for a step, for collectives and watchdog; stacks of every rank."""
     limits = {"train__slow_step_seconds": 1, "train__step_minutes": 0.1, "data__read_timeout_seconds": 5}
     path = recipe(**limits, data__num_workers=1)
-    with started(path, tmp_path / "run", ranks=3, fault=hanging, at=2, rank=1, margin=-2) as run:
+    with started(path, tmp_path / "run", ranks=3, fault=hanging, at=2, rank=1, margin=-4) as run:
         run.end()
         codes = [process.exitcode for process in run.processes]
     assert codes == [LOST] * 3, run.output
     assert [line["step"] for line in run.metrics] == [1, 2]
-    for rank in (0, 2):  # what gloo says of it stays unsaid
-        assert "Timed out waiting 4000ms" in (run.folder / f"failed-{rank}").read_text()
+    for rank in (0, 2):  # two seconds are not too long for the first step; and what gloo says of them stays unsaid
+        assert "Timed out waiting 2000ms" in (run.folder / f"failed-{rank}").read_text()
     host, pid = os.uname().nodename, run.processes[1].pid
     who = f"rank 1 (host {host}, process {pid}) has been in a backward pass or a step of the optimizer, and the others"
-    warned = rf"^{re.escape(who)} waiting for it, in step 3 for [12] s, where a whole step takes 0\.\d s; the stacks of"
+    warned = rf"^{re.escape(who)} waiting for it, in step 3 for \d+ s, where a whole step takes \d+\.\d s; the"
     assert len(re.findall(warned, run.output, flags=re.M)) == 1
-    found = rf"{re.escape(who)} waiting for it, in step 3 for [67] s, longer than train.step_minutes \(0\.1\) allows; "
+    found = rf"{re.escape(who)} waiting for it, in step 3 for \d+ s, longer than train.step_minutes \(0\.1\) allows; "
     assert re.match(found, error_of(run)) and "it begins anew" in error_of(run)
     for rank, process in enumerate(run.processes):
         written = (run.folder / f"stacks/rank-{rank}.txt").read_text()
         assert len(re.findall(rf"^== \S+ \S+ rank 1 .*; process {process.pid}$", written, flags=re.M)) == 2
         assert len(re.findall(r"^== \S+ \S+ rank 1 .*; loader process \d+, state S", written, flags=re.M)) == 2
         assert bool(re.search(r'rank_hangs.py", line \d+ in <lambda>', written)) == (rank == 1)
-        assert "in all_reduce" in written or rank == 1
+        assert re.search(r'stage4.py", line \d+ in main', written)
 
 
 def test_alone(recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_alone(recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = recipe(train__step_minutes=0.04, data__read_timeout_seconds=2)
     with started(path, tmp_path / "run", fault=in_step, at=2, rank=0, how="asleep") as run:
         assert run.end() == [LOST]
-    assert re.search(r"optimizer in step 3 for [23] s, longer than train.step_minutes \(0\.04\)", error_of(run))
+    assert re.search(r"optimizer in step 3 for \d+ s, longer than train.step_minutes \(0\.04\)", error_of(run))
     assert "rank_hangs.py" in (run.folder / "stacks/rank-0.txt").read_text()
 
 
@@ -141,4 +141,4 @@ def test_a_run_that_nothing_happens_to(recipe: Callable[..., Path], tmp_path: Pa
         assert run.end() == [0, 0]
     assert json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
     assert not (run.folder / "stacks").exists()
-    assert not re.search("error|Traceback|rank 1|asyncio|watchdog", run.output), run.output
+    assert not re.search(r"error|Traceback|asyncio|watchdog|lost|stacks|rank 1 \(", run.output), run.output

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tinygptv_ds.config.data_section import DataSection
+from tinygptv_ds.config.evaluation_section import EvaluationSection
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.errors import ConfigError, require
 
@@ -294,6 +295,7 @@ class Recipe:
         data: see `DataSection`.
         optimizer: see `OptimizerSection`.
         train: see `TrainSection`.
+        evaluation: see `EvaluationSection`.
         deepspeed: changes to the DeepSpeed JSON, by its own keys.
     """
 
@@ -303,6 +305,7 @@ class Recipe:
     optimizer: OptimizerSection
     train: TrainSection
     text: TextSection = field(default_factory=TextSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     seed: int = 42
     deepspeed: dict = field(default_factory=dict)
 

@@ -78,7 +78,8 @@ def _told(facts: Mapping[str, Any], name: str) -> str:
 
 def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
     plain = recipe_dict(recipe)
-    plain.pop("deepspeed")
+    for section in ("deepspeed", "evaluation"):
+        plain.pop(section)
     for section, names in LEFT_OUT.items():
         for name in names:
             plain[section].pop(name)

@@ -52,12 +52,14 @@ class Votes:
     def __init__(self, engine: Engine, wishes: int) -> None:
         self._engine = engine
         on_gpu = engine.device.type == "cuda"
-        self._sums = torch.zeros(wishes, pin_memory=on_gpu)
+        # Pinned, so that neither copy waits for the device.
+        self._ours, self._sums = (torch.zeros(wishes, pin_memory=on_gpu) for _ in range(2))
         self._made = torch.cuda.Event() if on_gpu else None
 
     def cast(self, wishes: Sequence[bool]) -> None:
         """This rank's. To be called on all ranks."""
-        ours = torch.tensor([float(wish) for wish in wishes], device=self._engine.device)
+        self._ours.copy_(torch.tensor([float(wish) for wish in wishes]))
+        ours = self._ours.to(self._engine.device, non_blocking=True, copy=True)
         self._sums.copy_(self._engine.all_reduce(ours), non_blocking=True)
         if self._made is not None:
             self._made.record()

@@ -34,6 +34,7 @@ _GATHER = 0.1  # seconds: processes that end together are named together
 _OWN_WAY = 5.0  # seconds that a rank gets to find by itself the mistake that another one has told of
 _ANSWER = 0.3  # seconds that a last message may take
 _LEFT_OVER = 2.0  # seconds at most that rank 0 stays after it has told the others to end
+_WAY_OUT = 20.0  # seconds that a rank gets to end after an error of its own
 _LAST_RESORT = 10.0  # seconds for a message to be written, on a console that takes nothing any more
 
 
@@ -80,11 +81,15 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._line is not None and not isinstance(error, Stopped):
+        failed = error is not None and self._line is not None and not isinstance(error, Stopped)
+        if failed:
             self._explain(error)
         self._over.set()
         self._thread.join(_LAST_RESORT)
-        self.stacks.close()
+        if failed:  # with collectives under way, Python does not always get to its end
+            self.stacks.arm(_WAY_OUT, leave=True)
+        else:
+            self.stacks.close()
 
     def leave(self) -> None:
         """This rank has done its part, its end is no loss from now on. To be called before all ranks meet once more."""
