@@ -80,7 +80,9 @@ def test_nothing_is_unpickled_freely(path: Path) -> None:
         name = ast.unparse(call.func)
         assert name not in ("pickle.load", "pickle.loads", "pickle.Unpickler"), f"line {call.lineno}: {name}"
         if name == "torch.load":
-            assert {"weights_only=True"} <= {f"{word.arg}={ast.unparse(word.value)}" for word in call.keywords}, f"line {call.lineno}: {name}"
+            assert {"weights_only=True"} <= {f"{word.arg}={ast.unparse(word.value)}" for word in call.keywords}, (
+                f"line {call.lineno}: {name}"
+            )
 
 
 def test_the_package_is_all_here() -> None:

@@ -18,9 +18,9 @@ from tinygptv_ds.models.trainable import PARTS, lora, norms, projections, train_
 from tinygptv_ds.train import estimate
 from tinygptv_ds.train.cards import cards_named
 from tinygptv_ds.train.costs import MeanSample, sample_operations
+from tinygptv_ds.train.layers import parameters
 from tinygptv_ds.train.memory import MicroBatch, phi_row_bytes, step_memory
 from tinygptv_ds.train.sample_mean import ASSUMED, data_facts
-from tinygptv_ds.train.layers import parameters
 from tinygptv_ds.train.sizes import Sizes, Transformer, sizes_of, trained_parts
 
 ROOT = Path(__file__).parents[2]

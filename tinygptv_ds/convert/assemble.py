@@ -6,7 +6,6 @@ of a kind that no file has yet, initialised by name. Nothing is left to chance.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 

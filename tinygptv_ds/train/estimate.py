@@ -13,9 +13,9 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.cards import CARDS, Card, cards_named
 from tinygptv_ds.train.costs import Operations, sample_operations
 from tinygptv_ds.train.estimate_report import report
+from tinygptv_ds.train.layers import parameters
 from tinygptv_ds.train.memory import Memory, MicroBatch, fits, step_memory
 from tinygptv_ds.train.sample_mean import ASSUMED_SAMPLE_BYTES, DataFacts, data_facts
-from tinygptv_ds.train.layers import parameters
 from tinygptv_ds.train.sizes import Sizes, sizes_of, trained_parts
 
 
