@@ -29,7 +29,7 @@ from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.train.gathers import Limits
 from tinygptv_ds.train.layers import model_layers
 from tinygptv_ds.train.sizes import Sizes, Transformer, trained_parts
-from tinygptv_ds.train.traffic import SMALL, Step, Zero, checkpoint_traffic, step_traffic
+from tinygptv_ds.train.traffic import SMALL, Collective, Step, Zero, step_traffic
 
 WARM_UP = 2  # steps; until then ZeRO-3 is still recording in which order weights are used
 OWN_NAMESPACE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
@@ -63,7 +63,7 @@ class Row:
         setup: its name and ranks.
         counted: payload by count.
         measured: payload of the collectives that rank 0 called, the mean of the steps after the warm-up.
-        ring: what all ranks together send in rings, by count.
+        ring: what all ranks together send, by count: in rings, gloo scattering its sums by a whole all-reduce.
         wire: what they sent, headers and acknowledgements included; None where it could not be told.
     """
 
@@ -88,14 +88,17 @@ def main() -> None:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
-def counts(recipe: Recipe, config: dict[str, Any], ranks: int) -> tuple[dict[str, int], float, int]:
-    """Payload of a step by `key`, what each rank sends, and a checkpoint's payload, all by count."""
-    step, zero = step_of(recipe, ranks), zero_of(config)
-    collectives = step_traffic(step, zero)
+def counted_payload(collectives: list[Collective]) -> dict[str, int]:
+    """By `key`."""
     payload: Counter[str] = Counter()
     for each in collectives:
         payload[key(each.what, each.kind, each.ranks)] += each.payload
-    return dict(payload), sum(each.sent for each in collectives), checkpoint_traffic(step, zero).payload
+    return dict(payload)
+
+
+def sent_by_gloo(each: Collective) -> float:
+    """Bytes that a rank sends: gloo has no reduce-scatter, torch makes one of its all-reduce."""
+    return 2 * each.sent if each.kind == "reduce_scatter" else each.sent
 
 
 def step_of(recipe: Recipe, ranks: int) -> Step:
@@ -167,7 +170,8 @@ def measured_payload(notes: dict[str, Any], step: int) -> dict[str, int]:
 def _measured(setup: Setup, recipe_file: Path, run_dir: Path, apart: bool) -> Row:
     recipe = load_recipe(recipe_file, list(setup.changes))
     config = load_deepspeed_json(ROOT / f"ds_configs/{setup.json_file}.json")
-    counted, sent, _ = counts(recipe, resolve_deepspeed(config, recipe, setup.ranks, setup.name), setup.ranks)
+    zero = zero_of(resolve_deepspeed(config, recipe, setup.ranks, setup.name))
+    collectives = step_traffic(step_of(recipe, setup.ranks), zero)
     noted = run_dir.with_suffix(".json")
     before = OWN_NAMESPACE if apart else ()
     run(setup, recipe_file, run_dir, script="benchmarks/collectives.py", before=before, told={"NOTED": str(noted)})
@@ -176,7 +180,9 @@ def _measured(setup: Setup, recipe_file: Path, run_dir: Path, apart: bool) -> Ro
     payloads = [measured_payload(notes, step) for step in range(WARM_UP, last)]
     assert all(payload == payloads[0] for payload in payloads), f"{setup.name}: steps differ: {payloads}"
     wire = (notes["loopback"][last] - notes["loopback"][WARM_UP]) / (last - WARM_UP) if apart else None
-    return Row(f"{setup.name}, {setup.precision}, {setup.ranks} ranks", counted, payloads[0], sent * setup.ranks, wire)
+    sent = setup.ranks * sum(map(sent_by_gloo, collectives))
+    name = f"{setup.name}, {setup.precision}, {setup.ranks} ranks"
+    return Row(name, counted_payload(collectives), payloads[0], sent, wire)
 
 
 def payload_table(rows: list[Row]) -> list[str]:
