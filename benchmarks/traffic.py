@@ -27,9 +27,9 @@ from tinygptv_ds.config.deepspeed_json import load_deepspeed_json, precision, re
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.train.gathers import Limits
-from tinygptv_ds.train.layers import model_layers
-from tinygptv_ds.train.sizes import Sizes, Transformer, trained_parts
-from tinygptv_ds.train.traffic import SMALL, Collective, Step, Zero, step_traffic
+from tinygptv_ds.train.scaling import step_of
+from tinygptv_ds.train.sizes import Sizes, Transformer
+from tinygptv_ds.train.traffic import SMALL, Collective, Zero, step_traffic
 
 WARM_UP = 2  # steps; until then ZeRO-3 is still recording in which order weights are used
 OWN_NAMESPACE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
@@ -101,22 +101,6 @@ def sent_by_gloo(each: Collective) -> float:
     return 2 * each.sent if each.kind == "reduce_scatter" else each.sent
 
 
-def step_of(recipe: Recipe, ranks: int) -> Step:
-    """The step of a recipe of the tests' tiny model."""
-    return Step(
-        model_layers(tiny_sizes(recipe)),
-        trained_parts(recipe),
-        ranks,
-        recipe.train.accumulation(ranks),
-        int(recipe.model.gradient_checkpointing),
-        recipe.data.features is not None,
-        len(recipe.data.used),
-        recipe.train.log_every,
-        recipe.train.loss_reduction == "step_mean",
-        recipe.optimizer.lr_scale,
-    )
-
-
 def tiny_sizes(recipe: Recipe) -> Sizes:
     """The sizes of the tests' tiny model under a recipe."""
     import tiny
@@ -147,11 +131,12 @@ def zero_of(config: dict[str, Any]) -> Zero:
         "prefetch": ("prefetch_bucket_size", 50_000_000),
         "live": ("max_live_parameters", 1_000_000_000),
     }
-    limits = Limits(**{name: int(zero.get(f"stage3_{word}", default)) for name, (word, default) in stage3.items()})
+    given = {name: int(zero.get(f"stage3_{word}", default)) for name, (word, default) in stage3.items()}
     mixed = config.get("torch_autocast", {}).get("enabled", False)
     frozen, trained = (2, 4) if mixed else (4, 4) if precision(config) == "fp32" else (2, 2)
     node, offloaded = int(zero.get("zero_hpz_partition_size", 1)), "offload_optimizer" in zero
-    return Zero(zero_stage(config), frozen, trained, limits, node, offloaded)
+    stage = zero_stage(config)
+    return Zero(stage, frozen, trained, Limits(**given) if stage == 3 else Limits(), node, offloaded)
 
 
 def key(what: str, kind: str, ranks: int) -> str:
@@ -171,7 +156,7 @@ def _measured(setup: Setup, recipe_file: Path, run_dir: Path, apart: bool) -> Ro
     recipe = load_recipe(recipe_file, list(setup.changes))
     config = load_deepspeed_json(ROOT / f"ds_configs/{setup.json_file}.json")
     zero = zero_of(resolve_deepspeed(config, recipe, setup.ranks, setup.name))
-    collectives = step_traffic(step_of(recipe, setup.ranks), zero)
+    collectives = step_traffic(step_of(recipe, tiny_sizes(recipe), setup.ranks), zero)
     noted = run_dir.with_suffix(".json")
     before = OWN_NAMESPACE if apart else ()
     run(setup, recipe_file, run_dir, script="benchmarks/collectives.py", before=before, told={"NOTED": str(noted)})

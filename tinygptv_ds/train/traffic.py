@@ -115,9 +115,7 @@ class Step:
 
 
 def step_traffic(step: Step, zero: Zero) -> list[Collective]:
-    """The collectives of one optimizer step; none where there is one rank."""
-    if step.ranks == 1:
-        return []
+    """The collectives of one optimizer step. One rank alone calls none of them, and `sent` is 0."""
     engine = _zero_3(step, zero) if zero.stage == 3 else _zero_1_or_2(step, zero)
     return [*engine, *_own(step)]
 
@@ -129,9 +127,9 @@ def checkpoint_traffic(step: Step, zero: Zero) -> Collective:
     return Collective("checkpoint", "all_reduce", 3 * 4 * sum(step.groups()), step.ranks)
 
 
-def moved_to_gpu(collectives: list[Collective]) -> float:
-    """Bytes that a rank's GPU fetches from CPU memory in a step where parameters are offloaded: its shares."""
-    return sum(each.payload / each.ranks for each in collectives if each.what == GATHERED)
+def moved_over_pcie(collectives: list[Collective]) -> float:
+    """Bytes between a rank's GPU and CPU memory in a step where both hold its shares: weights in, gradients out."""
+    return sum(each.payload / each.ranks for each in collectives if each.what != SMALL)
 
 
 def _zero_1_or_2(step: Step, zero: Zero) -> Iterator[Collective]:
