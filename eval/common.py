@@ -1,110 +1,235 @@
-"""What the evaluation scripts share: reading questions from shards, asking a model, saving results."""
+"""What the evaluation scripts share: their options, and the way from a model and questions to scores in a folder."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tinygptv_ds.data.cache import ShardCache, count_samples
-from tinygptv_ds.data.reader import ShardReader
-from tinygptv_ds.data.shards import expand_shards
-from tinygptv_ds.disk import whole_file
-from tinygptv_ds.errors import ConfigError, DataError
+import yaml
+
+from tinygptv_ds.config.evaluation_section import SPLITS
+from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.dist import Ranks, ranks_from_env, together, wait_for_all
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.infer.benchmarks import answer_log
+from tinygptv_ds.infer.benchmarks.checks import Checks
+from tinygptv_ds.infer.benchmarks.question import Task
+from tinygptv_ds.infer.benchmarks.report import line_of, markdown, save_json, write_scalars
+from tinygptv_ds.infer.benchmarks.scoring import scalars, score
+from tinygptv_ds.infer.benchmarks.settings import Settings, Wording, wording
+from tinygptv_ds.infer.benchmarks.table import open_held_out, open_published, places_of
+
+if TYPE_CHECKING:
+    from tinygptv_ds.infer.benchmarks.made_by import MadeBy
+
+_PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
-@dataclass(frozen=True)
-class Question:
-    """One question of a benchmark: its key, its words, its pictures, the true answer and the stored record."""
-
-    key: str
-    text: str
-    images: tuple[bytes, ...]
-    truth: str
-    record: dict
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    """The options that all evaluation scripts have."""
-    options = argparse.ArgumentParser(description=description)
-    options.add_argument("--model", type=Path, required=True, help="an exported folder or a finished run directory")
-    options.add_argument("--shards", required=True, help="a folder, glob or brace pattern of held-out shards")
-    options.add_argument("--limit", type=int, help="only the first N questions")
-    options.add_argument("--template", help="wraps the question, {} stands for it (default: the one of the training)")
-    options.add_argument("--max-new-tokens", type=int, default=20)
-    options.add_argument("--batch-size", type=int, default=32)
-    options.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="fp32")
+def parser(description: str, benchmarks: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The options of an evaluation script that knows some published `benchmarks`."""
+    options = argparse.ArgumentParser(
+        description=description,
+        epilog="On several GPUs: deepspeed eval/SCRIPT.py ... or torchrun --nproc-per-node 8 eval/SCRIPT.py ...",
+    )
+    options.add_argument("--model", type=Path, required=True, help="an exported folder, a run, a checkpoint or a file")
+    source = options.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shards", help="a folder, glob or brace pattern of held-out shards")
+    if benchmarks:
+        source.add_argument("--benchmarks", metavar="NAME,...", help=f"of {', '.join(benchmarks)}")
+        options.add_argument(
+            "--root", type=Path, default=Path(), help="where the benchmarks' files lie (default: here)"
+        )
+    if any(SPLITS[name] for name in benchmarks):
+        options.add_argument("--splits", metavar="NAME,...", help="only these (default: all of each benchmark)")
+    options.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another place of a benchmark's files (gqa.images=FOLDER) or of base weights (model.phi=FOLDER)",
+    )
+    options.add_argument("--limit", type=int, help="only the first N questions of each")
+    options.add_argument(
+        "--template",
+        help="benchmark: the published scripts' own; training: the model's; or a template, {} for the question "
+        "(default: benchmark, and training for shards)",
+    )
+    options.add_argument("--show-prompt", action="store_true", help="print the first prompt of each, and end")
+    options.add_argument("--max-new-tokens", type=int, default=20, help="of an answer at most (default: %(default)s)")
+    options.add_argument(
+        "--batch-size", type=int, default=32, help="questions at once on a rank (default: %(default)s)"
+    )
+    options.add_argument(
+        "--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 on a GPU, else fp32"
+    )
     options.add_argument(
         "--begin-token", action="store_true", help="start prompts with the begin token, as in training"
     )
-    options.add_argument("--json", type=Path, metavar="FILE", help="write scores and every prediction here")
+    options.add_argument("--recipe", type=Path, metavar="FILE", help="of weights that do not tell what they belong to")
+    options.add_argument("--out", type=Path, metavar="DIR", help="answers and results (default: runs/eval/MODEL)")
+    options.add_argument("--fresh", action="store_true", help="do not go on from answers that are there; remove them")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write the result of a single benchmark here too")
+    options.add_argument(
+        "--tensorboard",
+        type=Path,
+        metavar="DIR",
+        help="for the scores (default: that of the model's run, if it has one)",
+    )
+    options.add_argument("--step", type=int, help="of the scores on TensorBoard (default: the model's)")
+    options.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return options
 
 
-def read_questions(shards: str, limit: int | None) -> list[Question]:
-    """Single-turn questions of held-out shards, in stored order.
+def evaluate(args: argparse.Namespace, kind: str, benchmarks: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Check, ask, score, write and print; the results on rank 0, nothing elsewhere.
+
+    Args:
+        args: from `parser`.
+        kind: what held-out shards hold: vqa, refer or caption.
+        benchmarks: the published ones that may be named.
 
     Raises:
-        DataError: no shards, or a sample that holds no single question.
+        TinyGPTVError: options, files or weights that the user has to mend.
     """
-    cache = ShardCache()
-    reader = ShardReader(cache=cache)
-    questions: list[Question] = []
-    tars = expand_shards(shards)
-    for tar, count in zip(tars, count_samples(tars, cache), strict=True):
-        for index in range(count):
-            if limit is not None and len(questions) == limit:
-                return questions
-            raw = reader.read(tar, index)
-            text, answer = raw.record.get("text"), raw.record.get("answer")
-            if not isinstance(text, str) or not isinstance(answer, str):
-                raise DataError(f"{tar}: sample {raw.key} holds no single question with one answer")
-            questions.append(Question(raw.key, text, raw.images, answer, raw.record))
-    return questions
-
-
-def ask(args: argparse.Namespace, questions: list[Question], instruction: str) -> list[str]:
-    """Load the model and answer all questions greedily; `instruction` holds `{}` for a question's words."""
+    settings = Settings(args.template, args.max_new_tokens, args.batch_size, args.begin_token)
+    if args.limit is not None and args.limit < 1:
+        raise ConfigError(f"--limit {args.limit}: there is nothing to ask")
+    tasks = open_tasks(args, kind, benchmarks)
+    if args.json and len(tasks) > 1:
+        raise ConfigError(f"--json takes one result, but there are {len(tasks)}: they are written to --out")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if args.show_prompt:
+        _show_prompts(args, tasks, settings)
+        return []
+    ranks = ranks_from_env()
+    with together(ranks):
+        return _score(args, tasks, settings, ranks)
+
+
+def open_tasks(args: argparse.Namespace, kind: str, benchmarks: Sequence[str]) -> list[Task]:
+    """The questions of all that is named, from files that have been checked."""
+    places = [text for text in args.set if not text.startswith("model.")]
+    if args.shards is not None:
+        return [open_held_out(kind, args.shards, args.limit, instruction=getattr(args, "instruction", None))]
+    checks, tasks = Checks(), []
+    for name in args.benchmarks.split(","):
+        if name not in benchmarks:
+            raise ConfigError(f"--benchmarks: {name!r} is none of these{nearest(name, benchmarks)}")
+        for split in _splits(name, getattr(args, "splits", None)):
+            tasks.append(open_published(name, split, places_of(name, args.root, places), checks, args.limit))
+    checks.finish()
+    return tasks
+
+
+def _splits(name: str, asked: str | None) -> Sequence[str]:
+    if asked is None:
+        return SPLITS[name] or ("",)
+    chosen = asked.split(",")
+    known = {split for splits in SPLITS.values() for split in splits}
+    for split in chosen:
+        if split not in known:
+            raise ConfigError(f"--splits: {split!r} is no split{nearest(split, known)}")
+    found = [split for split in SPLITS[name] if split in chosen]
+    if not found:
+        raise ConfigError(f"--splits {asked}: {name} has {', '.join(SPLITS[name])}")
+    return found
+
+
+def _show_prompts(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings) -> None:
+    from tinygptv_ds.infer.benchmarks.made_by import config_of
+
+    config = config_of(args.model, _of_model(args), args.recipe)
+    for task in tasks:
+        words = wording(task.benchmark, settings, config.prompt_template, config.end_sym)
+        until = f"the answer ends at {words.stop or 'the end token'!r}"
+        if task.questions[0].choices:
+            until = f"the likeliest choice counts, each with {words.choice_end!r} behind it"
+        print(f"{task.name}: {words.prompt(task.questions[0])!r}; {until}")
+
+
+def _of_model(args: argparse.Namespace) -> list[str]:
+    return [text for text in args.set if text.startswith("model.")]
+
+
+def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, ranks: Ranks) -> list[dict[str, Any]]:
+    import torch
+
     from tinygptv_ds.dtypes import DTYPES
+    from tinygptv_ds.infer.benchmarks.asking import Asker
+    from tinygptv_ds.infer.benchmarks.made_by import made_by
     from tinygptv_ds.infer.generate import load_model
 
-    model, processor = load_model(args.model, DTYPES[args.dtype])
-    return ask_model(model, processor, questions, instruction, args)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
+    dtype = args.dtype if args.dtype != "auto" else "bf16" if torch.cuda.is_available() else "fp32"
+    maker = made_by(args.model)
+    board, step = args.tensorboard or maker.board, args.step if args.step is not None else maker.step
+    if args.tensorboard and step is None:
+        raise ConfigError(f"{args.model} does not tell its step: give --step for TensorBoard")
+    out = args.out or Path("runs/eval") / args.model.resolve().name
+    model, processor = load_model(args.model, DTYPES[dtype], recipe=args.recipe, overrides=_of_model(args))
+    asker = Asker(model, processor, settings, ranks)
+    results = []
+    for task in tasks:
+        words = wording(task.benchmark, settings, model.config.prompt_template, model.config.end_sym)
+        decoding = _decoding(words, settings, dtype)
+        folder = out / task.name
+        _begin(folder, {"checkpoint": maker.checkpoint, **decoding}, ranks, fresh=args.fresh)
+        asked = [f"{question.key}\n{words.prompt(question)}\n{question.choices}" for question in task.questions]
+        with answer_log.opened(folder, ranks.rank, asked) as log:
+            answers = asker.ask(task, words, log)
+        if ranks.is_main:
+            result = _result(task, score(task, answers, words.end), maker, step, decoding)
+            save_json(folder / "results.json", result)
+            print(line_of(result), flush=True)
+            if board is not None and step is not None:
+                write_scalars(board, scalars(result, task.name), step)
+            results.append(result)
+    if ranks.is_main:
+        _write_table(out, maker)
+        if args.json:
+            save_json(args.json, results[0])
+    return results
 
 
-def ask_model(
-    model: object, processor: object, questions: list[Question], instruction: str, args: argparse.Namespace
-) -> list[str]:
-    """As `ask`, with a model that is loaded already."""
-    from tqdm import tqdm
-
-    from tinygptv_ds.infer.generate import answers
-    from tinygptv_ds.processing.sequence import wrap
-    from tinygptv_ds.processing.text import IMAGE_TAG
-
-    template = args.template or model.config.prompt_template
-    if template is not None and template.count("{}") != 1:
-        raise ConfigError(f"--template {template!r} must hold {{}} exactly once")
-    prompts = [
-        (wrap(template, f"{IMAGE_TAG * len(q.images)} {wrap(instruction, q.text)} "), q.images) for q in questions
-    ]
-    stop = model.config.end_sym if template is None else "###"
-    given = answers(
-        model,
-        processor,
-        prompts,
-        stop=stop,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        begin_token=args.begin_token,
-    )
-    return list(tqdm(given, total=len(prompts), desc=args.desc, unit="question", disable=None))
+def _begin(folder: Path, settings: dict[str, Any], ranks: Ranks, *, fresh: bool) -> None:
+    """Rank 0 makes the folder ready; where it holds other answers, all ranks end alike."""
+    if not fresh:
+        answer_log.refuse_others(folder, settings)
+    wait_for_all(ranks)
+    if ranks.is_main:
+        answer_log.begin(folder, settings, fresh=fresh)
+    wait_for_all(ranks)
 
 
-def save_json(path: Path, result: dict) -> None:
-    """Write `result`, complete or not at all."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _decoding(words: Wording, settings: Settings, dtype: str) -> dict[str, Any]:
+    return {
+        "template": words.template,
+        "stop": words.stop,
+        "choice_end": words.choice_end,
+        "max_new_tokens": settings.max_new_tokens,
+        "begin_token": settings.begin_token,
+        "search": "greedy",
+        "dtype": dtype,
+    }
+
+
+def _result(
+    task: Task, scored: dict[str, Any], maker: MadeBy, step: int | None, decoding: dict[str, Any]
+) -> dict[str, Any]:
+    made = {"model": maker.model, "checkpoint": maker.checkpoint, "step": step}
+    template = {"template": decoding["template"], "decoding": {k: v for k, v in decoding.items() if k != "template"}}
+    return {"benchmark": task.name, **made, **template, **scored}
+
+
+def _write_table(out: Path, maker: MadeBy) -> None:
+    """Of all results of this model in the folder, those of earlier calls too."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/results.json"))]
+    results = [result for result in found if result["checkpoint"] == maker.checkpoint]
+    published = yaml.safe_load(_PUBLISHED.read_text(encoding="utf-8"))
+    (out / "results.md").write_text(markdown(results, published), encoding="utf-8")
+    print(f"{out}: results.md, and results.json with every answer in the folder of each benchmark", flush=True)

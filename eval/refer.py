@@ -1,61 +1,34 @@
-"""Boxes for referring expressions on held-out pictures: python eval/refer.py --model RUN --shards PATH."""
+"""Scores of boxes for referring expressions, on RefCOCO, RefCOCO+, RefCOCOg or held-out shards.
+
+    deepspeed eval/refer.py --model M --benchmarks refcoco,refcoco+,refcocog --root DIR [--splits val,testA]
+    python eval/refer.py --model M --shards PATH
+
+docs/evaluation.md has the layout of DIR and what the scores are.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval.common import Question, ask, parser, read_questions, save_json
+from eval.common import evaluate, parser
 from tinygptv_ds.cli import run_command
-from tinygptv_ds.infer.boxes import iou, parse_box
 
-INSTRUCTION = "[refer] give me the location of {}"
+BENCHMARKS = ("refcoco", "refcoco+", "refcocog")
 
 
-def score(questions: Sequence[Question], given: Sequence[str]) -> dict:
-    """Mean IoU and share of IoU above 0.5; a malformed answer counts as 0."""
-    predictions, overlaps = [], []
-    for question, answer in zip(questions, given, strict=True):
-        box, truth = parse_box(answer), parse_box(question.truth)
-        overlaps.append(iou(box, truth) if box and truth else 0.0)
-        predictions.append(
-            {
-                "key": question.key,
-                "phrase": question.text,
-                "answer": answer,
-                "truth": question.truth,
-                "iou": overlaps[-1],
-            }
-        )
-    return {
-        "iou": sum(overlaps) / max(len(overlaps), 1),
-        "accuracy": sum(overlap > 0.5 for overlap in overlaps) / max(len(overlaps), 1),
-        "questions": len(overlaps),
-        "malformed": sum(parse_box(answer) is None for answer in given),
-        "predictions": predictions,
-    }
+def scores(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The results, as they are written."""
+    return evaluate(parser(__doc__.splitlines()[0], BENCHMARKS).parse_args(argv), "refer", BENCHMARKS)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score and print."""
-    args = parser(__doc__).parse_args(argv)
-    run_command(lambda: _run(args))
-
-
-def _run(args: argparse.Namespace) -> None:
-    args.desc = "refer"
-    questions = read_questions(args.shards, args.limit)
-    result = score(questions, ask(args, questions, INSTRUCTION))
-    print(
-        f"mean IoU {result['iou']:.3f}, {100 * result['accuracy']:.1f} % above 0.5, of {result['questions']} phrases "
-        f"({result['malformed']} malformed answers)"
-    )
-    if args.json:
-        save_json(args.json, result)
+    run_command(lambda: scores(argv))
 
 
 if __name__ == "__main__":

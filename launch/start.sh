@@ -10,6 +10,16 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 launcher=()
 script=()
+hostfile=
+master_port=29500
+ssh_port=
+note() {  # of the launcher's options, those by which the ranks are found again
+  case "$1" in
+    -H | --hostfile) hostfile="$2" ;;
+    --master_port) master_port="$2" ;;
+    --ssh_port) ssh_port="$2" ;;
+  esac
+}
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) exec python "$root/stages/$stage.py" --help ;;
@@ -17,10 +27,12 @@ while [ $# -gt 0 ]; do
       launcher+=("$1") ;;
     --hostfile=* | --include=* | --exclude=* | --num_nodes=* | --num_gpus=* | --num_accelerators=* | --master_addr=* | \
     --master_port=* | --node_rank=* | --launcher=* | --launcher_args=* | --ssh_port=* | --bind_core_list=* | --log_level=*)
+      note "${1%%=*}" "${1#*=}"
       launcher+=("$1") ;;
     -H | --hostfile | -i | --include | -e | --exclude | --num_nodes | --num_gpus | --num_accelerators | --master_addr | \
     --master_port | --node_rank | --launcher | --launcher_args | --ssh_port | --bind_core_list | --log_level)
       [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
+      note "$1" "$2"
       launcher+=("$1" "$2")
       shift ;;
     *) script+=("$1") ;;
@@ -34,15 +46,24 @@ fi
 
 # A signal to stop goes to the ranks themselves, which save and end; the launcher then ends with their exit code.
 children() { cat "/proc/$1/task/$1/children" 2>/dev/null; }
+pass_on_over_pdsh() {  # on every node the children of this job's per-node launcher, known by its port and script
+  local hosts launch="^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$master_port .*/stages/$stage.py"
+  hosts="$(awk '!/^#/ && NF { print $1 }' "$hostfile" | paste -sd,)"
+  PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="-oBatchMode=yes ${ssh_port:+-p $ssh_port}" \
+    timeout 30 pdsh -w "$hosts" "pkill -$1 -P \"\$(pgrep -d, -f '$launch')\" && echo passed" 2>/dev/null | grep -q passed
+}
 pass_on() {
-  local child rank passed=
+  local child rank command passed=
   for child in $(children "$running"); do
-    tr '\0' ' ' < "/proc/$child/cmdline" 2>/dev/null | grep -q deepspeed.launcher.launch || continue
-    for rank in $(children "$child"); do kill "-$1" "$rank" 2>/dev/null && passed=yes; done
-    [ -n "$passed" ] || kill -TERM "$child" 2>/dev/null
+    command="$(tr '\0' ' ' < "/proc/$child/cmdline" 2>/dev/null)"
+    case "$command" in
+      pdsh\ * | */pdsh\ *) [ -n "$hostfile" ] && pass_on_over_pdsh "$1" && passed=yes ;;
+      *deepspeed.launcher.launch*)
+        for rank in $(children "$child"); do kill "-$1" "$rank" 2>/dev/null && passed=yes; done
+        [ -n "$passed" ] || kill -TERM "$child" 2>/dev/null ;;
+    esac
   done
-  # Several nodes: the launcher itself tells them. No rank yet: there is nothing to save.
-  [ -n "$passed" ] || kill -TERM "$running" 2>/dev/null
+  [ -n "$passed" ] || kill -TERM "$running" 2>/dev/null  # no rank yet: there is nothing to save
 }
 deepspeed "${launcher[@]}" "$root/stages/$stage.py" "${script[@]}" &
 running=$!

@@ -30,19 +30,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tinygptv_ds.train.features import check_features
     from tinygptv_ds.train.loop import train
 
-    start_distributed(job)
-    # Phi, ViT and Q-Former from their own files, then what the stage before has trained.
-    model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])
-    train_only(model, projections, norms, lora, instead=job.recipe.model.train)
-    stream = open_stream(job.recipe)
-    tokens = open_tokens(job.recipe, model.config)
-    check_features(model, job)  # where data.features names some: stale ones are refused
-    with start_engine(model, job, stream) as engine:
-        train(engine, stream, tokens)
-        trained = engine.trained_state()  # gathered from all ranks
-        if job.ranks.is_main:
-            state = model.beside_base | trained
-            save_trained(state, model.config, job.run_dir / "model", provenance_of(job.recipe))
+    with start_distributed(job) as watchdog:
+        # Phi, ViT and Q-Former from their own files, then what the stage before has trained.
+        model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])
+        train_only(model, projections, norms, lora, instead=job.recipe.model.train)
+        stream = open_stream(job.recipe)
+        tokens = open_tokens(job.recipe, model.config)
+        check_features(model, job)  # where data.features names some: stale ones are refused
+        with start_engine(model, job, stream, watchdog) as engine:
+            train(engine, stream, tokens)
+            trained = engine.trained_state()  # gathered from all ranks
+            if job.ranks.is_main:
+                state = model.beside_base | trained
+                save_trained(state, model.config, job.run_dir / "model", provenance_of(job.recipe))
 
 
 if __name__ == "__main__":

@@ -86,14 +86,29 @@ def started(
         fault: called in each rank before it begins, to break something.
         told: keyword arguments of `fault`.
     """
+    argv = ["--recipe", str(recipe), "--run-dir", str(folder), "--deepspeed_config", str(CPU), *options]
+    with launched("stages/stage4.py", argv, folder, ranks=ranks, fault=fault, **told) as run:
+        yield run
+
+
+@contextmanager
+def launched(
+    script: str,
+    argv: Sequence[str],
+    folder: Path,
+    *,
+    ranks: int = 1,
+    fault: Callable[..., None] | None = None,
+    **told: Any,
+) -> Iterator[Ranks]:
+    """As `started`, the ranks of any script of ours that has a `main`; `folder` is where they write."""
     _start_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     said = folder.with_name(f"{folder.name}-{time.monotonic_ns()}.txt")
     said.touch()
-    argv = ["--recipe", str(recipe), "--run-dir", str(folder), "--deepspeed_config", str(CPU), *options]
-    shared = (ranks, port, said, argv, fault, told)
+    shared = (ranks, port, said, script, argv, fault, told)
     processes = [_FORKS.Process(target=_rank, args=(rank, *shared)) for rank in range(ranks)]
     for process in processes:
         process.start()
@@ -115,7 +130,14 @@ def ended(recipe: Path, folder: Path, *options: str, code: int = 0, **given: Any
 
 
 def _rank(
-    rank: int, world: int, port: int, said: Path, argv: Sequence[str], fault: Callable[..., None] | None, told: dict
+    rank: int,
+    world: int,
+    port: int,
+    said: Path,
+    script: str,
+    argv: Sequence[str],
+    fault: Callable[..., None] | None,
+    told: dict,
 ) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in names.items()}, MASTER_ADDR="127.0.0.1")
@@ -126,5 +148,5 @@ def _rank(
     if fault is not None:
         fault(**told)
     multiprocessing.set_start_method("fork", force=True)  # as it is for a rank that a launcher has started
-    main = runpy.run_path(str(ROOT / "stages/stage4.py"))["main"]
+    main = runpy.run_path(str(ROOT / script))["main"]
     run_command(lambda: main(argv))

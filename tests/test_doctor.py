@@ -1,6 +1,5 @@
 """`doctor`: what it finds, what it calls missing, and that it works where next to nothing is installed."""
 
-import argparse
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from test_user_errors import python
+from verbs import call
 
 from tinygptv_ds import doctor
 from tinygptv_ds.errors import ConfigError
@@ -17,7 +17,7 @@ from tinygptv_ds.models.attention import available_backends
 
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     """The tests run here, so training is possible here."""
-    doctor.run(argparse.Namespace())
+    call(doctor)
     report = capsys.readouterr().out
     assert report.endswith("Training is possible here.\n")
     assert "MISSING" not in report
@@ -82,4 +82,4 @@ def test_what_blocks_is_exit_code_2(look: Callable, monkeypatch: pytest.MonkeyPa
     finding = look((3, 9)) if look is doctor.python_version else look("none")
     monkeypatch.setattr(doctor, "diagnose", lambda: iter([finding]))
     with pytest.raises(ConfigError, match=f"see {finding.name} above"):
-        doctor.run(argparse.Namespace())
+        call(doctor)

@@ -182,3 +182,17 @@ def losses(run_dir: Path) -> list[float]:
     """The losses of a run, from its metrics.jsonl."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["train/loss"] for line in lines]
+
+
+def export_model(weights: Path, out: Path) -> Path:
+    """A whole model with its processor, as `export` writes it."""
+    from tinygptv_ds.config.load import build_recipe
+    from tinygptv_ds.convert.assemble import build_model, load_tokenizer
+    from tinygptv_ds.processing.processor import TinyGPTVProcessor
+
+    made = build_recipe(recipe(weights, {"none": weights}), "test")
+    torch.manual_seed(3)
+    model = build_model(made.model, made.text, frozen_dtype=torch.float32)
+    model.save_pretrained(out)
+    TinyGPTVProcessor.for_model(model.config, load_tokenizer(weights / "phi")).save_pretrained(out)
+    return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -39,6 +40,10 @@ VERBS = {
         "write a run's model for inference, as an adapter, or for the original's code",
         "tinygptv_ds.convert.export",
     ),
+    "chat": ("talk with a model about pictures, in the terminal", "tinygptv_ds.infer.chat"),
+    "answer": ("answer a file of questions about pictures, on one rank or many", "tinygptv_ds.infer.answer"),
+    "serve": ("answer over HTTP, as OpenAI's chat API, with pictures", "tinygptv_ds.infer.serve"),
+    "demo": ("a page to talk with the model about a picture", "tinygptv_ds.infer.demo"),
 }
 
 
@@ -56,19 +61,25 @@ def run_command(command: Callable[[], None]) -> None:
         if int(os.environ.get("RANK", 0)) != 0:
             time.sleep(5)
         else:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _tell(f"error: {error}")
         # Threads of the process group or the loader must not hold up, nor clutter, the way out.
         sys.stdout.flush()
         os._exit(USER_ERROR)
     except Stopped as stop:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"stopped: {stop}", file=sys.stderr, flush=True)
+            _tell(f"stopped: {stop}")
         sys.stdout.flush()
         os._exit(stop.code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # such as "| head" has seen enough
         os._exit(0)
+
+
+def _tell(message: str) -> None:
+    """On stderr, if there is still someone to read it: the exit code must be the same."""
+    with contextlib.suppress(BrokenPipeError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,10 +1,15 @@
-"""Who this process is among the ranks, read from the launcher's environment. No torch."""
+"""Who this process is among the ranks, read from the launcher's environment. torch is loaded where they meet only."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+
+_PATIENCE = timedelta(days=30)  # of the ranks that have finished their share
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,24 @@ def complete_env() -> None:
 def cores_per_rank(ranks: Ranks) -> int:
     """CPU cores that one rank may use on this node."""
     return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+
+
+@contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """Inside, the ranks of a launcher can meet (`wait_for_all`), on the CPU: no GPU is waited on or held."""
+    if ranks.world_size == 1:
+        yield
+        return
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def wait_for_all(ranks: Ranks) -> None:
+    """Go on once all ranks have come here."""
+    if ranks.world_size > 1:
+        import torch.distributed
+
+        torch.distributed.barrier()

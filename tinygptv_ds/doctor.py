@@ -8,14 +8,16 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.dist import Ranks, cores_per_rank
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.errors import ConfigError, require
+from tinygptv_ds.finding import Finding
+from tinygptv_ds.hosts.hostfile import read_hostfile
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -26,46 +28,71 @@ WEIGHTS_GIB = 8  # Phi-2, EVA ViT-g and BLIP-2's Q-Former as published
 _IMPORTED = ("torch", "torchvision", "timm", "transformers", "deepspeed")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        name: what was looked at.
-        text: what was found.
-        remedy: what to do about it, where something is to be done.
-        blocks: whether training is impossible without it.
-    """
-
-    name: str
-    text: str
-    remedy: str | None = None
-    blocks: bool = False
-
-    def __str__(self) -> str:
-        mark = "MISSING" if self.blocks else "note" if self.remedy else "ok"
-        line = f"{mark:8} {self.name:16} {self.text}"
-        return line if self.remedy is None else f"{line}\n{'':25} -> {self.remedy}"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb has no options."""
+    """Without options the verb looks at this machine; with a hostfile, at those hosts."""
+    parser.add_argument(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="look at the hosts of this file over ssh: are they alike, and how fast are they together",
+    )
+    parser.add_argument(
+        "--all-reduce",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="N",
+        help="time all-reduces among N ranks of this machine, or one for each GPU",
+    )
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="whose weights and shards each host has to see")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where runs are to go (default: runs)")
+    parser.add_argument("--ssh-port", type=int, metavar="N", help="other than ssh's own configuration says")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the report.
 
     Raises:
-        ConfigError: something is missing without which no stage can be trained.
+        ConfigError: something is missing without which no stage can be trained, or the options do not fit together.
     """
-    findings = []
-    for finding in diagnose():
+    findings, where = _asked(args)
+    missing = {}
+    for finding in findings:
         print(finding, flush=True)
-        findings.append(finding)
-    missing = [finding.name for finding in findings if finding.blocks]
+        missing |= {finding.name: None} if finding.blocks else {}
     if missing:
-        raise ConfigError(f"training is not possible here yet: see {', '.join(missing)} above")
-    print("\nTraining is possible here.")
+        raise ConfigError(f"training is not possible {where} yet: see {', '.join(missing)} above")
+    print(f"\nTraining is possible {where}.")
+
+
+def _asked(args: argparse.Namespace) -> tuple[Iterator[Finding], str]:
+    """The findings that the options ask for, and of where."""
+    if args.hostfile is not None:
+        require(
+            args.all_reduce is None, "--all-reduce is for this machine alone; --hostfile times its hosts in any case"
+        )
+        slots = read_hostfile(args.hostfile)
+        return _of_hosts(slots, args), f"on {', '.join(slots)}"
+    options = ("recipe", "set", "run_dir", "ssh_port")
+    given = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name)]
+    require(
+        not given, f"{', '.join(given)} can only be given with --hostfile; check-data looks at a recipe's data here"
+    )
+    if args.all_reduce is None:
+        return diagnose(), "here"
+    from tinygptv_ds.hosts.exchange import local_findings
+
+    return chain(diagnose(), local_findings(args.all_reduce)), "here"
+
+
+def _of_hosts(slots: Mapping[str, int], args: argparse.Namespace) -> Iterator[Finding]:
+    from tinygptv_ds.config.load import load_recipe
+    from tinygptv_ds.hosts.check import diagnose_hosts
+
+    recipe = None if args.recipe is None else load_recipe(args.recipe, args.set)
+    names = [each.name for file in ("requirements.txt", "requirements-gpu.txt") for each in requirements(file)]
+    return diagnose_hosts(slots, names, recipe, args.run_dir or Path("runs"), args.ssh_port)
 
 
 def diagnose() -> Iterator[Finding]:

@@ -8,7 +8,6 @@ import fcntl
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from tinygptv_ds.data.features import (
 )
 from tinygptv_ds.data.remote import Shard
 from tinygptv_ds.data.shards import expand_shards
-from tinygptv_ds.dist import Ranks, cores_per_rank, ranks_from_env
+from tinygptv_ds.dist import Ranks, cores_per_rank, ranks_from_env, together, wait_for_all
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.log import LOGGER, set_up_logging
 from tinygptv_ds.train.preflight import check_files
@@ -37,8 +36,6 @@ from tinygptv_ds.train.preflight import check_files
 if TYPE_CHECKING:
     from tinygptv_ds.data.pictures import Slot
     from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-
-_PATIENCE = timedelta(days=30)  # of the ranks that have finished their shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +93,12 @@ def run(args: argparse.Namespace) -> None:
     check_files(recipe)
     ranks = ranks_from_env()
     set_up_logging(ranks.rank)
-    with _together(ranks):
+    with together(ranks):
         work = _load_vision(recipe, args, ranks)
         for section in recipe.data.used:
             _make(section, args.out / section.name, work)
     if ranks.is_main:
         print(f"{args.out}: train from them with --set data.features={args.out}")
-
-
-@contextmanager
-def _together(ranks: Ranks) -> Iterator[None]:
-    """The ranks of a launcher meet where one waits for what another writes."""
-    if ranks.world_size == 1:
-        yield
-        return
-    import torch.distributed
-
-    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def _load_vision(recipe: Recipe, args: argparse.Namespace, ranks: Ranks) -> Work:
@@ -143,10 +127,10 @@ def _make(section: DatasetSection, folder: Path, work: Work) -> None:
     with _one_writer(folder, work.ranks):
         if work.ranks.is_main:
             _begin(folder, notes)
-        _wait(work.ranks)
+        wait_for_all(work.ranks)
         mine = list(zip(sources, counts, tars, strict=True))[work.ranks.rank :: work.ranks.world_size]
         _encode(section.name, mine, work)
-        _wait(work.ranks)
+        wait_for_all(work.ranks)
         if work.ranks.is_main:
             sizes = [tar.stat().st_size for tar in tars]
             write_notes(folder, dataclasses.replace(notes, shard_bytes=sizes))
@@ -213,10 +197,3 @@ def _one_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
             raise DataError(f"{folder}: another process is writing features into it; let it finish") from error
         yield
         Path(file.name).unlink()
-
-
-def _wait(ranks: Ranks) -> None:
-    if ranks.world_size > 1:
-        import torch.distributed
-
-        torch.distributed.barrier()

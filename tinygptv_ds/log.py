@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -12,11 +13,18 @@ LOGGER = logging.getLogger("tinygptv_ds")
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes above a progress bar instead of through it."""
+    """Writes above a progress bar instead of through it, and falls silent when nobody is there to read.
+
+    With several nodes the launcher's ssh connections carry the output; a run that is told to stop must save although
+    they are closed first.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def set_up_logging(rank: int = 0, log_file: Path | None = None) -> None:

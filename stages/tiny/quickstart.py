@@ -19,10 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from eval.common import save_json
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.errors import TinyGPTVError
+from tinygptv_ds.infer.benchmarks.held_out import read_held_out
+from tinygptv_ds.infer.benchmarks.report import save_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path("runs/quickstart")  # the recipes beside this file name it too
@@ -160,9 +161,7 @@ def score_vqa(model: Path) -> dict:
     """Held-out VQA, in stage 4's template whatever the stage."""
     from eval import vqa
 
-    result = _score(vqa, model, "digits_vqa")
-    print(f"held-out VQA accuracy: {100 * result['accuracy']:.1f} %")
-    return result
+    return _score(vqa, model, "digits_vqa")
 
 
 def score_refer(model: Path) -> dict:
@@ -172,14 +171,11 @@ def score_refer(model: Path) -> dict:
     return _score(refer, model, "digits_refer")
 
 
-def _score(benchmark: Any, model: Path, name: str) -> dict:
-    from eval.common import ask, parser, read_questions
-
-    options = ["--model", str(model), "--shards", str(DATA / name / "test"), "--template", TEMPLATE]
-    args = parser("").parse_args([*options, "--batch-size", "125"])
-    args.desc, args.begin_token = name, True
-    questions = read_questions(args.shards, args.limit)
-    return benchmark.score(questions, ask(args, questions, benchmark.INSTRUCTION))
+def _score(script: Any, model: Path, name: str) -> dict:
+    options = ["--model", str(model), "--shards", str(DATA / name / "test"), "--out", str(RUN / "eval" / model.name)]
+    options += ["--template", TEMPLATE, "--begin-token", "--batch-size", "125", "--dtype", "fp32", "--fresh"]
+    (result,) = script.scores(options)
+    return result
 
 
 def export() -> bool:
@@ -199,7 +195,6 @@ def export() -> bool:
 
 def summary(seconds: dict[str, float]) -> dict:
     """The figures of the table."""
-    from eval.common import read_questions
     from tinygptv_ds.data.sets import digits
 
     stages = []
@@ -210,13 +205,13 @@ def summary(seconds: dict[str, float]) -> dict:
                 "stage": stage,
                 "loss_first": lines[0]["train/loss"],
                 "loss_last": lines[-1]["train/loss"],
-                "vqa_accuracy": json.loads(scores_file(stage).read_text())["accuracy"],
+                "vqa_accuracy": json.loads(scores_file(stage).read_text())["strict"] / 100,
                 "seconds": seconds[f"stage{stage}"],
                 "samples_per_second": lines[-1]["perf/samples_s"],
             }
         )
-    vqa = [question.record for question in read_questions(str(DATA / "digits_vqa/test"), None)]
-    refer = [question.record for question in read_questions(str(DATA / "digits_refer/test"), None)]
+    vqa = [question.facts for question in read_held_out("vqa", str(DATA / "digits_vqa/test"))]
+    refer = [question.facts for question in read_held_out("refer", str(DATA / "digits_refer/test"))]
     return {
         "stages": stages,
         "vqa_accuracy": stages[-1]["vqa_accuracy"],
@@ -238,19 +233,17 @@ def show_answer() -> None:
     """One question about one held-out picture, asked of the exported model."""
     import torch
 
-    from eval.common import read_questions
-    from eval.vqa import INSTRUCTION
     from tinygptv_ds.infer.generate import answers, load_model
     from tinygptv_ds.processing.sequence import wrap
     from tinygptv_ds.processing.text import IMAGE_TAG
 
-    question = read_questions(str(DATA / "digits_vqa/test"), 1)[0]
+    question = read_held_out("vqa", str(DATA / "digits_vqa/test"), 1)[0]
     picture = RUN / "example.jpg"
-    picture.write_bytes(question.images[0])
+    picture.write_bytes(question.pictures()[0])
     model, processor = load_model(MODEL, torch.float32)
-    prompt = wrap(TEMPLATE, f"{IMAGE_TAG} {wrap(INSTRUCTION, question.text)} ")
-    (answer,) = answers(model, processor, [(prompt, question.images)], stop="###", begin_token=True)
-    print(f"{picture}: {question.text}\n  answer: {answer}   (true: {question.truth})")
+    prompt = wrap(TEMPLATE, f"{IMAGE_TAG} {question.text} ")
+    (answer,) = answers(model, processor, [(prompt, question.pictures())], stop="###", begin_token=True)
+    print(f"{picture}: {question.facts['text']}\n  answer: {answer}   (true: {question.truth})")
 
 
 def print_table(result: dict) -> None:

@@ -37,6 +37,7 @@ def test_the_recipe_completes_it() -> None:
     assert (resolved["train_batch_size"], resolved["train_micro_batch_size_per_gpu"]) == (12, 2)
     assert resolved["gradient_accumulation_steps"] == 3
     assert "comment" not in resolved
+    assert resolved["timers"] == {"throughput": {"enabled": False}}, "else every micro-step waits for the GPU twice"
     assert "train_batch_size" not in PLAIN
 
 

@@ -18,6 +18,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadOptimizerConfig,
     DeepSpeedZeroOffloadParamConfig,
 )
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
 from tinygptv_ds.config.deepspeed_checks import check_combinations, check_machine, check_section
 from tinygptv_ds.config.deepspeed_keys import KNOWN, REFUSED, ZERO
@@ -31,6 +32,7 @@ MODELS = {
     "bf16": DeepSpeedBF16Config,
     "fp16": DeepSpeedFP16Config,
     "comms_logger": CommsLoggerConfig,
+    "timers.throughput": DeepSpeedThroughputTimerConfig,
 }
 
 

@@ -1,4 +1,5 @@
 import errno
+import gc
 import json
 import multiprocessing
 import os
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tinygptv_ds.data import reader as reader_module
+from tinygptv_ds.data import storage
 from tinygptv_ds.data.reader import SampleError, ShardReader
 from tinygptv_ds.data.shards import ShardWriter
 from tinygptv_ds.errors import DataError
@@ -104,7 +105,7 @@ def test_failing_storage_is_tried_again_and_then_skipped(tmp_path: Path, monkeyp
         return pread(*args)
 
     monkeypatch.setattr(os, "pread", flaky)
-    monkeypatch.setattr(reader_module.time, "sleep", waits.append)
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
     assert ShardReader().read(tar, 0).record == {"answer": "a"}
     assert waits == sorted(waits)
     assert len(waits) == 2
@@ -114,7 +115,30 @@ def test_failing_storage_is_tried_again_and_then_skipped(tmp_path: Path, monkeyp
     assert caught.value.reason == "unreadable"
 
 
+def test_a_stale_file_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network file system wants it, once it has been served anew; what cannot pass is not tried again."""
+    (tar,) = shard(tmp_path, {"json": RECORD}, {"json": RECORD})
+    reader, waits, stale, pread = ShardReader(), [], [], os.pread
+    assert reader.read(tar, 0).key == "k0"
+
+    def gone(file: int, *given: int) -> bytes:
+        stale.append(file) if not stale else None
+        if file in stale:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return pread(file, *given)
+
+    before = open_files()
+    monkeypatch.setattr(os, "pread", gone)
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    assert reader.read(tar, 1).key == "k1"
+    assert len(waits) == 1 and open_files() == before
+    with pytest.raises(DataError, match="No such file"):
+        ShardReader().read(tmp_path / "gone.tar", 0)
+    assert len(waits) == 1
+
+
 def open_files() -> int:
+    gc.collect()  # readers that an exception still refers to
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 

@@ -65,7 +65,7 @@ def one_case(job: Job, kind: str) -> dict:
     states, said = [], ""
     for step, bad in enumerate((None, kind, None)):
         fault = bad
-        loop._optimizer_step(engine, step, [batches[step, n] for n in range(batches.count(step))], sums, transfer)
+        loop.optimizer_step(engine, step, [batches[step, n] for n in range(batches.count(step))], sums, transfer)
         fault = None
         states.append(state(engine))
         try:
@@ -120,6 +120,6 @@ tinygptv.token_losses = faulty
 
 if __name__ == "__main__":
     all_cases()
-    optimizer_step, loop._optimizer_step = loop._optimizer_step, with_bad_step
+    optimizer_step, loop.optimizer_step = loop.optimizer_step, with_bad_step
     sys.argv.append("--set=deepspeed.zero_optimization.stage=3")
     cli.run_command(runpy.run_path(str(ROOT / "stages/stage4.py"))["main"])

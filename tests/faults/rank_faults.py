@@ -20,7 +20,7 @@ def watched(at: int = -1, number: int = 0, rank: int = 0, after: str = "", pause
         after: the checkpoint that has to be there before the signal is sent.
         pause: wait until a file of this name is in the run directory.
     """
-    optimizer_step = loop._optimizer_step
+    optimizer_step = loop.optimizer_step
 
     def noted(engine: Engine, step: int, loaded: list[Loaded], *rest: object) -> None:
         run, mine = engine.job.run_dir, engine.job.ranks.rank
@@ -35,7 +35,7 @@ def watched(at: int = -1, number: int = 0, rank: int = 0, after: str = "", pause
             if number:
                 os.kill(os.getpid(), number)
 
-    loop._optimizer_step = noted
+    loop.optimizer_step = noted
 
 
 def wait_for(path: Path) -> None:

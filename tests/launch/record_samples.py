@@ -26,7 +26,7 @@ def recorded(engine: Engine, step: int, loaded: list[Loaded], *rest: object) -> 
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-optimizer_step, loop._optimizer_step = loop._optimizer_step, recorded
+optimizer_step, loop.optimizer_step = loop.optimizer_step, recorded
 
 if __name__ == "__main__":
     run_command(runpy.run_path(str(Path(__file__).parents[2] / "stages/stage4.py"))["main"])

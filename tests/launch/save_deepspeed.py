@@ -19,17 +19,17 @@ def main() -> None:
     from tinygptv_ds.train.engine import start_distributed, start_engine
     from tinygptv_ds.train.loop import train
 
-    start_distributed(job)
-    model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])
-    train_only(model, projections, norms, lora)
-    stream, tokens = open_stream(job.recipe), open_tokens(job.recipe, model.config)
-    with start_engine(model, job, stream) as engine:
-        train(engine, stream, tokens)
-        trained = engine.trained_state()
-        for name, lean in (("lean", True), ("whole", False)):
-            engine.deepspeed.save_checkpoint(str(job.run_dir / name), exclude_frozen_parameters=lean)
-        if job.ranks.is_main:
-            save_trained(trained, model.config, job.run_dir / "model", provenance_of(job.recipe))
+    with start_distributed(job) as watchdog:
+        model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])
+        train_only(model, projections, norms, lora)
+        stream, tokens = open_stream(job.recipe), open_tokens(job.recipe, model.config)
+        with start_engine(model, job, stream, watchdog) as engine:
+            train(engine, stream, tokens)
+            trained = engine.trained_state()
+            for name, lean in (("lean", True), ("whole", False)):
+                engine.deepspeed.save_checkpoint(str(job.run_dir / name), exclude_frozen_parameters=lean)
+            if job.ranks.is_main:
+                save_trained(trained, model.config, job.run_dir / "model", provenance_of(job.recipe))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Two ranks killed with -9 in the middle and started again see exactly the samples that an unbroken run sees."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,10 @@ def test_killed_and_resumed(
     monkeypatch.setenv("KILL_AFTER", str(KILLED_AFTER))
     killed = go("broken", ok=False)
     assert killed.code != 0
+    # Told before the launcher, which looks once a second, ends rank 0.
+    (said,) = re.findall(r"^error: rank 1 \(host .* was lost in step (\d) \(its process is gone\)", killed.output, re.M)
+    assert int(said) in (KILLED_AFTER + 1, KILLED_AFTER + 2) and "step-00000003\n" in killed.output
+    assert "Traceback" not in killed.output
     assert not (killed.folder / "model").exists()
     monkeypatch.delenv("KILL_AFTER")
     broken = go("broken").folder

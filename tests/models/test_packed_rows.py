@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import Blip2QFormerConfig
 
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.models import attention
 from tinygptv_ds.models.attention import available_backends, choose_backend
 from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -183,6 +184,24 @@ def test_the_frozen_vision_path_stays_in_evaluation(model: TinyGPTVForConditiona
     model.train()
     assert model.language_model.training
     assert not any(m.training for part in (model.visual_encoder, model.qformer) for m in part.modules())
+
+
+@pytest.mark.parametrize(
+    ("capability", "found"),
+    [((7, 5), ["sdpa"]), ((8, 0), ["torch_varlen", "sdpa"]), ((9, 0), ["torch_varlen", "sdpa"])],
+)
+def test_flash_attention_needs_ampere(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], found: list[str]
+) -> None:
+    """A V100 or T4, for which fp16 is there, has no kernels of it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None if name == "flash_attn" else name)
+    attention._found.cache_clear()
+    try:
+        assert available_backends("cuda", torch.float16) == found
+        assert available_backends("cuda", torch.float32) == ["sdpa"]
+    finally:
+        attention._found.cache_clear()
 
 
 def test_back_ends() -> None:

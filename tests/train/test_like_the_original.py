@@ -45,6 +45,7 @@ def test_the_loss_of_a_step(reduction: str) -> None:
         backward_and_step=losses.append,
         set_boundary=boundaries.append,
         forward_clock=Stopwatch(torch.device("cpu")),
+        progress=SimpleNamespace(enter=lambda phase: None),
     )
     divisor = torch.tensor(6.0) if reduction == "step_mean" else None
     for place, each in enumerate(tokens):

@@ -37,6 +37,7 @@ def fake_engine(raw: dict[str, Any]) -> tuple[SimpleNamespace, Tokens]:
         module=model,
         device=torch.device("cpu"),
         all_reduce=lambda tensor: tensor,
+        stuck=None,
         job=SimpleNamespace(recipe=recipe, ranks=Ranks(0, 0, 1, 1), precision="fp32"),
     )
     engine.inference = lambda: Engine.inference(engine)

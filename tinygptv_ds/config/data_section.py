@@ -53,6 +53,8 @@ class DataSection:
         decoding: "exact" gives the original's pixels; "fast" decodes JPEGs of twice the input size or more at a
             part of theirs, which moves pixels by 1 to 3 of 255 on average. Training only: inference and evaluation are
             always exact.
+        read_timeout_seconds: a micro-batch that a loader process has not given after so long: the process counts as
+            hung, is killed and begun anew; more than the slowest fetch of a remote shard takes. 0: no limit.
         features: folder that `python -m tinygptv_ds features` wrote for these datasets: they are read from there, with
             the outputs of ViT and Q-Former in place of pictures; None reads pictures.
     """
@@ -69,6 +71,7 @@ class DataSection:
     cache_gb: float = 100.0
     allow_pipe: list[str] = field(default_factory=list)
     decoding: str = "exact"
+    read_timeout_seconds: float = 600.0
     features: str | None = None
 
     def __post_init__(self) -> None:
@@ -88,6 +91,7 @@ class DataSection:
             "give one of the two",
         )
         require(self.cache_gb > 0, "data.cache_gb must be positive")
+        require(self.read_timeout_seconds >= 0, "data.read_timeout_seconds must be 0 or more")
         everyone = [*self.datasets, *self.validation]
         odd = sorted(set(self.allow_pipe) - {d.name for d in everyone})
         require(not odd, f"data.allow_pipe: {odd} is no dataset of data.datasets or data.validation")

@@ -71,6 +71,8 @@ def resolve_deepspeed(raw: dict[str, Any], recipe: Recipe, world_size: int, sour
             f"{clipping}. Change one of them, for instance with --set deepspeed.gradient_clipping={clipping}"
         )
     config.setdefault("steps_per_print", 1_000_000_000)
+    # On by default in DeepSpeed, for a line that is never printed; the host would wait for the GPU twice a micro-step.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     config.pop("comment", None)
     return config
 

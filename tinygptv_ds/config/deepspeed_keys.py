@@ -129,6 +129,7 @@ KNOWN: dict[str, Any] = {
         },
     },
     "comms_logger": {"enabled": bool, "prof_all": bool, "prof_ops": list, "verbose": bool, "debug": bool},
+    "timers": {"throughput": {"enabled": bool, "synchronized": bool}},
     "flops_profiler": {
         "enabled": bool,
         "recompute_fwd_factor": float,

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tinygptv_ds.config.data_section import DataSection
+from tinygptv_ds.config.evaluation_section import EvaluationSection
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.errors import ConfigError, require
 
@@ -205,6 +206,13 @@ class TrainSection:
         keep_checkpoints: the newest ones that are kept; older ones are removed.
         keep_every: of the older ones, those whose step is a multiple of this are kept for ever; 0: none.
         deepspeed_checkpoints: write each checkpoint in DeepSpeed's own format too, while training waits.
+        startup_minutes: that loading and the first step may take at most, and later a save, a validation or a panel.
+        step_minutes: that any other step may take, its wait for data included, before the run ends with the stacks of
+            all ranks written; 0: no limit.
+        slow_step_seconds: a step that has taken so long, and five times the median of those before, is reported, with
+            the stacks of all ranks written; 0: none is.
+        lost_after_seconds: without a sign of life after which a rank counts as lost, and the others end. A process that
+            ends is noticed at once. 0: ranks tell each other nothing.
     """
 
     batch_size: int
@@ -226,10 +234,14 @@ class TrainSection:
     keep_checkpoints: int = 2
     keep_every: int = 0
     deepspeed_checkpoints: bool = False
+    startup_minutes: float = 60.0
+    step_minutes: float = 20.0
+    slow_step_seconds: float = 60.0
+    lost_after_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "cycles", "epochs", "steps_per_epoch", "log_every", "validation_samples")
-        for name in (*positive, "max_overflows", "keep_checkpoints"):
+        for name in (*positive, "max_overflows", "keep_checkpoints", "startup_minutes"):
             require(getattr(self, name) > 0, f"train.{name} must be positive")
         sizes = [size for size in (self.micro_batch_size, self.max_tokens) if size is not None]
         require(
@@ -238,7 +250,8 @@ class TrainSection:
         )
         require(sizes[0] > 0, "train.micro_batch_size and train.max_tokens must be positive")
         steps = ("sample_every", "sample_count", "validate_every", "checkpoint_every", "keep_every")
-        for name in (*steps, "checkpoint_minutes"):
+        limits = ("step_minutes", "slow_step_seconds", "lost_after_seconds")
+        for name in (*steps, *limits, "checkpoint_minutes"):
             require(getattr(self, name) >= 0, f"train.{name} must be 0 or more")
         known = ("step_mean", "micro_batch_mean")
         require(self.loss_reduction in known, f"train.loss_reduction must be one of {', '.join(known)}")
@@ -282,6 +295,7 @@ class Recipe:
         data: see `DataSection`.
         optimizer: see `OptimizerSection`.
         train: see `TrainSection`.
+        evaluation: see `EvaluationSection`.
         deepspeed: changes to the DeepSpeed JSON, by its own keys.
     """
 
@@ -291,6 +305,7 @@ class Recipe:
     optimizer: OptimizerSection
     train: TrainSection
     text: TextSection = field(default_factory=TextSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     seed: int = 42
     deepspeed: dict = field(default_factory=dict)
 
@@ -300,6 +315,12 @@ class Recipe:
             not self.train.validate_every or self.data.has_validation,
             "train.validate_every is set, but there is nothing to validate on: name datasets in data.validation, or "
             "hold some of the training's back with data.validation_share",
+        )
+        read, limit = self.data.read_timeout_seconds, 60 * self.train.step_minutes
+        require(
+            not limit or read < limit,
+            f"data.read_timeout_seconds ({read:g}) must lie below train.step_minutes ({limit:g} s), so that a loader "
+            "process that hangs is begun anew before the run ends",
         )
         steps, o = self.train.steps_per_cycle, self.optimizer
         require(

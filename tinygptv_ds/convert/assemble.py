@@ -146,7 +146,7 @@ def assemble(
     Raises:
         WeightsError: see `build_model`.
     """
-    model = _empty_model(config, frozen_dtype, learning)
+    model = empty_model(config, frozen_dtype, learning)
     parameters = dict(model.named_parameters())
     sources = _sources(_shapes(model), config, base, trained)
     for source in sources:
@@ -216,15 +216,25 @@ def _set_special_tokens(phi: PhiConfig, folder: Path) -> int:
     return image_token
 
 
-def _empty_model(
-    config: TinyGPTVConfig, frozen_dtype: torch.dtype, learning: Sequence[Part]
+def empty_model(
+    config: TinyGPTVConfig,
+    frozen_dtype: torch.dtype,
+    learning: Sequence[Part] = (),
+    device: torch.device | str = "cpu",
 ) -> TinyGPTVForConditionalGeneration:
-    """The model in its final dtypes with uninitialised memory: built without any, so that nothing is held twice."""
+    """The model in its final dtypes with uninitialised memory: built without any, so that nothing is held twice.
+
+    Args:
+        config: the sizes.
+        frozen_dtype: of everything that no stage trains as published.
+        learning: parts that are fp32 all the same.
+        device: where its memory lies.
+    """
     model = meta_model(config).to(frozen_dtype)
     for name, parameter in model.named_parameters():
         if always_fp32(name) or any(part(name) for part in learning):
             parameter.data = parameter.data.float()
-    return model.to_empty(device="cpu")
+    return model.to_empty(device=device)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

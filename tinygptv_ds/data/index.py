@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 from tqdm import tqdm
 
+from tinygptv_ds.data.storage import persist
 from tinygptv_ds.data.tar import PICTURE_SUFFIXES, SKIPPED, Member, scan_tar
 from tinygptv_ds.disk import cache_home, write_atomically
 from tinygptv_ds.errors import DataError
@@ -131,15 +132,19 @@ class ShardIndex:
 
 def sample_count(tar: Path) -> int:
     """Number of samples in `tar`, from the index's first bytes; builds the index if there is none."""
-    count = _stored_count(tar)
-    return len(build_index(tar)) if count is None else count
+
+    def found() -> int:
+        count = stored_count(tar)
+        return len(build_index(tar)) if count is None else count
+
+    return persist(str(tar), found)
 
 
 def sample_counts(tars: Sequence[Path], workers: int | None = None) -> list[int]:
     """`sample_count` of every tar. Missing indexes are built first (about a second per 10,000 samples), with a
     progress bar and, from some number on, in `workers` processes (default: one per core).
     """
-    counts = [_stored_count(tar) for tar in tars]
+    counts = [stored_count(tar) for tar in tars]
     missing = [tar for tar, count in zip(tars, counts, strict=True) if count is None]
     if len(missing) > _MANY:
         # spawn: the caller may have threads or a device open
@@ -149,7 +154,8 @@ def sample_counts(tars: Sequence[Path], workers: int | None = None) -> list[int]
     return [sample_count(tar) if count is None else count for tar, count in zip(tars, counts, strict=True)]
 
 
-def _stored_count(tar: Path) -> int | None:
+def stored_count(tar: Path) -> int | None:
+    """Number of samples in `tar`, if there is an index of it as it is now."""
     state = _tar_state(tar)
     headers = (_read_header(path, state) for path in _index_paths(tar))
     return next((header.samples for header in headers if header is not None), None)
@@ -157,6 +163,10 @@ def _stored_count(tar: Path) -> int | None:
 
 def load_index(tar: Path) -> ShardIndex:
     """The index of `tar`, built first if it is missing, torn or older than the tar."""
+    return persist(str(tar), lambda: _load_index(tar))
+
+
+def _load_index(tar: Path) -> ShardIndex:
     for path in _index_paths(tar):
         if _read_header(path, _tar_state(tar)) is not None:
             with contextlib.suppress(ValueError, OSError):

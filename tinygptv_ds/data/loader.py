@@ -6,8 +6,7 @@ A sample that cannot be used drops out of its step and is reported; nothing else
 
 from __future__ import annotations
 
-import ctypes
-import signal
+import logging
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from tinygptv_ds.config.schema import Recipe, TextSection
@@ -27,12 +26,14 @@ from tinygptv_ds.data.mixture import SampleRef, sample_rng, step_rng
 from tinygptv_ds.data.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream import OpenStream, Planner
 from tinygptv_ds.data.words import in_words
+from tinygptv_ds.data.workers import Stuck, Workers, WorkersLostError
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.images import to_pixels
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence
 
-_SET_PARENT_DEATH_SIGNAL = 1  # Linux, PR_SET_PDEATHSIG
+log = logging.getLogger(__name__)
+_LOSSES, _WITHIN = 3, 100  # loader processes may be lost so many times within so many steps
 _NO_PIXELS = np.zeros((0, 3, 1, 1), dtype=np.uint8)
 
 
@@ -196,20 +197,20 @@ def _counted(ref: SampleRef, skipped: list[Skipped]) -> Iterator[None]:
         skipped.append(Skipped(ref, error.reason, str(error)))
 
 
-def _live_and_die_with_parent(worker: int) -> None:
-    """A signal to stop goes to the whole process tree: the step under way needs its batch, so the parent decides.
-
-    In return the worker ends at once with its parent, however that ends.
-    """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-
-
 def load_steps(
-    dataset: MicroBatches, *, first: int, last: int, num_workers: int, pin_memory: bool
+    dataset: MicroBatches,
+    *,
+    first: int,
+    last: int,
+    num_workers: int,
+    pin_memory: bool,
+    read_seconds: float = 0.0,
+    stuck: Stuck | None = None,
 ) -> Iterator[list[Loaded]]:
     """The micro-batches of steps `first` to `last` - 1, a list for each step.
+
+    Loader processes that are killed or hang are begun anew at the step that is awaited: a batch is a function of its
+    place, so that nothing is lost or comes twice.
 
     Args:
         dataset: this rank's.
@@ -217,7 +218,40 @@ def load_steps(
         last: where the run ends.
         num_workers: loader processes; 0 loads in this process.
         pin_memory: for a GPU.
+        read_seconds: one micro-batch may take at most from a loader process; 0: no limit.
+        stuck: called before loader processes that hang are killed.
+
+    Raises:
+        DataError: loader processes were lost again and again.
     """
+    lost_at: deque[int] = deque(maxlen=_LOSSES)
+    step = first
+    while step < last:
+        try:
+            for loaded in _steps(dataset, step, last, num_workers, pin_memory, read_seconds, stuck):
+                yield loaded
+                step += 1
+        except WorkersLostError as lost:
+            if len(lost_at) == _LOSSES and step - lost_at[0] < _WITHIN:
+                raise DataError(
+                    f"{lost}, while step {step + 1} was awaited, for the {_LOSSES + 1}th time within {_WITHIN} steps. "
+                    "Where memory is short, lower data.num_workers or train.micro_batch_size; where a read hangs, look "
+                    "at the storage of the shards, or raise data.read_timeout_seconds"
+                ) from lost
+            lost_at.append(step)
+            log.warning("%s, while step %d was awaited; new ones begin at this step", lost, step + 1)
+
+
+def _steps(
+    dataset: MicroBatches,
+    first: int,
+    last: int,
+    num_workers: int,
+    pin_memory: bool,
+    read_seconds: float,
+    stuck: Stuck | None,
+) -> Iterator[list[Loaded]]:
+    """As `load_steps`, as long as the loader processes live; raises WorkersLostError."""
     counts: deque[int] = deque()
 
     def places() -> Iterator[tuple[int, int]]:
@@ -225,16 +259,14 @@ def load_steps(
             counts.append(dataset.count(step))
             yield from ((step, number) for number in range(counts[-1]))
 
-    loader = DataLoader(
+    workers = Workers(
         dataset,
-        batch_size=None,
-        sampler=places(),
+        places(),
         num_workers=num_workers,
         pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_live_and_die_with_parent if num_workers else None,
+        read_seconds=read_seconds,
+        stuck=stuck,
     )
-    ready = iter(loader)
     for _ in range(first, last):
-        head = next(ready)  # by now its step has been counted
-        yield [head, *(next(ready) for _ in range(counts.popleft() - 1))]
+        head = workers.next()  # by now its step has been counted
+        yield [head, *(workers.next() for _ in range(counts.popleft() - 1))]

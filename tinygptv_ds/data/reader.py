@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 from tinygptv_ds.data.cache import ShardCache
 from tinygptv_ds.data.index import ShardIndex, load_index
 from tinygptv_ds.data.remote import RemoteShard, Shard
+from tinygptv_ds.data.storage import persist
 from tinygptv_ds.data.tar import PICTURE_SUFFIXES, SKIPPED, Member
 from tinygptv_ds.errors import DataError
-
-_RETRY_SECONDS = (0.1, 1.0, 5.0)
-
 
 REASONS = (
     "missing_record",
@@ -81,7 +78,7 @@ class ShardReader:
     def read(self, tar: Shard, index: int) -> RawSample:
         """Sample number `index` of `tar`. Raises SampleError if it, or the whole shard, cannot be used."""
         try:
-            file, shard = self._shard(tar)
+            _, shard = self._shard(tar)
         except DataError as error:
             raise SampleError("unreadable_shard", str(error)) from error
         if not 0 <= index < len(shard):
@@ -90,12 +87,12 @@ class ShardReader:
         key = shard.key(index)
         where = f"{tar}: sample {key}"
         members = shard.members(index)
-        _raise_if_skipped(file, members, where)
-        record = _parse(self._record_bytes(file, members, where), where)
+        self._raise_if_skipped(tar, members, where)
+        record = _parse(self._record_bytes(tar, members, where), where)
         pictures = _pictures(members, where)
         if "caption" in record and not pictures:
             raise SampleError("missing_image", f"{where}: a caption without a picture")
-        return RawSample(key, record, tuple(_read(file, member, where) for member in pictures))
+        return RawSample(key, record, tuple(self._read(tar, member, where) for member in pictures))
 
     def key(self, tar: Shard, index: int) -> str:
         """The key of a sample, for messages; its number where the shard cannot be read."""
@@ -106,22 +103,30 @@ class ShardReader:
 
     def read_record(self, tar: Shard, index: int) -> tuple[str, dict[str, Any]]:
         """(key, record) without the pictures. Raises SampleError if it is unusable, DataError if the shard is."""
-        file, shard = self._shard(tar)
+        shard = self._shard(tar)[1]
         where = f"{tar}: sample {shard.key(index)}"
-        return shard.key(index), _parse(self._record_bytes(file, shard.members(index), where), where)
+        return shard.key(index), _parse(self._record_bytes(tar, shard.members(index), where), where)
 
     def stored(self, tar: Shard, index: int) -> tuple[str, bytes | None, int]:
         """(key, the ``json`` member as it is or None, how many pictures there are); errors as in `read_record`."""
-        file, shard = self._shard(tar)
+        _, shard = self._shard(tar)
         where = f"{tar}: sample {shard.key(index)}"
         member = next((member for member in shard.members(index) if member.suffix == "json"), None)
-        record = None if member is None else _read(file, member, where)
+        record = None if member is None else self._read(tar, member, where)
         return shard.key(index), record, int(shard.lengths[index, 0])
 
-    def _record_bytes(self, file: int, members: tuple[Member, ...], where: str) -> bytes:
+    def _raise_if_skipped(self, tar: Shard, members: tuple[Member, ...], where: str) -> None:
+        """Features keep the place of a sample that could not be used, and say why."""
+        for member in members:
+            if member.suffix == SKIPPED:
+                noted = _parse(self._read(tar, member, where), where)
+                reason = noted.get("reason")
+                raise SampleError(reason if reason in REASONS else "bad_record", str(noted.get("message")))
+
+    def _record_bytes(self, tar: Shard, members: tuple[Member, ...], where: str) -> bytes:
         for member in members:
             if member.suffix == "json":
-                return _read(file, member, where)
+                return self._read(tar, member, where)
         raise SampleError("missing_record", f"{where}: has no .json member")
 
     def _shard(self, tar: Shard) -> tuple[int, ShardIndex]:
@@ -134,48 +139,44 @@ class ShardReader:
             os.close(self._shards.popitem(last=False)[1][0])
         return self._shards[tar]
 
+    def _read(self, tar: Shard, member: Member, where: str) -> bytes:
+        """One member's bytes, tried a few times where the storage fails."""
+        file, _ = self._shard(tar)
+        try:
+            data = persist(where, lambda: _pread(file, member), lambda: self._reread(tar, member))
+        except (OSError, DataError) as error:
+            what = error.strerror if isinstance(error, OSError) else error
+            raise SampleError("unreadable", f"{where}: reading .{member.suffix} failed repeatedly: {what}") from error
+        if len(data) < member.size:
+            raise SampleError("truncated", f"{where}: .{member.suffix} ends after {len(data)} of {member.size} bytes")
+        return data
+
+    def _reread(self, tar: Shard, member: Member) -> bytes:
+        """By a new file descriptor: one of a network file system may have become stale."""
+        file, index = self._shards[tar]
+        fresh = self._cache.open(tar)[0] if isinstance(tar, RemoteShard) else os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+        os.close(file)
+        self._shards[tar] = fresh, index
+        return _pread(fresh, member)
+
 
 def _open(tar: Path) -> tuple[int, ShardIndex]:
     index = load_index(tar)
     try:
-        return os.open(tar, os.O_RDONLY | os.O_CLOEXEC), index
+        return persist(str(tar), lambda: os.open(tar, os.O_RDONLY | os.O_CLOEXEC)), index
     except OSError as error:
         raise DataError(f"{tar}: cannot open the shard: {error.strerror}") from error
 
 
-def _read(file: int, member: Member, where: str) -> bytes:
-    """One member's bytes, tried a few times where the storage fails."""
-    available = max(0, os.fstat(file).st_size - member.offset)
-    if member.size > available:
-        raise SampleError("truncated", f"{where}: .{member.suffix} ends after {available} of {member.size} bytes")
-    for delay in (*_RETRY_SECONDS, None):
-        try:
-            data = _pread(file, member)
-            break
-        except OSError as error:
-            if delay is None:
-                message = f"{where}: reading .{member.suffix} failed repeatedly: {error.strerror}"
-                raise SampleError("unreadable", message) from error
-            time.sleep(delay)
-    if len(data) < member.size:
-        raise SampleError("truncated", f"{where}: .{member.suffix} ends after {len(data)} of {member.size} bytes")
-    return data
-
-
-def _raise_if_skipped(file: int, members: tuple[Member, ...], where: str) -> None:
-    """Features keep the place of a sample that could not be used, and say why."""
-    for member in members:
-        if member.suffix == SKIPPED:
-            noted = _parse(_read(file, member, where), where)
-            reason = noted.get("reason")
-            raise SampleError(reason if reason in REASONS else "bad_record", str(noted.get("message")))
-
-
 def _pread(file: int, member: Member) -> bytes:
-    """Read at a position, without moving the file's own; a single call may give less than asked for."""
-    data = os.pread(file, member.size, member.offset)
-    while 0 < len(data) < member.size:
-        more = os.pread(file, member.size - len(data), member.offset + len(data))
+    """Read at a position, without moving the file's own; a single call may give less than asked for.
+
+    What the file does not hold is not there in the result, and no memory is taken for it.
+    """
+    wanted = min(member.size, max(0, os.fstat(file).st_size - member.offset))
+    data = os.pread(file, wanted, member.offset) if wanted else b""
+    while 0 < len(data) < wanted:
+        more = os.pread(file, wanted - len(data), member.offset + len(data))
         if not more:
             break
         data += more

@@ -112,8 +112,8 @@ def _losses(
         "targets": labels[learnt],
     }
     inputs = {name: torch.from_numpy(array).to(model.device) for name, array in packed.items()}
-    seen = None if pixels is None else model.encode_vision(torch.from_numpy(pixels).to(model.device))
-    losses = model(**inputs, max_seqlen=max(lengths), image_features=seen).token_losses.cpu()
+    seen = None if pixels is None else torch.from_numpy(pixels).to(model.device)
+    losses = model(**inputs, max_seqlen=max(lengths), pixel_values=seen).token_losses.cpu()
     row_of = torch.from_numpy(np.repeat(np.arange(len(rows)), lengths)[learnt])
     tokens = row_of.bincount(minlength=len(rows))
     return losses.new_zeros(len(rows)).index_add_(0, row_of, losses) / tokens, tokens

@@ -12,12 +12,19 @@ from collections.abc import Sequence
 
 from tinygptv_ds.infer.vqa_accuracy import vqa_accuracy
 
-EVALUATION_TEMPLATE = "###Human: <Img><ImageHere></Img> {question}###Assistant: "
+EVALUATION = "###Human: {}###Assistant: "  # {} stands for the picture's tag, a space and the words
+EVALUATION_TEMPLATE = EVALUATION.replace("{}", "<Img><ImageHere></Img> {question}")
+SHORT_ANSWER = "[vqa] Based on the image, respond to this question with a short answer: {}"
 
 
 def evaluation_prompt(question: str) -> str:
     """The prompt of every published benchmark but IconQA, whatever template the training used."""
     return EVALUATION_TEMPLATE.format(question=question)
+
+
+def as_decoded(text: str) -> str:
+    """Generated text as the original's decoding hands it on: up to `</s>`, and what follows the last `[/INST]`."""
+    return text.partition("</s>")[0].replace("<s>", "").rpartition("[/INST]")[2].strip()
 
 
 def cut(text: str) -> str:

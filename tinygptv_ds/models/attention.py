@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 from tinygptv_ds.errors import ConfigError
 
 BACKENDS = ("flash_attn", "torch_varlen", "sdpa")
+_OLDEST = (8, 0)  # compute capability that FlashAttention 2 needs, flash-attn's and torch's own: Ampere
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,17 @@ class Packing:
 
 def available_backends(device: torch.device | str, dtype: torch.dtype) -> list[str]:
     """The back ends that can run on this device in this dtype, best first."""
-    found = []
-    if torch.device(device).type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        if importlib.util.find_spec("flash_attn") is not None:
-            found.append("flash_attn")
-        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-            found.append("torch_varlen")
-    return [*found, "sdpa"]
+    return list(_found(torch.device(device), dtype))
+
+
+@lru_cache
+def _found(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Asked in every forward pass: what is installed is looked up once."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < _OLDEST:
+        return ("sdpa",)
+    modules = {"flash_attn": "flash_attn", "torch_varlen": "torch.nn.attention.varlen"}
+    return (*(name for name, module in modules.items() if importlib.util.find_spec(module) is not None), "sdpa")
 
 
 def choose_backend(wanted: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -59,8 +65,8 @@ def choose_backend(wanted: str, device: torch.device | str, dtype: torch.dtype) 
     if wanted not in found:
         raise ConfigError(
             f"model.attention: {wanted!r} cannot run on {torch.device(device).type} in {dtype}; "
-            f"here there is {', '.join(found)}. Use 'auto', or install flash-attn (requirements-gpu.txt) on a CUDA "
-            "machine."
+            f"here there is {', '.join(found)}. Use 'auto', or install flash-attn (requirements-gpu.txt) on a machine "
+            "with a GPU of compute capability 8.0 (Ampere) or newer."
         )
     return wanted
 

@@ -134,8 +134,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """uint8 `[N, 3, S, S]` to normalised floats of the ViT's dtype; floats pass as they are."""
         if pixel_values.dtype != torch.uint8:
             return pixel_values
-        mean = pixel_values.new_tensor(IMAGE_MEAN, dtype=torch.float32).view(3, 1, 1)
-        std = pixel_values.new_tensor(IMAGE_STD, dtype=torch.float32).view(3, 1, 1)
+        mean, std = (_by_channel(values, pixel_values.device) for values in (IMAGE_MEAN, IMAGE_STD))
         return (pixel_values.float() / 255 - mean) / std
 
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
@@ -202,8 +201,9 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        embed_only: bool = False,
         **_: Any,
-    ) -> PackedOutput | CausalLMOutputWithPast:
+    ) -> PackedOutput | CausalLMOutputWithPast | Tensor:
         """Packed (with `cu_seqlens`, for training) or padded (for generation).
 
         Args:
@@ -222,6 +222,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             cache: keys and values of earlier tokens.
             use_cache: keep keys and values for the next call.
             logits_to_keep: logits of the last n positions only; 0 for all.
+            embed_only: padded only: end with the embeddings `[B, L, W]`; see `embed`.
         """
         if cu_seqlens is not None:
             return self._forward_packed(
@@ -234,12 +235,27 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 (target_rows, targets),
             )
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-            if pixel_values is not None or image_features is not None:
-                images, _real = self._image_embeds(pixel_values, image_features, inputs_embeds.device)
-                place = (input_ids == self.config.image_token_id).unsqueeze(-1).expand_as(inputs_embeds)
-                inputs_embeds = inputs_embeds.masked_scatter(place, images.to(inputs_embeds.dtype))
+            inputs_embeds = self._embeds(input_ids, pixel_values, image_features)
+        if embed_only:
+            return inputs_embeds
         return self._forward_padded(inputs_embeds, attention_mask, position_ids, cache, use_cache, logits_to_keep)
+
+    def embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
+    ) -> Tensor:
+        """`[B, L]` with pictures as in `forward` to `[B, L, W]`: what `generate` takes as `inputs_embeds`.
+
+        By way of `forward`, since ZeRO-3 gathers weights for nothing else.
+        """
+        return self(input_ids, pixel_values=pixel_values, image_features=image_features, embed_only=True)
+
+    def _embeds(self, input_ids: Tensor, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is None and image_features is None:
+            return embeds
+        images, _real = self._image_embeds(pixel_values, image_features, embeds.device)
+        place = (input_ids == self.config.image_token_id).unsqueeze(-1).expand_as(embeds)
+        return embeds.masked_scatter(place, images.to(embeds.dtype))
 
     def _forward_packed(
         self,
@@ -292,6 +308,19 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits = self.language_model.lm_head(hidden[:, -logits_to_keep:])
         return CausalLMOutputWithPast(logits=logits.float(), cache=cache)
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **given: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Each row as often as there are beams; its pictures together, where transformers would repeat each alone."""
+        seen = {name: given.pop(name) for name in ("pixel_values", "image_features") if given.get(name) is not None}
+        rows, expanded = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **given)
+        if expand_size > 1 and seen:
+            places = (input_ids == self.config.image_token_id).sum(1) // self.config.num_query_tokens
+            for name, pictures in seen.items():
+                of_rows = pictures.split(places.tolist())
+                seen[name] = torch.cat([torch.cat([row] * expand_size) for row in of_rows])
+        return rows, expanded | seen
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -312,6 +341,11 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if past == 0:
             step |= {"pixel_values": pixel_values, "image_features": image_features}
         return step | {"use_cache": True, "logits_to_keep": 1}
+
+
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """fp32 `[3, 1, 1]`, filled in on the device: a copy from the host would wait for all that is queued there."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

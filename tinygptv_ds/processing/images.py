@@ -36,6 +36,12 @@ def open_image(source: Source) -> Image.Image:
         return _open(source)[0].convert("RGB")
 
 
+def picture_size(source: Source) -> tuple[int, int]:
+    """Width and height by the header, before anything is decoded; errors as in `open_image`."""
+    with _refusals(source):
+        return _open(source)[0].size
+
+
 def to_pixels(source: Source, image_size: int, decoding: str = "exact") -> np.ndarray:
     """uint8 `[3, image_size, image_size]`; errors as in `open_image`.
 

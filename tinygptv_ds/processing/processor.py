@@ -14,10 +14,10 @@ from transformers.processing_utils import ProcessorMixin
 
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.images import to_pixels
-from tinygptv_ds.processing.sequence import ImageTokens, prompt_ids, tokenize, wrap
+from tinygptv_ds.processing.sequence import ImageTokens, check_placeholders, prompt_ids, tokenize, wrap
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
 
-Picture = bytes | str | Path | Image.Image  # encoded, a path, or decoded
+Picture = bytes | str | Path | Image.Image | np.ndarray  # encoded, a path, decoded, or as `to_pixels` gives it
 
 
 class TinyGPTVProcessor(ProcessorMixin):
@@ -92,25 +92,40 @@ class TinyGPTVProcessor(ProcessorMixin):
         prompts = [text] if isinstance(text, str) else list(text)
         dealt = _deal(images, prompts)
         inputs = self.token_rows(prompts, [len(pictures) for pictures in dealt], begin_token=begin_token)
-        pixels = [to_pixels(picture, self.image_size) for pictures in dealt for picture in pictures]
-        if pixels:
-            inputs["pixel_values"] = torch.from_numpy(np.stack(pixels))
+        pixels = self.pixels([picture for pictures in dealt for picture in pictures])
+        if pixels is not None:
+            inputs["pixel_values"] = pixels
         return BatchFeature(inputs)
 
     def token_rows(self, prompts: Sequence[str], pictures: Sequence[int], *, begin_token: bool) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` of `__call__`, given how many pictures each prompt has."""
-        begin = [self.tokenizer.bos_token_id] if begin_token else []
+        pairs = zip(prompts, pictures, strict=True)
+        return self.pad([self.row((prompt,), count, begin_token=begin_token) for prompt, count in pairs])
+
+    def row(self, parts: Sequence[str], pictures: int, *, begin_token: bool) -> list[int]:
+        """Token ids of one prompt, whose parts are tokenised each by itself; errors as in `__call__`."""
         tokens = ImageTokens(self.image_token_id, self.num_query_tokens)
-        rows = [
-            begin + prompt_ids(self.tokenizer, prompt, count, tokens)
-            for prompt, count in zip(prompts, pictures, strict=True)
-        ]
+        check_placeholders("".join(parts), pictures)
+        ids = [self.tokenizer.bos_token_id] if begin_token else []
+        for part in parts:
+            ids += prompt_ids(self.tokenizer, part, part.count(IMAGE_PLACEHOLDER), tokens)
+        return ids
+
+    def pad(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Rows of unequal lengths as `input_ids` and `attention_mask` of `__call__`, padded on the left."""
         longest = max(map(len, rows), default=0)
         pad = self.tokenizer.bos_token_id
         return {
             "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
             "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
         }
+
+    def pixels(self, pictures: Sequence[Picture]) -> Tensor | None:
+        """uint8 `[N, 3, S, S]`, None where there is no picture; errors as in `__call__`."""
+        if not pictures:
+            return None
+        size = self.image_size
+        return torch.from_numpy(np.stack([p if isinstance(p, np.ndarray) else to_pixels(p, size) for p in pictures]))
 
     def prompt(self, question: str, num_images: int = 1) -> str:
         """A question as the training worded it: behind its pictures, inside the template."""

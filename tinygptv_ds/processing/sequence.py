@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tinygptv_ds.config.schema import TextSection
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Draw, Rendered, load_prompts
+from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Draw, Rendered, load_prompts, wrap
 
 IGNORE = -100
 
@@ -60,11 +60,6 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # the same in half the time
 
 
-def wrap(template: str | None, question: str) -> str:
-    """The question inside the template; braces of the question stay as they are."""
-    return question if template is None else template.replace("{}", question, 1)
-
-
 def prompt_text(rendered: Rendered, num_images: int, text: TextSection, draw: Draw) -> str:
     """The first question as it stands in the row, wrapped, with a placeholder for each picture.
 
@@ -85,16 +80,26 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, num_images: int,
     Raises:
         DataError: the prompt does not hold one placeholder per picture.
     """
+    check_placeholders(prompt, num_images)
     pieces = prompt.split(IMAGE_PLACEHOLDER)
-    if len(pieces) - 1 != num_images:
-        raise DataError(
-            f"the prompt holds {len(pieces) - 1} times {IMAGE_PLACEHOLDER}, but there are {num_images} picture(s): "
-            f"{prompt[:200]!r}"
-        )
     ids = tokenize(tokenizer, pieces[0])
     for piece in pieces[1:]:
         ids += [image.token_id] * image.count + tokenize(tokenizer, piece)
     return ids
+
+
+def check_placeholders(prompt: str, num_images: int) -> None:
+    """See that a prompt holds one placeholder per picture.
+
+    Raises:
+        DataError: it does not.
+    """
+    found = prompt.count(IMAGE_PLACEHOLDER)
+    if found != num_images:
+        raise DataError(
+            f"the prompt holds {found} times {IMAGE_PLACEHOLDER}, but there are {num_images} picture(s): "
+            f"{prompt[:200]!r}"
+        )
 
 
 def build_sequence(

@@ -54,6 +54,11 @@ def load_prompts() -> Prompts:
     return Prompts({name: tuple(entries) for name, entries in yaml.safe_load(text).items()})
 
 
+def wrap(template: str | None, question: str) -> str:
+    """The question inside the template; braces of the question stay as they are."""
+    return question if template is None else template.replace("{}", question, 1)
+
+
 def clean_caption(text: str, max_words: int = 50) -> str:
     """Lower-case, drop ``. ! " ( ) * # : ; ~``, squeeze runs of white space, keep the first `max_words` words.
 

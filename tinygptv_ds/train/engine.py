@@ -17,6 +17,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from tinygptv_ds.data.stream import OpenStream
+from tinygptv_ds.data.workers import Stuck
 from tinygptv_ds.dist import complete_env, cores_per_rank
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import Stopped
@@ -26,19 +27,20 @@ from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGene
 from tinygptv_ds.models.trainable import frozen_learnt, weight_decay_groups
 from tinygptv_ds.train.facts import facts_of
 from tinygptv_ds.train.job import Job
+from tinygptv_ds.train.progress import BACKWARD, FORWARD, Progress, first_group_timeout
 from tinygptv_ds.train.rundir import note_run, start_run_dir
 from tinygptv_ds.train.stopwatch import Stopwatch
 from tinygptv_ds.train.together import found_by_rank_0
+from tinygptv_ds.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from tinygptv_ds.train.saver import Saver
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, under the names that torch gives them
-_TIMEOUT = timedelta(minutes=30)
 
 
-def start_distributed(job: Job) -> None:
-    """Join the other ranks, seed, and open the run directory and its log."""
+def start_distributed(job: Job) -> Watchdog:
+    """Join the other ranks, seed, and open the run directory and its log; what is returned watches over the rest."""
     complete_env()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "OMP_NUM_THREADS" not in os.environ:
@@ -53,7 +55,7 @@ def start_distributed(job: Job) -> None:
         torch.cuda.set_device(job.ranks.local_rank)
     backend = get_accelerator().communication_backend_name() if not on_cpu else "gloo"
     with _quiet_stdout(job.ranks.rank):
-        deepspeed.init_distributed(dist_backend=backend, timeout=_TIMEOUT, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, timeout=first_group_timeout(job.recipe.train), verbose=False)
     log_file = found_by_rank_0(job.ranks, lambda: str(start_run_dir(job)))
     set_up_logging(job.ranks.rank, Path(log_file))
     torch.manual_seed(job.recipe.seed)
@@ -67,6 +69,15 @@ def start_distributed(job: Job) -> None:
         job.precision,
         job.run_dir,
     )
+    return Watchdog(job, set_group_timeout)
+
+
+def set_group_timeout(timeout: timedelta) -> None:
+    """How long the collectives that begin from now on may wait, those of DeepSpeed's own process groups too."""
+    c10d = torch.distributed.distributed_c10d
+    set_timeout = getattr(c10d, "set_timeout", None) or c10d._set_pg_timeout  # as it is called in an older torch
+    for group in list(c10d._world.pg_map):
+        set_timeout(timeout, group)
 
 
 @contextlib.contextmanager
@@ -122,12 +133,14 @@ class Engine:
         scale: the loss scale under autocast in fp16, else None.
         first_step: where the run goes on.
         saver: makes the run's checkpoints.
+        progress: what a watchdog is told of this rank.
+        stuck: writes the stacks of loader processes that hang; None: nobody watches.
         skipped_before: optimizer steps left out before a resumption.
         forward_clock: times this rank's forward passes.
         job: recipe, JSON, run directory and ranks.
     """
 
-    def __init__(self, model: TinyGPTVForConditionalGeneration, job: Job) -> None:
+    def __init__(self, model: TinyGPTVForConditionalGeneration, job: Job, watchdog: Watchdog | None = None) -> None:
         optimizer = job.recipe.optimizer
         self.job = job
         self.device = torch.device(get_accelerator().current_device_name())
@@ -148,6 +161,10 @@ class Engine:
         self.scale = LossScale(self.deepspeed.optimizer) if autocast_fp16 else None
         self.first_step = 0
         self.saver: Saver
+        self.progress = Progress(job.ranks.rank, job.recipe.train, set_group_timeout)
+        self.stuck: Stuck | None = None
+        if watchdog is not None:
+            self.progress, self.stuck = watchdog.progress, watchdog.stacks.dump_workers
         self.skipped_before = 0
         self.forward_clock = Stopwatch(self.device)
         self._last = True
@@ -173,6 +190,7 @@ class Engine:
             count: micro-batches of the step, the same on all ranks.
         """
         self.set_boundary(number + 1 == count)
+        self.progress.enter(FORWARD)
         with self.forward_clock.running():
             output = self.deepspeed(**inputs)
         total = output.token_losses.sum()
@@ -188,6 +206,7 @@ class Engine:
 
     def backward_and_step(self, loss: Tensor) -> None:
         """The end of a micro-batch; the optimizer moves after the last of a step."""
+        self.progress.enter(BACKWARD)
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         self.deepspeed.step()
         if self._last and self.scale is not None:
@@ -295,7 +314,9 @@ class Engine:
 
 
 @contextlib.contextmanager
-def start_engine(model: TinyGPTVForConditionalGeneration, job: Job, stream: OpenStream) -> Iterator[Engine]:
+def start_engine(
+    model: TinyGPTVForConditionalGeneration, job: Job, stream: OpenStream, watchdog: Watchdog
+) -> Iterator[Engine]:
     """The engine of a run, started from the checkpoint that `job.resume` asks for; the ranks part when it ends.
 
     Raises:
@@ -312,7 +333,7 @@ def start_engine(model: TinyGPTVForConditionalGeneration, job: Job, stream: Open
     checkpoint = None if chosen is None else resume.open_checkpoint(Path(chosen))
     if checkpoint is not None:
         resume.load_weights(model, checkpoint)
-    engine = Engine(model, job)
+    engine = Engine(model, job, watchdog)
     engine.first_step = resume.restore_optimizer(engine, checkpoint) if checkpoint is not None else 0
     origin = None if checkpoint is None else resume.began_from(job, checkpoint.folder)
     try:
@@ -321,11 +342,12 @@ def start_engine(model: TinyGPTVForConditionalGeneration, job: Job, stream: Open
             if job.dry_run:
                 finish_dry_run(engine)
     except Stopped:
-        _part()
+        _part(watchdog)
         raise
-    _part()
+    _part(watchdog)
 
 
-def _part() -> None:
+def _part(watchdog: Watchdog) -> None:
+    watchdog.leave()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

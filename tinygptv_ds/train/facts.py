@@ -26,6 +26,7 @@ LEFT_OUT = {
         "cache_dir",
         "cache_gb",
         "allow_pipe",
+        "read_timeout_seconds",
         "features",
     ),
     "train": (
@@ -43,6 +44,10 @@ LEFT_OUT = {
         "keep_checkpoints",
         "keep_every",
         "deepspeed_checkpoints",
+        "startup_minutes",
+        "step_minutes",
+        "slow_step_seconds",
+        "lost_after_seconds",
     ),
 }
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
@@ -73,7 +78,8 @@ def _told(facts: Mapping[str, Any], name: str) -> str:
 
 def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
     plain = recipe_dict(recipe)
-    plain.pop("deepspeed")
+    for section in ("deepspeed", "evaluation"):
+        plain.pop(section)
     for section, names in LEFT_OUT.items():
         for name in names:
             plain[section].pop(name)

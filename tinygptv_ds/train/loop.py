@@ -14,10 +14,12 @@ from tinygptv_ds.dist import cores_per_rank
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.evaluation import Evaluation
 from tinygptv_ds.train.first_batch import show_first_samples
 from tinygptv_ds.train.guard import Guard
 from tinygptv_ds.train.metrics import Reporter
 from tinygptv_ds.train.panel import Panel
+from tinygptv_ds.train.progress import PREPARING, REPORTING
 from tinygptv_ds.train.schedule import begins_cycle, rate_of_step
 from tinygptv_ds.train.stopwatch import Stopwatch
 from tinygptv_ds.train.sums import RankTimes, Sums, Totals
@@ -44,8 +46,11 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         last=total,
         num_workers=min(recipe.data.num_workers, cores_per_rank(ranks)),
         pin_memory=engine.device.type == "cuda",
+        read_seconds=recipe.data.read_timeout_seconds,
+        stuck=engine.stuck,
     )
     validation, panel = Validation(engine, tokens), Panel(engine, stream, tokens)
+    evaluation = Evaluation(engine, tokens)
     reporter = Reporter(engine, total, engine.first_step)
     if engine.first_step == 0 and reporter.board is not None:
         show_first_samples(stream, tokens, reporter.board)
@@ -54,14 +59,17 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
     skips = SkipCounter(recipe.data.max_skipped_share, total * recipe.train.batch_size)
     over = OverLimit(recipe.train.max_tokens)
     for step in range(engine.first_step, total):
+        engine.progress.begin_step(step)
         with waiting.running():
             loaded = next(loader)
+        engine.progress.enter(PREPARING)
         skips.report(loaded)
         over.look(loaded)
         guard.look(step, loaded)
         engine.saver.before_step()
-        _optimizer_step(engine, step, loaded, sums, transfer)
+        optimizer_step(engine, step, loaded, sums, transfer)
         guard.stop_if_left_out(step, sums.recent)
+        engine.progress.enter(REPORTING)
         reporter.step_done()
         done = step + 1
         if reporter.is_due(done):
@@ -70,14 +78,19 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
             over.report()
             reporter.log(done, totals, _figures(engine, step) | {"spike": guard.judge(totals)}, skips.summary())
         if _now_and_then(recipe.train.validate_every, done) and done != total:
-            with reporter.aside():
+            with reporter.aside(), engine.progress.patience("validating"):
                 reporter.scalars(done, validation.measure(done))
+        if _now_and_then(recipe.evaluation.every, done) and done != total:
+            with reporter.aside(), engine.progress.patience("evaluating"):
+                reporter.scalars(done, evaluation.measure(done))
         if _now_and_then(recipe.train.sample_every, done) and done != total:
-            with reporter.aside():
+            with reporter.aside(), engine.progress.patience("answering the panel"):
                 panel.write(reporter.board, done)
         with reporter.aside():
             engine.saver.after_step(done)
+    engine.progress.last_phase("finishing")
     reporter.scalars(total, validation.measure(total))
+    reporter.scalars(total, evaluation.measure(total))
     panel.write(reporter.board, total)
     reporter.close()
 
@@ -97,13 +110,18 @@ def warn_of_rising_rate(optimizer: OptimizerSection) -> None:
         )
 
 
-def _optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums, transfer: Transfer) -> None:
+def optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums, transfer: Transfer) -> None:
+    """One step of this rank's micro-batches, counted in `sums`. To be called on all ranks.
+
+    The host waits for the device once, where ZeRO asks whether a gradient is not finite.
+    """
     recipe = engine.job.recipe
     batches = [transfer(item.batch) for item in loaded]
     divisor = None
     if recipe.train.loss_reduction == "step_mean":
         targets = sum(len(batch.targets) for batch in batches)
-        divisor = engine.all_reduce(torch.tensor(float(targets), device=engine.device)).clamp(min=1)
+        # Filled in on the device: torch.tensor would wait for what is queued there.
+        divisor = engine.all_reduce(torch.full((), float(targets), device=engine.device)).clamp(min=1)
     if begins_cycle(step, recipe):
         engine.reset_optimizer()
     engine.set_learning_rate(rate_of_step(step, recipe))

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from tinygptv_ds.config.schema import ModelSection, Recipe
 from tinygptv_ds.data.presence import absent, options_without
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.errors import ConfigError, DataError
+from tinygptv_ds.infer.benchmarks.checks import Checks
+from tinygptv_ds.infer.benchmarks.question import Task
+from tinygptv_ds.infer.benchmarks.table import open_section
 
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models"
 HOW_TO_GET_WEIGHTS = {
@@ -24,7 +27,7 @@ def check_files(recipe: Recipe) -> None:
     Where some datasets are there and others are not, it ends with the option that trains on the former.
     """
     away = absent(recipe.data)
-    problems = [*_weights(recipe.model), *away.values()]
+    problems = [*_weights(recipe.model), *away.values(), *_evaluation(recipe)]
     if problems:
         lines = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in problems)
         options = options_without(recipe.data, away)
@@ -32,6 +35,32 @@ def check_files(recipe: Recipe) -> None:
         raise ConfigError(
             f"{len(problems)} thing(s) that the recipe of stage {recipe.stage} names cannot be used:\n{lines}{subset}"
         )
+
+
+def evaluation_tasks(recipe: Recipe) -> list[Task]:
+    """What the recipe has scored while training, with its questions.
+
+    Raises:
+        DataError: benchmark files or held-out shards that are missing or odd, all of them named.
+        ConfigError: a package that scores need is not there.
+    """
+    checks, section = Checks(), recipe.evaluation
+    tasks = []
+    for benchmark in section.benchmarks:
+        try:
+            tasks.append(open_section(benchmark, section.limit, checks))
+        except DataError as error:
+            checks.problem(f"{benchmark.label}: {error}")
+    checks.finish()
+    return tasks
+
+
+def _evaluation(recipe: Recipe) -> list[str]:
+    try:
+        evaluation_tasks(recipe)
+    except (ConfigError, DataError) as error:
+        return [f"evaluation: {error}"]
+    return []
 
 
 def _weights(model: ModelSection) -> list[str]:

@@ -84,13 +84,14 @@ class Saver:
         if done == self._saved:
             return
         began = time.perf_counter()
-        self._writer.wait()
-        snapshot = take_snapshot(self._engine, done, self._facts, self._began_from)
-        if self._engine.job.ranks.is_main:
-            LOGGER.info("step %d: saving; training waited %.2f s", done, time.perf_counter() - began)
-            self._writer.write(snapshot)
-        if self._train.deepspeed_checkpoints:
-            save_deepspeed(self._engine, snapshot)
+        with self._engine.progress.patience("saving"):
+            self._writer.wait()
+            snapshot = take_snapshot(self._engine, done, self._facts, self._began_from)
+            if self._engine.job.ranks.is_main:
+                LOGGER.info("step %d: saving; training waited %.2f s", done, time.perf_counter() - began)
+                self._writer.write(snapshot)
+            if self._train.deepspeed_checkpoints:
+                save_deepspeed(self._engine, snapshot)
         self._saved, self._last_time = done, time.monotonic()
 
     def _stop(self, number: int, done: int) -> None:

@@ -13,12 +13,14 @@ import torch
 from tinygptv_ds.train.engine import Engine
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# By a word of their command lines: the per-node and the outer process of DeepSpeed's launcher, and torch's two forms.
+_LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed", "torch.distributed.run", "torchrun")
 
 
 class StopSignals:
     """Notes SIGTERM and SIGUSR1 instead of dying of them.
 
-    The launcher's end counts as a SIGTERM: DeepSpeed's leaves its ranks behind when it is killed.
+    The launcher's end counts as a SIGTERM: DeepSpeed's and torchrun leave their ranks behind when they are killed.
     """
 
     def __init__(self) -> None:
@@ -50,12 +52,14 @@ class Votes:
     def __init__(self, engine: Engine, wishes: int) -> None:
         self._engine = engine
         on_gpu = engine.device.type == "cuda"
-        self._sums = torch.zeros(wishes, pin_memory=on_gpu)
+        # Pinned, so that neither copy waits for the device.
+        self._ours, self._sums = (torch.zeros(wishes, pin_memory=on_gpu) for _ in range(2))
         self._made = torch.cuda.Event() if on_gpu else None
 
     def cast(self, wishes: Sequence[bool]) -> None:
         """This rank's. To be called on all ranks."""
-        ours = torch.tensor([float(wish) for wish in wishes], device=self._engine.device)
+        self._ours.copy_(torch.tensor([float(wish) for wish in wishes]))
+        ours = self._ours.to(self._engine.device, non_blocking=True, copy=True)
         self._sums.copy_(self._engine.all_reduce(ours), non_blocking=True)
         if self._made is not None:
             self._made.record()
@@ -68,8 +72,13 @@ class Votes:
 
 
 def launchers_above() -> list[int]:
-    """The processes of DeepSpeed's launcher that this one was started by, the nearest first."""
-    found, pid = [], os.getppid()
+    """The processes of a launcher, DeepSpeed's or torchrun, that this one was started by, the nearest first."""
+    return launchers_of(os.getppid())
+
+
+def launchers_of(pid: int) -> list[int]:
+    """This process and those above it, as far as they are a launcher's."""
+    found = []
     while _is_launcher(pid):
         found.append(pid)
         pid = _parent_of(pid)
@@ -78,10 +87,10 @@ def launchers_above() -> list[int]:
 
 def _is_launcher(pid: int) -> bool:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # gone
         return False
-    return any(word == b"deepspeed.launcher.launch" or word.endswith(b"/deepspeed") for word in words)
+    return any(Path(word).name in _LAUNCHERS for word in words)
 
 
 def _parent_of(pid: int) -> int:

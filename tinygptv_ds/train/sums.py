@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -166,7 +167,7 @@ def _take(values: Iterator[float], keys: Iterable) -> dict:
 def _work(batch: Batch) -> tuple[float, float, float, float]:
     """The fields of `Work`, of a batch on the CPU."""
     pictures = batch.pixel_values if batch.image_features is None else batch.image_features
-    squares = batch.cu_seqlens.diff().double().square().sum().item()
+    squares = float(np.square(np.diff(batch.cu_seqlens.numpy()), dtype=np.float64).sum())
     return len(batch.input_ids), squares, len(batch.targets), len(pictures)
 
 

@@ -62,6 +62,8 @@ class Validation:
             last=self._stream.order.steps,
             num_workers=min(engine.job.recipe.data.num_workers, cores_per_rank(engine.job.ranks)),
             pin_memory=engine.device.type == "cuda",
+            read_seconds=engine.job.recipe.data.read_timeout_seconds,
+            stuck=engine.stuck,
         )
         with engine.inference() as model:
             for loaded in steps:

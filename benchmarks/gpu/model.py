@@ -1,0 +1,156 @@
+"""A model of the published or a tiny size with made-up weights, and batches for it. No file is written or read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from benchmarks.gpu.plan import Case
+from benchmarks.made_up import SIZES
+from tinygptv_ds.config.schema import Recipe
+from tinygptv_ds.convert.assemble import empty_model
+from tinygptv_ds.data.batch import Sample, collate
+from tinygptv_ds.data.loader import Loaded
+from tinygptv_ds.data.mixture import SampleRef
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.models.trainable import lora, norms, projections, train_only
+from tinygptv_ds.processing.sequence import IGNORE, Sequence
+from tinygptv_ds.train.costs import MeanSample
+from tinygptv_ds.train.sample_mean import ASSUMED
+from tinygptv_ds.train.sizes import Sizes, Transformer
+
+DATASET = "made up"
+_TINY = {"model.proj_hidden_size=24", "model.lora_alpha=4"}
+_DIFFERENT = 4  # batches that take turns
+
+
+def overrides(stage: int, size: str) -> list[str]:
+    """Changes to a stage's recipe, for `load_recipe`: the tiny size's pictures and LoRA."""
+    if size == "published":
+        return []
+    return [f"model.image_size={14 * (2 if stage == 1 else 4)}", f"model.lora_r={0 if stage == 1 else 4}", *_TINY]
+
+
+def model_config(recipe: Recipe, size: str) -> TinyGPTVConfig:
+    """The sizes that a stage trains: pictures, projections and LoRA by its recipe, the rest published or tiny."""
+    section, base = recipe.model, SIZES[size]
+    return TinyGPTVConfig(
+        vision_config={**base.vision_config.to_dict(), "image_size": section.image_size},
+        qformer_config=base.qformer_config,
+        text_config=base.text_config,
+        num_query_tokens=base.num_query_tokens,
+        proj_hidden_size=section.proj_hidden_size,
+        lora_r=section.lora_r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        lora_targets=tuple(section.lora_targets),
+    )
+
+
+def build(config: TinyGPTVConfig, frozen: torch.dtype, device: torch.device) -> TinyGPTVForConditionalGeneration:
+    """The model in the device's memory, made there: seconds at 3.9 B parameters. Set to train what its stage trains.
+
+    Args:
+        config: its sizes; with LoRA, it is trained too.
+        frozen: dtype of what does not learn; the rest is fp32.
+        device: where.
+    """
+    model = empty_model(config, frozen, device=device)
+    random = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                inputs = parameter.shape[-1] if parameter.dim() == 3 else parameter[0].numel()
+                drawn = torch.randn(parameter.shape, generator=random, device=device)  # in fp32: alike in every dtype
+                parameter.copy_(drawn * inputs**-0.5)  # so that what is made of rows of about 1 is about 1
+            else:
+                parameter.fill_(1.0 if name.endswith(".weight") else 0.0)  # norms and biases
+        for buffer in model.buffers():
+            buffer.zero_()
+    train_only(model, projections, norms, *([lora] if config.lora_r else []))
+    return model
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A few micro-batches that take turns, on the host.
+
+    Attributes:
+        loaded: as the loader gives them.
+        mean: what a sample of them holds on average.
+    """
+
+    loaded: list[Loaded]
+    mean: MeanSample
+
+
+def make_batches(config: TinyGPTVConfig, case: Case, seed: int, *, pinned: bool) -> Batches:
+    """Samples of one picture and about as many tokens as those of the stage have (`sample_mean.ASSUMED`).
+
+    Args:
+        config: of the model.
+        case: says stage, source and number of samples.
+        seed: other samples for every rank.
+        pinned: whether in pinned memory, as the loader's are for a GPU.
+    """
+    rng = np.random.default_rng((seed, case.stage, case.batch, case.source == "pixels"))
+    mean, size = ASSUMED[case.stage], config.vision_config.image_size
+    queries, width = config.num_query_tokens, config.qformer_config.hidden_size
+    asked = max(1, round(mean.tokens - mean.targets) - PICTURE_ROWS)
+    loaded, lengths, targets = [], [], []
+    for number in range(_DIFFERENT):
+        rows = [_row(rng, config, _around(rng, asked), _around(rng, round(mean.targets))) for _ in range(case.batch)]
+        refs = [SampleRef(number * case.batch + i, DATASET, 0, 0, i) for i in range(case.batch)]
+        shape = (case.batch, 1 if case.source == "pixels" else 0, 3, size, size)
+        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+        features = torch.from_numpy(rng.standard_normal((case.batch, 1, queries, width), dtype=np.float32)).bfloat16()
+        made = [None] * case.batch if case.source == "pixels" else list(features)
+        samples = [Sample(*each) for each in zip(refs, rows, pixels, made, strict=True)]
+        none = None if case.source == "pixels" else features[0][:0]
+        batch = collate(samples, [DATASET], queries=queries, image_size=size, bos=0, no_features=none)
+        loaded.append(Loaded(batch.pin_memory() if pinned else batch, ()))
+        lengths += [len(row) for row in rows]
+        targets.append(len(batch.targets))
+    return Batches(loaded, MeanSample(1, float(np.mean(lengths)), sum(targets) / len(lengths)))
+
+
+PICTURE_ROWS = 32  # that `ASSUMED` counts among the tokens
+
+
+def _around(rng: np.random.Generator, mean: int) -> int:
+    """Between half and one and a half of `mean`."""
+    return int(rng.integers(max(1, mean // 2), mean + mean // 2 + 1))
+
+
+def _row(rng: np.random.Generator, config: TinyGPTVConfig, asked: int, answered: int) -> Sequence:
+    """A begin token and words, the picture, and what is learnt."""
+    queries = config.num_query_tokens
+    length = asked + queries + answered
+    ids = rng.integers(0, config.image_token_id, length)
+    ids[asked : asked + queries] = config.image_token_id
+    labels = np.where(np.arange(length) < asked + queries, IGNORE, ids)
+    return Sequence(ids, labels, np.arange(length), np.arange(asked, asked + queries), np.arange(queries))
+
+
+def sizes_of(config: TinyGPTVConfig) -> Sizes:
+    """What `estimate` counts from."""
+    vision, qformer, phi = config.vision_config, config.qformer_config, config.text_config
+    vit, q, p = (
+        Transformer(part.hidden_size, part.intermediate_size, part.num_hidden_layers) for part in (vision, qformer, phi)
+    )
+    return Sizes(
+        vit,
+        q,
+        p,
+        vision.image_size,
+        vision.patch_size,
+        config.num_query_tokens,
+        config.proj_hidden_size,
+        phi.hidden_size // phi.num_attention_heads,
+        phi.vocab_size,
+        config.lora_r,
+        config.lora_targets,
+    )

@@ -1,0 +1,198 @@
+"""What was measured, as one table and as JSON. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.plan import Case
+from benchmarks.gpu.results import MEASURED, check
+
+# ZeRO-3 computes what ZeRO-2 does; rounding, carried on by a few steps of the optimizer, is a tenth of this.
+SAME_LOSS = 1e-2
+# The first losses of a process, before any step, in bf16 and fp16: the rounding of weights and sums to 8 bits.
+SAME_IN_BOTH = 2e-2
+# The loss scale of fp16 begins high, and a step that overflows halves it.
+LEFT_OUT = {"bf16": 0, "fp16": 8}
+PARTS = ("vision", "projections", "phi", "head", "backward", "optimizer", "rest")
+
+
+class Report:
+    """Everything that is known so far; written after every process, so that it is there whatever comes.
+
+    Args:
+        out: folder of `gpu.json` and `table.md`.
+        about: what goes into the JSON besides.
+    """
+
+    def __init__(self, out: Path, about: dict[str, Any]) -> None:
+        self._out = out
+        self._began = time.time()
+        self._found: dict[str, Any] = {**about, "machine": None, "ceilings": None}
+        self._lists: dict[str, list] = {kind: [] for kind in ("attention", "whole_model", "steps", "save", "check")}
+        self._failed: list[dict[str, str]] = []
+        self._left_out: list[dict[str, str]] = []
+
+    def take(self, lines: list[dict[str, Any]]) -> None:
+        """What a process has measured."""
+        for line in lines:
+            if line["kind"] in self._lists:
+                self._lists[line["kind"]].append(line["value"])
+            else:
+                self._found[line["kind"]] = line["value"]
+        self.write()
+
+    def failed(self, what: str, why: str) -> None:
+        """A part that died or hung."""
+        self._failed.append({"what": what, "why": why})
+        self.write()
+
+    def left_out(self, what: str, why: str) -> None:
+        """A part that there was no time for."""
+        self._left_out.append({"what": what, "why": why})
+        self.write()
+
+    @property
+    def checks(self) -> list[dict[str, Any]]:
+        """Those of the processes, and what the cases say of each other."""
+        return [*self._lists["check"], *step_checks(self._lists["steps"])]
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing failed and every check passed; what was left out does not count."""
+        return not self._failed and all(each["passed"] for each in self.checks)
+
+    def write(self) -> None:
+        """JSON and table as far as they have come."""
+        plain = {
+            **self._found,
+            **{kind: values for kind, values in self._lists.items() if kind != "check"},
+            "checks": self.checks,
+            "failed": self._failed,
+            "left_out": self._left_out,
+            "seconds": time.time() - self._began,
+        }
+        (self._out / "gpu.json").write_text(json.dumps(_finite(plain), indent=1) + "\n", encoding="utf-8")
+        (self._out / "table.md").write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """Markdown."""
+        parts = [self._machine(), *attention_table(self._lists["attention"]), "", *step_table(self._lists["steps"])]
+        parts += ["", *map(_saving, self._lists["save"])]
+        checks = self.checks
+        parts += ["", f"{sum(each['passed'] for each in checks)} of {len(checks)} checks passed"]
+        parts += [f"- FAILED: {c['name']}: {c['value']:.3g}, allowed {c['limit']:g}" for c in checks if not c["passed"]]
+        parts += [f"- FAILED: {each['what']}: {each['why']}" for each in self._failed]
+        parts += [f"- left out: {each['what']} ({each['why']})" for each in self._left_out]
+        return "\n".join(parts) + "\n"
+
+    def _machine(self) -> str:
+        machine, ceilings = self._found["machine"], self._found["ceilings"]
+        if machine is None:
+            return "(nothing is known of the machine)\n"
+        names = ("device", "driver", "torch", "cuda", "deepspeed", "transformers", "flash-attn")
+        told = [f"{name} {machine[name]}" for name in names if machine.get(name)]
+        told.append(f"attention by {machine['attention'][0]}")
+        if ceilings:
+            told.append(
+                f"bf16 products {ceilings['matmul_tflops']:.3g} TFLOP/s, copies {ceilings['copy_gb_s']:.3g} GB/s, "
+                f"transfers {ceilings['transfer_gb_s']:.3g} GB/s"
+            )
+        return "; ".join(told) + "\n"
+
+
+def step_checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Losses are finite, few steps were left out, and ZeRO-2 and ZeRO-3, bf16 and fp16 agree.
+
+    Compared are cases before which the same steps were made.
+    """
+    found, twins, fresh = [], {}, {}
+    for row in rows:
+        if row["status"] == MEASURED:
+            case = Case(**row["case"])
+            bad = sum(not _is_finite(loss) for loss in row["losses"])
+            found.append(check(f"{case}: losses that are not finite", bad, 0))
+            found.append(check(f"{case}: steps left out", row["skipped_steps"], LEFT_OUT[case.precision]))
+            twins.setdefault((case.twin, row["steps_before"]), []).append((case, row["losses"]))
+            if not row["steps_before"]:
+                fresh.setdefault((case.stage, case.source, case.batch), []).append((case, row["losses"][:1]))
+    for (first, losses), *others in twins.values():
+        for case, theirs in others:
+            name = f"{case}: losses apart from those under ZeRO-{first.zero}"
+            found.append(check(name, _apart(losses, theirs), SAME_LOSS))
+    for (first, losses), *others in fresh.values():
+        for case, theirs in others:
+            if case.precision != first.precision:
+                name = f"{case}: first loss apart from that in {first.precision}"
+                found.append(check(name, _apart(losses, theirs), SAME_IN_BOTH))
+    return found
+
+
+def _apart(losses: list[float], others: list[float]) -> float:
+    pairs = list(zip(losses, others, strict=False))
+    if not all(_is_finite(a) and _is_finite(b) for a, b in pairs):
+        return math.nan
+    return max(abs(a - b) / abs(a) for a, b in pairs)
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def attention_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A row for every back end, shape and dtype."""
+    head = ["| attention | | back end | largest error | ms forward | and backward |", f"|{'-|' * 6}"]
+    lines = [
+        f"| {row['shape']} | {row['precision']} | {row['backend']} | {max(row['errors'].values()):.1e} | "
+        f"{1000 * row['forward']:.3f} | {1000 * row['both']:.3f} |"
+        for row in rows
+    ]
+    return [*head, *lines]
+
+
+def step_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A row for every case: rates, memory, and milliseconds of a step by part."""
+    columns = ["case", "samples/s", "target tokens/s", "MFU", "GiB", "held", "in use", "estimated", "ms a step"]
+    head = ["| " + " | ".join([*columns, *PARTS, "first loss"]) + " |", f"|{'-|' * (len(columns) + len(PARTS) + 1)}"]
+    return [*head, *(_step_row(row) for row in rows)]
+
+
+def _step_row(row: dict[str, Any]) -> str:
+    case = Case(**row["case"])
+    if row["status"] != MEASURED:
+        return f"| {case} | {row['status']} |{' |' * (len(PARTS) + 8)}"
+    rates, memory = row["rates"], row["memory_gib"]
+    cells = [
+        f"{rates['samples_s']:.4g}",
+        f"{rates['target_tokens_s']:.4g}",
+        f"{rates['mfu']:.1f} %" if "mfu" in rates else "-",
+        *(f"{memory[name]:.1f}" if name in memory else "-" for name in ("allocated", "reserved", "in_use")),
+        f"{row['estimated_gib']:.1f}",
+        f"{1000 * rates['step_seconds']:.1f}",
+        *(f"{1000 * row['seconds_by_part'][part]:.1f}" for part in PARTS),
+        f"{row['losses'][0]:.4f}" if _is_finite(row["losses"][0]) else str(row["losses"][0]),
+    ]
+    return f"| {case} | {' | '.join(cells)} |"
+
+
+def _saving(save: dict[str, Any]) -> str:
+    waits = f"training waits {save['stall_seconds']:.2f} s (the first time {save['first_stall_seconds']:.2f} s)"
+    beside = (
+        f"a step takes {1000 * save['step_seconds_beside']:.0f} ms, alone {1000 * save['step_seconds_alone']:.0f} ms"
+    )
+    return (
+        f"{save['group']}, checkpoint of {save['gb']:.2f} GB: {waits}; written in {save['write_seconds']:.2f} s, while "
+        f"{beside}"
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_finite(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

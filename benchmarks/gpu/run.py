@@ -1,0 +1,166 @@
+"""Starts the measuring processes, one after the other, and goes on where one of them dies. No torch.
+
+Each has state and memory of its own. Whatever a process has measured before it ends, in whatever way, is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.gpu.plan import CHECKS, Group
+from benchmarks.gpu.report import Report
+from benchmarks.gpu.results import OUT_OF_MEMORY, read
+
+ROOT = Path(__file__).resolve().parents[2]
+_LONGEST = 200.0  # seconds: a process that takes longer hangs
+_FIRST_NEED = 45.0  # what a process is taken to need before one has been seen
+_TOLD = 6  # last lines of a process that failed
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended.
+
+    Attributes:
+        code: its exit code; None: it was stopped.
+        why: in words, where it did not end well.
+        by_budget: whether it was stopped because the time was up.
+    """
+
+    code: int | None
+    why: str = ""
+    by_budget: bool = False
+
+
+class Launcher:
+    """Runs a module in one process or, through torchrun, in one on each GPU.
+
+    Args:
+        out: folder of `log.txt`, which takes all that processes print.
+        minutes: that everything may take.
+        ranks: processes of a group.
+    """
+
+    def __init__(self, out: Path, minutes: float, ranks: int) -> None:
+        self._log = out / "log.txt"
+        self._end = time.monotonic() + 60 * minutes
+        self._ranks = ranks
+        self._longest = 0.0
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - time.monotonic()
+
+    def has_time(self) -> bool:
+        """Whether one more process is likely to come to its end: the longest so far, and a fifth more."""
+        return self.left > (1.2 * self._longest or _FIRST_NEED)
+
+    def __call__(self, module: str, arguments: list[str], ranks: int | None = None) -> Ended:
+        """Run it to its end, or to the end of the time."""
+        ranks = ranks or self._ranks
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+        command = [sys.executable, *launcher, "-m", f"benchmarks.gpu.{module}", *arguments]
+        limit = max(1.0, min(self.left, _LONGEST))
+        began = time.monotonic()
+        with self._log.open("ab") as log:
+            start = log.tell()
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=_environment(), stdout=log, stderr=log, start_new_session=True
+            )
+            try:
+                code: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                _kill(process)
+        took = time.monotonic() - began
+        self._longest = max(self._longest, took)
+        if code is None:
+            return Ended(None, f"stopped after {took:.0f} s", by_budget=limit < _LONGEST)
+        return Ended(code, "" if code == 0 else f"exit code {code}: {_last_lines(self._log, start)}")
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    quiet = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **quiet, "PYTHONPATH": path}
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """The whole group: loader processes and ranks too."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def _last_lines(log: Path, start: int) -> str:
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    return " | ".join([line.strip() for line in lines if line.strip()][-_TOLD:])
+
+
+def run_checks(launch: Callable[..., Ended], size: str, lines: Path, report: Report) -> None:
+    """Machine, attention, packed against padded."""
+    ended = launch("checks", ["--size", size, "--out", str(lines)], ranks=1)
+    report.take(read(lines))
+    if ended.by_budget:
+        report.left_out(CHECKS, ended.why)
+    elif ended.code != 0:
+        report.failed(CHECKS, ended.why)
+
+
+def run_group(launch: Callable[..., Ended], group: Group, options: list[str], folder: Path, report: Report) -> None:
+    """All cases of a group; where memory does not suffice, the same with half the batch.
+
+    Args:
+        launch: runs a module.
+        group: what to measure.
+        options: size and number of steps, for every process.
+        folder: for run directories and results.
+        report: takes what comes.
+    """
+    left, attempt = list(group.cases), 0
+    while left:
+        attempt += 1
+        lines = folder / f"{attempt}.jsonl"
+        told = ["--cases", json.dumps([asdict(case) for case in left]), *options, *(["--save"] if group.save else [])]
+        ended = launch("steps", [*told, "--run-dir", str(folder / f"run-{attempt}"), "--out", str(lines)])
+        found = _once_each(read(lines))
+        report.take(found)
+        rows = [line["value"] for line in found if line["kind"] == "steps"]
+        ahead = left[len(rows) :]
+        if rows and rows[-1]["status"] == OUT_OF_MEMORY:
+            smaller = left[len(rows) - 1].halved()
+            left = ahead if smaller is None or smaller in ahead else [smaller, *ahead]
+        elif ended.by_budget:
+            for case in ahead:
+                report.left_out(str(case), ended.why)
+            left = []
+        else:
+            if ended.code != 0:
+                report.failed(str(ahead[0]) if ahead else f"{group.name}: the checkpoint after its cases", ended.why)
+            left = ahead[1:]
+
+
+def _once_each(lines: list[dict]) -> list[dict]:
+    """Where memory does not suffice, several ranks may say so of one case; it is told once."""
+    told, kept = [], []
+    for line in lines:
+        short = line["kind"] == "steps" and line["value"]["status"] == OUT_OF_MEMORY
+        if not short or line["value"]["case"] not in told:
+            kept.append(line)
+        if short:
+            told.append(line["value"]["case"])
+    return kept

@@ -1,0 +1,56 @@
+"""How long a checkpoint of what was trained holds up the training, and how long its writing goes on beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.gpu.machine import wait
+from tinygptv_ds.train.checkpoint import FOLDER, TENSORS, Snapshot, write_checkpoint
+from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.saver import take_snapshot
+
+
+def save_times(engine: Engine, step: Callable[[], object]) -> dict[str, float]:
+    """Seconds, and a step's beside the writing against one alone. To be called on all ranks.
+
+    Args:
+        engine: has made a step, so that there are moments.
+        step: makes one more and waits for it.
+    """
+    alone = _mean_seconds(step, times=3)
+    stalls = []
+    for _ in range(2):  # the first takes memory that the next finds
+        wait(engine.device)
+        began = time.perf_counter()
+        snapshot = take_snapshot(engine, 1, {})
+        stalls.append(time.perf_counter() - began)
+    checkpoints = engine.job.run_dir / FOLDER
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(_write, checkpoints, snapshot) if engine.job.ranks.is_main else None
+        beside = _mean_seconds(step, times=3)
+        seconds, size = writing.result() if writing is not None else (0.0, 0)
+    return {
+        "gb": size / 1e9,
+        "stall_seconds": stalls[-1],
+        "first_stall_seconds": stalls[0],
+        "write_seconds": seconds,
+        "step_seconds_alone": alone,
+        "step_seconds_beside": beside,
+    }
+
+
+def _write(checkpoints: Path, snapshot: Snapshot) -> tuple[float, int]:
+    """(seconds, bytes of the tensors)."""
+    began = time.perf_counter()
+    folder = write_checkpoint(checkpoints, snapshot)
+    return time.perf_counter() - began, (folder / TENSORS).stat().st_size
+
+
+def _mean_seconds(call: Callable[[], object], times: int) -> float:
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - began) / times

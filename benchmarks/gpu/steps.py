@@ -1,0 +1,186 @@
+"""One process: the cases of a group on one engine, as the training loop runs its steps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.machine import wait
+from benchmarks.gpu.model import DATASET, Batches, build, make_batches, model_config, overrides, sizes_of
+from benchmarks.gpu.parts import parts_of
+from benchmarks.gpu.plan import SIZES, Case
+from benchmarks.gpu.results import MEASURED, OUT_OF_MEMORY, add
+from benchmarks.gpu.saving import save_times
+from tinygptv_ds.cli import run_command
+from tinygptv_ds.config.deepspeed_json import load_deepspeed_json, resolve_deepspeed
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.dist import ranks_from_env
+from tinygptv_ds.dtypes import DTYPES
+from tinygptv_ds.models.flops import peak_flops, step_costs
+from tinygptv_ds.train.engine import Engine, start_distributed
+from tinygptv_ds.train.job import ROOT, Job
+from tinygptv_ds.train.loop import optimizer_step
+from tinygptv_ds.train.memory import GIB, MicroBatch, step_memory
+from tinygptv_ds.train.metrics import memory_gib, rates
+from tinygptv_ds.train.saver import Saver
+from tinygptv_ds.train.sizes import trained_parts
+from tinygptv_ds.train.sums import RankTimes, Sums
+from tinygptv_ds.train.transfer import Transfer
+
+WARM_UP, BY_PART = 3, 3  # steps; those by part come after the timed ones
+
+
+def make_job(case: Case, size: str, run_dir: Path) -> Job:
+    """As a stage makes it from its command line, but that no files of weights or data are looked for."""
+    ranks = ranks_from_env()
+    batch = [f"train.micro_batch_size={case.batch}", f"train.batch_size={case.batch * ranks.world_size}"]
+    steps = ["optimizer.warmup_steps=0", "train.checkpoint_every=0", "train.max_overflows=1000"]
+    recipe = load_recipe(ROOT / f"stages/stage{case.stage}.yaml", [*overrides(case.stage, size), *batch, *steps])
+    path = ROOT / f"ds_configs/zero{case.zero}_{case.precision}.json"
+    raw = load_deepspeed_json(path)
+    if size == "tiny" and case.zero == 3:
+        raw["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else nothing of it is divided
+    return Job(recipe, resolve_deepspeed(raw, recipe, ranks.world_size, str(path)), run_dir, "never", ranks)
+
+
+class Bench:
+    """Runs steps of cases on an engine and makes figures of them.
+
+    Args:
+        engine: of the group.
+        timed: how many steps are timed. Always as many: cases under ZeRO-2 and ZeRO-3 are then alike step by step.
+    """
+
+    def __init__(self, engine: Engine, timed: int) -> None:
+        self._engine = engine
+        self._timed = timed
+        self._sums, self._transfer = Sums(engine, [DATASET]), Transfer(engine.device)
+        self._done = 0
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """The figures of a case, the same on every rank but for memory."""
+        engine = self._engine
+        model, rank, before = engine.module, engine.job.ranks.rank, self._done
+        model.language_model.model.gradient_checkpointing = int(case.recompute)
+        batches = make_batches(model.config, case, rank, pinned=engine.device.type == "cuda")
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(engine.device)
+        warm = self.run(batches, WARM_UP)
+        timed = self.run(batches, self._timed)
+        memory = self._memory()
+        by_part = parts_of(engine, lambda: self.run(batches, BY_PART), BY_PART)
+        figures = timed["rates"](self._costs(case), self._peak())
+        return {
+            "case": asdict(case),
+            "status": MEASURED,
+            "steps_before": before,
+            "steps": self._timed,
+            "losses": warm["losses"] + timed["losses"],
+            "skipped_steps": warm["skipped"] + timed["skipped"],
+            "rates": {name.removeprefix("perf/"): value for name, value in figures.items()},
+            "seconds_by_part": by_part,
+            "memory_gib": memory,
+            "estimated_gib": self._estimated(case, batches) / GIB,
+            "tokens_a_sample": batches.mean.tokens,
+            "targets_a_sample": batches.mean.targets,
+        }
+
+    def run(self, batches: Batches, count: int) -> dict[str, Any]:
+        """So many steps as the training loop makes them; the host waits for the device before and after, not between.
+
+        Returns:
+            Their time, losses, how many were left out (fp16), and what makes rates of them, given costs and peak.
+        """
+        engine = self._engine
+        skipped = engine.skipped_steps
+        wait(engine.device)
+        began = time.perf_counter()
+        for step in range(self._done, self._done + count):
+            engine.progress.begin_step(step)
+            engine.saver.before_step()
+            optimizer_step(engine, step, [batches.loaded[step % len(batches.loaded)]], self._sums, self._transfer)
+            engine.saver.after_step(step + 1)
+        wait(engine.device)
+        seconds = time.perf_counter() - began
+        self._done += count
+        totals = self._sums.read(RankTimes(0.0, engine.forward_clock.read()))
+        return {
+            "seconds": seconds,
+            "losses": [loss for _, loss, _ in totals.steps],
+            "skipped": engine.skipped_steps - skipped,
+            "rates": lambda costs, peak: rates(totals, seconds, costs, peak),
+        }
+
+    def _costs(self, case: Case) -> Any:
+        trained = [name for name, _ in self._engine.trained_parameters()]
+        return step_costs(self._engine.module.config, trained, from_features=case.source == "features")
+
+    def _peak(self) -> float | None:
+        device = self._engine.device
+        return peak_flops(torch.cuda.get_device_name(device), "bf16") if device.type == "cuda" else None
+
+    def _memory(self) -> dict[str, float]:
+        """Peaks of this case; on a GPU what tensors took, what torch held for them, and what of the card was in use."""
+        device = self._engine.device
+        found = {"allocated": memory_gib(device)}
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            found |= {"reserved": torch.cuda.max_memory_reserved(device) / GIB, "in_use": (total - free) / GIB}
+        return found
+
+    def _estimated(self, case: Case, batches: Batches) -> float:
+        """What `estimate` says for the same samples, in bytes."""
+        job = self._engine.job
+        batch = MicroBatch(case.batch, batches.mean, float(case.recompute), case.source == "features")
+        sizes = sizes_of(self._engine.module.config)
+        return step_memory(sizes, trained_parts(job.recipe), batch, job.ranks.world_size)[f"ZeRO-{case.zero}"].total
+
+
+def main() -> None:
+    """Measure case by case; each adds its line as it comes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cases", required=True, help="JSON: those of one group")
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--steps", type=int, required=True, help="that are timed")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--save", action="store_true", help="a checkpoint at the end")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    cases = [Case(**each) for each in json.loads(args.cases)]
+    job = make_job(cases[0], args.size, args.run_dir)
+    began = time.perf_counter()
+    start_distributed(job)
+    device = torch.device("cuda", job.ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    case = cases[0]
+    try:
+        model = build(model_config(job.recipe, args.size), DTYPES[job.precision], device)
+        engine = Engine(model, job)
+        print(f"model and engine: {time.perf_counter() - began:.1f} s", flush=True)
+        with Saver(engine, {}) as engine.saver:
+            bench = Bench(engine, args.steps)
+            for case in cases:
+                figures = bench.measure(case)
+                if job.ranks.is_main:
+                    add(args.out, "steps", figures)
+            if args.save:
+                batches = make_batches(model.config, cases[0], job.ranks.rank, pinned=device.type == "cuda")
+                times = save_times(engine, lambda: bench.run(batches, 1))
+                if job.ranks.is_main:
+                    add(args.out, "save", {"group": cases[0].group, **times})
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split("\n")[0]
+        add(args.out, "steps", {"case": asdict(case), "status": OUT_OF_MEMORY, "why": reason})
+        sys.exit(1)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_command(main)

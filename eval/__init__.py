@@ -1,0 +1,1 @@
+"""The evaluation scripts, and the plug-in for lmms-eval."""

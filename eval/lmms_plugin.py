@@ -1,0 +1,200 @@
+"""TinyGPT-V in lmms-eval, which finds it by its entry point where both are installed:
+
+python -m lmms_eval --model tinygptv --model_args pretrained=MODEL --tasks TASK --batch_size 8
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+from tqdm import tqdm
+
+from tinygptv_ds.config.schema import TextSection
+from tinygptv_ds.dist import ranks_from_env
+from tinygptv_ds.dtypes import DTYPES
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.infer.benchmarks.question import Benchmark, Question
+from tinygptv_ds.infer.benchmarks.settings import Settings, wording
+from tinygptv_ds.infer.candidates import Choice, candidate_losses
+from tinygptv_ds.infer.generate import answers, load_model
+
+NAME = "tinygptv"
+_DEFAULT_TOKENS = 64
+_PLAIN = Benchmark(rules={})  # lmms-eval has the rules
+
+
+def manifest() -> ModelManifest:
+    """What the entry point group `lmms_eval.models` is told."""
+    return ModelManifest(model_id=NAME, simple_class_path=f"{__name__}.TinyGPTV")
+
+
+class TinyGPTV(lmms):
+    """The model for tasks with pictures or text alone; under `accelerate launch` on several GPUs too.
+
+    Args:
+        pretrained: an exported folder, a run, a checkpoint or a file.
+        batch_size: requests at once.
+        dtype: fp32, bf16 or fp16; auto: bf16 on a GPU, else fp32.
+        template: "training", or a template with `{}` for pictures and words.
+        begin_token: start prompts with the begin token, as in training.
+        device: taken and not needed: the rank's GPU where there is one.
+        other: arguments that lmms-eval hands to every model; those with a value are refused.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        dtype: str = "auto",
+        template: str = "training",
+        begin_token: bool = True,
+        device: str | None = None,
+        **other: Any,
+    ) -> None:
+        super().__init__()
+        given = sorted(name for name, value in other.items() if value not in (None, "", {}, []))
+        if given:
+            raise ConfigError(f"--model_args: {', '.join(given)} is not known; see {__name__}.TinyGPTV")
+        ranks = ranks_from_env()
+        self._rank, self._world_size = ranks.rank, ranks.world_size
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(ranks.local_rank)
+        dtype = dtype if dtype != "auto" else "bf16" if on_gpu else "fp32"
+        if dtype not in DTYPES:
+            raise ConfigError(f"--model_args dtype={dtype}: choose one of auto, {', '.join(DTYPES)}")
+        self._model, self._processor = load_model(Path(pretrained), DTYPES[dtype])
+        self._batch_size, self._begin_token = int(batch_size), begin_token in (True, "True", "true")
+        config = self._model.config
+        self._wording = wording(_PLAIN, Settings(template), config.prompt_template, config.end_sym)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._model.device
+
+    @property
+    def batch_size(self) -> int:
+        """Requests at once."""
+        return self._batch_size
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Greedy answers, cut at the model's own end and at the task's `until`.
+
+        Raises:
+            ConfigError: a task that wants sampling or beams.
+        """
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            groups[_length(request.args[1])].append(number)
+        found: dict[int, str] = {}
+        with self._bar(len(requests)) as bar:
+            for length, numbers in groups.items():
+                for part in _parts(numbers, self._batch_size):
+                    asked = [self._prompt(requests[n].args[0], self._pictures(requests[n].args[2:])) for n in part]
+                    texts = self._answers(asked, self._wording.stop, length)
+                    for number, text in zip(part, texts, strict=True):
+                        found[number] = _cut(text, requests[number].args[1].get("until"))
+                    bar.update(len(part))
+        return [found[number] for number in range(len(requests))]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Loss of each continuation, summed over its tokens, and whether greedy generation begins with it.
+
+        lmms-eval chooses the lowest number, unlike its own description of this method, and makes text of a bare pair;
+        inside a `GenerationResult` it comes through (seen in 0.7.3).
+
+        A continuation stands right behind the template, as answers do in training: a space in front of it is left out.
+        The continuations of one context are measured together.
+        """
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            groups[(request.args[0], *request.args[3:])].append(number)
+        found: dict[int, GenerationResult] = {}
+        text = TextSection(end_sym="", max_txt_len=4096, max_context_len=4096)
+        with self._bar(len(requests)) as bar:
+            for part in _parts(list(groups.values()), self._batch_size):
+                asked = [self._prompt(requests[ns[0]].args[0], self._pictures(requests[ns[0]].args[2:])) for ns in part]
+                told = [[self._continuation(requests[n]) for n in numbers] for numbers in part]
+                choices = [Choice(*ask, tell) for ask, tell in zip(asked, told, strict=True)]
+                losses = list(
+                    candidate_losses(self._model, self._processor, choices, text, batch_size=self._batch_size)
+                )
+                longest = max(int(each.tokens.max()) for each in losses)
+                greedy = self._answers(asked, "", max(longest, 1))
+                for numbers, tell, loss, said in zip(part, told, losses, greedy, strict=True):
+                    sums = (loss.means.nan_to_num(0.0) * loss.tokens).tolist()
+                    for number, words, total in zip(numbers, tell, sums, strict=True):
+                        found[number] = GenerationResult((total, said.startswith(words.strip())))
+                bar.update(sum(map(len, part)))
+        return [found[number] for number in range(len(requests))]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not offered: TinyGPT-V's benchmarks have none."""
+        raise NotImplementedError("tasks of several rounds are not supported by tinygptv")
+
+    def _answers(self, asked: list[tuple[str, list[Image.Image]]], stop: str, length: int) -> list[str]:
+        return list(
+            answers(
+                self._model,
+                self._processor,
+                asked,
+                stop=stop,
+                max_new_tokens=length,
+                batch_size=self._batch_size,
+                begin_token=self._begin_token,
+            )
+        )
+
+    def _prompt(self, context: str, pictures: list[Image.Image]) -> tuple[str, list[Image.Image]]:
+        return self._wording.prompt(Question("", context, None, tuple, len(pictures))), pictures
+
+    def _pictures(self, args: Sequence[Any]) -> list[Image.Image]:
+        """Of a request, whose last arguments are the function that gives them, document, task and split."""
+        if not args:  # text alone
+            return []
+        to_visual, document, task, split = args
+        found = to_visual(self.task_dict[task][split][document]) or []
+        odd = next((each for each in found if not isinstance(each, Image.Image)), None)
+        if odd is not None:
+            raise ConfigError(f"task {task}: {type(odd).__name__} is no picture, and tinygptv takes nothing else")
+        return list(found)
+
+    def _continuation(self, request: Instance) -> str:
+        words = request.args[1]
+        if callable(words):
+            _, document, task, split = request.args[2:]
+            words = words(self.task_dict[task][split][document])
+        return str(words).lstrip(" ")
+
+    def _bar(self, total: int) -> tqdm:
+        return tqdm(total=total, desc=NAME, unit="request", disable=None if self.rank == 0 else True)
+
+
+def _length(options: dict[str, Any]) -> int:
+    """New tokens at most."""
+    if options.get("do_sample") or options.get("num_beams") not in (None, 1):
+        raise ConfigError("tinygptv answers greedily in lmms-eval: --gen_kwargs do_sample=False,num_beams=1")
+    return int(options.get("max_new_tokens") or _DEFAULT_TOKENS)
+
+
+def _cut(text: str, until: str | Sequence[str] | None) -> str:
+    """The answer before the first of the strings `until`."""
+    for end in [until] if isinstance(until, str) else until or ():
+        text = text.partition(end)[0] if end else text
+    return text.strip()
+
+
+def _parts(items: list, size: int) -> Iterator[list]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]

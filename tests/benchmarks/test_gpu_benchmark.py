@@ -1,0 +1,211 @@
+"""The GPU benchmark: every part runs on a CPU with the tiny model, and whatever goes wrong is told and counted."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import attention, install
+from benchmarks.gpu.plan import Case, Group, groups
+from benchmarks.gpu.report import LEFT_OUT, PARTS, Report, step_checks
+from benchmarks.gpu.results import MEASURED, OUT_OF_MEMORY, add, check, read
+from benchmarks.gpu.run import Ended, Launcher, run_checks, run_group
+
+ROOT = Path(__file__).parents[2]
+PIXELS = Case(4, 2, "bf16", "pixels", 2)
+FEATURES = Case(4, 2, "bf16", "features", 2)
+
+
+def figures(case: Case, losses: tuple[float, ...] = (5.0, 4.0), skipped: int = 0, before: int = 0) -> dict:
+    """As a process hands them over."""
+    rates = {"samples_s": 10.0, "target_tokens_s": 100.0, "step_seconds": 0.2}
+    return {
+        "case": asdict(case),
+        "status": MEASURED,
+        "losses": list(losses),
+        "skipped_steps": skipped,
+        "steps_before": before,
+        "rates": rates,
+        "seconds_by_part": dict.fromkeys(PARTS, 0.01),
+        "memory_gib": {"allocated": 1.0},
+        "estimated_gib": 2.0,
+    }
+
+
+class FakeProcess:
+    """Processes that measure some of their cases and end as told, one after the other."""
+
+    def __init__(self, *ends: tuple[int, str | None, Ended]) -> None:
+        self.ends = list(ends)
+        self.asked: list[list[Case]] = []
+
+    def __call__(self, module: str, arguments: list[str], ranks: int | None = None) -> Ended:
+        options = dict(itertools.pairwise(arguments))
+        cases = [Case(**each) for each in json.loads(options["--cases"])]
+        self.asked.append(cases)
+        measured, status, ended = self.ends.pop(0)
+        for case in cases[:measured]:
+            add(Path(options["--out"]), "steps", figures(case))
+        for _ in range(2 if status else 0):  # two ranks say so
+            add(Path(options["--out"]), "steps", {"case": asdict(cases[measured]), "status": status, "why": "8 GiB"})
+        return ended
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Report:
+    return Report(tmp_path, {"size": "tiny"})
+
+
+def written(folder: Path) -> dict:
+    return json.loads((folder / "gpu.json").read_text())
+
+
+def test_the_whole_command(tmp_path: Path) -> None:
+    """Machine, attention, packed against padded; under ZeRO-3 in fp16 steps of stage 4 and a checkpoint."""
+    env = {**os.environ, "PYTHON": sys.executable}
+    options = ["--tiny", "--steps", "2", "--out", str(tmp_path), "--only", "checks", "ZeRO-3, fp16, stage 4"]
+    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), *options]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
+    found = written(tmp_path)
+    assert found["machine"]["torch"] and found["ceilings"]["matmul_tflops"] > 0
+    assert {(row["precision"], row["backend"]) for row in found["attention"]} == {("bf16", "sdpa"), ("fp16", "sdpa")}
+    assert [row["precision"] for row in found["whole_model"]] == ["fp32", "bf16", "fp16"]
+    pixels, features = found["steps"]
+    assert (pixels["case"]["source"], features["case"]["source"]) == ("pixels", "features")
+    for row in (pixels, features):
+        assert len(row["losses"]) == 5 and row["rates"]["samples_s"] > 0 and row["estimated_gib"] > 1
+        parts = row["seconds_by_part"]
+        assert set(parts) == set(PARTS) and all(parts[part] > 0 for part in ("phi", "backward", "optimizer", "head"))
+    assert pixels["seconds_by_part"]["vision"] > 0 == features["seconds_by_part"]["vision"]
+    (save,) = found["save"]
+    assert save["gb"] > 0 and all(value > 0 for name, value in save.items() if name.endswith("seconds"))
+    assert found["checks"] and all(each["passed"] for each in found["checks"])
+    assert not found["failed"] and not found["left_out"]
+    assert "| ZeRO-3, fp16, stage 4, features, 2 samples |" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "log.txt", "table.md"]
+
+
+def test_every_case_that_matters_is_planned() -> None:
+    planned = {(case.stage, case.zero, case.precision, case.source) for group in groups() for case in group.cases}
+    assert planned == {
+        (s, z, p, f) for s in (1, 4) for z in (2, 3) for p in ("bf16", "fp16") for f in ("pixels", "features")
+    }
+    assert {case.group for group in groups() for case in group.cases} == {group.name for group in groups()}
+    assert [group.name for group in groups() if group.save] == ["ZeRO-2, bf16, stage 4", "ZeRO-3, fp16, stage 4"]
+
+
+def test_without_memory_half_the_batch(tmp_path: Path, report: Report) -> None:
+    """A row says so, the other cases are measured all the same, and nothing has failed."""
+    launch = FakeProcess((1, OUT_OF_MEMORY, Ended(1, "exit code 1")), (2, None, Ended(0)))
+    other = Case(4, 2, "bf16", "pixels", 2, recompute=True)
+    run_group(launch, Group((FEATURES, PIXELS, other)), [], tmp_path, report)
+    assert launch.asked[1] == [Case(4, 2, "bf16", "pixels", 1), other]
+    assert [row["status"] for row in written(tmp_path)["steps"]] == [MEASURED, OUT_OF_MEMORY, MEASURED, MEASURED]
+    assert report.is_good
+    assert "| ZeRO-2, bf16, stage 4, pixels, 2 samples | out of memory |" in report.text()
+
+
+def test_not_even_one_sample_fits(tmp_path: Path, report: Report) -> None:
+    launch = FakeProcess((0, OUT_OF_MEMORY, Ended(1)))
+    run_group(launch, Group((Case(1, 2, "bf16", "pixels", 1),)), [], tmp_path, report)
+    assert len(launch.asked) == 1 and report.is_good
+
+
+def test_a_process_that_dies(tmp_path: Path, report: Report) -> None:
+    """What it had measured stays, the case it died of is named, and the next one is measured."""
+    launch = FakeProcess((1, None, Ended(-11, "exit code -11: illegal memory access")), (1, None, Ended(0)))
+    other = Case(4, 2, "bf16", "pixels", 16)
+    run_group(launch, Group((PIXELS, FEATURES, other)), [], tmp_path, report)
+    assert launch.asked == [[PIXELS, FEATURES, other], [other]]
+    found = written(tmp_path)
+    assert [row["case"] for row in found["steps"]] == [asdict(PIXELS), asdict(other)]
+    assert found["failed"] == [{"what": str(FEATURES), "why": "exit code -11: illegal memory access"}]
+    assert not report.is_good and "FAILED: ZeRO-2, bf16, stage 4, features, 2 samples" in report.text()
+
+
+def test_a_checkpoint_that_fails(tmp_path: Path, report: Report) -> None:
+    run_group(FakeProcess((1, None, Ended(1, "full"))), Group((PIXELS,), save=True), [], tmp_path, report)
+    assert "the checkpoint after its cases: full" in report.text() and not report.is_good
+
+
+def test_the_time_is_up(tmp_path: Path, report: Report) -> None:
+    """No failure, but said."""
+    run_group(
+        FakeProcess((1, None, Ended(None, "stopped", by_budget=True))), Group((PIXELS, FEATURES)), [], tmp_path, report
+    )
+    assert report.is_good
+    assert "left out: ZeRO-2, bf16, stage 4, features, 2 samples (stopped)" in report.text()
+
+
+def test_checks_that_die_are_a_failure(tmp_path: Path, report: Report) -> None:
+    run_checks(lambda *_, **__: Ended(1, "no kernel image"), "tiny", tmp_path / "lines", report)
+    assert not report.is_good and "FAILED: checks: no kernel image" in report.text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "failed"),
+    [
+        ([figures(PIXELS, (5.0, 4.0)), figures(Case(4, 3, "bf16", "pixels", 2), (5.0, 4.02))], []),
+        ([figures(PIXELS, (5.0, 4.0)), figures(Case(4, 3, "bf16", "pixels", 2), (5.0, 4.1))], ["under ZeRO-2"]),
+        ([figures(PIXELS, (5.0, 4.0)), figures(Case(4, 3, "bf16", "pixels", 2), (9.0, 9.0), before=3)], []),
+        ([figures(PIXELS, (5.0, 4.0)), figures(Case(4, 2, "fp16", "pixels", 2), (5.2, 4.0))], ["in bf16"]),
+        ([figures(PIXELS, (5.0, float("nan")))], ["not finite"]),
+        ([figures(PIXELS, skipped=1)], ["left out"]),
+        ([figures(Case(4, 2, "fp16", "pixels", 2), skipped=LEFT_OUT["fp16"])], []),
+    ],
+)
+def test_what_cases_say_of_each_other(rows: list[dict], failed: list[str]) -> None:
+    names = [each["name"] for each in step_checks(rows) if not each["passed"]]
+    assert len(names) == len(failed) and all(part in name for part, name in zip(failed, names, strict=True))
+
+
+def test_a_wrong_back_end_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that looks at what comes after, in attention alone and in the whole model."""
+    import torch
+    import torch.nn.functional as F
+
+    def wrong(q, k, v, packing):
+        rows = (x.transpose(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*rows).transpose(0, 1)
+
+    monkeypatch.setattr(attention, "varlen_attention", wrong)
+    monkeypatch.setattr("tinygptv_ds.models.phi.varlen_attention", wrong)
+    attention.compare_backends(torch.device("cpu"), "tiny", tmp_path / "lines")
+    attention.compare_packed_with_padded(torch.device("cpu"), tmp_path / "lines")
+    checks = [line["value"] for line in read(tmp_path / "lines") if line["kind"] == "check"]
+    assert len(checks) == 9 and not any(each["passed"] for each in checks)
+
+
+def test_nan_passes_no_check() -> None:
+    assert not check("apart", float("nan"), 1.0)["passed"] and check("apart", 1.0, 1.0)["passed"]
+
+
+def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    add(tmp_path / "lines", "check", 1)
+    with (tmp_path / "lines").open("a") as file:
+        file.write('{"kind": "steps", "val')
+    assert read(tmp_path / "lines") == [{"kind": "check", "value": 1}] and read(tmp_path / "none") == []
+
+
+def test_a_process_is_stopped_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of the time; what it said last is told of one that fails by itself."""
+    launch = Launcher(tmp_path, minutes=1, ranks=1)
+    assert launch.has_time()
+    assert launch("no_such_part", []).why.endswith("No module named benchmarks.gpu.no_such_part")
+    short = Launcher(tmp_path, minutes=0.2 / 60, ranks=1)
+    began = time.monotonic()
+    ended = short("checks", ["--size", "tiny", "--out", str(tmp_path / "lines")])
+    assert (ended.code, ended.by_budget) == (None, True) and time.monotonic() - began < 10
+    assert not short.has_time()
+
+
+def test_only_what_is_lacking_is_installed(tmp_path: Path) -> None:
+    wheels = [tmp_path / name for name in ("torch-1.0-py3-none-any.whl", "py_test_nothing-1.0-py3-none-any.whl")]
+    assert install.lacking(wheels) == wheels[1:]

@@ -1,0 +1,59 @@
+"""A rank that dies or stands still within a step: to be given to `forked.started`, and imported by the ranks."""
+
+import ctypes
+import os
+import signal
+import threading
+import time
+
+from tinygptv_ds.train import progress, watchdog
+from tinygptv_ds.train.engine import Engine
+
+HOWS = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "frozen": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "asleep": lambda: time.sleep(1000),
+    "holding Python's lock": lambda: ctypes.PyDLL(None).sleep(1000),
+    # Python waits for such a thread, for ever.
+    "failing": lambda: [].pop() if threading.Thread(target=time.sleep, args=[1000]).start() is None else None,
+}
+
+
+def in_step(at: int, rank: int, how: str, after: float = 0.0) -> None:
+    """Between the first two micro-batches of step `at`, from 0, this happens to one rank, after so many seconds."""
+    micro_step = Engine.micro_step
+    watchdog._WAY_OUT = 2.0
+    steps = iter(range(1000))
+
+    def broken(engine: Engine, *given: object, number: int, count: int) -> object:
+        if number == 1 and next(steps) == at and engine.job.ranks.rank == rank:
+            time.sleep(after)
+            (engine.job.run_dir / "reached").touch()
+            HOWS[how]()
+        return micro_step(engine, *given, number=number, count=count)
+
+    Engine.micro_step = broken
+
+
+def hanging(at: int, rank: int, margin: float) -> None:
+    """One rank takes three seconds for its first step, and sleeps for ever in step `at`.
+
+    Collectives may wait `margin` seconds more than the watchdog allows; what becomes of them is noted.
+    """
+    micro_step = Engine.micro_step
+    progress._MARGIN = margin
+    in_step(at, rank, "asleep")
+    asleep = Engine.micro_step
+
+    def noted(engine: Engine, *given: object, number: int, count: int) -> object:
+        if engine.job.ranks.rank == rank:
+            if engine.progress.starting and number == 1:
+                time.sleep(3)
+            return asleep(engine, *given, number=number, count=count)
+        try:
+            return micro_step(engine, *given, number=number, count=count)
+        except RuntimeError as error:
+            (engine.job.run_dir / f"failed-{engine.job.ranks.rank}").write_text(str(error))
+            raise
+
+    Engine.micro_step = noted

@@ -1,0 +1,44 @@
+"""Loader processes that die or hang, and storage that fails: to be given to `forked.started`, and imported there."""
+
+import itertools
+import os
+import signal
+import time
+from pathlib import Path
+
+from rank_faults import watched
+
+from tinygptv_ds.data import storage
+from tinygptv_ds.data.loader import Loaded, MicroBatches
+
+HOWS = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "hanging": lambda: time.sleep(1000)}
+
+
+def broken_workers(how: str, at: int, times: int, marks: str, rank: int = 0) -> None:
+    """So many times this happens to the loader process that makes step `at` of a rank; what steps are fed is noted."""
+    make = MicroBatches.__getitem__
+
+    def broken(self: MicroBatches, place: tuple[int, int]) -> Loaded:
+        if place == (at, 1) and os.environ["RANK"] == str(rank) and len(list(Path(marks).iterdir())) < times:
+            (Path(marks) / str(os.getpid())).touch()
+            HOWS[how]()
+        return make(self, place)
+
+    MicroBatches.__getitem__ = broken
+    watched()
+
+
+def failing_reads(share: int, number: int, seconds: float = 0.0, dataset: str = "") -> None:
+    """One in `share` reads of a dataset's shards fails with error `number`; all reads take so many seconds."""
+    pread, calls = os.pread, itertools.count(1)
+    storage.RETRY_SECONDS = (0.01, 0.02, 0.03)
+
+    def faulty(file: int, size: int, offset: int) -> bytes:
+        time.sleep(seconds)
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        if path.suffix == ".tar" and path.parent.name.startswith(dataset) and next(calls) % share == 0:
+            raise OSError(number, os.strerror(number))
+        return pread(file, size, offset)
+
+    os.pread = faulty
+    watched()

@@ -1,0 +1,144 @@
+"""A rank that dies, freezes or hangs in a step: the others end in time, say which it is, and leave nothing behind."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from forked import Ranks, started
+from rank_hangs import hanging, in_step
+
+LOST = 75
+
+
+@pytest.fixture
+def recipe(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
+    """Writes a recipe of twelve micro-batches a step, dealt out to the ranks, without a panel."""
+
+    def write(**changes: Any) -> Path:
+        small = {"train__batch_size": 12, "train__micro_batch_size": 1, "train__sample_count": 0}
+        return tiny.write_recipe(tmp_path / "recipe.yaml", raw_recipe(**small, **changes))
+
+    return write
+
+
+def error_of(run: Ranks) -> str:
+    """The one message with which the run ended."""
+    assert "Traceback" not in run.output, run.output
+    (error,) = re.findall(r"^error: (.*)$", run.output, flags=re.M)
+    return error
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def gone(pids: list[int]) -> bool:
+    until = time.monotonic() + 5
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_one_of_four_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """In the middle of a step; the system tells of it at once, and no loader process stays either."""
+    path = recipe(train__checkpoint_every=2, data__num_workers=1)
+    with started(path, tmp_path / "run", ranks=4, fault=in_step, at=3, rank=2, how="killed", after=0.5) as run:
+        run.wait_for(run.folder / "metrics.jsonl")
+        workers = [child for process in run.processes for child in children(process.pid)]
+        assert len(workers) >= 4
+        os.kill(run.processes[0].pid, signal.SIGUSR2)  # whoever asks is told, too
+        run.wait_for(run.folder / "reached")
+        began = time.monotonic()
+        assert run.end() == [LOST, LOST, -signal.SIGKILL, LOST]
+        assert time.monotonic() - began < 30  # a bound for a hang, not a measurement
+        assert gone(workers)
+    host, pid = os.uname().nodename, run.processes[2].pid
+    newest = run.folder / "checkpoints/step-00000002"
+    assert error_of(run).startswith(f"rank 2 (host {host}, process {pid}) was lost in step 4 (its process is gone). ")
+    assert error_of(run).endswith(f"start the same command again: it goes on from {newest}")
+    assert error_of(run) in (run.folder / "log.txt").read_text()
+    assert re.search(r'stage4.py", line \d+ in main', (run.folder / "stacks/rank-0.txt").read_text())
+
+
+def test_rank_0_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """It is the one that the others are connected to; rank 1 speaks in its place."""
+    with started(recipe(), tmp_path / "run", ranks=3, fault=in_step, at=2, rank=0, how="killed") as run:
+        assert run.end() == [-signal.SIGKILL, LOST, LOST]
+    assert error_of(run).startswith("rank 0 (host ") and "was lost in step 3 (its process is gone)" in error_of(run)
+
+
+def test_a_rank_with_a_bug(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Its traceback stays, and it ends though Python cannot; the others add no tracebacks of their collectives."""
+    with started(recipe(), tmp_path / "run", ranks=3, fault=in_step, at=2, rank=1, how="failing") as run:
+        assert run.end() == [1, 1, 1]
+    assert run.output.count("Traceback") == 1 and run.output.count("IndexError: pop from empty list\n") == 1
+    assert "error: IndexError: pop from empty list (on rank 1, in step 3; its traceback is above)\n" in run.output
+
+
+@pytest.mark.parametrize("how", ["frozen", "holding Python's lock"])
+def test_no_sign_of_life(how: str, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Its process is there, but its watchdog does not run."""
+    path = recipe(train__lost_after_seconds=2)
+    with started(path, tmp_path / "run", ranks=2, fault=in_step, at=2, rank=1, how=how, after=0.5) as run:
+        run.wait_for(run.folder / "reached")
+        run.processes[0].join(30)
+        assert run.processes[0].exitcode == LOST, run.output
+        found = r"rank 1 .* was lost in step 3 \((no sign of life for 2 s: host or network down|its process is gone)"
+        assert re.match(found, error_of(run))
+        if how == "frozen":
+            os.kill(run.processes[1].pid, signal.SIGCONT)
+        assert run.end()[1] in (1, LOST)  # by itself
+    if how != "frozen":  # what it did is written all the same
+        written = (run.folder / "stacks/rank-1.txt").read_text()
+        assert written.startswith("Timeout (0:00:02)!") and re.search(r'rank_hangs.py", line \d+ in broken', written)
+
+
+def test_a_rank_that_hangs(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """A long time for the start-up and a short one for a step, for collectives and watchdog; stacks of every rank."""
+    limits = {"train__slow_step_seconds": 1, "train__step_minutes": 0.1, "data__read_timeout_seconds": 5}
+    path = recipe(**limits, data__num_workers=1)
+    with started(path, tmp_path / "run", ranks=3, fault=hanging, at=2, rank=1, margin=-4) as run:
+        run.end()
+        codes = [process.exitcode for process in run.processes]
+    assert codes == [LOST] * 3, run.output
+    assert [line["step"] for line in run.metrics] == [1, 2]
+    for rank in (0, 2):  # two seconds are not too long for the first step; and what gloo says of them stays unsaid
+        assert "Timed out waiting 2000ms" in (run.folder / f"failed-{rank}").read_text()
+    host, pid = os.uname().nodename, run.processes[1].pid
+    who = f"rank 1 (host {host}, process {pid}) has been in a backward pass or a step of the optimizer, and the others"
+    warned = rf"^{re.escape(who)} waiting for it, in step 3 for \d+ s, where a whole step takes \d+\.\d s; the"
+    assert len(re.findall(warned, run.output, flags=re.M)) == 1
+    found = rf"{re.escape(who)} waiting for it, in step 3 for \d+ s, longer than train.step_minutes \(0\.1\) allows; "
+    assert re.match(found, error_of(run)) and "it begins anew" in error_of(run)
+    for rank, process in enumerate(run.processes):
+        written = (run.folder / f"stacks/rank-{rank}.txt").read_text()
+        assert len(re.findall(rf"^== \S+ \S+ rank 1 .*; process {process.pid}$", written, flags=re.M)) == 2
+        assert len(re.findall(r"^== \S+ \S+ rank 1 .*; loader process \d+, state S", written, flags=re.M)) == 2
+        assert bool(re.search(r'rank_hangs.py", line \d+ in <lambda>', written)) == (rank == 1)
+        assert re.search(r'stage4.py", line \d+ in main', written)
+
+
+def test_alone(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """One rank that hangs has nobody else to end it."""
+    path = recipe(train__step_minutes=0.04, data__read_timeout_seconds=2)
+    with started(path, tmp_path / "run", fault=in_step, at=2, rank=0, how="asleep") as run:
+        assert run.end() == [LOST]
+    assert re.search(r"optimizer in step 3 for \d+ s, longer than train.step_minutes \(0\.04\)", error_of(run))
+    assert "rank_hangs.py" in (run.folder / "stacks/rank-0.txt").read_text()
+
+
+def test_a_run_that_nothing_happens_to(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """It says nothing of all this, and leaves no empty files; patience is for saves and validation alone."""
+    path = recipe(train__checkpoint_every=2, data__validation_share=0.2, train__validate_every=2)
+    with started(path, tmp_path / "run", ranks=2) as run:
+        assert run.end() == [0, 0]
+    assert json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
+    assert not (run.folder / "stacks").exists()
+    assert not re.search(r"error|Traceback|asyncio|watchdog|lost|stacks|rank 1 \(", run.output), run.output

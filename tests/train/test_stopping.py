@@ -1,0 +1,66 @@
+"""What a run is stopped by beside a signal of its own, and a console that is gone by the time it says so."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinygptv_ds.train.stopping import launchers_of
+
+ROOT = Path(__file__).parents[2]
+ASLEEP = "import time; print(flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "is_launcher"),
+    [
+        ("torchrun", ["--nnodes=2", "launch/stage4.sh"], True),
+        ("deepspeed", ["launch/stage4.sh"], True),
+        ("python.py", ["-m", "torch.distributed.run", "launch/stage4.sh"], True),
+        ("python.py", ["-u", "-m", "deepspeed.launcher.launch", "launch/stage4.sh"], True),
+        ("run.py", ["--config", "my_deepspeed", "torchrun.yaml"], False),
+    ],
+)
+def test_a_launcher_is_known_by_its_command_line(
+    name: str, words: list[str], is_launcher: bool, tmp_path: Path
+) -> None:
+    """Started by this test, which is none."""
+    (tmp_path / name).write_text(ASLEEP)
+    with subprocess.Popen([sys.executable, tmp_path / name, *words], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert launchers_of(process.pid) == ([process.pid] if is_launcher else [])
+        process.kill()
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from tinygptv_ds.cli import run_command
+from tinygptv_ds.errors import Stopped
+from tinygptv_ds.log import LOGGER, set_up_logging
+
+def train():
+    set_up_logging(0, Path(sys.argv[1]))
+    LOGGER.info("step 1")
+    LOGGER.info("saving")
+    print("and whatever else")
+    LOGGER.warning("saved")
+    raise Stopped(15, "SIGTERM at step 1 of 2; saved")
+
+run_command(train)
+"""
+
+
+def test_a_console_that_has_gone_stops_nothing(tmp_path: Path) -> None:
+    """As where the launcher closes its ssh connections and only then tells the ranks to stop."""
+    read, write = os.pipe()
+    os.close(read)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", STOPPED, str(tmp_path / "log.txt")]
+    done = subprocess.run(command, stdout=write, stderr=write, env=env, check=False, timeout=30)
+    os.close(write)
+    assert done.returncode == 143
+    lines = [line.split(maxsplit=3)[-1] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert lines == ["step 1", "saving", "saved"]

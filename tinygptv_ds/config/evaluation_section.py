@@ -1,0 +1,104 @@
+"""The evaluation section of a recipe: what is scored while training. Checked before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.errors import require
+
+HELD_OUT = ("vqa", "refer", "caption")  # kinds of held-out shards
+# Every published benchmark with its splits, the first being the one that is scored unless another is named.
+SPLITS: dict[str, tuple[str, ...]] = {
+    "gqa": (),
+    "vsr": (),
+    "iconvqa": (),
+    "vizwiz": (),
+    "hm": (),
+    "okvqa": (),
+    "refcoco": ("val", "testA", "testB"),
+    "refcoco+": ("val", "testA", "testB"),
+    "refcocog": ("val", "test"),
+}
+
+
+@dataclass(frozen=True)
+class ScoredSection:
+    """One set of questions that is scored.
+
+    Attributes:
+        kind: vqa, refer or caption for held-out shards, or a published benchmark: gqa, vsr, iconvqa, vizwiz, hm, okvqa,
+            refcoco, refcoco+, refcocog.
+        shards: of a held-out kind: a folder, glob or brace pattern of shards.
+        root: of a benchmark: the folder that holds it in the layout of docs/evaluation.md.
+        places: other places for some of these files, e.g. {images: PATH}.
+        split: of a RefCOCO benchmark; null: val.
+        name: in logs and on TensorBoard; null: the kind, with the split where there are several.
+        template: "training" asks in the recipe's own template, "benchmark" in that of the published scripts; anything
+            else is a template itself, with {} for the question. null: training for held-out shards, else benchmark.
+        begin_token: start prompts with the begin token, as training does; the published scripts do not.
+    """
+
+    kind: str
+    shards: str | None = None
+    root: str | None = None
+    places: dict = field(default_factory=dict)
+    split: str | None = None
+    name: str | None = None
+    template: str | None = None
+    begin_token: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = (*HELD_OUT, *SPLITS)
+        where = f"evaluation.benchmarks, {self.label}"
+        require(self.kind in kinds, f"evaluation.benchmarks: kind {self.kind!r} is unknown{nearest(self.kind, kinds)}")
+        if self.kind in HELD_OUT:
+            require(self.shards is not None, f"{where}: name its held-out shards with shards")
+            require(
+                not (self.root or self.split or self.places),
+                f"{where}: root, split and places are of published benchmarks",
+            )
+        else:
+            require(self.root is not None, f"{where}: name the folder of its files with root")
+            require(self.shards is None, f"{where}: shards are of the kinds {', '.join(HELD_OUT)}")
+            splits = SPLITS[self.kind]
+            known = f"its splits are {', '.join(splits)}" if splits else "it has no splits"
+            require(self.split is None or self.split in splits, f"{where}: split {self.split!r}: {known}")
+        own = self.template in (None, "training", "benchmark") or self.template.count("{}") == 1
+        require(own, f"{where}: template must be training, benchmark, or hold {{}} exactly once")
+        require(self.kind not in HELD_OUT or self.template != "benchmark", f"{where}: has no template of its own")
+
+    @property
+    def label(self) -> str:
+        """The name in logs."""
+        split = self.split or next(iter(SPLITS.get(self.kind, ())), None)
+        return self.name or (f"{self.kind}_{split}" if split else self.kind)
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    """Scores while training, logged as `eval/NAME/strict` and so on.
+
+    Attributes:
+        benchmarks: what is scored; empty: nothing.
+        every: steps between scores; 0: only at the end.
+        limit: the first questions of each that are asked; null: all.
+        batch_size: questions that one rank asks at once.
+        max_new_tokens: of an answer at most (published: 20).
+    """
+
+    benchmarks: list[ScoredSection] = field(default_factory=list)
+    every: int = 0
+    limit: int | None = 200
+    batch_size: int = 16
+    max_new_tokens: int = 20
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "evaluation.every must be 0 or more")
+        require(self.limit is None or self.limit > 0, "evaluation.limit must be positive, or null for all questions")
+        for name in ("batch_size", "max_new_tokens"):
+            require(getattr(self, name) > 0, f"evaluation.{name} must be positive")
+        labels = [benchmark.label for benchmark in self.benchmarks]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        require(not twice, f"evaluation.benchmarks: {', '.join(twice)} appears more than once; give each a name")
+        require(not self.every or bool(self.benchmarks), "evaluation.every is set, but evaluation.benchmarks is empty")

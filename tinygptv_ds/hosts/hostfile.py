@@ -1,0 +1,70 @@
+"""The files that say where DeepSpeed's launcher starts ranks and what it passes on to them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from tinygptv_ds.errors import ConfigError
+
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s|$)")  # as deepspeed/launcher/runner.py reads it
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """The slots of each host, in the order of the file; rank 0 runs on the first.
+
+    Raises:
+        ConfigError: there is no such file, it names no host or one twice, or a line is none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"hostfile {path} cannot be read: {reason}; launch/hostfile.example shows one") from None
+    slots: dict[str, int] = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        found = _LINE.match(line)
+        if found is None or int(found[2]) == 0:
+            raise ConfigError(
+                f"hostfile {path}, line {number}: {line!r} is not NAME slots=NUMBER, as in 'node1 slots=8'"
+            )
+        if found[1] in slots:
+            raise ConfigError(
+                f"hostfile {path}, line {number}: {found[1]} is named twice; give it one line with all slots"
+            )
+        slots[found[1]] = int(found[2])
+    if not slots:
+        raise ConfigError(f"hostfile {path} names no host; write one a line, as in 'node1 slots=8'")
+    return slots
+
+
+def passed_on() -> dict[str, str]:
+    """The environment that DeepSpeed's launcher gives the ranks of other hosts.
+
+    Raises:
+        ConfigError: a line of `.deepspeed_env` at which the launcher would fail.
+    """
+    # DeepSpeed 0.19's runner.py; NCCL among them on GPUs.
+    names = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+    found = {name: value for name, value in os.environ.items() if name.startswith(names)}
+    for folder in (Path.home(), Path.cwd()):
+        file = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+        if file.is_file():
+            found |= _key_values(file)
+    return found
+
+
+def _key_values(file: Path) -> dict[str, str]:
+    found = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        key, equals, value = line.partition("=")
+        if not equals or not re.fullmatch(r"\w+", key.strip()):
+            raise ConfigError(
+                f"{file}, line {number}: {line!r} is not KEY=value; DeepSpeed's launcher takes no other line "
+                "there, not even an empty one or a comment"
+            )
+        found[key.strip()] = value.strip()
+    return found

@@ -1,0 +1,33 @@
+"""GQA, testdev balanced: short answers, in GQA's own file (an object by question id) or as a list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tinygptv_ds.infer.benchmarks.checks import Checks
+from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file
+from tinygptv_ds.infer.scores import EVALUATION, SHORT_ANSWER, gqa_hit
+
+PLACES = {"questions": "gqa/testdev_balanced_questions.json", "images": "gqa/gqa_images"}
+BENCHMARK = Benchmark(
+    rules={
+        "strict": lambda question, text: 100.0 * gqa_hit(text, question.truth),
+        "compat": lambda question, text: 100.0 * gqa_hit(text, question.truth, compat=True),
+    },
+    template=EVALUATION,
+    whole_continuation=True,
+)
+
+
+def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
+    """Entries hold `question`, `answer`, and `image`, a file's name, or `imageId`, as GQA itself has it."""
+    content = checks.content(places["questions"], "gqa.questions=FILE")
+    picture = "imageId" if isinstance(content, dict) else "image"
+    fields = {"question": str, "answer": str, picture: str}
+    questions = []
+    for key, entry in checks.entries(places["questions"], content, fields):
+        name = entry[picture] if picture == "image" else f"{entry[picture]}.jpg"
+        path = checks.picture("gqa.images", places["images"] / name)
+        questions.append(Question(key, SHORT_ANSWER.format(entry["question"]), entry["answer"], picture_file(path)))
+    return questions

@@ -1,0 +1,33 @@
+"""Hateful Memes, dev: whether a meme is hateful."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tinygptv_ds.infer.benchmarks.checks import Checks
+from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file
+from tinygptv_ds.infer.benchmarks.vsr import binary_label
+from tinygptv_ds.infer.scores import EVALUATION, hateful_memes_label
+
+PLACES = {"questions": "hateful_meme/dev.jsonl", "images": "hateful_meme/hm_images"}
+BENCHMARK = Benchmark(
+    rules={
+        "strict": lambda question, text: 100.0 * (hateful_memes_label(text) == question.truth),
+        "compat": lambda question, text: 100.0 * (hateful_memes_label(text, compat=True) == question.truth),
+    },
+    template=EVALUATION,
+    parsable=lambda question, text: hateful_memes_label(text) is not None,
+)
+_TEXT = "This is an image writting '{}'. Is this image hateful? Answer yes or no. Answer:"  # the published words
+
+
+def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
+    """Entries hold `img` (below the folder of pictures), `text` and `label` (0 or 1)."""
+    file = places["questions"]
+    fields = {"img": str, "text": str, "label": int}
+    questions = []
+    for key, entry in checks.entries(file, checks.content(file, "hm.questions=FILE"), fields, binary_label):
+        path = checks.picture("hm.images", places["images"] / entry["img"])
+        questions.append(Question(key, _TEXT.format(entry["text"]), entry["label"], picture_file(path)))
+    return questions

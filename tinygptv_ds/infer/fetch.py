@@ -1,0 +1,174 @@
+"""Pictures from the web that somebody else's question names: no private address, no endless or huge download. No torch.
+
+The address that was checked is the one that is connected to, so that a name cannot point elsewhere a moment later. No
+proxy is used, since behind one nobody here knows what is connected to.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+from tinygptv_ds import __version__
+from tinygptv_ds.errors import DataError
+
+MAX_BYTES = 20_000_000
+TIMEOUT = 20.0
+_REDIRECTS = 5
+_MOVED = (301, 302, 303, 307, 308)
+_PORTS = {"http": 80, "https": 443}
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses inside IPv6 ones
+_SAFE = "%/:=&?~+!$,;'@()*[]"  # of a path and a query
+
+
+def fetch_picture(
+    url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, allow_private: bool = False
+) -> bytes:
+    """The bytes behind a URL; whether they are a picture shows when they are decoded (processing/images.py).
+
+    Args:
+        url: http or https.
+        max_bytes: more are refused.
+        timeout: seconds for all of it, redirections included.
+        allow_private: addresses that are not on the public internet, too.
+
+    Raises:
+        DataError: refused, not there, too large or too slow; names the URL without its password.
+    """
+    until = time.monotonic() + timeout
+    try:
+        for _ in range(_REDIRECTS + 1):
+            parts = checked_url(url)
+            moved, content = _get(parts, _addresses(parts, allow_private), max_bytes, until)
+            if moved is None:
+                return content
+            url = urljoin(url, moved)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        late = time.monotonic() >= until
+        why = f"it took longer than {timeout:g} s" if late else str(error) or type(error).__name__
+        raise DataError(f"{shown(url)}: cannot be fetched: {why}") from None
+    raise DataError(f"{shown(url)}: cannot be fetched: more than {_REDIRECTS} redirections")
+
+
+def is_url(text: str) -> bool:
+    """Whether a text names something on the web rather than a file."""
+    return "://" in text[:32]
+
+
+def checked_url(url: str) -> SplitResult:
+    """The parts of a URL that may be fetched, as far as its text tells.
+
+    Raises:
+        DataError: it is none, or of another scheme.
+    """
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise DataError(f"{shown(url)}: no URL: {error}") from None
+    if parts.scheme not in _PORTS or not host:
+        raise DataError(f"{shown(url)}: a picture's URL begins with http:// or https:// and names a host")
+    if any(ord(character) < 33 or ord(character) == 127 for character in url):
+        raise DataError(f"{shown(url)}: a URL holds no white space; write %20")
+    return parts
+
+
+def shown(url: str) -> str:
+    """A URL for a message: without user and password, and not too long."""
+    scheme, mark, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    text = f"{scheme}{mark}{authority.rpartition('@')[2]}{slash}{path}"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _addresses(parts: SplitResult, allow_private: bool) -> list[tuple[str, int]]:
+    """Where the host can be reached; all of its addresses must be allowed."""
+    port = parts.port or _PORTS[parts.scheme]
+    try:
+        found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError) as error:
+        raise DataError(f"{shown(parts.geturl())}: the host is not known ({error})") from None
+    addresses = list(dict.fromkeys((entry[4][0], port) for entry in found))
+    private = [address for address, _ in addresses if not _is_public(address)]
+    if private and not allow_private:
+        raise DataError(
+            f"{shown(parts.geturl())}: refused, since {parts.hostname} is {private[0]}, which is not on the public "
+            "internet"
+        )
+    return addresses
+
+
+def _is_public(address: str) -> bool:
+    found = ipaddress.ip_address(address.partition("%")[0])
+    inner = [getattr(found, name, None) for name in ("ipv4_mapped", "sixtofour")]
+    inner += [ipaddress.ip_address(int(found) & 0xFFFFFFFF)] if found in _NAT64 else []
+    return all(each.is_global and not each.is_multicast for each in (found, *filter(None, inner)))
+
+
+def _get(
+    parts: SplitResult, addresses: list[tuple[str, int]], max_bytes: int, until: float
+) -> tuple[str | None, bytes]:
+    """(where it has moved, content); one of them."""
+    where = shown(parts.geturl())
+    channel = _connect(parts, addresses, until)
+    # However slowly bytes drip in, there is an end; the system's own shutdown, below that of TLS, wakes the reader.
+    alarm = threading.Timer(_left(until), socket.socket.shutdown, (channel, socket.SHUT_RDWR))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        response = _ask(parts, channel)
+        if response.status in _MOVED and response.getheader("Location"):
+            return response.getheader("Location"), b""
+        if response.status != 200:
+            raise DataError(f"{where}: the server says {response.status} {response.reason}")
+        content = response.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise DataError(f"{where}: larger than {max_bytes:,} bytes")
+        _left(until)  # what the alarm has cut off looks like an end
+        if response.length:
+            raise OSError(f"it ends {response.length} bytes early")
+        return None, content
+    finally:
+        alarm.cancel()
+        channel.close()
+
+
+def _ask(parts: SplitResult, channel: socket.socket) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection(parts.hostname, parts.port or _PORTS[parts.scheme])
+    connection.default_port = _PORTS[parts.scheme]  # which a Host header leaves out
+    connection.sock = channel
+    target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=_SAFE)
+    agent = f"tinygptv_ds/{__version__}"
+    connection.request("GET", target, headers={"User-Agent": agent, "Accept": "image/*", "Accept-Encoding": "identity"})
+    return connection.getresponse()
+
+
+def _connect(parts: SplitResult, addresses: list[tuple[str, int]], until: float) -> socket.socket:
+    """A connection to the first of the addresses that answers, made here so that no name is looked up again."""
+    error: OSError | None = None
+    for address in addresses:
+        try:
+            channel = socket.create_connection(address, timeout=_left(until))
+        except OSError as refused:
+            error = refused
+            continue
+        if parts.scheme == "http":
+            return channel
+        try:
+            return ssl.create_default_context().wrap_socket(channel, server_hostname=parts.hostname)
+        except BaseException:
+            channel.close()
+            raise
+    raise error or OSError("the host has no address")
+
+
+def _left(until: float) -> float:
+    left = until - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left

@@ -1,0 +1,76 @@
+"""Where every thread of a rank and of its loader processes stands, written to a file when something hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+FOLDER = "stacks"
+SIGNAL = signal.SIGUSR2
+_A_PROCESS = 0.1  # seconds for one to write before the next is asked
+
+
+class Stacks:
+    """One rank's file below the run directory; it goes at the end where nothing was written.
+
+    SIGUSR2 to the rank, or to a loader process of it, adds that process's stacks at any time.
+    """
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self.path = run_dir / FOLDER / f"rank-{rank}.txt"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab", buffering=0)
+        # Processes that are forked from here on inherit it, loader processes among them.
+        faulthandler.register(SIGNAL, self._file, all_threads=True)
+
+    def dump(self, why: str) -> None:
+        """Add the stacks of this process's threads, then of its loader processes'."""
+        self._say(f"{why}; process {os.getpid()}")
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        self.dump_workers(multiprocessing.active_children(), why)
+
+    def dump_workers(self, workers: Iterable[BaseProcess], why: str) -> None:
+        """Add the stacks of loader processes."""
+        for worker in workers:
+            state = _status_of(worker.pid)
+            if int(state.get("SigCgt", "0"), 16) >> (SIGNAL - 1) & 1:  # it would die of the signal otherwise
+                self._say(f"{why}; loader process {worker.pid}, state {state.get('State', 'unknown')}")
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, SIGNAL)
+                time.sleep(_A_PROCESS)
+
+    def arm(self, seconds: float, *, leave: bool) -> None:
+        """Write this process's stacks, and end it if `leave`, unless armed again within `seconds`.
+
+        This needs no Python to run: it also works where code that never returns holds the interpreter's lock.
+        """
+        faulthandler.dump_traceback_later(seconds, file=self._file, exit=leave)
+
+    def close(self) -> None:
+        """Disarm, and remove what is empty."""
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(SIGNAL)
+        with contextlib.suppress(OSError):  # a dry run has removed it already, other ranks still have theirs
+            if not os.fstat(self._file.fileno()).st_size:
+                self.path.unlink()
+                self.path.parent.rmdir()
+        self._file.close()
+
+    def _say(self, line: str) -> None:
+        os.write(self._file.fileno(), f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
+
+
+def _status_of(pid: int) -> dict[str, str]:
+    """What the system says of a process; nothing where it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
