@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -70,6 +71,8 @@ class Workers:
         before = signal.getsignal(signal.SIGCHLD)
         self._batches = iter(loader)
         self._processes: list[BaseProcess] = list(getattr(self._batches, "_workers", ()))
+        # At Python's exit they would be sent SIGTERM, which they ignore, and be waited for.
+        Finalize(None, _kill, (self._processes,), exitpriority=0)
         # torch's handler would raise the loss of a process anywhere in the main thread, in a collective for example.
         if threading.current_thread() is threading.main_thread():
             torchs = getattr(before, "__module__", None) == "torch.utils.data._utils.signal_handling"
@@ -109,13 +112,17 @@ class Workers:
 
     def _lost(self, said: str) -> WorkersLostError:
         """Kill what is left of the pool, and let a thread of its own tidy up, which may have to wait for ever."""
-        for process in self._processes:
-            process.kill()
+        _kill(self._processes)
         threading.Thread(target=self._batches._shutdown_workers, daemon=True).start()
         return WorkersLostError(said)
 
     def _named(self, number: int) -> str:
         return f"loader process {number + 1} of {len(self._processes)} (process {self._processes[number].pid})"
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _ending(process: BaseProcess) -> str:
