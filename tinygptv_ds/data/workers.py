@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 log = logging.getLogger(__name__)
 _SET_PARENT_DEATH_SIGNAL = 1  # Linux, PR_SET_PDEATHSIG
 _POLL_SECONDS = 1.0  # after which a batch that has not come makes us look at the processes
-_DYING_SECONDS = 1.0
+_DYING_SECONDS = 2.0
+_ENDING_SECONDS = 10.0
 _USUAL_REASONS = {
     signal.SIGKILL: ", most often by the system for want of memory (dmesg tells)",
     signal.SIGBUS: ", most often because /dev/shm is full (docker run --shm-size), or a file that it maps unreadable",
@@ -91,7 +92,10 @@ class Workers:
             except Exception as error:
                 too_late = str(error).startswith("DataLoader timed out")
                 # Where a batch cannot be received, its process may be about to die.
-                wait([process.sentinel for process in self._processes], 0 if too_late else _DYING_SECONDS)
+                dying = wait([process.sentinel for process in self._processes], 0 if too_late else _DYING_SECONDS)
+                for process in self._processes:
+                    if process.sentinel in dying:  # its files are closed, which comes a moment before its end
+                        process.join(_ENDING_SECONDS)
                 dead = [number for number, process in enumerate(self._processes) if not process.is_alive()]
                 if dead:
                     raise self._lost(f"{self._named(dead[0])} {_ending(self._processes[dead[0]])}") from error
