@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the losses there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        recipe = _recipe(Path(folder))
+        recipe = mixed_recipe(Path(folder))
         losses = [_losses(setup, recipe, Path(folder) / str(number)) for number, setup in enumerate(SETUPS)]
     print("\n".join(table(losses)))
     if args.json:
@@ -92,7 +93,8 @@ def _apart(row: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(row, other, strict=True))
 
 
-def _recipe(folder: Path) -> Path:
+def mixed_recipe(folder: Path) -> Path:
+    """Write the tiny model's weights, shards of four kinds, and the recipe that trains on them."""
     sys.path.insert(0, str(ROOT / "tests"))
     import tiny
 
@@ -106,17 +108,40 @@ def _recipe(folder: Path) -> Path:
 
 
 def _losses(setup: Setup, recipe: Path, run_dir: Path) -> list[float]:
-    start = ["deepspeed", "--num_gpus", str(setup.ranks), "--master_port", str(_free_port()), "stages/stage4.py"]
+    run(setup, recipe, run_dir)
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["train/loss"] for line in lines]
+
+
+def run(
+    setup: Setup,
+    recipe: Path,
+    run_dir: Path,
+    *,
+    script: str = "stages/stage4.py",
+    before: Sequence[str] = (),
+    told: Mapping[str, str] | None = None,
+) -> None:
+    """Train under a set-up, started by DeepSpeed's launcher.
+
+    Args:
+        setup: which.
+        recipe: its YAML.
+        run_dir: the run directory.
+        script: stage 4's, or one that runs it.
+        before: a command that the launcher is started by.
+        told: further environment variables.
+    """
+    start = ["deepspeed", "--num_gpus", str(setup.ranks), "--master_port", str(_free_port()), script]
     given = ["--recipe", str(recipe), "--run-dir", str(run_dir)]
     given += ["--deepspeed_config", f"ds_configs/{setup.json_file}.json"]
     changes = [part for change in setup.changes for part in ("--set", change)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([*start, *given, *changes], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    command = [*before, *start, *given, *changes]
+    done = subprocess.run(command, cwd=ROOT, env=env | dict(told or {}), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{setup.precision}, {setup.name}, {setup.ranks} rank(s) failed:\n{done.stdout}{done.stderr}")
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["train/loss"] for line in lines]
 
 
 def _free_port() -> int:

@@ -59,7 +59,7 @@ def make_shards(folder: Path, shards: int, samples: int) -> None:
 def measure(folder: Path, ranks: int, per_rank: int, steps: int) -> dict[str, float]:
     """Open the stream and plan steps as one rank's loader does. To be run in a process of its own."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    recipe = build_recipe(_recipe(folder, ranks * per_rank, per_rank), "benchmark")
+    recipe = build_recipe(published_recipe(folder, ranks * per_rank, per_rank), "benchmark")
     start = time.perf_counter()
     stream = open_stream(recipe)
     opened = time.perf_counter() - start
@@ -86,7 +86,8 @@ def _seconds(planner: Planner, step: int) -> float:
     return time.perf_counter() - start
 
 
-def _recipe(folder: Path, batch_size: int, micro_batch_size: int) -> dict:
+def published_recipe(folder: Path, batch_size: int, micro_batch_size: int) -> dict:
+    """Stage 1 on the shards of `make_shards`."""
     datasets = [{"name": name, "shards": str(folder / name), "weight": weight} for name, weight in WEIGHTS.items()]
     return {
         "stage": 1,

@@ -8,6 +8,9 @@ shift
 [ -x "$root/.venv/bin/deepspeed" ] && export PATH="$root/.venv/bin:$PATH"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
+# A node that dies without a word: ssh, and with it the launcher, would wait for it for a quarter of an hour.
+export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=15 -oServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}"
+
 launcher=()
 script=()
 hostfile=
@@ -49,7 +52,7 @@ children() { cat "/proc/$1/task/$1/children" 2>/dev/null; }
 pass_on_over_pdsh() {  # on every node the children of this job's per-node launcher, known by its port and script
   local hosts launch="^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$master_port .*/stages/$stage.py"
   hosts="$(awk '!/^#/ && NF { print $1 }' "$hostfile" | paste -sd,)"
-  PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="-oBatchMode=yes ${ssh_port:+-p $ssh_port}" \
+  PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="$PDSH_SSH_ARGS_APPEND -oBatchMode=yes ${ssh_port:+-p $ssh_port}" \
     timeout 30 pdsh -w "$hosts" "pkill -$1 -P \"\$(pgrep -d, -f '$launch')\" && echo passed" 2>/dev/null | grep -q passed
 }
 pass_on() {

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,23 @@ def ended(recipe: Path, folder: Path, *options: str, code: int = 0, **given: Any
         codes = run.end()
     assert codes == [code] * len(codes), f"exit codes {codes}:\n{run.output}"
     return run
+
+
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function of a module gives in a process of its own, which holds nothing of the tests before."""
+    _start_server()
+    ours, theirs = _FORKS.Pipe(duplex=False)
+    process = _FORKS.Process(target=_send, args=(theirs, function, args))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    finally:
+        process.join()
+
+
+def _send(to: Connection, function: Callable[..., Any], args: Sequence[Any]) -> None:
+    to.send(function(*args))
 
 
 def _rank(

@@ -1,8 +1,12 @@
 """Loader processes that are lost, seen from the process that they load for."""
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from torch.utils.data import Dataset
@@ -52,3 +56,15 @@ def test_an_error_is_no_loss() -> None:
     with pytest.raises(RuntimeError, match="two is no good"):
         pool.next()
     assert pool.next() == 0
+
+
+def test_python_ends_while_a_pool_waits() -> None:
+    """The processes ignore SIGTERM, by which Python would end them."""
+    leave = "import test_workers; pool = test_workers.workers(0, 0); pool.next()"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])}
+    with subprocess.Popen([sys.executable, "-c", leave], env=env, start_new_session=True) as process:
+        try:
+            assert process.wait(20) == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+from forked import apart
 from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe
@@ -25,18 +26,25 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_ten_thousand_steps(raw_recipe: Callable[..., dict[str, Any]]) -> None:
-    """Pictures, texts and conversations, over hundreds of epochs of small datasets, whose orders are made anew."""
-    one = {"train__batch_size": 1, "train__micro_batch_size": 1}
-    recipe = build_recipe(raw_recipe(train__steps_per_epoch=STEPS, data__shuffle_shards=2, **one), "test")
+def run(raw: dict[str, Any]) -> tuple[int, list[tuple[int, int]]]:
+    """How many samples were seen, and what was held after `WARM` steps and at the end."""
+    recipe = build_recipe(raw, "test")
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
     tokens = Tokens(tokenizer, recipe.text, ImageTokens(len(tokenizer) + 4, tiny.QUERIES), tiny.IMAGE_SIZE)
     dataset = MicroBatches(open_stream(recipe), tokens, rank=0, world_size=1)
-    before, seen = (0, 0), 0
+    held, seen = [], 0
     for step, loaded in enumerate(load_steps(dataset, first=0, last=STEPS, num_workers=0, pin_memory=False)):
         seen += sum(len(item.batch.sample_ids) for item in loaded)
-        if step == WARM:
-            before = resident(), open_files()
+        if step in (WARM, STEPS - 1):
+            held.append((resident(), open_files()))
+    return seen, held
+
+
+def test_ten_thousand_steps(raw_recipe: Callable[..., dict[str, Any]]) -> None:
+    """Pictures, texts and conversations, over hundreds of epochs of small datasets, whose orders are made anew."""
+    one = {"train__batch_size": 1, "train__micro_batch_size": 1}
+    raw = raw_recipe(train__steps_per_epoch=STEPS, data__shuffle_shards=2, **one)
+    seen, ((memory, files), (memory_after, files_after)) = apart(run, raw)
     assert seen == STEPS
-    assert resident() < 1.01 * before[0]
-    assert open_files() == before[1]
+    assert memory_after < 1.01 * memory
+    assert files_after == files

@@ -34,7 +34,7 @@ def main() -> None:
     defaults = check_serving_arguments(args, "gradio")
     reply, name = demo.replying(args)
     page = build_page(reply, name, defaults)
-    url = launch(page, args.host, args.port, share=False, wait=False)
+    url, *_ = launch(page, args.host, args.port)
     take(url, args.picture, args.task, args.words).save(args.out, optimize=True)
     page.close(verbose=False)
     print(f"{args.out}: {args.out.stat().st_size / 1000:.0f} kB")

@@ -32,7 +32,8 @@ def page_with(reply: Reply) -> Iterator[str]:
         port = free.getsockname()[1]
     page = build_page(reply, "tiny", Generation(max_new_tokens=12))
     try:
-        yield launch(page, "127.0.0.1", port, share=False, wait=False)
+        (address,) = launch(page, "127.0.0.1", port)
+        yield address
     finally:
         page.close(verbose=False)
 

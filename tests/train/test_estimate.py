@@ -18,9 +18,10 @@ from tinygptv_ds.models.trainable import PARTS, lora, norms, projections, train_
 from tinygptv_ds.train import estimate
 from tinygptv_ds.train.cards import cards_named
 from tinygptv_ds.train.costs import MeanSample, sample_operations
+from tinygptv_ds.train.layers import parameters
 from tinygptv_ds.train.memory import MicroBatch, phi_row_bytes, step_memory
 from tinygptv_ds.train.sample_mean import ASSUMED, data_facts
-from tinygptv_ds.train.sizes import Sizes, Transformer, parameters, sizes_of, trained_parts
+from tinygptv_ds.train.sizes import Sizes, Transformer, sizes_of, trained_parts
 
 ROOT = Path(__file__).parents[2]
 FULL = ROOT / "tests/golden/data/full/trainable_full_size.json"
@@ -191,11 +192,27 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["disk"]["checkpoint"] == 12 * 45_266_944
 
 
+def test_traffic(capsys: pytest.CaptureFixture[str]) -> None:
+    """Over a slow link ZeRO-3 waits longer than it computes, and ZeRO-2 does not; one GPU sends nothing."""
+    recipe, cards = str(ROOT / "stages/stage2.yaml"), ["--gpu", "A100-80GB", "H100-80GB"]
+    many = ["--gpus", 64, "--set", "train.batch_size=4096", *cards]
+    call(estimate, recipe, *many, "--link", "100gb/s", "40")
+    text = capsys.readouterr().out
+    assert "A100-80GB: ZeRO-3 is the wrong choice over 100Gb/s; take ZeRO-2, which fits" in text
+    assert "ZeRO-2 93/98   ZeRO-3 35/63   ZeRO-3 + hpZ 89/92" in text
+    call(estimate, recipe, "--json", *many, "--link", "10")
+    sent = json.loads(capsys.readouterr().out)["sent"]["ZeRO-2"]
+    assert sent["across"] == pytest.approx(63 / 64 * 3 * 4 * 45_266_944, rel=1e-3)
+    assert sent["seconds"]["10GB/s"] == pytest.approx(sent["across"] / 10e9)
+    call(estimate, recipe, *cards)
+    assert "one GPU sends nothing" in capsys.readouterr().out
+
+
 def test_the_whole_phi_needs_more_than_a_small_card() -> None:
     recipe = load_recipe(ROOT / "stages/stage4.yaml", ["model.train=[projections, lora, llm]"])
     assert trained_parts(recipe) == ("projections", "norms", "lora", "llm")
     found = estimate.estimate(recipe, cards_named(["all"]), gpus=1, mfu=0.4, data=data_facts(recipe))
-    plain = estimate.as_plain(found, cards_named(["all"]))
+    plain = estimate.as_plain(found, cards_named(["all"]), [])
     assert plain["memory"]["ZeRO-2"]["fits"] == ["A100-80GB", "H100-80GB", "H200-141GB"]
     assert "RTX-3090" in plain["memory"]["ZeRO-3 + CPU offload"]["fits"]
 
@@ -213,9 +230,12 @@ def test_lengths_of_data_that_are_here(recipe_file: Callable[..., Path]) -> None
     ("options", "message"),
     [
         (["--gpu", "H100"], "--gpu H100: unknown card; did you mean H100-80GB?"),
-        (["--gpus", "0"], "--gpus must be at least 1"),
+        (["--gpus", "0"], "--gpus and --node must be at least 1"),
         (["--gpus", "3"], "does not divide into micro-batches of 2 on 3 rank"),
         (["--mfu", "1.2"], "--mfu lie above 0"),
+        (["--node", "0"], "--gpus and --node must be at least 1"),
+        (["--link", "NVLnk"], "neither a number of GB/s nor one of NVLink, "),
+        (["--link", "-1"], "--link -1: neither"),
         (["--targets", "500"], "targets are some of the tokens"),
     ],
 )

@@ -1,11 +1,17 @@
 """What a run is stopped by beside a signal of its own, and a console that is gone by the time it says so."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
+from forked import started
 
 from tinygptv_ds.train.stopping import launchers_of
 
@@ -64,3 +70,16 @@ def test_a_console_that_has_gone_stops_nothing(tmp_path: Path) -> None:
     assert done.returncode == 143
     lines = [line.split(maxsplit=3)[-1] for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert lines == ["step 1", "saving", "saved"]
+
+
+def test_told_again_and_again(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """Until the process has ended, also after it has saved: it still ends with the code of what stopped it."""
+    raw = raw_recipe(train__steps_per_epoch=100_000, train__sample_count=0)
+    with started(tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "run") as run:
+        run.wait_for(run.folder / "metrics.jsonl")
+        (process,) = run.processes
+        while process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(0.005)
+        assert run.end() == [138], run.output
+    assert run.output.count("stopped: SIGUSR1 at step ") == 1

@@ -6,7 +6,6 @@ of a kind that no file has yet, initialised by name. Nothing is left to chance.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import PARTS, Part, lora, norms, projections, vision
+from tinygptv_ds.models.trainable import PARTS, Part, always_fp32, lora, projections, vision
 
 
 def build_model(
@@ -233,9 +232,7 @@ def empty_model(
     """
     model = meta_model(config).to(frozen_dtype)
     for name, parameter in model.named_parameters():
-        # A norm's bias, though never trained, has to be of its weight's dtype.
-        published = projections(name) or lora(name) or norms(re.sub(r"\.bias$", ".weight", name))
-        if published or any(part(name) for part in learning):
+        if always_fp32(name) or any(part(name) for part in learning):
             parameter.data = parameter.data.float()
     return model.to_empty(device=device)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 log = logging.getLogger(__name__)
 _SET_PARENT_DEATH_SIGNAL = 1  # Linux, PR_SET_PDEATHSIG
 _POLL_SECONDS = 1.0  # after which a batch that has not come makes us look at the processes
-_DYING_SECONDS = 1.0
+_DYING_SECONDS = 2.0
+_ENDING_SECONDS = 10.0
 _USUAL_REASONS = {
     signal.SIGKILL: ", most often by the system for want of memory (dmesg tells)",
     signal.SIGBUS: ", most often because /dev/shm is full (docker run --shm-size), or a file that it maps unreadable",
@@ -70,9 +72,12 @@ class Workers:
         before = signal.getsignal(signal.SIGCHLD)
         self._batches = iter(loader)
         self._processes: list[BaseProcess] = list(getattr(self._batches, "_workers", ()))
+        # At Python's exit they would be sent SIGTERM, which they ignore, and be waited for.
+        Finalize(None, _kill, (self._processes,), exitpriority=0)
         # torch's handler would raise the loss of a process anywhere in the main thread, in a collective for example.
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+            torchs = getattr(before, "__module__", None) == "torch.utils.data._utils.signal_handling"
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs or before is None else before)
 
     def next(self) -> Any:
         """The next batch.
@@ -87,7 +92,10 @@ class Workers:
             except Exception as error:
                 too_late = str(error).startswith("DataLoader timed out")
                 # Where a batch cannot be received, its process may be about to die.
-                wait([process.sentinel for process in self._processes], 0 if too_late else _DYING_SECONDS)
+                dying = wait([process.sentinel for process in self._processes], 0 if too_late else _DYING_SECONDS)
+                for process in self._processes:
+                    if process.sentinel in dying:  # its files are closed, which comes a moment before its end
+                        process.join(_ENDING_SECONDS)
                 dead = [number for number, process in enumerate(self._processes) if not process.is_alive()]
                 if dead:
                     raise self._lost(f"{self._named(dead[0])} {_ending(self._processes[dead[0]])}") from error
@@ -108,13 +116,17 @@ class Workers:
 
     def _lost(self, said: str) -> WorkersLostError:
         """Kill what is left of the pool, and let a thread of its own tidy up, which may have to wait for ever."""
-        for process in self._processes:
-            process.kill()
+        _kill(self._processes)
         threading.Thread(target=self._batches._shutdown_workers, daemon=True).start()
         return WorkersLostError(said)
 
     def _named(self, number: int) -> str:
         return f"loader process {number + 1} of {len(self._processes)} (process {self._processes[number].pid})"
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _ending(process: BaseProcess) -> str:

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
     reply, name = replying(args)
     page = build_page(reply, name, defaults)
     channel.close()  # for gradio, which opens its own
-    launch(page, args.host, args.port, share=args.share)
+    print(f"{name} at {' and '.join(launch(page, args.host, args.port, share=args.share))}", flush=True)
+    page.block_thread()
 
 
 def replying(args: argparse.Namespace) -> tuple[Reply, str]:

@@ -119,22 +119,23 @@ def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
         # First an end, then the emptying: the other way round a late piece of the answer could undo it.
         ended = reset.click(None, cancels=[asked], queue=False)
         ended.then(lambda: ([], Talk()), None, [chat, talk], queue=False)
-        picture.upload(_another_picture, [picture, talk], [chat, talk], show_progress="hidden")
+        picture.upload(
+            _another_picture, [picture, talk], [chat, talk], show_progress="hidden", trigger_mode="always_last"
+        )
     return page.queue(max_size=WAITING, api_open=False)
 
 
-def launch(page: gr.Blocks, host: str, port: int, *, share: bool, wait: bool = True) -> str:
-    """Serve the page and return its address; nothing on it comes from elsewhere.
+def launch(page: gr.Blocks, host: str, port: int, *, share: bool = False) -> list[str]:
+    """Serve the page from threads, and return its addresses; nothing on it comes from elsewhere.
 
     Args:
         page: from `build_page`.
         host: address to listen on.
         port: likewise.
-        share: whether gradio opens a public address through its own servers.
-        wait: until it is stopped; False returns at once.
+        share: whether gradio opens a public address, too, through its own servers.
     """
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    _, local, _ = page.launch(
+    _, local, public = page.launch(
         server_name=host,
         server_port=port,
         share=share,
@@ -143,10 +144,10 @@ def launch(page: gr.Blocks, host: str, port: int, *, share: bool, wait: bool = T
         footer_links=[],
         run_history=False,
         max_file_size=_MOST_BYTES,
-        prevent_thread_lock=not wait,
-        quiet=not wait,
+        prevent_thread_lock=True,
+        quiet=True,
     )
-    return local
+    return [address for address in (local, public) if address]
 
 
 def _editor() -> gr.ImageEditor:

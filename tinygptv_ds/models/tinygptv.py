@@ -268,18 +268,23 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         target: tuple[Tensor, Tensor],
     ) -> PackedOutput:
         image_embeds, real = images
+        anchor = image_embeds.float().sum() * 0.0
         x = self.get_input_embeddings()(input_ids)
         if real:
             image_rows, image_index = place
             rows = image_embeds.flatten(0, 1).to(x.dtype)
             x = x.index_copy(0, image_rows, rows if image_index is None else rows[image_index])
+        else:
+            # The first block's input has a gradient with a picture, so without one too: else ZeRO-3 lets that block's
+            # weights go at other times on this rank, and from then on the ranks gather different ones together.
+            x = x + anchor.to(x.dtype)
         backend = choose_backend(self.attention, x.device, _compute_dtype(x))
         packing = make_packing(cu_seqlens, max_seqlen, len(input_ids), backend)
         hidden = self.language_model.model(x, position_ids, packing=packing)
         target_rows, targets = target
         logits = self.language_model.lm_head(hidden.index_select(0, target_rows))
         losses = token_losses(logits, targets)
-        return PackedOutput(losses, image_embeds.float().sum() * 0.0)
+        return PackedOutput(losses, anchor)
 
     def _forward_padded(
         self,

@@ -1,13 +1,15 @@
-"""What a stage trains, by name, and AdamW's parameter groups."""
+"""What a stage trains, by name, and AdamW's parameter groups. No torch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from tinygptv_ds.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Part = Callable[[str], bool]
 
@@ -63,6 +65,16 @@ PARTS: dict[str, Part] = {
 }
 
 
+def part_of(name: str) -> str | None:
+    """The first of `PARTS` that a parameter belongs to; None: it is none of the model's."""
+    return next((part for part, belongs in PARTS.items() if belongs(name)), None)
+
+
+def always_fp32(name: str) -> bool:
+    """What lies in fp32 whether it is trained or not: what the published stages train, and these norms' biases."""
+    return learnt(name) or norms(re.sub(r"\.bias$", ".weight", name))  # a norm's two have to be of one dtype
+
+
 def learnt(name: str) -> bool:
     """All that the published stages train: projections, norm weights and LoRA."""
     return projections(name) or norms(name) or lora(name)
@@ -103,13 +115,18 @@ def frozen_learnt(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in frozen}
 
 
+def decays(name: str, dimensions: int) -> bool:
+    """Whether a parameter has weight decay.
+
+    Without are, as in the original, tensors of fewer than two dimensions or whose name contains "bias", "ln" or "bn".
+    """
+    return dimensions >= 2 and not any(part in name for part in ("bias", "ln", "bn"))
+
+
 def weight_decay_groups(
     model: nn.Module, weight_decay: float, lr_scale: Mapping[str, float] | None = None
 ) -> list[dict]:
     """AdamW's groups of trained parameters: for each factor on the rate those with weight decay and those without.
-
-    Without decay are, as in the original, tensors of fewer than two dimensions or whose name contains "bias", "ln" or
-    "bn".
 
     Args:
         model: the model.
@@ -119,8 +136,7 @@ def weight_decay_groups(
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = len(getattr(parameter, "ds_shape", parameter.shape)) < 2
-            plain = plain or any(part in name for part in ("bias", "ln", "bn"))
+            plain = not decays(name, len(getattr(parameter, "ds_shape", parameter.shape)))
             groups.setdefault((_scale(name, lr_scale), plain), []).append(parameter)
     return [
         {"params": groups[scale, plain], "weight_decay": 0.0 if plain else weight_decay, "lr_scale": scale}
@@ -129,5 +145,4 @@ def weight_decay_groups(
 
 
 def _scale(name: str, lr_scale: Mapping[str, float] | None) -> float:
-    first = next((part for part, belongs in PARTS.items() if belongs(name)), None)
-    return 1.0 if lr_scale is None else float(lr_scale.get(first, 1.0))
+    return 1.0 if lr_scale is None else float(lr_scale.get(part_of(name), 1.0))

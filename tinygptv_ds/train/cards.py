@@ -1,4 +1,4 @@
-"""GPUs that `estimate` knows. No torch."""
+"""GPUs that `estimate` knows, and links between them. No torch."""
 
 from __future__ import annotations
 
@@ -50,3 +50,45 @@ def cards_named(names: Sequence[str]) -> list[Card]:
         if name.lower() not in known:
             raise ConfigError(f"--gpu {name}: unknown card{nearest(name, [card.name for card in CARDS])}")
     return [known[name.lower()] for name in names]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects ranks.
+
+    Attributes:
+        name: as the command line takes it.
+        gigabytes: nominal, 10^9 bytes a second in each direction, of a GPU within a node or of a node among others.
+    """
+
+    name: str
+    gigabytes: float
+
+
+NVLINK, PCIE = Link("NVLink", 300.0), Link("PCIe", 25.0)  # of an A100, to each side; PCIe 4.0 x16 as measured
+LINKS = (NVLINK, Link("400Gb/s", 50.0), PCIE, Link("100Gb/s", 12.5), Link("25Gb/s", 3.125))
+
+
+def links_named(names: Sequence[str]) -> list[Link]:
+    """The links of these names, whatever their case, or of so many GB/s; "all": every one.
+
+    Raises:
+        ConfigError: it is neither a name nor a number above 0.
+    """
+    if "all" in names:
+        return list(LINKS)
+    known = {link.name.lower(): link for link in LINKS}
+    return [known.get(name.lower()) or _link_of(name) for name in names]
+
+
+def _link_of(speed: str) -> Link:
+    try:
+        gigabytes = float(speed)
+    except ValueError:
+        gigabytes = 0.0
+    if not 0 < gigabytes < float("inf"):
+        raise ConfigError(
+            f"--link {speed}: neither a number of GB/s nor one of {', '.join(link.name for link in LINKS)}"
+            f"{nearest(speed, [link.name for link in LINKS])}"
+        )
+    return Link(f"{gigabytes:g}GB/s", gigabytes)

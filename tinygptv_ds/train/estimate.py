@@ -10,20 +10,29 @@ from typing import Any
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.train.cards import CARDS, Card, cards_named
+from tinygptv_ds.train.cards import CARDS, LINKS, Card, Link, cards_named, links_named
 from tinygptv_ds.train.costs import Operations, sample_operations
 from tinygptv_ds.train.estimate_report import report
+from tinygptv_ds.train.layers import parameters
 from tinygptv_ds.train.memory import Memory, MicroBatch, fits, step_memory
 from tinygptv_ds.train.sample_mean import ASSUMED_SAMPLE_BYTES, DataFacts, data_facts
-from tinygptv_ds.train.sizes import Sizes, parameters, sizes_of, trained_parts
+from tinygptv_ds.train.scaling import Sent, sent_in_a_step
+from tinygptv_ds.train.sizes import Sizes, sizes_of, trained_parts
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a card makes of the operations at the stated share of its peak."""
+    """What a card makes of the operations at the stated share of its peak, were nothing sent.
+
+    Attributes:
+        samples_per_second: of all GPUs together.
+        hours: of the run.
+        step_seconds: of one optimizer step.
+    """
 
     samples_per_second: float
     hours: float
+    step_seconds: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,8 @@ class Estimate:
         operations: of one sample, by part.
         recomputed: share of Phi's blocks that run forward twice.
         mfu: share of the cards' peak that is reached.
-        speed: by card, of all GPUs together.
+        speed: by card.
+        sent: by each GPU in a step, by ZeRO setting.
         disk: what is stored.
     """
 
@@ -79,6 +89,7 @@ class Estimate:
     recomputed: float
     mfu: float
     speed: dict[str, Speed]
+    sent: dict[str, Sent]
     disk: Disk
 
     @property
@@ -105,6 +116,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of a card's peak that is reached (default: %(default)s)",
     )
+    parser.add_argument(
+        "--link",
+        nargs="+",
+        default=["all"],
+        metavar="LINK",
+        help=f"between the GPUs: {', '.join(link.name for link in LINKS)}, GB/s to each side, or all (default)",
+    )
+    parser.add_argument("--node", type=int, default=8, metavar="N", help="GPUs of a node (default: %(default)s)")
     parser.add_argument("--tokens", type=float, metavar="N", help="tokens of a sample, its pictures' rows included")
     parser.add_argument("--targets", type=float, metavar="N", help="of them, those that are learnt")
     parser.add_argument("--json", action="store_true", help="print it for machines")
@@ -112,18 +131,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Carry out ``estimate``."""
-    if args.gpus < 1 or not 0 < args.mfu <= 1:
-        raise ConfigError("--gpus must be at least 1, and --mfu lie above 0 and be at most 1")
-    recipe, cards = load_recipe(args.recipe, args.set), cards_named(args.gpu)
-    found = estimate(recipe, cards, gpus=args.gpus, mfu=args.mfu, data=_asked(data_facts(recipe), args))
+    if args.gpus < 1 or args.node < 1 or not 0 < args.mfu <= 1:
+        raise ConfigError("--gpus and --node must be at least 1, and --mfu lie above 0 and be at most 1")
+    recipe, cards, links = load_recipe(args.recipe, args.set), cards_named(args.gpu), links_named(args.link)
+    data = _asked(data_facts(recipe), args)
+    found = estimate(recipe, cards, gpus=args.gpus, mfu=args.mfu, data=data, node=args.node)
     if args.json:
-        print(json.dumps(as_plain(found, cards), indent=1))
+        print(json.dumps(as_plain(found, cards, links), indent=1))
     else:
-        print(report(found, recipe, cards))
+        print(report(found, recipe, cards, links))
 
 
-def estimate(recipe: Recipe, cards: list[Card], *, gpus: int, mfu: float, data: DataFacts) -> Estimate:
-    """Everything about a recipe on `gpus` of each of these cards.
+def estimate(recipe: Recipe, cards: list[Card], *, gpus: int, mfu: float, data: DataFacts, node: int = 8) -> Estimate:
+    """Everything about a recipe on `gpus` of each of these cards, `node` of them in a machine.
 
     Raises:
         ConfigError: the batch does not divide among the GPUs.
@@ -150,13 +170,16 @@ def estimate(recipe: Recipe, cards: list[Card], *, gpus: int, mfu: float, data: 
         recomputed=recomputed,
         mfu=mfu,
         speed={card.name: _speed(card, operations, recipe, gpus * mfu) for card in cards},
+        sent=sent_in_a_step(recipe, sizes, gpus, node),
         disk=_disk(recipe, sizes, data, sum(counts[part] for part in trained)),
     )
 
 
-def as_plain(found: Estimate, cards: list[Card]) -> dict[str, Any]:
-    """The estimate as plain values, with what fits on which card."""
+def as_plain(found: Estimate, cards: list[Card], links: list[Link]) -> dict[str, Any]:
+    """The estimate as plain values, with what fits on which card, and the seconds that a step's traffic takes."""
     plain = asdict(found)
+    for name, sent in found.sent.items():
+        plain["sent"][name] |= {"across": sent.across, "seconds": {link.name: sent.seconds(link) for link in links}}
     for name, memory in found.memory.items():
         plain["memory"][name] |= {"total": memory.total, "fits": [c.name for c in cards if fits(memory, c.gib)]}
     return plain | {"sample_operations": found.sample_operations}
@@ -177,7 +200,8 @@ def _asked(data: DataFacts, args: argparse.Namespace) -> DataFacts:
 
 def _speed(card: Card, operations: dict[str, Operations], recipe: Recipe, effective_gpus: float) -> Speed:
     per_second = card.teraflops * 1e12 * effective_gpus / sum(part.total for part in operations.values())
-    return Speed(per_second, recipe.train.total_steps * recipe.train.batch_size / per_second / 3600)
+    step_seconds = recipe.train.batch_size / per_second
+    return Speed(per_second, recipe.train.total_steps * step_seconds / 3600, step_seconds)
 
 
 def _disk(recipe: Recipe, sizes: Sizes, data: DataFacts, learning: int) -> Disk:

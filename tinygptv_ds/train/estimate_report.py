@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.config.schema import Recipe
-from tinygptv_ds.train.cards import Card
+from tinygptv_ds.train.cards import Card, Link
 from tinygptv_ds.train.memory import GIB, fits
+from tinygptv_ds.train.scaling import efficiency
 
 if TYPE_CHECKING:
     from tinygptv_ds.train.estimate import Estimate
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 _COLUMNS = ("weights", "optimizer", "gradients", "activations", "logits", "context_and_margin", "total")
 
 
-def report(found: Estimate, recipe: Recipe, cards: list[Card]) -> str:
-    """Parameters, memory, time and disk, each in a few lines."""
+def report(found: Estimate, recipe: Recipe, cards: list[Card], links: list[Link]) -> str:
+    """Parameters, memory, time, traffic and disk, each in a few lines."""
     return "\n".join(
         [
             f"stage {recipe.stage} on {found.gpus} GPU(s), in bf16",
@@ -26,6 +27,8 @@ def report(found: Estimate, recipe: Recipe, cards: list[Card]) -> str:
             *_memory(found, cards),
             "",
             *_time(found, recipe, cards),
+            "",
+            *_traffic(found, cards, links),
             "",
             *_disk(found, recipe),
         ]
@@ -69,6 +72,42 @@ def _time(found: Estimate, recipe: Recipe, cards: list[Card]) -> list[str]:
     ]
     steps = f"at {found.mfu:.0%} of the peak, {train.total_steps:,} steps of {train.batch_size} samples:"
     return [head, steps, *lines]
+
+
+def _traffic(found: Estimate, cards: list[Card], links: list[Link]) -> list[str]:
+    if found.gpus == 1:
+        return ["one GPU sends nothing"]
+    columns = ("gradients", "updated", "gathered", "inside", "pcie")
+    head = f"  {'MB that each GPU sends in a step':<33}" + "".join(f"{name:>11}" for name in columns)
+    lines = [head + "".join(f"{link.name:>11}" for link in links)]
+    for setting, sent in found.sent.items():
+        cells = "".join(f"{getattr(sent, column) / 1e6:>11,.1f}" for column in columns)
+        lines.append(f"  {setting:<33}{cells}" + "".join(f"{sent.seconds(link):>9.3f} s" for link in links))
+    names = "/".join(link.name for link in links)
+    lines.append(f"scaling efficiency in per cent over {names}, if nothing is sent while something is computed")
+    compared = [setting for setting in ("ZeRO-2", "ZeRO-3", "ZeRO-3 + hpZ") if setting in found.sent]
+    for card in cards:
+        computing = found.speed[card.name].step_seconds
+        shares = [_shares(found, setting, computing, links) for setting in compared]
+        lines.append(f"  {card.name:<12}{computing:>7.2f} s a step   {'   '.join(shares)}")
+    return ["traffic", *lines, *_wrong_choices(found, cards, links)]
+
+
+def _shares(found: Estimate, setting: str, computing: float, links: list[Link]) -> str:
+    waiting = [found.sent[setting].seconds(link) for link in links]
+    return f"{setting} " + "/".join(f"{100 * efficiency(computing, seconds):.0f}" for seconds in waiting)
+
+
+def _wrong_choices(found: Estimate, cards: list[Card], links: list[Link]) -> list[str]:
+    """Where ZeRO-3 would wait for longer than it computes; ZeRO-2 may fit, or not."""
+    lines = []
+    for card in cards:
+        slow = [x.name for x in links if found.sent["ZeRO-3"].seconds(x) > found.speed[card.name].step_seconds]
+        if slow:
+            ready = fits(found.memory["ZeRO-2"], card.gib)
+            instead = "ZeRO-2, which fits" if ready else "hpZ, a larger micro-batch, or fewer samples and ZeRO-2"
+            lines.append(f"  {card.name}: ZeRO-3 is the wrong choice over {', '.join(slow)}; take {instead}")
+    return lines
 
 
 def _disk(found: Estimate, recipe: Recipe) -> list[str]:

@@ -10,7 +10,8 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 from tinygptv_ds.train.costs import MeanSample
-from tinygptv_ds.train.sizes import Sizes, parameters
+from tinygptv_ds.train.layers import parameters
+from tinygptv_ds.train.sizes import Sizes
 
 SETTINGS = ("ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 + CPU offload")
 GIB = 2**30

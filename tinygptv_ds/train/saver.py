@@ -47,7 +47,8 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._signals.restore()
+        if not isinstance(error, Stopped):  # on its way out nothing may end it with another code: signals come twice,
+            self._signals.restore()  # and the launcher sends its own as soon as one rank has gone
         self._writer.close()
 
     def before_step(self) -> None:

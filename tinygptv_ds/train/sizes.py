@@ -124,30 +124,6 @@ def sizes_of(recipe: Recipe) -> tuple[Sizes, str]:
     return sizes, f"sizes of Phi from {path}, published sizes of ViT and Q-Former"
 
 
-def parameters(sizes: Sizes) -> dict[str, int]:
-    """Parameters by part; they add up to the model, `norms` being counted apart from `llm`."""
-    vit, qformer, phi = sizes.vit, sizes.qformer, sizes.phi
-    d, m = vit.width, vit.mlp
-    vit_block = 4 * d + (3 * d * d + 2 * d) + _linear(d, d) + _linear(d, m) + _linear(m, d)
-    vit_rest = sizes.patches * d + d + _linear(3 * sizes.patch**2, d) + 2 * d  # positions, class, patches, last norm
-    q, f = qformer.width, qformer.mlp
-    query_block = 4 * _linear(q, q) + 2 * q + _linear(q, f) + _linear(f, q) + 2 * q
-    crossing = 2 * _linear(q, q) + 2 * _linear(d, q) + 2 * q
-    width = phi.width
-    linears = sum(_linear(*widths) for widths in sizes.phi_linears.values())
-    norm_weights = phi.layers * (2 * width + 2 * sizes.head_dim) + width
-    norm_biases = phi.layers * (width + 2 * sizes.head_dim) + width
-    lora = sum(sum(widths) for name, widths in sizes.phi_linears.items() if name in sizes.lora_targets)
-    return {
-        "vit": vit.layers * vit_block + vit_rest,
-        "qformer": qformer.layers * query_block + sizes.crossings * crossing + 2 * q + sizes.queries * q,
-        "projections": _linear(q, sizes.proj_hidden) + _linear(sizes.proj_hidden, width),
-        "llm": sizes.vocabulary * width + _linear(width, sizes.vocabulary) + phi.layers * linears + norm_biases,
-        "norms": norm_weights,
-        "lora": phi.layers * sizes.lora_r * lora,
-    }
-
-
 def trained_parts(recipe: Recipe) -> tuple[str, ...]:
     """What a recipe trains, by the names of `config.schema.PARTS`."""
     if recipe.model.train is not None:
@@ -155,10 +131,6 @@ def trained_parts(recipe: Recipe) -> tuple[str, ...]:
         return tuple(part for part in PARTS if part in chosen)
     parts = PUBLISHED_PARTS.get(recipe.stage, PUBLISHED_PARTS[2])
     return (*parts, "lora") if recipe.stage == 1 and recipe.model.lora_r else parts
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
 
 
 def _read(path: Path) -> Any:

@@ -32,7 +32,8 @@ LOST = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 _TIMES_SLOWER = 5.0  # than the median of the steps before, for a step to be reported
 _GATHER = 0.1  # seconds: processes that end together are named together
 _OWN_WAY = 5.0  # seconds that a rank gets to find by itself the mistake that another one has told of
-_ANSWER = 0.3  # seconds that a last message may take
+_LAST_WORD = 5.0  # seconds that a last message may take to be sent,
+_ON_ITS_WAY = 0.3  # and that it is then given to arrive
 _LEFT_OVER = 2.0  # seconds at most that rank 0 stays after it has told the others to end
 _WAY_OUT = 20.0  # seconds that a rank gets to end after an error of its own
 _LAST_RESORT = 10.0  # seconds for a message to be written, on a console that takes nothing any more
@@ -102,13 +103,21 @@ class Watchdog:
             time.sleep(self._lost_after + 10 * self._interval)
         code = 2 if isinstance(error, TinyGPTVError) else 1
         said = str(error) if code == 2 else f"{type(error).__name__}: {error}"
-        self._say({"left": {"error": said, "code": code}})
-        time.sleep(_ANSWER)
+        if self._say({"left": {"error": said, "code": code}}):
+            sent = threading.Event()
+            self._loop.call_soon_threadsafe(sent.set)
+            sent.wait(_LAST_WORD)
+            time.sleep(_ON_ITS_WAY)
 
-    def _say(self, message: Message) -> None:
-        if self._line is not None:
-            with contextlib.suppress(RuntimeError):  # the thread has ended
-                self._loop.call_soon_threadsafe(self._line.say, message)
+    def _say(self, message: Message) -> bool:
+        """False where nobody can be told."""
+        if self._line is None:
+            return False
+        try:
+            self._loop.call_soon_threadsafe(self._line.say, message)
+        except RuntimeError:  # the thread has ended
+            return False
+        return True
 
     # ---- called in the thread
 

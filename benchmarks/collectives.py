@@ -1,0 +1,112 @@
+"""Stage 4 as its script has it; rank 0 notes every collective of every step, in bytes, in the file that $NOTED names.
+
+Also to be given to the tests' forked ranks, which call `note`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import distributed
+
+from tinygptv_ds.cli import run_command
+
+# Who in DeepSpeed 0.19 calls a collective, and what for, in the words of train/traffic.py; all others are small ones.
+CALLERS = {
+    "allreduce_bucket": "gradients",
+    "reduce_scatter_coalesced": "gradients",
+    "all_gather_into_tensor_dp_groups": "updated weights",
+    "_allgather_params_coalesced": "updated weights",
+    "_all_gather_dtype": "gathered weights",
+    "_all_gather_sequential": "gathered weights",
+    "take_snapshot": "checkpoint",
+}
+PAYLOAD = {  # its name in train/traffic.py, and which argument is the whole tensor
+    "all_reduce": ("all_reduce", 0, "tensor"),
+    "all_gather_into_tensor": ("all_gather", 0, "output_tensor"),
+    "reduce_scatter_tensor": ("reduce_scatter", 1, "input"),
+}
+# Should one of these be called in a step, the count fails: its bytes are in no table.
+UNKNOWN = ("all_gather", "all_to_all_single", "barrier", "broadcast", "gather", "reduce", "reduce_scatter", "scatter")
+
+
+class Notes:
+    """What rank 0 has seen: a list of [what, kind, bytes, ranks] for each step, and the loopback's bytes before it."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[list]] = []
+        self.loopback: list[int] = []
+
+    def begin_step(self) -> None:
+        """From here on it is another one."""
+        self.steps.append([])
+        self.loopback.append(_loopback_bytes())
+
+    def add(self, kind: str, payload: int, ranks: int) -> None:
+        """One call. Before the first step it is start-up, which is not counted."""
+        if self.steps:
+            self.steps[-1].append([_purpose(sys._getframe(2)), kind, payload, ranks])
+
+
+def note(file: Path) -> None:
+    """Count in this process from now on; rank 0 writes `file` after every step."""
+    from tinygptv_ds.train.saver import Saver
+
+    notes, before_step, after_step = Notes(), Saver.before_step, Saver.after_step
+
+    def begun(self: Saver) -> None:
+        notes.begin_step()
+        before_step(self)
+
+    def ended(self: Saver, done: int) -> None:
+        after_step(self, done)
+        if int(os.environ["RANK"]) == 0:
+            file.write_text(json.dumps(vars(notes)))
+
+    Saver.before_step, Saver.after_step = begun, ended
+    for name in (*PAYLOAD, *UNKNOWN):
+        counted = _counted(notes, name, getattr(distributed, name))
+        setattr(distributed, name, counted)
+        setattr(distributed.distributed_c10d, name, counted)
+
+
+def _counted(notes: Notes, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(*args: Any, **named: Any) -> Any:
+        kind, payload = name, 0
+        if name in PAYLOAD:
+            kind, place, word = PAYLOAD[name]
+            tensor: torch.Tensor = args[place] if len(args) > place else named[word]
+            payload = tensor.numel() * tensor.element_size()
+        notes.add(kind, payload, distributed.get_world_size(named.get("group")))
+        return call(*args, **named)
+
+    return noted
+
+
+def _purpose(frame: Any) -> str:
+    while frame is not None:
+        if frame.f_code.co_name in CALLERS:
+            return CALLERS[frame.f_code.co_name]
+        frame = frame.f_back
+    return "small"
+
+
+def _loopback_bytes() -> int:
+    """Sent through this network namespace's loopback device so far."""
+    lines = Path("/proc/self/net/dev").read_text().splitlines()
+    fields = next(line.partition(":")[2].split() for line in lines if line.strip().startswith("lo:"))
+    return int(fields[8])
+
+
+if __name__ == "__main__":
+    note(Path(os.environ["NOTED"]))
+    run_command(runpy.run_path(str(Path(__file__).parents[1] / "stages/stage4.py"))["main"])
