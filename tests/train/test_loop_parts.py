@@ -20,7 +20,8 @@ from tinygptv_ds.log import LOGGER
 from tinygptv_ds.processing.images import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens
 from tinygptv_ds.train import loop
-from tinygptv_ds.train.engine import Engine, LossScale
+from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.loss_scale import LossScale
 from tinygptv_ds.train.panel import Shown, _choose
 
 REF = SampleRef(0, "vqa", 0, 0, 0)

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 log = logging.getLogger(__name__)
 _SET_PARENT_DEATH_SIGNAL = 1  # Linux, PR_SET_PDEATHSIG
 _POLL_SECONDS = 1.0  # after which a batch that has not come makes us look at the processes
-_DYING_SECONDS = 2.0
-_ENDING_SECONDS = 10.0
+_DYING_SECONDS = 2.0  # that a process may take to close its files where a batch of it could not be received,
+_ENDING_SECONDS = 10.0  # and to be dead after that
 _USUAL_REASONS = {
     signal.SIGKILL: ", most often by the system for want of memory (dmesg tells)",
     signal.SIGBUS: ", most often because /dev/shm is full (docker run --shm-size), or a file that it maps unreadable",

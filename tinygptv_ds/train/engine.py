@@ -27,6 +27,7 @@ from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGene
 from tinygptv_ds.models.trainable import frozen_learnt, weight_decay_groups
 from tinygptv_ds.train.facts import facts_of
 from tinygptv_ds.train.job import Job
+from tinygptv_ds.train.loss_scale import LossScale
 from tinygptv_ds.train.progress import BACKWARD, FORWARD, Progress, first_group_timeout
 from tinygptv_ds.train.rundir import note_run, start_run_dir
 from tinygptv_ds.train.stopwatch import Stopwatch
@@ -88,39 +89,6 @@ def _quiet_stdout(rank: int) -> Iterator[None]:
             devnull = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(contextlib.redirect_stdout(devnull))
         yield
-
-
-class LossScale:
-    """fp16's dynamic loss scale, by the rule and constants of torch's GradScaler.
-
-    DeepSpeed 0.19 starts a GradScaler of its own under `torch_autocast` in fp16, but never lowers it after an overflow
-    that ZeRO has caught, so that every later step is skipped too. This one goes through `override_loss_scale` instead.
-
-    Attributes:
-        value: the factor on the loss.
-        good_steps: steps since it last changed.
-    """
-
-    START = 65536.0
-
-    def __init__(self, optimizer: object, value: float = START, good_steps: int = 0) -> None:
-        optimizer.torch_autocast_gradscaler = None
-        self._optimizer = optimizer
-        self.set(value, good_steps)
-
-    def set(self, value: float, good_steps: int) -> None:
-        """Take over a state, as from a checkpoint."""
-        self.value, self.good_steps = value, good_steps
-        self._optimizer.override_loss_scale(value)
-
-    def update(self, skipped: bool) -> None:
-        """Halve after a skipped step, double after 2000 good ones in a row."""
-        if skipped:
-            self.set(self.value * 0.5, 0)
-        elif self.good_steps + 1 >= 2000:
-            self.set(self.value * 2.0, 0)
-        else:
-            self.good_steps += 1
 
 
 class Engine:
