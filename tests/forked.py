@@ -1,6 +1,5 @@
 """Ranks of a stage without the launcher, forked from one process that has imported everything: seconds, not tens."""
 
-import json
 import multiprocessing
 import os
 import runpy
@@ -16,6 +15,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+from written import Written
 
 from tinygptv_ds.cli import run_command
 
@@ -36,7 +37,7 @@ def _start_server() -> None:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Ranks(Written):
     """The ranks of a run: their processes, what they print, and where they write."""
 
     processes: list[BaseProcess]
@@ -47,11 +48,6 @@ class Ranks:
     def output(self) -> str:
         """What all ranks have printed so far."""
         return self.said.read_text(errors="replace")
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
     def end(self, timeout: float = 60) -> list[int]:
         """Wait for the ranks; their exit codes."""

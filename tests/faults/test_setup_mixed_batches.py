@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 import tiny
 import torch
-from launcher import ROOT, Run, bash_form, deepspeed_form, images_of_each_rank, run
+from forked import ended
+from launcher import ROOT, Run, bash_form, images_of_each_rank, run
 from safetensors.torch import load_file
 
 STEPS, CYCLE, SAVED = 20, 10, 11
@@ -66,8 +67,8 @@ def test_the_same_twenty_under_zero_3_with_offload(place: Place, zero_2: Run) ->
     """The ready JSON, in fp32 so that the figures can be compared, and with every parameter divided."""
     options = ["--set=deepspeed.torch_autocast.enabled=false"]
     options += ["--set=deepspeed.zero_optimization={stage3_param_persistence_threshold: 0}"]
-    json_file = ROOT / "ds_configs/zero3_offload.json"
-    done = run(deepspeed_form(4), place.recipe, place.folder / "zero3", *options, json_file=json_file)
+    options.append(f"--deepspeed_config={ROOT}/ds_configs/zero3_offload.json")
+    done = ended(place.recipe, place.folder / "zero3", *options, ranks=2)
     assert done.column("train/loss") == pytest.approx(zero_2.column("train/loss"), **EXACT)
 
 
@@ -88,7 +89,7 @@ def test_resumed_in_the_middle_of_a_cycle(place: Place, zero_2: Run) -> None:
     """Bit for bit: the samples go on, and AdamW counts the steps of this cycle alone."""
     saved = f"checkpoints/step-{SAVED:08d}"
     shutil.copytree(zero_2.folder / saved, place.folder / "resumed" / saved)
-    again = run(bash_form(4), place.recipe, place.folder / "resumed")
+    again = ended(place.recipe, place.folder / "resumed", ranks=2)
     assert again.column("step") == list(range(SAVED + 1, STEPS + 1))
     assert again.column("train/loss") == zero_2.column("train/loss")[SAVED:]
 

@@ -1,6 +1,5 @@
 """Runs a stage through the DeepSpeed launcher, or in one process, and sees that nothing of it stays behind."""
 
-import json
 import os
 import signal
 import socket
@@ -12,7 +11,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from written import Written
 
 from tinygptv_ds.config.load import load_recipe
 
@@ -24,21 +24,12 @@ _MARK = "TINYGPTV_TEST_RUN"  # environment variable by which every process of a 
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Written):
     """A run that has ended: exit code, what it printed (stdout and stderr together), and where it wrote."""
 
     code: int
     output: str
     folder: Path
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
-    def column(self, name: str) -> list[float]:
-        """One metric of every line."""
-        return [line[name] for line in self.metrics]
 
 
 def deepspeed_form(stage: int, ranks: int = 2) -> list[str]:

@@ -28,5 +28,7 @@ def recorded(engine: Engine, step: int, loaded: list[Loaded], *rest: object) -> 
 
 optimizer_step, loop.optimizer_step = loop.optimizer_step, recorded
 
+main = runpy.run_path(str(Path(__file__).parents[2] / "stages/stage4.py"))["main"]
+
 if __name__ == "__main__":
-    run_command(runpy.run_path(str(Path(__file__).parents[2] / "stages/stage4.py"))["main"])
+    run_command(main)

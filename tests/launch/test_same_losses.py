@@ -1,4 +1,7 @@
-"""The same recipe gives the same run on one rank, on two under ZeRO-2 and ZeRO-3, resumed, and from features."""
+"""The same recipe gives the same run on one rank, on two under ZeRO-2 and ZeRO-3, resumed, and from features.
+
+Two of them come through the launcher; the others are forked, which takes less time.
+"""
 
 import re
 import shutil
@@ -8,9 +11,11 @@ from typing import NamedTuple
 import pytest
 import tiny
 import torch
-from launcher import ROOT, ZERO_3, Run, bash_form, deepspeed_form, images_of_each_rank, one_process, run
+from forked import Ranks, ended
+from launcher import ROOT, ZERO_3, Run, bash_form, deepspeed_form, images_of_each_rank, run
 from safetensors.torch import load_file
 from verbs import call
+from written import Written
 
 from tinygptv_ds import features as make_features
 
@@ -36,8 +41,8 @@ def place(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def one_rank(place: Place) -> Run:
-    return run(one_process(4), place.recipe, place.folder / "one")
+def one_rank(place: Place) -> Ranks:
+    return ended(place.recipe, place.folder / "one")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def zero_3(place: Place) -> Run:
     return run(deepspeed_form(4), place.recipe, place.folder / "zero3", ZERO_3)
 
 
-def same(ours: Run, theirs: Run, first: int = 0, **tolerance: float) -> None:
+def same(ours: Written, theirs: Written, first: int = 0, **tolerance: float) -> None:
     """Losses, gradient norms and rates of every step, and the trained weights at the end."""
     assert len(ours.metrics) == STEPS - first
     for mine, other in zip(ours.metrics, theirs.metrics[first:], strict=True):
@@ -72,28 +77,35 @@ def test_some_micro_batch_has_no_picture_on_one_rank_alone(place: Place) -> None
     assert any(max(ranks) == 0 for ranks in counts)
 
 
-def test_two_ranks_zero_2(one_rank: Run, zero_2: Run) -> None:
+def test_two_ranks_zero_2(one_rank: Ranks, zero_2: Run) -> None:
     same(zero_2, one_rank, **EXACT)
     assert len(set(one_rank.column("train/loss"))) == STEPS
 
 
-def test_two_ranks_zero_3(one_rank: Run, zero_3: Run) -> None:
+def test_two_ranks_zero_3(one_rank: Ranks, zero_3: Run) -> None:
     same(zero_3, one_rank, **EXACT)
 
 
-def test_bf16(place: Place, one_rank: Run) -> None:
+def test_bf16(place: Place, one_rank: Ranks) -> None:
     """ZeRO-2 on one rank and ZeRO-3 on two, as the ready JSONs have them: close to fp32, closer to each other."""
-    two = run(one_process(4), place.recipe, place.folder / "bf16_2", json_file=ROOT / "ds_configs/zero2_bf16.json")
-    three = run(deepspeed_form(4), place.recipe, place.folder / "bf16_3", json_file=ROOT / "ds_configs/zero3_bf16.json")
+    two, three = (
+        ended(
+            place.recipe,
+            place.folder / f"bf16_{n}",
+            f"--deepspeed_config={ROOT}/ds_configs/zero{n}_bf16.json",
+            ranks=n - 1,
+        )
+        for n in (2, 3)
+    )
     assert two.column("train/loss") == pytest.approx(one_rank.column("train/loss"), **ROUNDED)
     assert two.column("train/loss") != one_rank.column("train/loss")  # it is another precision
     assert three.column("train/loss") == pytest.approx(two.column("train/loss"), rel=0, abs=0.005)
 
 
-def test_packed_by_tokens(place: Place, one_rank: Run) -> None:
+def test_packed_by_tokens(place: Place, one_rank: Ranks) -> None:
     """Micro-batches by length, their number changing from step to step: still the same step."""
     options = ["--set=train.micro_batch_size=null", "--set=train.max_tokens=140"]
-    packed = run(deepspeed_form(4), place.recipe, place.folder / "tokens", ZERO_3, *options)
+    packed = ended(place.recipe, place.folder / "tokens", ZERO_3, *options, ranks=2)
     same(packed, one_rank, **EXACT)
 
 
@@ -105,7 +117,7 @@ def features(place: Place) -> str:
     return f"--set=data.features={out}"
 
 
-def equal(ours: Run, theirs: Run) -> None:
+def equal(ours: Written, theirs: Written) -> None:
     """Every loss and every trained weight, bit for bit."""
     metrics = [
         [{k: v for k, v in line.items() if k.startswith("train/")} for line in r.metrics] for r in (ours, theirs)
@@ -116,31 +128,31 @@ def equal(ours: Run, theirs: Run) -> None:
 
 
 def test_from_features_two_ranks_zero_2(place: Place, zero_2: Run, features: str) -> None:
-    equal(run(bash_form(4), place.recipe, place.folder / "features2", features), zero_2)
+    equal(ended(place.recipe, place.folder / "features2", features, ranks=2), zero_2)
 
 
 def test_from_features_two_ranks_zero_3(place: Place, zero_3: Run, features: str) -> None:
     """No rank runs the ViT, those without a picture neither; the panel of answers sees features too."""
-    done = run(deepspeed_form(4), place.recipe, place.folder / "features3", ZERO_3, features)
+    done = ended(place.recipe, place.folder / "features3", ZERO_3, features, ranks=2)
     equal(done, zero_3)
     told = [re.findall(r"(sample \d at step 6: .*)", (each.folder / "log.txt").read_text()) for each in (done, zero_3)]
     assert len(told[0]) == 2 and told[0] == told[1]
 
 
-def resumed(place: Place, stopped: Run, name: str, command: list[str], *options: str) -> Run:
+def resumed(place: Place, stopped: Run, name: str, *options: str, ranks: int) -> Ranks:
     """Go on from the checkpoint that `stopped` made after three steps, as if it had ended there."""
     folder = place.folder / name
     shutil.copytree(stopped.folder / "checkpoints/step-00000003", folder / "checkpoints/step-00000003")
-    return run(command, place.recipe, folder, *options)
+    return ended(place.recipe, folder, *options, ranks=ranks)
 
 
 def test_resumed_under_another_zero_stage(place: Place, zero_2: Run) -> None:
     """Six steps are three and three, saved under ZeRO-2 and gone on with under ZeRO-3."""
-    again = resumed(place, zero_2, "resumed3", deepspeed_form(4), ZERO_3)
+    again = resumed(place, zero_2, "resumed3", ZERO_3, ranks=2)
     assert "going on from" in (again.folder / "log.txt").read_text()
     same(again, zero_2, first=3, **EXACT)
 
 
 def test_resumed_on_another_number_of_ranks(place: Place, zero_3: Run) -> None:
     """Saved by two ranks under ZeRO-3, gone on with by one under ZeRO-2."""
-    same(resumed(place, zero_3, "resumed1", one_process(4)), zero_3, first=3, **EXACT)
+    same(resumed(place, zero_3, "resumed1", ranks=1), zero_3, first=3, **EXACT)

@@ -86,7 +86,7 @@ def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key:
         return JSONResponse(_model(answerer.name, began))
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "model": answerer.name})
+        return JSONResponse({"status": "ok", "model": answerer.name, "in_hand": worker.in_hand})
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

@@ -24,6 +24,11 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, "generation")
         self._stops: set[Event] = set()  # one of each that waits or is carried out
 
+    @property
+    def in_hand(self) -> int:
+        """How many are carried out or wait for it."""
+        return len(self._stops)
+
     async def run(self, make: Callable[[], Iterator[Any]]) -> AsyncIterator[Any]:
         """What the iterator that `make` returns gives; `make` is called when its turn comes, in the thread.
 
@@ -32,7 +37,7 @@ class Worker:
         Raises:
             Refused: too many wait.
         """
-        if len(self._stops) >= self._room:
+        if self.in_hand >= self._room:
             raise Refused("the server is busy: try again later", status=429, code="queue_full")
         stop, arrived = Event(), asyncio.Queue()
         self._stops.add(stop)
