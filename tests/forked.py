@@ -71,20 +71,22 @@ class Ranks(Written):
 
 @contextmanager
 def started(
-    recipe: Path, folder: Path, *options: str, ranks: int = 1, fault: Callable[..., None] | None = None, **told: Any
+    recipe: Path, folder: Path, *options: str, script: str = "stages/stage4.py", **given: Any
 ) -> Iterator[Ranks]:
-    """Ranks of stage 4 under way; whatever is left of them at the end is killed.
+    """Ranks of a stage under way; whatever is left of them at the end is killed.
 
     Args:
         recipe: its YAML.
         folder: the run directory.
         options: further options of the stage.
+        script: the stage's, or one with the same options.
+        given: as for `launched`:
         ranks: how many.
         fault: called in each rank before it begins, to break something.
         told: keyword arguments of `fault`.
     """
     argv = ["--recipe", str(recipe), "--run-dir", str(folder), "--deepspeed_config", str(CPU), *options]
-    with launched("stages/stage4.py", argv, folder, ranks=ranks, fault=fault, **told) as run:
+    with launched(script, argv, folder, **given) as run:
         yield run
 
 

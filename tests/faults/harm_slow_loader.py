@@ -1,46 +1,41 @@
-"""Stage 4 as its script has it; rank 1's loader is slow, as from a failing disk, and `wandb` is a stand-in."""
+"""A rank whose loader is slow, as from a failing disk, and a stand-in for `wandb`; for `forked.started`."""
 
 import json
-import os
-import runpy
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tinygptv_ds.cli import run_command
 from tinygptv_ds.data.loader import Loaded, MicroBatches
-
-SECONDS = 0.3 if os.environ.get("RANK") == "1" else 0.0  # a micro-batch takes 0.01 to 0.03 here
-REPORT = Path(os.environ["REPORT"])
-
-
-class Entry:
-    """What `wandb.init` gives; everything goes into a file."""
-
-    def __init__(self, **settings: Any) -> None:
-        self._lines = [settings]
-
-    def log(self, scalars: dict[str, float], step: int) -> None:
-        self._lines.append([step, scalars])
-
-    def finish(self) -> None:
-        (REPORT / "wandb.json").write_text(json.dumps(self._lines))
+from tinygptv_ds.dist import ranks_from_env
+from tinygptv_ds.train import loop
 
 
-class SlowBatches(MicroBatches):
-    def __getitem__(self, place: tuple[int, int]) -> Loaded:
-        time.sleep(SECONDS)
-        return super().__getitem__(place)
+def slow_rank(rank: int, seconds: float, report: Path) -> None:
+    """Each micro-batch of one rank takes longer by so much; what W&B is given goes into `report`."""
 
+    class SlowBatches(MicroBatches):
+        def __getitem__(self, place: tuple[int, int]) -> Loaded:
+            time.sleep(seconds)
+            return super().__getitem__(place)
 
-if __name__ == "__main__":
+    class Entry:
+        """What `wandb.init` gives."""
+
+        def __init__(self, **settings: Any) -> None:
+            self._lines = [settings]
+
+        def log(self, scalars: dict[str, float], step: int) -> None:
+            self._lines.append([step, scalars])
+
+        def finish(self) -> None:
+            report.write_text(json.dumps(self._lines))
+
     wandb = ModuleType("wandb")
     wandb.init = Entry
-    wandb.__spec__ = runpy.importlib.machinery.ModuleSpec("wandb", None)
+    wandb.__spec__ = ModuleSpec("wandb", None)
     sys.modules["wandb"] = wandb
-    from tinygptv_ds.train import loop
-
-    loop.MicroBatches = SlowBatches
-    run_command(runpy.run_path(str(Path(__file__).parents[2] / "stages/stage4.py"))["main"])
+    if ranks_from_env().rank == rank:
+        loop.MicroBatches = SlowBatches

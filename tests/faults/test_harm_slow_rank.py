@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import pytest
 import tiny
-from launch.launcher import ZERO_3, Run, deepspeed_script, one_process, run
+from forked import Ranks, ended
+from harm_slow_loader import slow_rank
+from launch.launcher import ZERO_3
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from written import Written
 
 from stages.tiny.quickstart import training_lines
 
@@ -19,8 +22,8 @@ NAMES = ("vqa", "text", "chat", "pair")
 class Runs(NamedTuple):
     """The same recipe on two ranks under ZeRO-3, one of them slow, and on one rank without validation."""
 
-    slow: Run
-    alone: Run
+    slow: Ranks
+    alone: Ranks
     report: Path
 
 
@@ -30,20 +33,13 @@ def runs(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPa
     raw = tiny.recipe(weights, shards, train__steps_per_epoch=STEPS, train__validate_every=2)
     raw["data"]["validation_share"] = 0.25
     recipe = tiny.write_recipe(folder / "recipe.yaml", raw)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPORT", str(folder))
-        slow = run(
-            deepspeed_script("tests/faults/harm_slow_loader.py"),
-            recipe,
-            folder / "slow",
-            ZERO_3,
-            "--set=train.wandb=tiny",
-        )
-    alone = run(one_process(4), recipe, folder / "alone", "--set=train.validate_every=0")
+    fault = {"fault": slow_rank, "rank": 1, "seconds": 0.3, "report": folder / "wandb.json"}
+    slow = ended(recipe, folder / "slow", ZERO_3, "--set=train.wandb=tiny", ranks=2, **fault)
+    alone = ended(recipe, folder / "alone", "--set=train.validate_every=0")
     return Runs(slow, alone, folder)
 
 
-def lines(done: Run, name: str) -> list[dict]:
+def lines(done: Written, name: str) -> list[dict]:
     return [line for line in done.metrics if name in line]
 
 

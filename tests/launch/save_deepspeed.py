@@ -1,13 +1,13 @@
 """Stage 4 as its script has it, ending with a checkpoint in DeepSpeed's own format beside the run's model/."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from tinygptv_ds.cli import run_command
 from tinygptv_ds.train.job import parse_job
 
 
-def main() -> None:
-    job = parse_job(None, Path(__file__).parents[2] / "stages/stage4.yaml")
+def main(argv: Sequence[str] | None = None) -> None:
+    job = parse_job(argv, Path(__file__).parents[2] / "stages/stage4.yaml")
 
     from tinygptv_ds.convert.assemble import build_model
     from tinygptv_ds.convert.model_folder import save_trained
@@ -30,7 +30,3 @@ def main() -> None:
                 engine.deepspeed.save_checkpoint(str(job.run_dir / name), exclude_frozen_parameters=lean)
             if job.ranks.is_main:
                 save_trained(trained, model.config, job.run_dir / "model", provenance_of(job.recipe))
-
-
-if __name__ == "__main__":
-    run_command(main)

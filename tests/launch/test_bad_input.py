@@ -5,14 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from launcher import Run, bash_form, one_process, run
+from forked import Ranks, ended
+from launcher import Run, bash_form, run
 from safetensors.torch import save_file
 
 from tinygptv_ds.data.shards import ShardWriter
 
 
-def error_of(done: Run) -> str:
-    assert done.code == 2, done.output
+def error_of(done: Run | Ranks) -> str:
     assert "Traceback" not in done.output
     errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.output
@@ -26,6 +26,7 @@ def test_weights_that_do_not_fit(recipe_file: Callable[..., Path], tmp_path: Pat
     save_file({"llama_proj.weight": torch.zeros(16, 32), "llama_proj.bias": torch.zeros(16)}, stored)
     recipe = recipe_file(model__init_from=str(stored), model__fresh_parts=["llama_proj2", "norms", "lora"])
     done = run(bash_form(4), recipe, tmp_path / "run", ok=False)
+    assert done.code == 2, done.output
     assert str(stored) in error_of(done)
     assert "llama_proj.weight is [16, 32] instead of [24, 32]" in error_of(done)
 
@@ -40,12 +41,12 @@ def test_too_many_unreadable_samples(recipe_file: Callable[..., Path], tmp_path:
             writer.write(f"key{number}", {"jpg": b"no picture", "json": record} if number % 2 else {"json": record})
         writer.finish()
     recipe = recipe_file(data__datasets=[{"name": "vqa", "shards": str(shards)}])
-    done = run(one_process(4), recipe, tmp_path / "run", ok=False)
+    done = ended(recipe, tmp_path / "run", code=2)
     expected = "4 of 8 samples could not be used (4 corrupt_image), more than data.max_skipped_share (0.01)"
     assert expected in error_of(done)
     for number in (1, 3, 5, 7):
         assert f"skipped (corrupt_image) {shards / '00000.tar'}: sample key{number}: " in done.output
     allowed = ("--set=data.max_skipped_share=0.6", "--set=train.steps_per_epoch=2")
-    gone_on = run(one_process(4), recipe, tmp_path / "allowed", *allowed)
+    gone_on = ended(recipe, tmp_path / "allowed", *allowed)
     assert gone_on.column("data/skipped_corrupt_image") == gone_on.column("data/skipped") == [4, 4]
     assert "skipped so far: 8 corrupt_image" in (gone_on.folder / "log.txt").read_text()

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from launcher import ROOT, Run, deepspeed_script, run
+from forked import Ranks, ended
+from launcher import ROOT
 from safetensors.torch import load_file
 
 from tinygptv_ds.convert.opened import open_any
@@ -21,19 +22,19 @@ SETS = {
 
 
 @pytest.fixture(scope="module", params=SETS, ids=lambda stage: f"ZeRO-{stage}")
-def done(request: pytest.FixtureRequest, weights: Path, shards: dict[str, Path], tmp_path_factory) -> tuple[int, Run]:
+def done(request: pytest.FixtureRequest, weights: Path, shards: dict[str, Path], tmp_path_factory) -> tuple[int, Ranks]:
     folder = tmp_path_factory.mktemp("deepspeed")
     raw = tiny.recipe(weights, shards, train__steps_per_epoch=2)
     recipe = tiny.write_recipe(folder / "recipe.yaml", raw)
     sets = [f"--set={text}" for text in SETS[request.param]]
-    return request.param, run(deepspeed_script("tests/launch/save_deepspeed.py"), recipe, folder / "run", *sets)
+    return request.param, ended(recipe, folder / "run", *sets, script="tests/launch/save_deepspeed.py", ranks=2)
 
 
 @pytest.mark.parametrize("name", ["lean", "whole"])
-def test_every_bit_of_what_was_trained(done: tuple[int, Run], name: str) -> None:
-    stage, ended = done
-    trained = load_file(ended.folder / "model/trained.safetensors")
-    opened = open_any(ended.folder / name)
+def test_every_bit_of_what_was_trained(done: tuple[int, Ranks], name: str) -> None:
+    stage, run = done
+    trained = load_file(run.folder / "model/trained.safetensors")
+    opened = open_any(run.folder / name)
     assert opened.container == f"DeepSpeed checkpoint (ZeRO-{stage}, 2 rank(s))"
     assert opened.stored.keys() == trained.keys()
     for key, stored in opened.stored.items():
@@ -42,14 +43,14 @@ def test_every_bit_of_what_was_trained(done: tuple[int, Run], name: str) -> None
     assert bool(opened.ignored) is (name == "whole")  # the frozen weights
 
 
-def test_a_stage_starts_from_it(done: tuple[int, Run]) -> None:
+def test_a_stage_starts_from_it(done: tuple[int, Ranks]) -> None:
     trained = load_file(done[1].folder / "model/trained.safetensors")
     parameters = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
     assert load_trained(parameters, done[1].folder / "lean") == trained.keys()
     assert all(torch.equal(parameters[name], tensor) for name, tensor in trained.items())
 
 
-def test_the_whole_model_from_it(done: tuple[int, Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_model_from_it(done: tuple[int, Ranks], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its recipe lies in the run directory around it."""
     monkeypatch.chdir(ROOT)
     found = resolve(done[1].folder / "lean/global_step2")
@@ -59,7 +60,7 @@ def test_the_whole_model_from_it(done: tuple[int, Run], monkeypatch: pytest.Monk
     assert all(torch.equal(weights[name].read(), tensor) for name, tensor in trained.items())
 
 
-def test_a_rank_that_is_missing_is_noticed(done: tuple[int, Run], tmp_path: Path) -> None:
+def test_a_rank_that_is_missing_is_noticed(done: tuple[int, Ranks], tmp_path: Path) -> None:
     for file in (done[1].folder / "lean/global_step2").iterdir():
         if "rank_1" not in file.name:
             (tmp_path / file.name).write_bytes(file.read_bytes())

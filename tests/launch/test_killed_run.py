@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from forked import launched
-from launcher import CPU, Run, deepspeed_script, run
+from forked import ended
+from launcher import Run, deepspeed_script, run
 
 STEPS, SAVED_EVERY, KILLED_AFTER = 8, 3, 4
 SCRIPT = "tests/launch/record_samples.py"
@@ -30,9 +30,7 @@ def test_killed_and_resumed(
         return run(deepspeed_script(SCRIPT), recipe, tmp_path / name, ok=ok)
 
     whole = tmp_path / "whole"
-    given = ["--recipe", str(recipe), "--run-dir", str(whole), "--deepspeed_config", str(CPU)]
-    with launched(SCRIPT, given, whole, ranks=2) as unbroken_run:
-        assert unbroken_run.end() == [0, 0], unbroken_run.output
+    ended(recipe, whole, script=SCRIPT, ranks=2)
     monkeypatch.setenv("KILL_AFTER", str(KILLED_AFTER))
     killed = go("broken", ok=False)
     assert killed.code != 0
