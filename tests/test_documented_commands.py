@@ -1,0 +1,92 @@
+"""Every command of the documents is one that is taken: its verb, script, options, and the recipe's keys."""
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from eval import common, refer, vqa
+from tinygptv_ds.cli import VERBS
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.train.job import stage_parser
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+LAUNCHER = {"--hostfile": 1, "--no_ssh": 0, "--node_rank": 1, "--master_addr": 1, "--master_port": 1, "--num_gpus": 1}
+BENCHMARKS = {"vqa": vqa.BENCHMARKS, "refer": refer.BENCHMARKS, "caption": ()}
+OTHERS = ("pip", "hf", "wget", "lmms_eval")  # not ours
+
+
+def commands(document: Path) -> Iterator[str]:
+    """Those in the shell's blocks, joined where a line goes on; what they print is left out."""
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", document.read_text(), flags=re.M | re.S)
+    for line in (
+        "".join(text for language, text in blocks if language in ("", "bash")).replace("\\\n", " ").splitlines()
+    ):
+        if re.match(r" *(python|bash|deepspeed|torchrun|sbatch|pip|hf|wget|source) ", line):
+            yield line.strip()
+
+
+def words(command: str) -> list[str]:
+    """Those in brackets may be left out, and stand for themselves here."""
+    return [word for word in shlex.split(command.replace(" [options]", ""), comments=True) if word != "..."]
+
+
+CASES = [pytest.param(line, id=f"{path.name}: {line[:60]}") for path in DOCUMENTS for line in commands(path)]
+
+
+def test_they_are_found() -> None:
+    assert len(CASES) > 60
+
+
+def taken(parser: argparse.ArgumentParser, options: list[str]) -> argparse.Namespace:
+    """Fails with the parser's own words."""
+    try:
+        return parser.parse_args(options)
+    except SystemExit:
+        pytest.fail(f"not taken: {options}")
+
+
+def check_stage(stage: str, options: list[str]) -> None:
+    own, rest = [], iter(options)
+    for option in rest:
+        name, given, _ = option.partition("=")
+        if name not in LAUNCHER:
+            own.append(option)
+        elif LAUNCHER[name] and not given:
+            next(rest)
+    recipe = ROOT / f"stages/{stage}.yaml"
+    args = taken(stage_parser(recipe), own)
+    load_recipe(recipe, [text for text in args.set if not text.startswith("deepspeed.")])
+    assert args.deepspeed_config is None or (ROOT / args.deepspeed_config).is_file()
+
+
+@pytest.mark.parametrize("command", CASES)
+def test_it_is_taken(command: str) -> None:
+    found = words(command)
+    at = next((n for n in range(len(found)) if found[n : n + 2] == ["-m", "tinygptv_ds"]), None)
+    if at is not None:
+        verb, *options = found[at + 2 :]
+        parser = argparse.ArgumentParser()
+        import_module(VERBS[verb][1]).add_arguments(parser)
+        args = vars(taken(parser, options))
+        if args.get("recipe") and args.get("set"):
+            load_recipe(ROOT / args["recipe"], args["set"])
+        return
+    if set(OTHERS) & set(found):
+        return
+    script = next(word for word in found if re.search(r"\.(py|sh|sbatch)$", word))
+    assert (ROOT / script).is_file(), script
+    before, after = found[: found.index(script)], found[found.index(script) + 1 :]
+    if script.startswith("launch/stage"):
+        check_stage(Path(script).stem, [*(before[1:] if before[0] == "deepspeed" else ()), *after])
+    elif script == "launch/slurm.sbatch":
+        check_stage(*after[:1], after[1:])
+    elif script.startswith("eval/"):
+        known = BENCHMARKS[Path(script).stem]
+        args = taken(common.parser("", known), after)
+        assert args.shards or set(args.benchmarks.split(",")) <= set(known)
