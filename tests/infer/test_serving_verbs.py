@@ -28,7 +28,7 @@ def test_help(verb: str) -> None:
 def test_a_package_that_is_missing(verb: str, package: str) -> None:
     code = f"sys.modules[{package!r}] = None; runpy.run_module('tinygptv_ds', run_name='__main__', alter_sys=True)"
     message = one_error(python(code, verb, "model"))
-    assert f"{package}, which is not installed: pip install -r requirements-app.txt" in message
+    assert f"{package}, not installed here: pip install -r requirements-app.txt" in message
 
 
 @pytest.mark.parametrize("verb", VERBS)

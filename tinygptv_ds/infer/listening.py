@@ -33,7 +33,7 @@ def check_serving_arguments(args: argparse.Namespace, *packages: str) -> Generat
     """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     how = "pip install -r requirements-app.txt" if _REQUIREMENTS.is_file() else "pip install 'tinygptv_ds[app]'"
-    require(not missing, f"this needs {' and '.join(missing)}, which is not installed: {how}")
+    require(not missing, f"this needs {' and '.join(missing)}, not installed here: {how}")
     check_model_arguments(args)
     require(0 < args.port < 65536, f"--port must lie in 1 to 65535, not {args.port}")
     return generation_from(args)
