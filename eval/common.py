@@ -55,7 +55,8 @@ def parser(description: str, benchmarks: Sequence[str] = ()) -> argparse.Argumen
     options.add_argument("--limit", type=int, help="only the first N questions of each")
     options.add_argument(
         "--template",
-        help="benchmark: the published scripts' own; training: the model's; or a template, {} for the question "
+        help="benchmark: the published scripts' own; training: the model's; A, B, C: as in docs/inference.md; or a "
+        "template, {} for the question "
         "(default: benchmark, and training for shards)",
     )
     options.add_argument("--show-prompt", action="store_true", help="print the first prompt of each, and end")

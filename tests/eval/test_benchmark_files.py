@@ -17,6 +17,7 @@ from tinygptv_ds.infer.benchmarks.checks import Checks
 from tinygptv_ds.infer.benchmarks.question import Question
 from tinygptv_ds.infer.benchmarks.settings import Settings, wording
 from tinygptv_ds.infer.benchmarks.table import PUBLISHED, open_published, open_section, places_of
+from tinygptv_ds.infer.templates import TEMPLATES, Conversation, choose_template
 
 ROOT = Path(__file__).parents[2]
 SHORT = "[vqa] Based on the image, respond to this question with a short answer:"
@@ -71,6 +72,14 @@ def test_as_distributed(name: str, root: Path) -> None:
     ours = wording(PUBLISHED[name].benchmark, Settings("training"), "[INST] {} [/INST]", "\n")
     assert ours.prompt(questions[0]) == f"[INST] <Img><ImageHere></Img> {questions[0].text}  [/INST]"
     assert ours.choice_end == "\n"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_asked_as_in_a_chat(name: str, root: Path) -> None:
+    question = read("gqa", root)[0]
+    asked = wording(PUBLISHED["gqa"].benchmark, Settings(name), "[INST] {} [/INST]", "###").prompt(question)
+    talk = Conversation(choose_template(name, "[INST] {} [/INST]", "###"))
+    assert asked == talk.ask(question.text, ["picture"]).text and question.text in asked
 
 
 def test_every_benchmark_has_a_test() -> None:

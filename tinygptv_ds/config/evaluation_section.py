@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.errors import require
 
+TEMPLATES = ("training", "benchmark", "A", "B", "C")  # by name; docs/inference.md has the last three
 HELD_OUT = ("vqa", "refer", "caption")  # kinds of held-out shards
 # Every published benchmark with its splits, the first being the one that is scored unless another is named.
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -22,6 +23,17 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 
 
+def check_template(template: str | None, where: str = "") -> None:
+    """See that questions can be put in it.
+
+    Raises:
+        ConfigError: it is no name of `TEMPLATES`, and no text with one `{}`.
+    """
+    known = template in (None, *TEMPLATES) or template.count("{}") == 1
+    names = ", ".join(TEMPLATES)
+    require(known, f"{where}template must be {names}, or hold {{}} exactly once, not {template!r}")
+
+
 @dataclass(frozen=True)
 class ScoredSection:
     """One set of questions that is scored.
@@ -34,8 +46,9 @@ class ScoredSection:
         places: other places for some of these files, e.g. {images: PATH}.
         split: of a RefCOCO benchmark; null: val.
         name: in logs and on TensorBoard; null: the kind, with the split where there are several.
-        template: "training" asks in the recipe's own template, "benchmark" in that of the published scripts; anything
-            else is a template itself, with {} for the question. null: training for held-out shards, else benchmark.
+        template: "training" asks in the recipe's own template, "benchmark" in that of the published scripts, A, B and C
+            in those of docs/inference.md; anything else is a template itself, with {} for the question. null: training
+            for held-out shards, else benchmark.
         begin_token: start prompts with the begin token, as training does; the published scripts do not.
     """
 
@@ -64,8 +77,7 @@ class ScoredSection:
             splits = SPLITS[self.kind]
             known = f"its splits are {', '.join(splits)}" if splits else "it has no splits"
             require(self.split is None or self.split in splits, f"{where}: split {self.split!r}: {known}")
-        own = self.template in (None, "training", "benchmark") or self.template.count("{}") == 1
-        require(own, f"{where}: template must be training, benchmark, or hold {{}} exactly once")
+        check_template(self.template, f"{where}: ")
         require(self.kind not in HELD_OUT or self.template != "benchmark", f"{where}: has no template of its own")
 
     @property

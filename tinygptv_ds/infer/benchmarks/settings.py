@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tinygptv_ds.config.evaluation_section import check_template
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.infer.benchmarks.question import Benchmark, Question
+from tinygptv_ds.infer.templates import TEMPLATES
 from tinygptv_ds.processing.text import IMAGE_TAG, wrap
 
 _STOP = "###"  # between the turns of the published prompts
@@ -16,8 +18,8 @@ class Settings:
     """Of one evaluation.
 
     Attributes:
-        template: "benchmark": that of the published scripts; "training": that of the model; else a template itself.
-            None: benchmark where there is one, else training.
+        template: "benchmark": that of the published scripts; "training": that of the model; "A", "B", "C": the
+            original's; else a template itself. None: benchmark where there is one, else training.
         max_new_tokens: of an answer at most.
         batch_size: questions that one rank asks at once. Questions share a batch by their number alone, so answers do
             not depend on the number of ranks.
@@ -30,8 +32,7 @@ class Settings:
     begin_token: bool = False
 
     def __post_init__(self) -> None:
-        if self.template not in (None, "benchmark", "training") and self.template.count("{}") != 1:
-            raise ConfigError(f"the template {self.template!r} must be training, benchmark, or hold {{}} exactly once")
+        check_template(self.template)
         if self.max_new_tokens < 1 or self.batch_size < 1:
             raise ConfigError("an evaluation needs a batch size and a number of new tokens of at least 1")
 
@@ -64,11 +65,15 @@ class Wording:
 
 def wording(benchmark: Benchmark, settings: Settings, training: str | None, end_sym: str) -> Wording:
     """The wording that `settings` ask for; `training` and `end_sym` are the model's own template and end of answers."""
-    own = settings.template in (None, "benchmark") and benchmark.template is not None
-    if own:
+    ours = True
+    if settings.template in (None, "benchmark") and benchmark.template is not None:
+        ours = False
         template, end, choice_end = benchmark.template, _STOP, "\n"  # the published scripts never set another end
     elif settings.template in (None, "benchmark", "training"):
         template, end, choice_end = training, end_sym, end_sym
+    elif settings.template in TEMPLATES:
+        ours = False
+        template, end, choice_end = TEMPLATES[settings.template].prompt([("{}", None)]).text, _STOP, end_sym
     else:
         template, end, choice_end = settings.template, _STOP, end_sym
-    return Wording(template, not own, end, "" if benchmark.whole_continuation else end, choice_end)
+    return Wording(template, ours, end, "" if benchmark.whole_continuation else end, choice_end)
