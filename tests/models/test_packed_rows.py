@@ -180,6 +180,16 @@ def test_generation_uses_the_cache_rightly(model: TinyGPTVForConditionalGenerati
         assert out[i, 6:].tolist() == ids[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("pictures", [1, 3])
+def test_pictures_without_places_are_no_silent_loss(
+    model: TinyGPTVForConditionalGeneration, pixels: Tensor, pictures: int
+) -> None:
+    ids = torch.tensor([[1, *[IMAGE] * QUERIES, 2, *[IMAGE] * QUERIES, 3]])
+    given = torch.cat([pixels, pixels])[:pictures]
+    with pytest.raises(ValueError, match=f"give {pictures * QUERIES} rows, but input_ids has {2 * QUERIES} places"):
+        model(ids, pixel_values=given)
+
+
 def test_the_frozen_vision_path_stays_in_evaluation(model: TinyGPTVForConditionalGeneration) -> None:
     model.train()
     assert model.language_model.training

@@ -223,6 +223,9 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             use_cache: keep keys and values for the next call.
             logits_to_keep: logits of the last n positions only; 0 for all.
             embed_only: padded only: end with the embeddings `[B, L, W]`; see `embed`.
+
+        Raises:
+            ValueError: padded: `input_ids` has places for another number of pictures.
         """
         if cu_seqlens is not None:
             return self._forward_packed(
@@ -253,9 +256,12 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None and image_features is None:
             return embeds
-        images, _real = self._image_embeds(pixel_values, image_features, embeds.device)
-        place = (input_ids == self.config.image_token_id).unsqueeze(-1).expand_as(embeds)
-        return embeds.masked_scatter(place, images.to(embeds.dtype))
+        images, real = self._image_embeds(pixel_values, image_features, embeds.device)
+        place = input_ids == self.config.image_token_id
+        rows, places = len(images) * self.config.num_query_tokens if real else 0, int(place.sum())
+        if rows != places:
+            raise ValueError(f"the pictures give {rows} rows, but input_ids has {places} places for them")
+        return embeds.masked_scatter(place.unsqueeze(-1), images.to(embeds.dtype))
 
     def _forward_packed(
         self,
