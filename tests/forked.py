@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -48,6 +48,11 @@ class Ranks(Written):
     def output(self) -> str:
         """What all ranks have printed so far."""
         return self.said.read_text(errors="replace")
+
+    def tell(self, rank: int, number: int) -> None:
+        """Send a rank a signal, if it is still there."""
+        with suppress(ProcessLookupError):
+            os.kill(self.processes[rank].pid, number)
 
     def end(self, timeout: float = 60) -> list[int]:
         """Wait for the ranks; their exit codes."""
@@ -111,12 +116,13 @@ def launched(
     processes = [_FORKS.Process(target=_rank, args=(rank, *shared)) for rank in range(ranks)]
     for process in processes:
         process.start()
+    run = Ranks(processes, said, folder)
     try:
-        yield Ranks(processes, said, folder)
+        yield run
     finally:
-        for process in processes:
+        for rank, process in enumerate(processes):
             if process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+                run.tell(rank, signal.SIGKILL)
             process.join()
 
 

@@ -1,7 +1,6 @@
 """An evaluation that was killed goes on from the answers that it has, on any number of ranks, and gives the same."""
 
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -56,7 +55,7 @@ def test_killed_on_one_rank_resumed_on_two(options: list[str], whole: tuple[Path
         while own.stat().st_size < 2000:
             assert run.processes[0].is_alive(), run.output
             time.sleep(0.005)
-        os.kill(run.processes[0].pid, signal.SIGKILL)
+        run.tell(0, signal.SIGKILL)
         assert run.end() == [-signal.SIGKILL]
     before = own.read_bytes()
     assert before.count(b"\n") < QUESTIONS and not (folder / "results.json").exists()

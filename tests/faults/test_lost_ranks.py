@@ -53,7 +53,7 @@ def test_one_of_four_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> N
         run.wait_for(run.folder / "metrics.jsonl")
         workers = [child for process in run.processes for child in children(process.pid)]
         assert len(workers) >= 4
-        os.kill(run.processes[0].pid, signal.SIGUSR2)  # whoever asks is told, too
+        run.tell(0, signal.SIGUSR2)  # whoever asks is told, too
         run.wait_for(run.folder / "reached")
         began = time.monotonic()
         assert run.end() == [LOST, LOST, -signal.SIGKILL, LOST]
@@ -72,6 +72,17 @@ def test_rank_0_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> None:
     with started(recipe(), tmp_path / "run", ranks=3, fault=in_step, at=2, rank=0, how="killed") as run:
         assert run.end() == [-signal.SIGKILL, LOST, LOST]
     assert error_of(run).startswith("rank 0 (host ") and "was lost in step 3 (its process is gone)" in error_of(run)
+
+
+def test_the_launcher_ends_the_others_at_once(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Its SIGTERM may come before the loss has been told of, but does not keep it from being told."""
+    with started(recipe(), tmp_path / "run", ranks=2, fault=in_step, at=2, rank=1, how="killed") as run:
+        run.wait_for(run.folder / "reached")
+        while run.processes[0].is_alive():
+            run.tell(0, signal.SIGTERM)
+            time.sleep(0.005)
+        assert run.end() == [LOST, -signal.SIGKILL]
+    assert error_of(run).startswith("rank 1 (host ") and "was lost in step 3 (its process is gone)" in error_of(run)
 
 
 def test_a_rank_with_a_bug(recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -93,7 +104,7 @@ def test_no_sign_of_life(how: str, recipe: Callable[..., Path], tmp_path: Path) 
         found = r"rank 1 .* was lost in step 3 \((no sign of life for 2 s: host or network down|its process is gone)"
         assert re.match(found, error_of(run))
         if how == "frozen":
-            os.kill(run.processes[1].pid, signal.SIGCONT)
+            run.tell(1, signal.SIGCONT)
         assert run.end()[1] in (1, LOST)  # by itself
     if how != "frozen":  # what it did is written all the same
         written = (run.folder / "stacks/rank-1.txt").read_text()

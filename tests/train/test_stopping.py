@@ -79,7 +79,7 @@ def test_told_again_and_again(raw_recipe: Callable[..., dict[str, Any]], tmp_pat
         run.wait_for(run.folder / "metrics.jsonl")
         (process,) = run.processes
         while process.is_alive():
-            os.kill(process.pid, signal.SIGUSR1)
+            run.tell(0, signal.SIGUSR1)
             time.sleep(0.005)
         assert run.end() == [138], run.output
     assert run.output.count("stopped: SIGUSR1 at step ") == 1

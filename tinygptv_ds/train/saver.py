@@ -47,8 +47,10 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, Stopped):  # on its way out nothing may end it with another code: signals come twice,
-            self._signals.restore()  # and the launcher sends its own as soon as one rank has gone
+        # On its way out nothing may end it with another code, or before it has said why: signals come twice, and the
+        # launcher sends its own as soon as one rank has gone.
+        if error is None:
+            self._signals.restore()
         self._writer.close()
 
     def before_step(self) -> None:
