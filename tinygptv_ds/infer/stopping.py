@@ -37,12 +37,13 @@ class Shown:
 
     def piece(self, text: str, *, complete: bool = False) -> str:
         """What can be shown now that the text is `text`, or `complete` at that."""
-        at = _first(text, self._stops)
-        self.stopped = self.stopped or at < len(text)
-        seen = text[:at]
-        if not complete and not self.stopped:
-            seen = seen[: len(seen) - self._open(seen)].rstrip(_HALF)
-        seen = seen.strip()
+        if not complete:
+            text = text.rstrip(_HALF)
+        at = until = _first(text, self._stops)
+        if not complete:  # a longer stop may have begun before the one that is there
+            until = min(at, len(text) - self._open(text))
+        self.stopped = self.stopped or until == at < len(text)
+        seen = text[:until].strip()
         new = seen[len(self._shown) :]
         self._shown += new
         return new
