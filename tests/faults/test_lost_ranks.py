@@ -105,7 +105,8 @@ def test_no_sign_of_life(how: str, recipe: Callable[..., Path], tmp_path: Path) 
         assert re.match(found, error_of(run))
         if how == "frozen":
             run.tell(1, signal.SIGCONT)
-        assert run.end()[1] in (1, LOST)  # by itself
+        # By itself; of its stacks Python may crash, since a thread that goes on changes them while they are written.
+        assert run.end()[1] in (1, LOST, -signal.SIGSEGV)
     if how != "frozen":  # what it did is written all the same
         written = (run.folder / "stacks/rank-1.txt").read_text()
         assert written.startswith("Timeout (0:00:02)!") and re.search(r'rank_hangs.py", line \d+ in broken', written)
