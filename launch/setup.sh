@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the project's virtual environment once and puts it on PATH. To be sourced, not run:
 #   source launch/setup.sh [requirements file ...]
-# PYTHON chooses the interpreter (3.11 or 3.12); TINYGPTV_NO_VENV=1 uses the python on PATH as it is.
+# PYTHON chooses the interpreter (3.11 to 3.13); TINYGPTV_NO_VENV=1 uses the python on PATH as it is.
 _root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 _set_up() {
   local python="${PYTHON:-python3}" venv="$_root/.venv" file stamp
