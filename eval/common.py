@@ -13,6 +13,7 @@ import yaml
 
 from tinygptv_ds.config.evaluation_section import SPLITS
 from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.disk import write_atomically
 from tinygptv_ds.dist import Ranks, ranks_from_env, together, wait_for_all
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.infer.benchmarks import answer_log
@@ -157,16 +158,12 @@ def _of_model(args: argparse.Namespace) -> list[str]:
 
 
 def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, ranks: Ranks) -> list[dict[str, Any]]:
-    import torch
-
     from tinygptv_ds.dtypes import DTYPES
     from tinygptv_ds.infer.benchmarks.asking import Asker
     from tinygptv_ds.infer.benchmarks.made_by import made_by
     from tinygptv_ds.infer.generate import load_model
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(ranks.local_rank)
-    dtype = args.dtype if args.dtype != "auto" else "bf16" if torch.cuda.is_available() else "fp32"
+    dtype = take_device(args.dtype, ranks)
     maker = made_by(args.model)
     board, step = args.tensorboard or maker.board, args.step if args.step is not None else maker.step
     if args.tensorboard and step is None:
@@ -195,6 +192,16 @@ def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, 
         if args.json:
             save_json(args.json, results[0])
     return results
+
+
+def take_device(dtype: str, ranks: Ranks) -> str:
+    """Make the rank's GPU, if there is one, the current one; the dtype's name, "auto" being bf16 there, else fp32."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(ranks.local_rank)
+    return dtype if dtype != "auto" else "bf16" if on_gpu else "fp32"
 
 
 def _begin(folder: Path, settings: dict[str, Any], ranks: Ranks, *, fresh: bool) -> None:
@@ -232,5 +239,5 @@ def _write_table(out: Path, maker: MadeBy) -> None:
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/results.json"))]
     results = [result for result in found if result["checkpoint"] == maker.checkpoint]
     published = yaml.safe_load(_PUBLISHED.read_text(encoding="utf-8"))
-    (out / "results.md").write_text(markdown(results, published), encoding="utf-8")
+    write_atomically(out / "results.md", markdown(results, published).encode())
     print(f"{out}: results.md, and results.json with every answer in the folder of each benchmark", flush=True)

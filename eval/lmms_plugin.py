@@ -17,6 +17,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
+from eval.common import take_device
 from tinygptv_ds.config.schema import TextSection
 from tinygptv_ds.dist import ranks_from_env
 from tinygptv_ds.dtypes import DTYPES
@@ -67,10 +68,7 @@ class TinyGPTV(lmms):
             raise ConfigError(f"--model_args: {', '.join(given)} is not known; see {__name__}.TinyGPTV")
         ranks = ranks_from_env()
         self._rank, self._world_size = ranks.rank, ranks.world_size
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            torch.cuda.set_device(ranks.local_rank)
-        dtype = dtype if dtype != "auto" else "bf16" if on_gpu else "fp32"
+        dtype = take_device(dtype, ranks)
         if dtype not in DTYPES:
             raise ConfigError(f"--model_args dtype={dtype}: choose one of auto, {', '.join(DTYPES)}")
         self._model, self._processor = load_model(Path(pretrained), DTYPES[dtype])

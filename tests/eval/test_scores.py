@@ -1,11 +1,13 @@
 """What counts as a right answer on held-out shards; a wrong score would hide behind a plausible number."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny import samples
 
 from tinygptv_ds.data.prepare import write_samples
+from tinygptv_ds.data.shards import ShardWriter
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.infer.benchmarks.held_out import KINDS, read_held_out
 from tinygptv_ds.infer.benchmarks.question import Question, Task
@@ -104,6 +106,15 @@ def test_a_sample_without_a_single_question_is_named(tmp_path) -> None:
     for kind, what in (("vqa", "no single question"), ("caption", "no caption")):
         with pytest.raises(DataError, match=rf"00000\.tar: sample 000000 holds {what}"):
             read_held_out(kind, str(tmp_path / "chat"))
+
+
+@pytest.mark.parametrize("record", [b"[" * 100_000, b"no JSON", b"[1]"])
+def test_a_record_that_is_none_is_named(record: bytes, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, 1) as writer:
+        writer.write("odd", {"json": record})
+        writer.finish()
+    with pytest.raises(DataError, match="sample odd"):
+        read_held_out("vqa", str(tmp_path))
 
 
 def test_captions_of_both_kinds_of_records(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from tinygptv_ds.config.nearest import nearest
@@ -23,15 +24,22 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 
 
+def is_template(text: str | None, names: Collection[str]) -> bool:
+    """Whether it is none, one of these names, or a template itself: with one `{}` for the question."""
+    return text is None or text in names or text.count("{}") == 1
+
+
 def check_template(template: str | None, where: str = "") -> None:
     """See that questions can be put in it.
 
     Raises:
         ConfigError: it is no name of `TEMPLATES`, and no text with one `{}`.
     """
-    known = template in (None, *TEMPLATES) or template.count("{}") == 1
     names = ", ".join(TEMPLATES)
-    require(known, f"{where}template must be {names}, or hold {{}} exactly once, not {template!r}")
+    require(
+        is_template(template, TEMPLATES),
+        f"{where}template must be {names}, or hold {{}} exactly once, not {template!r}",
+    )
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class ShardReader:
         where = f"{tar}: sample {key}"
         members = shard.members(index)
         self._raise_if_skipped(tar, members, where)
-        record = _parse(self._record_bytes(tar, members, where), where)
+        record = parse_record(self._record_bytes(tar, members, where), where)
         pictures = _pictures(members, where)
         if "caption" in record and not pictures:
             raise SampleError("missing_image", f"{where}: a caption without a picture")
@@ -105,7 +105,7 @@ class ShardReader:
         """(key, record) without the pictures. Raises SampleError if it is unusable, DataError if the shard is."""
         shard = self._shard(tar)[1]
         where = f"{tar}: sample {shard.key(index)}"
-        return shard.key(index), _parse(self._record_bytes(tar, shard.members(index), where), where)
+        return shard.key(index), parse_record(self._record_bytes(tar, shard.members(index), where), where)
 
     def stored(self, tar: Shard, index: int) -> tuple[str, bytes | None, int]:
         """(key, the ``json`` member as it is or None, how many pictures there are); errors as in `read_record`."""
@@ -119,7 +119,7 @@ class ShardReader:
         """Features keep the place of a sample that could not be used, and say why."""
         for member in members:
             if member.suffix == SKIPPED:
-                noted = _parse(self._read(tar, member, where), where)
+                noted = parse_record(self._read(tar, member, where), where)
                 reason = noted.get("reason")
                 raise SampleError(reason if reason in REASONS else "bad_record", str(noted.get("message")))
 
@@ -183,7 +183,8 @@ def _pread(file: int, member: Member) -> bytes:
     return data
 
 
-def _parse(data: bytes, where: str) -> dict[str, Any]:
+def parse_record(data: bytes, where: str) -> dict[str, Any]:
+    """A sample's record from its ``json`` member. Raises SampleError if it is no JSON object; `where` names it."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:

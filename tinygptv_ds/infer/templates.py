@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from tinygptv_ds.config.evaluation_section import is_template
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
 
@@ -149,7 +150,7 @@ def check_template(wanted: str | None) -> None:
     Raises:
         ConfigError: it will not.
     """
-    if wanted in (None, TRAINING, *TEMPLATES) or wanted.count("{}") == 1:
+    if is_template(wanted, (TRAINING, *TEMPLATES)):
         return
     raise ConfigError(
         f"--template {wanted!r}: give {', '.join(TEMPLATES)}, {TRAINING}, or a text with {{}} once, for the question"

@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tinygptv_ds.infer.benchmarks.checks import Checks
-from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file
+from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
 from tinygptv_ds.infer.scores import EVALUATION, SHORT_ANSWER, gqa_hit
 
 PLACES = {"questions": "gqa/testdev_balanced_questions.json", "images": "gqa/gqa_images"}
+
+
+def _points(question: Question, text: str, *, compat: bool) -> float:
+    return 100.0 * gqa_hit(text, question.truth, compat=compat)
+
+
 BENCHMARK = Benchmark(
-    rules={
-        "strict": lambda question, text: 100.0 * gqa_hit(text, question.truth),
-        "compat": lambda question, text: 100.0 * gqa_hit(text, question.truth, compat=True),
-    },
+    rules=strict_and_compat(_points),
     template=EVALUATION,
     whole_continuation=True,
 )

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tinygptv_ds.infer.benchmarks.checks import Checks
-from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file
+from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
 from tinygptv_ds.infer.benchmarks.vsr import binary_label
 from tinygptv_ds.infer.scores import EVALUATION, hateful_memes_label
 
 PLACES = {"questions": "hateful_meme/dev.jsonl", "images": "hateful_meme/hm_images"}
+
+
+def _points(question: Question, text: str, *, compat: bool) -> float:
+    return 100.0 * (hateful_memes_label(text, compat=compat) == question.truth)
+
+
 BENCHMARK = Benchmark(
-    rules={
-        "strict": lambda question, text: 100.0 * (hateful_memes_label(text) == question.truth),
-        "compat": lambda question, text: 100.0 * (hateful_memes_label(text, compat=True) == question.truth),
-    },
+    rules=strict_and_compat(_points),
     template=EVALUATION,
     parsable=lambda question, text: hateful_memes_label(text) is not None,
 )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from tinygptv_ds.data.cache import ShardCache, count_samples
-from tinygptv_ds.data.reader import ShardReader
+from tinygptv_ds.data.reader import ShardReader, parse_record
 from tinygptv_ds.data.shards import expand_shards
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.infer.benchmarks.captions import caption_scores
-from tinygptv_ds.infer.benchmarks.question import Benchmark, Question
+from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, strict_and_compat
 from tinygptv_ds.infer.benchmarks.refcoco import LOCATE
 from tinygptv_ds.infer.boxes import HIT_IOU, clean_box_answer, integers, iou, is_well_formed, parse_box
 from tinygptv_ds.infer.scores import SHORT_ANSWER, gqa_hit
@@ -45,11 +43,7 @@ KINDS = {
         }
     ),
     "refer": Benchmark(
-        rules={
-            "strict": lambda question, text: _hit(question, text, compat=False),
-            "compat": lambda question, text: _hit(question, text, compat=True),
-            "iou": _overlap,
-        },
+        rules={**strict_and_compat(_hit), "iou": _overlap},
         parsable=lambda question, text: is_well_formed(clean_box_answer(text)),
     ),
     "caption": Benchmark(rules={}, over_all=caption_scores),
@@ -79,7 +73,7 @@ def read_held_out(kind: str, shards: str, limit: int | None = None, instruction:
 
 def _question(kind: str, instruction: str, reader: ShardReader, tar: object, index: int) -> Question:
     key, stored, pictures = reader.stored(tar, index)
-    record = _record(stored)
+    record = {} if stored is None else parse_record(stored, f"{tar}: sample {key}")
     fields = ("caption", "caption") if kind == "caption" and "caption" in record else ("text", "answer")
     words, truth = (record.get(field) for field in fields)
     if kind == "caption":
@@ -97,12 +91,3 @@ def _question(kind: str, instruction: str, reader: ShardReader, tar: object, ind
         picture_count=pictures,
         facts=record,
     )
-
-
-def _record(stored: bytes | None) -> dict:
-    """A sample's record; none where it is no JSON object, which has no question either."""
-    try:
-        record = json.loads(stored or b"null")
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}

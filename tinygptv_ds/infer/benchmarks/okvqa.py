@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tinygptv_ds.infer.benchmarks.checks import Checks
-from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file
+from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
 from tinygptv_ds.infer.benchmarks.vizwiz import odd_answers
 from tinygptv_ds.infer.scores import EVALUATION, SHORT_ANSWER, okvqa_accuracy
 
@@ -16,11 +16,14 @@ PLACES = {
     "all_questions": "okvqa/OpenEnded_mscoco_val2014_questions_clean.json",
     "images": "okvqa/okvqa_images",
 }
+
+
+def _points(question: Question, text: str, *, compat: bool) -> float:
+    return okvqa_accuracy(text, question.truth, compat=compat)
+
+
 BENCHMARK = Benchmark(
-    rules={
-        "strict": lambda question, text: okvqa_accuracy(text, question.truth),
-        "compat": lambda question, text: okvqa_accuracy(text, question.truth, compat=True),
-    },
+    rules=strict_and_compat(_points),
     template=EVALUATION,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ class Question:
 
 
 Rule = Callable[[Question, Answer], float]
+
+
+def strict_and_compat(points: Callable[..., float]) -> dict[str, Rule]:
+    """The rules of these two names, from `points(question, answer, compat=...)`."""
+    return {"strict": partial(points, compat=False), "compat": partial(points, compat=True)}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tinygptv_ds.infer.benchmarks.checks import Checks
-from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file
+from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
 from tinygptv_ds.infer.boxes import clean_box_answer, counts_as_hit, is_well_formed
 from tinygptv_ds.infer.scores import EVALUATION
 
@@ -25,10 +25,7 @@ def _points(question: Question, text: str, *, compat: bool) -> float:
 
 
 BENCHMARK = Benchmark(
-    rules={
-        "strict": lambda question, text: _points(question, text, compat=False),
-        "compat": lambda question, text: _points(question, text, compat=True),
-    },
+    rules=strict_and_compat(_points),
     template=EVALUATION,
     parsable=lambda question, text: is_well_formed(clean_box_answer(text)),
 )

@@ -20,10 +20,8 @@ def save_json(path: Path, result: Any) -> None:
 
 def line_of(result: Mapping[str, Any]) -> str:
     """One result on a console."""
-    names = ("questions", "empty_answers", "unparsable_answers", "step")
-    scores = {key: value for key, value in result.items() if isinstance(value, float) and key not in names}
     told = ", ".join(
-        f"{name} {value:.3f}" if name == "iou" else f"{name} {value:.2f}" for name, value in scores.items()
+        f"{name} {value:.3f}" if name == "iou" else f"{name} {value:.2f}" for name, value in _scores(result).items()
     )
     return (
         f"{result['benchmark']}: {told} of {result['questions']} questions "
@@ -74,11 +72,15 @@ def _table(names: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def _counts(result: Mapping[str, Any]) -> tuple[str, ...]:
-    counts = ("questions", "empty_answers", "unparsable_answers", "step")
-    scores = ", ".join(f"{k} {v:.2f}" for k, v in result.items() if isinstance(v, float) and k not in counts)
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in _scores(result).items())
     template = f"`{result['template']!r}`"
-    numbers = [str(result[key]) for key in counts[:3]]
+    numbers = [str(result[key]) for key in ("questions", "empty_answers", "unparsable_answers")]
     return result["benchmark"], numbers[0], scores, numbers[1], numbers[2], template.replace("|", "\\|")
+
+
+def _scores(result: Mapping[str, Any]) -> dict[str, float]:
+    """What of a result is a score: its counts are whole numbers."""
+    return {name: value for name, value in result.items() if isinstance(value, float)}
 
 
 def _lines(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

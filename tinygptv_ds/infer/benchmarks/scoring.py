@@ -36,9 +36,8 @@ def score(task: Task, answers: Sequence[Answer], end: str) -> dict[str, Any]:
 
 def scalars(result: Mapping[str, Any], name: str) -> dict[str, float]:
     """The numbers of a result under their TensorBoard names, `eval/NAME/strict` and so on."""
-    counts = ("questions",)
-    numbers = {key: value for key, value in result.items() if isinstance(value, int | float) and key not in counts}
-    return {f"eval/{name}/{key}": float(value) for key, value in numbers.items() if key != "step"}
+    numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
+    return {f"eval/{name}/{key}": float(value) for key, value in numbers.items() if key not in ("questions", "step")}
 
 
 def _row(task: Task, question: Question, answer: Answer, end: str) -> dict[str, Any]:

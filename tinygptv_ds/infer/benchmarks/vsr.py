@@ -6,14 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tinygptv_ds.infer.benchmarks.checks import Checks
-from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file
+from tinygptv_ds.infer.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
 from tinygptv_ds.infer.scores import EVALUATION, clean_answer, vsr_hit, vsr_points
 
 PLACES = {"questions": "vsr/test.jsonl", "images": "vsr/vsr_images"}
+
+
+def _points(question: Question, text: str, *, compat: bool) -> float:
+    return 100.0 * vsr_hit(text, question.truth, compat=compat)
+
+
 BENCHMARK = Benchmark(
     rules={
-        "strict": lambda question, text: 100.0 * vsr_hit(text, question.truth),
-        "compat": lambda question, text: 100.0 * vsr_hit(text, question.truth, compat=True),
+        **strict_and_compat(_points),
         "compat_v2": lambda question, text: 100.0 * vsr_points(text, question.truth),
     },
     template=EVALUATION,
