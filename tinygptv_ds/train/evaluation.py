@@ -12,7 +12,6 @@ from tinygptv_ds.infer.benchmarks.settings import Settings, wording
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.train.engine import Engine
-from tinygptv_ds.train.preflight import evaluation_tasks
 
 FOLDER = "evaluation"  # in the run directory
 
@@ -25,7 +24,7 @@ class Evaluation:
         tokens: the tokenizer, and how the recipe words questions.
 
     Raises:
-        DataError: a benchmark's files or a picture cannot be used, told before the first step.
+        DataError: a picture cannot be used, told before the first step.
     """
 
     def __init__(self, engine: Engine, tokens: Tokens) -> None:
@@ -33,7 +32,7 @@ class Evaluation:
         self._engine = engine
         self._processor = TinyGPTVProcessor.for_model(engine.module.config, tokens.tokenizer)
         self._tasks = []
-        for benchmark, task in zip(section.benchmarks, evaluation_tasks(engine.job.recipe), strict=True):
+        for benchmark, task in zip(section.benchmarks, engine.job.scored, strict=True):
             check_pictures(task, tokens.image_size, section.batch_size, ranks)
             settings = Settings(benchmark.template, section.max_new_tokens, section.batch_size, benchmark.begin_token)
             words = wording(task.benchmark, settings, tokens.text.prompt_template, tokens.text.end_sym)

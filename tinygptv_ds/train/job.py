@@ -14,6 +14,7 @@ from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.schema import Recipe
 from tinygptv_ds.dist import Ranks, ranks_from_env
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.infer.benchmarks.question import Task
 from tinygptv_ds.train.preflight import check_files
 from tinygptv_ds.train.tracking import check_tracking
 
@@ -35,6 +36,7 @@ class Job:
         ranks: who this process is.
         dry_run: stop after `DRY_STEPS` steps and leave nothing behind.
         resume_anyway: go on although recipe, data or base weights differ from the checkpoint's.
+        scored: what `recipe.evaluation` names, with its questions.
     """
 
     recipe: Recipe
@@ -44,6 +46,7 @@ class Job:
     ranks: Ranks
     dry_run: bool = False
     resume_anyway: bool = False
+    scored: Sequence[Task] = ()
 
     @property
     def last_step(self) -> int:
@@ -133,11 +136,10 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
         run_dir = run_dir.with_name(run_dir.name + DRY_SUFFIX)
     else:
         _check_run_dir(run_dir, args.resume)
-    check_files(loaded)
+    scored = check_files(loaded)
     check_tracking(loaded)
-    return Job(
-        loaded, resolved, run_dir, "never" if args.dry_run else args.resume, ranks, args.dry_run, args.resume_anyway
-    )
+    resume = "never" if args.dry_run else args.resume
+    return Job(loaded, resolved, run_dir, resume, ranks, args.dry_run, args.resume_anyway, scored)
 
 
 def default_deepspeed_json() -> Path:

@@ -21,13 +21,19 @@ HOW_TO_GET_WEIGHTS = {
 }
 
 
-def check_files(recipe: Recipe) -> None:
-    """Raise one `ConfigError` that lists every missing weight file and dataset, each with its remedy.
+def check_files(recipe: Recipe) -> list[Task]:
+    """See that everything is there that a recipe names; what it has scored while training is returned, opened.
 
-    Where some datasets are there and others are not, it ends with the option that trains on the former.
+    Raises:
+        ConfigError: lists every missing weight file and dataset and what is wrong with benchmarks, each with its
+            remedy. Where some datasets are there and others are not, it ends with the option that trains on the former.
     """
-    away = absent(recipe.data)
-    problems = [*_weights(recipe.model), *away.values(), *_evaluation(recipe)]
+    away, tasks = absent(recipe.data), []
+    problems = [*_weights(recipe.model), *away.values()]
+    try:
+        tasks = _evaluation_tasks(recipe)
+    except (ConfigError, DataError) as error:
+        problems.append(f"evaluation: {error}")
     if problems:
         lines = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in problems)
         options = options_without(recipe.data, away)
@@ -35,9 +41,10 @@ def check_files(recipe: Recipe) -> None:
         raise ConfigError(
             f"{len(problems)} thing(s) that the recipe of stage {recipe.stage} names cannot be used:\n{lines}{subset}"
         )
+    return tasks
 
 
-def evaluation_tasks(recipe: Recipe) -> list[Task]:
+def _evaluation_tasks(recipe: Recipe) -> list[Task]:
     """What the recipe has scored while training, with its questions.
 
     Raises:
@@ -53,14 +60,6 @@ def evaluation_tasks(recipe: Recipe) -> list[Task]:
             checks.problem(f"{benchmark.label}: {error}")
     checks.finish()
     return tasks
-
-
-def _evaluation(recipe: Recipe) -> list[str]:
-    try:
-        evaluation_tasks(recipe)
-    except (ConfigError, DataError) as error:
-        return [f"evaluation: {error}"]
-    return []
 
 
 def _weights(model: ModelSection) -> list[str]:
