@@ -25,17 +25,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.made_up import SIZES, random
-from tinygptv_ds.config.deepspeed_json import load_deepspeed_json, resolve_deepspeed
+from tinygptv_ds.config.deepspeed import load_deepspeed_json, resolve_deepspeed
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.convert.assemble import meta_model
-from tinygptv_ds.disk import sha256, whole_folder
-from tinygptv_ds.dist import ranks_from_env
-from tinygptv_ds.models.trainable import learnt
-from tinygptv_ds.train.checkpoint import STATE, TENSORS, Snapshot, read_state, write_checkpoint
+from tinygptv_ds.distributed import ranks_from_env
+from tinygptv_ds.files import sha256, whole_folder
+from tinygptv_ds.models.parameters import learnt
+from tinygptv_ds.train.checkpoint.resume import load_weights, open_checkpoint
+from tinygptv_ds.train.checkpoint.saver import take_snapshot
+from tinygptv_ds.train.checkpoint.storage import STATE, TENSORS, Snapshot, read_state, write_checkpoint
 from tinygptv_ds.train.engine import MOMENTS, Engine, start_distributed
-from tinygptv_ds.train.job import ROOT, Job, default_deepspeed_json
-from tinygptv_ds.train.resume import load_weights, open_checkpoint
-from tinygptv_ds.train.saver import take_snapshot
+from tinygptv_ds.train.setup.job import ROOT, Job, default_deepspeed_json
+from tinygptv_ds.weights.assemble import meta_model
 
 
 class Trained(nn.Module):

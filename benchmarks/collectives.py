@@ -59,7 +59,7 @@ class Notes:
 
 def note(file: Path) -> None:
     """Count in this process from now on; rank 0 writes `file` after every step."""
-    from tinygptv_ds.train.saver import Saver
+    from tinygptv_ds.train.checkpoint.saver import Saver
 
     notes, before_step, after_step = Notes(), Saver.before_step, Saver.after_step
 

@@ -42,7 +42,7 @@ print(json.dumps([1024 * peak, seconds]))
 BUILD = """
 import torch
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.convert.assemble import build_model
+from tinygptv_ds.weights.assemble import build_model
 recipe = load_recipe({recipe!r})
 model = build_model(recipe.model, recipe.text, frozen_dtype=torch.bfloat16)
 assert sum(p.numel() for p in model.parameters()) > 0
@@ -92,7 +92,7 @@ def measure_all(folder: Path, size: str, only: str = "") -> list[Row]:
     print(f"making weights of the {size} size in {folder}", flush=True)
     made = make_weights(folder, size)
     recipe = ["--recipe", str(made.recipe)]
-    nothing = measure("import torch, transformers, tinygptv_ds.convert.resolve")
+    nothing = measure("import torch, transformers, tinygptv_ds.weights.resolve")
     print(f"\n{'operation':46} {'output':>9} {'peak':>9} {'peak/output':>11} {'seconds':>8}")
     print(f"{'(the libraries alone)':46} {'':>9} {nothing[0] / 1e9:>6.2f} GB", flush=True)
     phi, phi_bin, trained = str(made.phi), str(made.phi_bin), str(made.trained)

@@ -36,14 +36,14 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.photos import write_photos
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.features import FeatureNotes, FeatureShape, source_of, tar_name, write_notes
-from tinygptv_ds.data.index import build_index, sample_count
-from tinygptv_ds.data.loader import MicroBatches, Tokens, load_steps
-from tinygptv_ds.data.reader import ShardReader
-from tinygptv_ds.data.shards import add_sample, new_archive
-from tinygptv_ds.data.stream import open_stream
+from tinygptv_ds.data.loader.dataset import MicroBatches, Tokens, load_steps
+from tinygptv_ds.data.shards.index import build_index, sample_count
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.data.shards.writer import add_sample, new_archive
+from tinygptv_ds.data.stream.plan import open_stream
+from tinygptv_ds.features.format import FeatureNotes, FeatureShape, source_of, tar_name, write_notes
 from tinygptv_ds.models.tinygptv import IMAGE_MEAN, IMAGE_STD
-from tinygptv_ds.processing.images import to_pixels
+from tinygptv_ds.processing.image import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens
 
 SOURCES = ((640, 480), (224, 224))

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from tinygptv_ds.cli import run_command
-from tinygptv_ds.infer.encode import encode
+from tinygptv_ds.features.encode import encode
 from tinygptv_ds.models.configuration import PHI_2, TinyGPTVConfig
+from tinygptv_ds.models.parameters import learnt
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import learnt
 
 _SPECIAL = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), 40)
 # ViT, Q-Former and Phi: width, blocks, heads.

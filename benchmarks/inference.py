@@ -99,9 +99,9 @@ def figures(name: str, recipe: str, tokens: int) -> dict:
     import numpy as np
     import torch
 
-    from tinygptv_ds.infer.generate import answers, load_model, stream
-    from tinygptv_ds.infer.settings import Generation
-    from tinygptv_ds.infer.templates import Prompt
+    from tinygptv_ds.generate.generate import answers, load_model, stream
+    from tinygptv_ds.generate.settings import Generation
+    from tinygptv_ds.generate.templates import Prompt
 
     torch.set_num_threads(1)
     trained = Path(recipe).with_suffix(".pth")
@@ -154,7 +154,7 @@ def time_layers() -> list[dict]:
     import torch
     from torch import nn
 
-    from tinygptv_ds.infer.quantized import quantized_linear
+    from tinygptv_ds.generate.quantize import quantized_linear
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -13,14 +13,14 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tinygptv_ds.convert import blip2
-from tinygptv_ds.convert.assemble import meta_model
-from tinygptv_ds.convert.phi2 import ADDED_NORMS, to_layout
-from tinygptv_ds.convert.storage import Stored
-from tinygptv_ds.convert.tinygptv_pth import original_name
-from tinygptv_ds.convert.write import write_weights
 from tinygptv_ds.models.configuration import PHI_2, TinyGPTVConfig
-from tinygptv_ds.models.trainable import learnt, lora
+from tinygptv_ds.models.parameters import learnt, lora
+from tinygptv_ds.weights.assemble import meta_model
+from tinygptv_ds.weights.io import Stored
+from tinygptv_ds.weights.layouts import blip2
+from tinygptv_ds.weights.layouts.original import original_name
+from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, to_layout
+from tinygptv_ds.weights.safetensors_writer import write_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 _TINY_VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

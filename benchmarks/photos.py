@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from tinygptv_ds.data.shards import ShardWriter
+from tinygptv_ds.data.shards.writer import ShardWriter
 
 _WORDS = ("a", "photo", "of", "the", "old", "red", "flower", "temple", "roof", "tree", "in front of", "people", "water")
 

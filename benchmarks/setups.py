@@ -96,7 +96,7 @@ def _apart(row: list[float], other: list[float]) -> float:
 def mixed_recipe(folder: Path) -> Path:
     """Write the tiny model's weights, shards of four kinds, and the recipe that trains on them."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import tiny
+    from helpers import tiny
 
     weights = tiny.save_weights(folder / "weights")
     shards = {

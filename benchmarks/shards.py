@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.stream import make_shards, published_recipe
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.stream import Planner, open_stream
+from tinygptv_ds.data.stream.plan import Planner, open_stream
 
 FIRST = 100_000  # step to begin with, anywhere in the run
 MB_A_SAMPLE, MB_FEATURES = 0.060, 0.051  # a JPEG of 480 pixels with its words; 32 x 768 in bf16 and the words

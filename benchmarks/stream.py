@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.index import ShardIndex
-from tinygptv_ds.data.stream import Planner, open_stream
-from tinygptv_ds.data.tar import Member
+from tinygptv_ds.data.shards.index import ShardIndex
+from tinygptv_ds.data.shards.tar import Member
+from tinygptv_ds.data.stream.plan import Planner, open_stream
 
 SHARES = {"laion": 10_489, "cc_sbu": 1_256}  # published shards of each, and 115 : 14 of the samples
 WEIGHTS = {"laion": 115, "cc_sbu": 14}

@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 from benchmarks.setups import ROOT, Setup, mixed_recipe, run
-from tinygptv_ds.config.deepspeed_json import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
+from tinygptv_ds.config.deepspeed import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.config.schema import Recipe
-from tinygptv_ds.train.gathers import Limits
-from tinygptv_ds.train.scaling import step_of
-from tinygptv_ds.train.sizes import Sizes, Transformer
-from tinygptv_ds.train.traffic import SMALL, Collective, Zero, step_traffic
+from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.estimate.gathers import Limits
+from tinygptv_ds.estimate.scaling import step_of
+from tinygptv_ds.estimate.sizes import Sizes, Transformer
+from tinygptv_ds.estimate.traffic import SMALL, Collective, Zero, step_traffic
 
 WARM_UP = 2  # steps; until then ZeRO-3 is still recording in which order weights are used
 OWN_NAMESPACE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
@@ -103,7 +103,7 @@ def sent_by_gloo(each: Collective) -> float:
 
 def tiny_sizes(recipe: Recipe) -> Sizes:
     """The sizes of the tests' tiny model under a recipe."""
-    import tiny
+    from helpers import tiny
 
     model, block = recipe.model, Transformer(tiny.WIDTH, 2 * tiny.WIDTH, 2)
     vocabulary = json.loads((Path(model.phi) / "config.json").read_text(encoding="utf-8"))["vocab_size"]

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval.common import evaluate, parser
 from tinygptv_ds.cli import run_command
-from tinygptv_ds.infer.benchmarks.held_out import CAPTION
+from tinygptv_ds.evaluation.benchmarks.held_out import CAPTION
 
 LENGTH = 60  # tokens; captions are longer than the answers of the other scripts
 

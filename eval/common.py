@@ -13,19 +13,19 @@ import yaml
 
 from tinygptv_ds.config.evaluation_section import SPLITS
 from tinygptv_ds.config.nearest import nearest
-from tinygptv_ds.disk import write_atomically
-from tinygptv_ds.dist import Ranks, ranks_from_env, together, wait_for_all
+from tinygptv_ds.distributed import Ranks, ranks_from_env, together, wait_for_all
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.infer.benchmarks import answer_log
-from tinygptv_ds.infer.benchmarks.checks import Checks
-from tinygptv_ds.infer.benchmarks.question import Task
-from tinygptv_ds.infer.benchmarks.report import line_of, markdown, save_json, write_scalars
-from tinygptv_ds.infer.benchmarks.scoring import scalars, score
-from tinygptv_ds.infer.benchmarks.settings import Settings, Wording, wording
-from tinygptv_ds.infer.benchmarks.table import open_held_out, open_published, places_of
+from tinygptv_ds.evaluation import answer_log
+from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
+from tinygptv_ds.evaluation.benchmarks.question import Task
+from tinygptv_ds.evaluation.benchmarks.table import open_held_out, open_published, places_of
+from tinygptv_ds.evaluation.report import line_of, markdown, save_json, write_scalars
+from tinygptv_ds.evaluation.scoring import scalars, score
+from tinygptv_ds.evaluation.wording import Settings, Wording, wording
+from tinygptv_ds.files import write_atomically
 
 if TYPE_CHECKING:
-    from tinygptv_ds.infer.benchmarks.made_by import MadeBy
+    from tinygptv_ds.evaluation.scored_model import MadeBy
 
 _PUBLISHED = Path(__file__).with_name("published.yaml")
 
@@ -142,7 +142,7 @@ def _splits(name: str, asked: str | None) -> Sequence[str]:
 
 
 def _show_prompts(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings) -> None:
-    from tinygptv_ds.infer.benchmarks.made_by import config_of
+    from tinygptv_ds.evaluation.scored_model import config_of
 
     config = config_of(args.model, _of_model(args), args.recipe)
     for task in tasks:
@@ -159,9 +159,9 @@ def _of_model(args: argparse.Namespace) -> list[str]:
 
 def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, ranks: Ranks) -> list[dict[str, Any]]:
     from tinygptv_ds.dtypes import DTYPES
-    from tinygptv_ds.infer.benchmarks.asking import Asker
-    from tinygptv_ds.infer.benchmarks.made_by import made_by
-    from tinygptv_ds.infer.generate import load_model
+    from tinygptv_ds.evaluation.runner import Asker
+    from tinygptv_ds.evaluation.scored_model import made_by
+    from tinygptv_ds.generate.generate import load_model
 
     dtype = take_device(args.dtype, ranks)
     maker = made_by(args.model)

@@ -18,14 +18,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.common import take_device
-from tinygptv_ds.config.schema import TextSection
-from tinygptv_ds.dist import ranks_from_env
+from tinygptv_ds.config.recipe import TextSection
+from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.infer.benchmarks.question import Benchmark, Question
-from tinygptv_ds.infer.benchmarks.settings import Settings, wording
-from tinygptv_ds.infer.candidates import Choice, candidate_losses
-from tinygptv_ds.infer.generate import answers, load_model
+from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question
+from tinygptv_ds.evaluation.wording import Settings, wording
+from tinygptv_ds.generate.candidates import Choice, candidate_losses
+from tinygptv_ds.generate.generate import answers, load_model
 
 NAME = "tinygptv"
 _DEFAULT_TOKENS = 64

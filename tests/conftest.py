@@ -39,7 +39,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model's weights in the released files' layouts."""
-    import tiny
+    from helpers import tiny
 
     return tiny.save_weights(tmp_path_factory.mktemp("weights"))
 
@@ -47,7 +47,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One small dataset of each kind: one picture, none, a conversation, two pictures."""
-    import tiny
+    from helpers import tiny
 
     folder = tmp_path_factory.mktemp("shards")
     return {kind: tiny.write_shards(folder / kind, tiny.samples(kind, 12)) for kind in KINDS}
@@ -56,7 +56,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def raw_recipe(weights: Path, shards: dict[str, Path]) -> Callable[..., dict[str, Any]]:
     """Makes a recipe as plain values; `changes` are dotted keys with `__` for the dot."""
-    import tiny
+    from helpers import tiny
 
     return lambda **changes: tiny.recipe(weights, shards, **changes)
 
@@ -64,6 +64,6 @@ def raw_recipe(weights: Path, shards: dict[str, Path]) -> Callable[..., dict[str
 @pytest.fixture
 def recipe_file(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
     """Writes that recipe as a YAML file."""
-    import tiny
+    from helpers import tiny
 
     return lambda **changes: tiny.write_recipe(tmp_path / "recipe.yaml", raw_recipe(**changes))

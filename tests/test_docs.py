@@ -32,8 +32,8 @@ def test_no_half_merged_page(document: Path) -> None:
 
 def test_the_table_of_weights_names_every_kind() -> None:
     """One row at least for every form and kind that the verbs know."""
-    from tinygptv_ds.convert.export import FORMS
-    from tinygptv_ds.convert.opened import KINDS
+    from tinygptv_ds.weights.detect import KINDS
+    from tinygptv_ds.weights.export.export import FORMS
 
     text = (ROOT / "docs/weights.md").read_text()
     assert all(f"| `{form}` |" in text for form in FORMS)
@@ -46,8 +46,8 @@ def test_the_table_of_weights_names_every_kind() -> None:
 def test_the_page_of_data_names_everything() -> None:
     """Every dataset with its files, every verb and every reason for which a sample drops out."""
     from tinygptv_ds.cli import VERBS
-    from tinygptv_ds.data.reader import REASONS
     from tinygptv_ds.data.sets import DATASETS
+    from tinygptv_ds.data.shards.reader import REASONS
 
     text = (ROOT / "docs/data.md").read_text()
     data_verbs = [verb for verb, (_, module) in VERBS.items() if ".data." in module]

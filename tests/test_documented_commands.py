@@ -12,7 +12,7 @@ import pytest
 from eval import common, refer, vqa
 from tinygptv_ds.cli import VERBS
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.train.job import stage_parser
+from tinygptv_ds.train.setup.job import stage_parser
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])

@@ -15,35 +15,41 @@ from tinygptv_ds.errors import Stopped, TinyGPTVError
 
 USER_ERROR = 2
 VERBS = {
-    "doctor": ("what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor"),
-    "prepare": ("turn a dataset's own files into shards", "tinygptv_ds.data.prepare"),
-    "stream": ("what a run would be fed, one JSON line a sample", "tinygptv_ds.data.show_stream"),
-    "convert_laion": ("LAION's caption JSON as the TSV that img2dataset reads", "tinygptv_ds.data.convert_captions"),
-    "convert_cc_sbu": ("CC/SBU's caption JSON as the TSV that img2dataset reads", "tinygptv_ds.data.convert_captions"),
+    "doctor": ("what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor.local"),
+    "prepare": ("turn a dataset's own files into shards", "tinygptv_ds.data.prepare.prepare"),
+    "stream": ("what a run would be fed, one JSON line a sample", "tinygptv_ds.data.checks.show_stream"),
+    "convert_laion": (
+        "LAION's caption JSON as the TSV that img2dataset reads",
+        "tinygptv_ds.data.prepare.convert_captions",
+    ),
+    "convert_cc_sbu": (
+        "CC/SBU's caption JSON as the TSV that img2dataset reads",
+        "tinygptv_ds.data.prepare.convert_captions",
+    ),
     "check-data": (
         "what of a recipe's data is there, whether it can train, and how much it is",
-        "tinygptv_ds.data.check",
+        "tinygptv_ds.data.checks.check_data",
     ),
-    "preview": ("a page of samples as the model will see them", "tinygptv_ds.data.preview"),
-    "index": ("make the indexes of shards that are to be read from elsewhere", "tinygptv_ds.data.make_index"),
+    "preview": ("a page of samples as the model will see them", "tinygptv_ds.data.checks.preview"),
+    "index": ("make the indexes of shards that are to be read from elsewhere", "tinygptv_ds.data.shards.index_verb"),
     "features": (
         "run the frozen ViT and Q-Former over a recipe's pictures once, to train from what they give",
-        "tinygptv_ds.features",
+        "tinygptv_ds.features.compute",
     ),
     "estimate": (
         "memory, time and disk that a recipe takes, before any GPU is touched",
-        "tinygptv_ds.train.estimate",
+        "tinygptv_ds.estimate.estimate",
     ),
-    "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.convert.inspect"),
-    "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.convert.convert"),
+    "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.weights.inspect"),
+    "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.weights.convert"),
     "export": (
         "write a run's model for inference, as an adapter, or for the original's code",
-        "tinygptv_ds.convert.export",
+        "tinygptv_ds.weights.export.export",
     ),
-    "chat": ("talk with a model about pictures, in the terminal", "tinygptv_ds.infer.chat"),
-    "answer": ("answer a file of questions about pictures, on one rank or many", "tinygptv_ds.infer.answer"),
-    "serve": ("answer over HTTP, as OpenAI's chat API, with pictures", "tinygptv_ds.infer.serve"),
-    "demo": ("a page to talk with the model about a picture", "tinygptv_ds.infer.demo"),
+    "chat": ("talk with a model about pictures, in the terminal", "tinygptv_ds.apps.chat"),
+    "answer": ("answer a file of questions about pictures, on one rank or many", "tinygptv_ds.apps.answer"),
+    "serve": ("answer over HTTP, as OpenAI's chat API, with pictures", "tinygptv_ds.apps.serve.serve"),
+    "demo": ("a page to talk with the model about a picture", "tinygptv_ds.apps.demo.demo"),
 }
 
 

@@ -24,7 +24,7 @@ from tinygptv_ds.models.attention import (
     varlen_attention,
 )
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.train.job import ROOT
+from tinygptv_ds.train.setup.job import ROOT
 from tinygptv_ds.train.transfer import model_inputs
 
 HEADS = {"published": (32, 80), "tiny": (2, 8)}  # of Phi: how many, and how wide

@@ -13,7 +13,7 @@ import torch
 
 from tinygptv_ds.models.attention import available_backends
 from tinygptv_ds.models.flops import peak_flops
-from tinygptv_ds.train.rundir import versions
+from tinygptv_ds.train.setup.run_dir import versions
 
 
 def this_device() -> torch.device:

@@ -9,18 +9,18 @@ import torch
 
 from benchmarks.gpu.plan import Case
 from benchmarks.made_up import SIZES
-from tinygptv_ds.config.schema import Recipe
-from tinygptv_ds.convert.assemble import empty_model
-from tinygptv_ds.data.batch import Sample, collate
-from tinygptv_ds.data.loader import Loaded
-from tinygptv_ds.data.mixture import SampleRef
+from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.data.loader.batch import Sample, collate
+from tinygptv_ds.data.loader.dataset import Loaded
+from tinygptv_ds.data.stream.mixture import SampleRef
+from tinygptv_ds.estimate.costs import MeanSample
+from tinygptv_ds.estimate.sample_mean import ASSUMED
+from tinygptv_ds.estimate.sizes import Sizes, Transformer
 from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.parameters import lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import lora, norms, projections, train_only
 from tinygptv_ds.processing.sequence import IGNORE, Sequence
-from tinygptv_ds.train.costs import MeanSample
-from tinygptv_ds.train.sample_mean import ASSUMED
-from tinygptv_ds.train.sizes import Sizes, Transformer
+from tinygptv_ds.weights.assemble import empty_model
 
 DATASET = "made up"
 _TINY = {"model.proj_hidden_size=24", "model.lora_alpha=4"}

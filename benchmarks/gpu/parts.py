@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.gpu.machine import wait
 from tinygptv_ds.train.engine import Engine
-from tinygptv_ds.train.stopwatch import Stopwatch
+from tinygptv_ds.train.metrics.stopwatch import Stopwatch
 
 
 def parts_of(engine: Engine, run: Callable[[], object], steps: int) -> dict[str, float]:

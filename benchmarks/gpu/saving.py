@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.gpu.machine import wait
-from tinygptv_ds.train.checkpoint import FOLDER, TENSORS, Snapshot, write_checkpoint
+from tinygptv_ds.train.checkpoint.saver import take_snapshot
+from tinygptv_ds.train.checkpoint.storage import FOLDER, TENSORS, Snapshot, write_checkpoint
 from tinygptv_ds.train.engine import Engine
-from tinygptv_ds.train.saver import take_snapshot
 
 
 def save_times(engine: Engine, step: Callable[[], object]) -> dict[str, float]:

@@ -19,19 +19,19 @@ from benchmarks.gpu.plan import SIZES, Case
 from benchmarks.gpu.results import MEASURED, OUT_OF_MEMORY, add
 from benchmarks.gpu.saving import save_times
 from tinygptv_ds.cli import run_command
-from tinygptv_ds.config.deepspeed_json import load_deepspeed_json, resolve_deepspeed
+from tinygptv_ds.config.deepspeed import load_deepspeed_json, resolve_deepspeed
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.dist import ranks_from_env
+from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.dtypes import DTYPES
+from tinygptv_ds.estimate.memory import GIB, MicroBatch, step_memory
+from tinygptv_ds.estimate.sizes import trained_parts
 from tinygptv_ds.models.flops import peak_flops, step_costs
+from tinygptv_ds.train.checkpoint.saver import Saver
 from tinygptv_ds.train.engine import Engine, start_distributed
-from tinygptv_ds.train.job import ROOT, Job
 from tinygptv_ds.train.loop import optimizer_step
-from tinygptv_ds.train.memory import GIB, MicroBatch, step_memory
-from tinygptv_ds.train.metrics import memory_gib, rates
-from tinygptv_ds.train.saver import Saver
-from tinygptv_ds.train.sizes import trained_parts
-from tinygptv_ds.train.sums import RankTimes, Sums
+from tinygptv_ds.train.metrics.accumulator import RankTimes, Sums
+from tinygptv_ds.train.metrics.reporter import memory_gib, rates
+from tinygptv_ds.train.setup.job import ROOT, Job
 from tinygptv_ds.train.transfer import Transfer
 
 WARM_UP, BY_PART = 3, 3  # steps; those by part come after the timed ones

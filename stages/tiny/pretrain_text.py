@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CodeGenTokenizer
 
 from stages.tiny.pretrain import Training, optimize
-from tinygptv_ds.config.schema import TextSection
+from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.data.sets import digits
 from tinygptv_ds.models.attention import make_packing
 from tinygptv_ds.models.loss import token_losses

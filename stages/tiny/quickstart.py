@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.errors import TinyGPTVError
-from tinygptv_ds.infer.benchmarks.held_out import read_held_out
-from tinygptv_ds.infer.benchmarks.report import save_json
+from tinygptv_ds.evaluation.benchmarks.held_out import read_held_out
+from tinygptv_ds.evaluation.report import save_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path("runs/quickstart")  # the recipes beside this file name it too
@@ -80,7 +80,7 @@ def main() -> None:
 
 def make_data() -> bool:
     """Shards of every embedded dataset, for training and held out."""
-    from tinygptv_ds.data.prepare import prepare_digits
+    from tinygptv_ds.data.prepare.prepare import prepare_digits
 
     reports = prepare_digits(DATA).values()
     if all(report.reused for report in reports):
@@ -185,8 +185,8 @@ def export() -> bool:
         return False
     import torch
 
-    from tinygptv_ds.convert.export_hf import export_hf
-    from tinygptv_ds.convert.resolve import resolve
+    from tinygptv_ds.weights.export.hf import export_hf
+    from tinygptv_ds.weights.resolve import resolve
 
     export_hf(resolve(RUN / "stage4"), MODEL, dtype=torch.float32, scores=[scores_file(4)])
     print(f"{MODEL}: written")
@@ -233,7 +233,7 @@ def show_answer() -> None:
     """One question about one held-out picture, asked of the exported model."""
     import torch
 
-    from tinygptv_ds.infer.generate import answers, load_model
+    from tinygptv_ds.generate.generate import answers, load_model
     from tinygptv_ds.processing.sequence import wrap
     from tinygptv_ds.processing.text import IMAGE_TAG
 

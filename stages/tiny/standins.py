@@ -30,12 +30,12 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from stages.tiny import pretrain_text, pretrain_vision
 from tinygptv_ds.cli import run_command
-from tinygptv_ds.convert.blip2 import original_name
-from tinygptv_ds.convert.phi2 import ADDED_NORMS, to_layout
-from tinygptv_ds.convert.storage import in_memory
-from tinygptv_ds.disk import whole_file, whole_folder
+from tinygptv_ds.files import whole_file, whole_folder
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.weights.io import in_memory
+from tinygptv_ds.weights.layouts.blip2 import original_name
+from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, to_layout
 
 PHI, EVA_VIT, QFORMER = "phi", "eva_vit_g.pth", "blip2_pretrained_flant5xxl.pth"
 MANIFEST = "standins.json"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import setups
-from tinygptv_ds.config.deepspeed_checks import check_machine
-from tinygptv_ds.config.deepspeed_json import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
+from tinygptv_ds.config.deepspeed import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
+from tinygptv_ds.config.deepspeed_rules import check_machine
 from tinygptv_ds.config.load import apply_overrides, build_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -20,8 +20,8 @@ from deepspeed.runtime.zero.offload_config import (
 )
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 
-from tinygptv_ds.config.deepspeed_checks import check_combinations, check_machine, check_section
 from tinygptv_ds.config.deepspeed_keys import KNOWN, REFUSED, ZERO
+from tinygptv_ds.config.deepspeed_rules import check_combinations, check_machine, check_section
 from tinygptv_ds.errors import ConfigError
 
 MODELS = {

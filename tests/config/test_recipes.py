@@ -10,7 +10,7 @@ import yaml
 
 from tinygptv_ds.config.data_section import DatasetSection
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.config.schema import Recipe
+from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.sets import DATASETS
 
 STAGES = Path(__file__).parents[2] / "stages"

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from tinygptv_ds import cli
-from tinygptv_ds.convert.assemble import build_model
-from tinygptv_ds.data.loader import MicroBatches, open_tokens
-from tinygptv_ds.data.stream import open_stream
+from tinygptv_ds.data.loader.dataset import MicroBatches, open_tokens
+from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import TinyGPTVError
 from tinygptv_ds.models import tinygptv
-from tinygptv_ds.models.trainable import lora, norms, projections, train_only
+from tinygptv_ds.models.parameters import lora, norms, projections, train_only
 from tinygptv_ds.train import loop
+from tinygptv_ds.train.callbacks.guard import Guard
 from tinygptv_ds.train.engine import MOMENTS, Engine, start_distributed
-from tinygptv_ds.train.guard import Guard
-from tinygptv_ds.train.job import Job, parse_job
-from tinygptv_ds.train.sums import Sums
+from tinygptv_ds.train.metrics.accumulator import Sums
+from tinygptv_ds.train.setup.job import Job, parse_job
 from tinygptv_ds.train.transfer import Transfer
+from tinygptv_ds.weights.assemble import build_model
 
 ROOT = Path(__file__).parents[2]
 RANK = int(os.environ.get("RANK", 0))

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tinygptv_ds.data.loader import Loaded, MicroBatches
-from tinygptv_ds.dist import ranks_from_env
+from tinygptv_ds.data.loader.dataset import Loaded, MicroBatches
+from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.train import loop
 
 

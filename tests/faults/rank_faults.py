@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from tinygptv_ds.data.loader import Loaded
+from tinygptv_ds.data.loader.dataset import Loaded
 from tinygptv_ds.train import loop
 from tinygptv_ds.train.engine import Engine
 

@@ -6,8 +6,8 @@ import signal
 import threading
 import time
 
-from tinygptv_ds.train import progress, watchdog
 from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.liveness import progress, watchdog
 
 HOWS = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),

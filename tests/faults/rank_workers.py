@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rank_faults import watched
 
-from tinygptv_ds.data import storage
-from tinygptv_ds.data.loader import Loaded, MicroBatches
+from tinygptv_ds import retry as storage
+from tinygptv_ds.data.loader.dataset import Loaded, MicroBatches
 
 HOWS = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "hanging": lambda: time.sleep(1000)}
 

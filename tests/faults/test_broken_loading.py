@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from forked import Ranks, ended
+from helpers import tiny
+from helpers.forked import Ranks, ended
 from rank_faults import fed, watched
 from rank_workers import broken_workers, failing_reads
 

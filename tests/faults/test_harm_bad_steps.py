@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import tiny
 import torch
-from launch.launcher import Run, deepspeed_script, run
+from helpers import tiny
+from helpers.launcher import Run, deepspeed_script, run
 
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.data.stream import Planner, open_stream
+from tinygptv_ds.data.stream.plan import Planner, open_stream
 
 CASES = [f"ZeRO-{zero} {precision}" for zero in (1, 2, 3) for precision in ("fp32", "bf16")]
 

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tiny
-from forked import apart
+from helpers import tiny
+from helpers.forked import apart
 from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.loader import MicroBatches, Tokens, load_steps
-from tinygptv_ds.data.stream import open_stream
+from tinygptv_ds.data.loader.dataset import MicroBatches, Tokens, load_steps
+from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.processing.sequence import ImageTokens
 
 STEPS, WARM = 10_000, 1_000

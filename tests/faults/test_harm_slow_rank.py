@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import tiny
-from forked import Ranks, ended
 from harm_slow_loader import slow_rank
-from launch.launcher import ZERO_3
+from helpers import tiny
+from helpers.forked import Ranks, ended
+from helpers.launcher import ZERO_3
+from helpers.written import Written
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from written import Written
 
 from stages.tiny.quickstart import training_lines
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from forked import Ranks, started
+from helpers import tiny
+from helpers.forked import Ranks, started
 from rank_hangs import hanging, in_step
 
 LOST = 75

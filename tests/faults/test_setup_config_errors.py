@@ -32,7 +32,7 @@ import json, sys, time
 from pathlib import Path
 sys.modules.update(dict.fromkeys(("torch", "deepspeed", "transformers")))
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.train.job import parse_job
+from tinygptv_ds.train.setup.job import parse_job
 told = []
 for options in json.loads(sys.argv[1]):
     start = time.perf_counter()

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import tiny
 import torch
-from forked import ended
-from launcher import ROOT, Run, bash_form, images_of_each_rank, run
+from helpers import tiny
+from helpers.forked import ended
+from helpers.launcher import ROOT, Run, bash_form, images_of_each_rank, run
 from safetensors.torch import load_file
 
 STEPS, CYCLE, SAVED = 20, 10, 11

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from forked import Ranks, ended, started
+from helpers import tiny
+from helpers.forked import Ranks, ended, started
 from rank_faults import fed, watched
 
-from tinygptv_ds.train.checkpoint import complete_ones
+from tinygptv_ds.train.checkpoint.storage import complete_ones
 
 NUMBERS = ("train/loss", "train/grad_norm", "train/lr", "train/skipped_steps")
 ZERO_3 = "--set=deepspeed.zero_optimization.stage=3"

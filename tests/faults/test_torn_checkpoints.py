@@ -13,14 +13,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from forked import ended
+from helpers import tiny
+from helpers.forked import ended
 
 from tinygptv_ds.errors import CheckpointError
-from tinygptv_ds.train import checkpoint, resume, saver
-from tinygptv_ds.train.checkpoint import Snapshot, complete_ones, read_state, step_of, write_checkpoint
-from tinygptv_ds.train.saver import Writer
+from tinygptv_ds.train.checkpoint import resume, saver
+from tinygptv_ds.train.checkpoint import storage as checkpoint
+from tinygptv_ds.train.checkpoint.saver import Writer
+from tinygptv_ds.train.checkpoint.storage import (
+    Snapshot,
+    complete_ones,
+    read_state,
+    step_of,
+    write_checkpoint,
+)
 
 TRAIN = SimpleNamespace(keep_checkpoints=2, keep_every=0)
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}

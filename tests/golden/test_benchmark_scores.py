@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from tinygptv_ds.infer.benchmarks.question import Question, Task
-from tinygptv_ds.infer.benchmarks.scoring import score
-from tinygptv_ds.infer.benchmarks.settings import Settings, wording
-from tinygptv_ds.infer.benchmarks.table import PUBLISHED
-from tinygptv_ds.infer.scores import okvqa_answer
+from tinygptv_ds.evaluation.answer_scores import okvqa_answer
+from tinygptv_ds.evaluation.benchmarks.question import Question, Task
+from tinygptv_ds.evaluation.benchmarks.table import PUBLISHED
+from tinygptv_ds.evaluation.scoring import score
+from tinygptv_ds.evaluation.wording import Settings, wording
 
 
 def read(golden: Path, name: str) -> dict:

@@ -5,17 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from golden_model import LOSS, full_model, pack_layout, read, tensors
+from helpers.golden_model import LOSS, full_model, pack_layout, read, tensors
+from helpers.verbs import call
 from torch import Tensor
-from verbs import call
 
-from tinygptv_ds.convert import convert, export
-from tinygptv_ds.convert.inspect import inspect
-from tinygptv_ds.convert.storage import load_torch, open_weights
-from tinygptv_ds.convert.tinygptv_pth import canonical_name
-from tinygptv_ds.convert.trained import load_trained
+from tinygptv_ds.models.parameters import lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import lora, norms, projections, train_only
+from tinygptv_ds.weights import convert
+from tinygptv_ds.weights.export import export
+from tinygptv_ds.weights.inspect import inspect
+from tinygptv_ds.weights.io import load_torch, open_weights
+from tinygptv_ds.weights.layouts.original import canonical_name
+from tinygptv_ds.weights.trained import load_trained
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_model import HIDDEN, read, tensors
+from helpers.golden_model import HIDDEN, read, tensors
 from safetensors.torch import save_file
 
-from tinygptv_ds.convert.eva import PREFIX, eva_config, eva_source
-from tinygptv_ds.convert.files import check_weights, copy_weights
 from tinygptv_ds.models.eva_vit import build_eva_vit, interpolate_pos_embed
+from tinygptv_ds.weights.layouts.eva import PREFIX, eva_config, eva_source
+from tinygptv_ds.weights.source import check_weights, copy_weights
 
 
 def load(path: Path, config: dict, image_size: int) -> tuple[torch.nn.Module, list[str]]:

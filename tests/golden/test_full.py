@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_model import (
+from helpers.golden_model import (
     HIDDEN,
     LOSS,
     assert_gradients,
@@ -18,13 +18,13 @@ from golden_model import (
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from tinygptv_ds.config.schema import TextSection
-from tinygptv_ds.convert.tinygptv_pth import canonical_name, original_name
-from tinygptv_ds.infer.candidates import CandidateLosses, Choice, batch_means, candidate_losses, rank
+from tinygptv_ds.config.recipe import TextSection
+from tinygptv_ds.generate.candidates import CandidateLosses, Choice, batch_means, candidate_losses, rank
 from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.parameters import lora, norms, projections, train_only, weight_decay_groups
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import lora, norms, projections, train_only, weight_decay_groups
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
+from tinygptv_ds.weights.layouts.original import canonical_name, original_name
 
 PARTS = {
     "visual_encoder": "visual_encoder",
@@ -86,7 +86,7 @@ def test_greedy(greedy_prompts: Path) -> None:
     assert out[:, len(ids[0]) :].tolist() == expected["new_tokens"].tolist() == case["new_tokens"]
     with torch.no_grad():
         embedded = model.embed(torch.tensor(ids), pixels(expected))
-    for embeds in (expected["inputs_embeds"], embedded):  # the latter is how tinygptv_ds/infer generates
+    for embeds in (expected["inputs_embeds"], embedded):  # the latter is how tinygptv_ds/generate generates
         out = model.generate(
             inputs_embeds=embeds,
             attention_mask=expected["attention_mask"],
@@ -130,7 +130,7 @@ def losses_of(case: dict, folder: Path, path: Path, batch_size: int) -> Iterator
         Choice(question, [image], c) for question, image, c in zip(case["texts"], images, candidates, strict=True)
     ]
     with pytest.MonkeyPatch.context() as patch:  # the reference's pictures are normalised tensors
-        patch.setattr("tinygptv_ds.infer.candidates.to_pixels", lambda picture, _: picture.numpy())
+        patch.setattr("tinygptv_ds.generate.candidates.to_pixels", lambda picture, _: picture.numpy())
         yield from candidate_losses(model, processor, choices, text, batch_size=batch_size)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_model import LOSS, fill, read, tensors
+from helpers.golden_model import LOSS, fill, read, tensors
 from test_phi import (
     assert_outputs,
     assert_packed,
@@ -16,10 +16,10 @@ from test_phi import (
     padded_loss,
 )
 
-from tinygptv_ds.convert.files import Source
-from tinygptv_ds.convert.merge import merge_lora
-from tinygptv_ds.convert.storage import in_memory
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.weights.io import in_memory
+from tinygptv_ds.weights.merge_lora import merge_lora
+from tinygptv_ds.weights.source import Source
 
 
 @pytest.fixture

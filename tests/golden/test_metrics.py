@@ -5,17 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tinygptv_ds.infer.boxes import (
-    HIT_IOU,
-    clean_box_answer,
-    corners,
-    counts_as_hit,
-    integers,
-    is_well_formed,
-    pixel_box,
-    pixel_iou,
-)
-from tinygptv_ds.infer.scores import (
+from tinygptv_ds.evaluation.answer_scores import (
     EVALUATION_TEMPLATE,
     cut,
     evaluation_prompt,
@@ -25,7 +15,17 @@ from tinygptv_ds.infer.scores import (
     vizwiz_accuracy,
     vsr_hit,
 )
-from tinygptv_ds.infer.vqa_accuracy import (
+from tinygptv_ds.evaluation.box_scores import (
+    HIT_IOU,
+    clean_box_answer,
+    corners,
+    counts_as_hit,
+    integers,
+    is_well_formed,
+    pixel_box,
+    pixel_iou,
+)
+from tinygptv_ds.evaluation.vqa_accuracy import (
     lavis_vqa_accuracy,
     normalise,
     remove_punctuation,

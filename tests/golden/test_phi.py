@@ -5,13 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_model import HIDDEN, LOSS, assert_gradient, assert_gradients, fill, language_config, pack, read, tensors
+from helpers.golden_model import (
+    HIDDEN,
+    LOSS,
+    assert_gradient,
+    assert_gradients,
+    fill,
+    language_config,
+    pack,
+    read,
+    tensors,
+)
 from torch import Tensor
 
-from tinygptv_ds.convert.files import Source
-from tinygptv_ds.convert.storage import Stored, open_weights
 from tinygptv_ds.models.attention import causal_mask, make_packing
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.weights.io import Stored, open_weights
+from tinygptv_ds.weights.source import Source
 
 
 @pytest.fixture
@@ -20,7 +30,7 @@ def model(golden: Path) -> TinyGPTVForConditionalGeneration:
 
 
 def load_language_model(folder: Path) -> TinyGPTVForConditionalGeneration:
-    from tinygptv_ds.convert.tinygptv_pth import canonical_name
+    from tinygptv_ds.weights.layouts.original import canonical_name
 
     config = read(folder / "config.json")
     model = TinyGPTVForConditionalGeneration(language_config(config, folder)).eval()

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from golden_model import HIDDEN, fill, qformer_config, read, tensors
+from helpers.golden_model import HIDDEN, fill, qformer_config, read, tensors
 from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from tinygptv_ds.convert import blip2
+from tinygptv_ds.weights.layouts import blip2
 
 
 class QFormer(nn.Module):

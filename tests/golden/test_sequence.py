@@ -8,7 +8,7 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tinygptv_ds.config.schema import TextSection
+from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence, prompt_ids
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, Rendered
 

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from tinygptv_ds.cli import run_command
-from tinygptv_ds.data.loader import Loaded
+from tinygptv_ds.data.loader.dataset import Loaded
 from tinygptv_ds.train import loop
 from tinygptv_ds.train.engine import Engine
 

@@ -3,21 +3,21 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinygptv_ds.train.job import parse_job
+from tinygptv_ds.train.setup.job import parse_job
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     job = parse_job(argv, Path(__file__).parents[2] / "stages/stage4.yaml")
 
-    from tinygptv_ds.convert.assemble import build_model
-    from tinygptv_ds.convert.model_folder import save_trained
-    from tinygptv_ds.convert.provenance import provenance_of
-    from tinygptv_ds.data.loader import open_tokens
-    from tinygptv_ds.data.stream import open_stream
+    from tinygptv_ds.data.loader.dataset import open_tokens
+    from tinygptv_ds.data.stream.plan import open_stream
     from tinygptv_ds.dtypes import DTYPES
-    from tinygptv_ds.models.trainable import lora, norms, projections, train_only
+    from tinygptv_ds.models.parameters import lora, norms, projections, train_only
     from tinygptv_ds.train.engine import start_distributed, start_engine
     from tinygptv_ds.train.loop import train
+    from tinygptv_ds.weights.assemble import build_model
+    from tinygptv_ds.weights.model_folder import save_trained
+    from tinygptv_ds.weights.provenance import provenance_of
 
     with start_distributed(job) as watchdog:
         model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])

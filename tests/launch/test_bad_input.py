@@ -5,11 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from forked import Ranks, ended
-from launcher import Run, bash_form, run
+from helpers.forked import Ranks, ended
+from helpers.launcher import Run, bash_form, run
 from safetensors.torch import save_file
 
-from tinygptv_ds.data.shards import ShardWriter
+from tinygptv_ds.data.shards.writer import ShardWriter
 
 
 def error_of(done: Run | Ranks) -> str:

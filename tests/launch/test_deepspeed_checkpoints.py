@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from forked import Ranks, ended
-from launcher import ROOT
+from helpers import tiny
+from helpers.forked import Ranks, ended
+from helpers.launcher import ROOT
 from safetensors.torch import load_file
 
-from tinygptv_ds.convert.opened import open_any
-from tinygptv_ds.convert.resolve import resolve
-from tinygptv_ds.convert.trained import load_trained
 from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.weights.detect import open_any
+from tinygptv_ds.weights.resolve import resolve
+from tinygptv_ds.weights.trained import load_trained
 
 SETS = {
     2: ["deepspeed.zero_optimization.stage=2"],

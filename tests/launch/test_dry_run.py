@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher import one_process, run
+from helpers.launcher import one_process, run
 
 
 def test_a_dry_run(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

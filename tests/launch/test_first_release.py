@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from launcher import ROOT, one_process, run
+from helpers.launcher import ROOT, one_process, run
 from safetensors.torch import load_file
 from torch import Tensor
 
 from tinygptv_ds.cli import main
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.convert.assemble import build_model, meta_model, model_config
-from tinygptv_ds.convert.resolve import resolve, resolve_trained
-from tinygptv_ds.convert.tinygptv_pth import original_name
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.models.trainable import learnt
+from tinygptv_ds.models.parameters import learnt
+from tinygptv_ds.weights.assemble import build_model, meta_model, model_config
+from tinygptv_ds.weights.layouts.original import original_name
+from tinygptv_ds.weights.resolve import resolve, resolve_trained
 
 QFORMER = ("qformer.", "query_tokens")
 

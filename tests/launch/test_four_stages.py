@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from launcher import CPU, ROOT, Run, bash_form, deepspeed_form, run
+from helpers import tiny
+from helpers.launcher import CPU, ROOT, Run, bash_form, deepspeed_form, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor

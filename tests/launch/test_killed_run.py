@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny
-from forked import ended
-from launcher import Run, deepspeed_script, run
+from helpers import tiny
+from helpers.forked import ended
+from helpers.launcher import Run, deepspeed_script, run
 
 STEPS, SAVED_EVERY, KILLED_AFTER = 8, 3, 4
 SCRIPT = "tests/launch/record_samples.py"

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import tiny
 import torch
-from forked import Ranks, ended
-from launcher import ROOT, ZERO_3, Run, bash_form, deepspeed_form, images_of_each_rank, run
+from helpers import tiny
+from helpers.forked import Ranks, ended
+from helpers.launcher import ROOT, ZERO_3, Run, bash_form, deepspeed_form, images_of_each_rank, run
+from helpers.verbs import call
+from helpers.written import Written
 from safetensors.torch import load_file
-from verbs import call
-from written import Written
 
-from tinygptv_ds import features as make_features
+from tinygptv_ds.features import compute as make_features
 
 STEPS = 6
 NUMBERS = ["train/loss", "train/grad_norm", "train/lr"] + [f"train/loss_{name}" for name in ("text", "vqa", "pair")]

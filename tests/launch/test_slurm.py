@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from launcher import CPU, ROOT
+from helpers import tiny
+from helpers.launcher import CPU, ROOT
 
 SCRIPT = ROOT / "launch/slurm.sbatch"
 # Starts the tasks as srun does, and ends as it does: with the highest exit code, 128 + the number for a signal.

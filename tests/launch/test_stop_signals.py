@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from launcher import bash_form, deepspeed_form, run
+from helpers import tiny
+from helpers.launcher import bash_form, deepspeed_form, run
 
-from tinygptv_ds.train.checkpoint import complete_ones, step_of
+from tinygptv_ds.train.checkpoint.storage import complete_ones, step_of
 
 
 def after(path: Path, number: int) -> Callable[[int], None]:

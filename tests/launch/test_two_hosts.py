@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from forked import ended
-from launcher import CPU, ROOT
-from two_hosts import TwoHosts, finish, two_hosts, why_not
+from helpers import tiny
+from helpers.forked import ended
+from helpers.launcher import CPU, ROOT
+from helpers.two_hosts import TwoHosts, finish, two_hosts, why_not
 
 _MISSING = why_not()
 pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"no two hosts here: {_MISSING}")

@@ -9,15 +9,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.convert.assemble import build_model
-from tinygptv_ds.data.loader import MicroBatches, open_tokens
-from tinygptv_ds.data.stream import open_stream
+from tinygptv_ds.data.loader.dataset import MicroBatches, open_tokens
+from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.flops import Costs, Work, peak_flops, step_costs
+from tinygptv_ds.models.parameters import Part, lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import Part, lora, norms, projections, train_only
-from tinygptv_ds.train.sums import _work
+from tinygptv_ds.train.metrics.accumulator import _work
 from tinygptv_ds.train.transfer import model_inputs
+from tinygptv_ds.weights.assemble import build_model
 
 ATTENTION = ("scaled_dot_product", "_flash", "_efficient")  # kernels, of which torch counts some and not others
 

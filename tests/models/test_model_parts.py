@@ -10,9 +10,9 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.models.configuration import EvaViTConfig, TinyGPTVConfig
 from tinygptv_ds.models.eva_vit import build_eva_vit, interpolate_pos_embed
 from tinygptv_ds.models.lora import LoRALinear
+from tinygptv_ds.models.parameters import lora, norms, projections, train_only, weight_decay_groups
 from tinygptv_ds.models.phi import RMSNorm, rotary_tables, rotate
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import lora, norms, projections, train_only, weight_decay_groups
 
 
 def full_size(lora_r: int) -> TinyGPTVForConditionalGeneration:

@@ -10,8 +10,8 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.models import attention
 from tinygptv_ds.models.attention import available_backends, choose_backend
 from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
+from tinygptv_ds.models.parameters import lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import lora, norms, projections, train_only
 
 IMAGE, QUERIES = 29, 3
 ROWS = [[1, 2, IMAGE, IMAGE, IMAGE, 3, 4], [5, 6], [IMAGE, IMAGE, IMAGE, 7, 8, 9, 10, 11, 12]]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.images import to_pixels
+from tinygptv_ds.processing.image import to_pixels
 
 MUTATIONS = 6000
 KINDS = {
@@ -109,7 +109,7 @@ CHILD = """
 import sys, warnings
 from pathlib import Path
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.images import open_image, to_pixels
+from tinygptv_ds.processing.image import open_image, to_pixels
 
 warnings.simplefilter("ignore")
 

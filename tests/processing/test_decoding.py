@@ -10,8 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing import images
-from tinygptv_ds.processing.images import open_image, to_pixels
+from tinygptv_ds.processing import image as images
+from tinygptv_ds.processing.image import open_image, to_pixels
 
 FLOWER = load_sample_images().images[1]
 SIDES = st.one_of(st.integers(1, 40), st.integers(1, 427))

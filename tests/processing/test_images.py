@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.images import open_image, to_pixels
+from tinygptv_ds.processing.image import open_image, to_pixels
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:

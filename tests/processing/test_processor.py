@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from transformers import AutoTokenizer
 
-from tinygptv_ds.config.schema import TextSection
+from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.images import to_pixels
+from tinygptv_ds.processing.image import to_pixels
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.processing.sequence import ImageTokens, build_sequence, prompt_text
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, Rendered

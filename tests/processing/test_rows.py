@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from tinygptv_ds.config.schema import TextSection
+from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, build_sequence, prompt_ids, prompt_text, tokenize, wrap
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, Rendered, load_prompts

@@ -5,16 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import benchmark_files
-import forked
 import pytest
-import tiny
-from launcher import ZERO_3
+from helpers import benchmark_files, forked, tiny
+from helpers.launcher import ZERO_3
 
 from eval import vqa
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.train.job import parse_job
+from tinygptv_ds.train.setup.job import parse_job
 
 RAW = Callable[..., dict[str, Any]]
 

@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.mixture import SampleRef
-from tinygptv_ds.data.stream import OpenStream, open_stream
-from tinygptv_ds.dist import Ranks
+from tinygptv_ds.data.stream.mixture import SampleRef
+from tinygptv_ds.data.stream.plan import OpenStream, open_stream
+from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import TinyGPTVError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.flops import Work
-from tinygptv_ds.train.guard import Guard, Spikes
-from tinygptv_ds.train.sums import Done, RankTimes, Totals
+from tinygptv_ds.train.callbacks.guard import Guard, Spikes
+from tinygptv_ds.train.metrics.accumulator import Done, RankTimes, Totals
 
 RAW = Callable[..., dict[str, Any]]
 

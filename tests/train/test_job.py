@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.train import job as job_module
-from tinygptv_ds.train.job import parse_job
-from tinygptv_ds.train.rundir import note_run, start_run_dir
+from tinygptv_ds.train.setup import job as job_module
+from tinygptv_ds.train.setup.job import parse_job
+from tinygptv_ds.train.setup.run_dir import note_run, start_run_dir
 
 ROOT = Path(__file__).parents[2]
 OWN = ROOT / "stages/stage4.yaml"

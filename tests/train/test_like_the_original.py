@@ -7,21 +7,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe, load_recipe
-from tinygptv_ds.config.schema import TextSection
-from tinygptv_ds.data.loader import MicroBatches, Tokens
-from tinygptv_ds.data.stream import open_stream
+from tinygptv_ds.config.recipe import TextSection
+from tinygptv_ds.data.loader.dataset import MicroBatches, Tokens
+from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.tinygptv import PackedOutput
 from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Rendered, load_prompts
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.loop import warn_of_rising_rate
-from tinygptv_ds.train.stopwatch import Stopwatch
+from tinygptv_ds.train.metrics.stopwatch import Stopwatch
 
 STAGES = Path(__file__).parents[2] / "stages"
 RAW = Callable[..., dict[str, Any]]

@@ -7,22 +7,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.loader import Loaded, Skipped, Tokens
-from tinygptv_ds.data.mixture import SampleRef
-from tinygptv_ds.data.stream import open_stream
+from tinygptv_ds.data.loader.dataset import Loaded, Skipped, Tokens
+from tinygptv_ds.data.stream.mixture import SampleRef
+from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.processing.images import to_pixels
+from tinygptv_ds.processing.image import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens
 from tinygptv_ds.train import loop
+from tinygptv_ds.train.callbacks.sample_panel import Shown, _choose
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.loss_scale import LossScale
-from tinygptv_ds.train.panel import Shown, _choose
 
 REF = SampleRef(0, "vqa", 0, 0, 0)
 

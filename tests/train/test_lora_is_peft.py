@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.convert.assemble import build_model
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.weights.assemble import build_model
 
 INPUTS = {
     "input_ids": torch.tensor([3, 7, 11, 2, 5, 6, 9]),

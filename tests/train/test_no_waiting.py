@@ -16,18 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.made_up import SIZES
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.batch import Sample, collate
-from tinygptv_ds.data.loader import Loaded
-from tinygptv_ds.data.mixture import SampleRef
-from tinygptv_ds.dist import Ranks
+from tinygptv_ds.data.loader.batch import Sample, collate
+from tinygptv_ds.data.loader.dataset import Loaded
+from tinygptv_ds.data.stream.mixture import SampleRef
+from tinygptv_ds.distributed import Ranks
+from tinygptv_ds.models.parameters import lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import lora, norms, projections, train_only
 from tinygptv_ds.processing.sequence import IGNORE, Sequence
 from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.liveness.progress import Progress
 from tinygptv_ds.train.loop import optimizer_step
-from tinygptv_ds.train.progress import Progress
-from tinygptv_ds.train.stopwatch import Stopwatch
-from tinygptv_ds.train.sums import Sums
+from tinygptv_ds.train.metrics.accumulator import Sums
+from tinygptv_ds.train.metrics.stopwatch import Stopwatch
 from tinygptv_ds.train.transfer import Transfer
 
 # Reading a value; shapes that depend on values; a tensor of the host's values, which is then copied to the device.

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from torch import nn
 
 from tinygptv_ds.config.load import apply_overrides, build_recipe
-from tinygptv_ds.data.stream import open_stream
-from tinygptv_ds.dist import Ranks
+from tinygptv_ds.data.stream.plan import open_stream
+from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import CheckpointError, ConfigError
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.train import lock
-from tinygptv_ds.train.checkpoint import Snapshot, complete_ones, remove_old, step_of, write_checkpoint
-from tinygptv_ds.train.facts import differences, facts_of
-from tinygptv_ds.train.job import Job
-from tinygptv_ds.train.metrics import forget_after
-from tinygptv_ds.train.resume import began_from, choose_checkpoint, load_weights, open_checkpoint
+from tinygptv_ds.train.checkpoint.resume import began_from, choose_checkpoint, load_weights, open_checkpoint
+from tinygptv_ds.train.checkpoint.run_fingerprint import differences, facts_of
+from tinygptv_ds.train.checkpoint.storage import Snapshot, complete_ones, remove_old, step_of, write_checkpoint
+from tinygptv_ds.train.metrics.reporter import forget_after
+from tinygptv_ds.train.setup import run_dir_lock as lock
+from tinygptv_ds.train.setup.job import Job
 
 MakeJob = Callable[..., Job]
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygptv_ds.config.data_section import DataSection, DatasetSection
-from tinygptv_ds.config.schema import ModelSection, OptimizerSection, Recipe, TrainSection
+from tinygptv_ds.config.recipe import ModelSection, OptimizerSection, Recipe, TrainSection
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.schedule import begins_cycle, learning_rate, rate_of_step
 

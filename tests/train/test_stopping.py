@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-from forked import started
+from helpers import tiny
+from helpers.forked import started
 
-from tinygptv_ds.train.stopping import launchers_of
+from tinygptv_ds.train.liveness.stop_signals import launchers_of
 
 ROOT = Path(__file__).parents[2]
 ASLEEP = "import time; print(flush=True); time.sleep(60)"

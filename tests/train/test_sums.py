@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinygptv_ds.data.loader import Loaded, Skipped
-from tinygptv_ds.data.mixture import SampleRef
-from tinygptv_ds.dist import Ranks
+from tinygptv_ds.data.loader.dataset import Loaded, Skipped
+from tinygptv_ds.data.stream.mixture import SampleRef
+from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.models.flops import Costs, Work
-from tinygptv_ds.train.metrics import rates, straggling, training_scalars
-from tinygptv_ds.train.sums import RankTimes, Sums, Totals
+from tinygptv_ds.train.metrics.accumulator import RankTimes, Sums, Totals
+from tinygptv_ds.train.metrics.reporter import rates, straggling, training_scalars
 
 
 def ref(position: int, dataset: str) -> SampleRef:

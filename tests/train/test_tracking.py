@@ -11,7 +11,7 @@ import pytest
 
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.train.tracking import Tracking, check_tracking
+from tinygptv_ds.train.metrics.wandb_tracker import Tracking, check_tracking
 
 RAW = Callable[..., dict[str, Any]]
 

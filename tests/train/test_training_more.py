@@ -8,15 +8,10 @@ import pytest
 import torch
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.config.schema import Recipe
-from tinygptv_ds.convert.assemble import build_model
-from tinygptv_ds.convert.model_folder import save_trained
-from tinygptv_ds.convert.provenance import provenance_of
-from tinygptv_ds.convert.resolve import resolve
-from tinygptv_ds.data.loader import MicroBatches, open_tokens
-from tinygptv_ds.data.stream import open_stream
-from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import (
+from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.data.loader.dataset import MicroBatches, open_tokens
+from tinygptv_ds.data.stream.plan import open_stream
+from tinygptv_ds.models.parameters import (
     PARTS,
     frozen_learnt,
     lora,
@@ -26,7 +21,12 @@ from tinygptv_ds.models.trainable import (
     vision,
     weight_decay_groups,
 )
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.loop import model_inputs
+from tinygptv_ds.weights.assemble import build_model
+from tinygptv_ds.weights.model_folder import save_trained
+from tinygptv_ds.weights.provenance import provenance_of
+from tinygptv_ds.weights.resolve import resolve
 
 RawRecipe = Callable[..., dict[str, Any]]
 ALL = list(PARTS)

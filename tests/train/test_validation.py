@@ -6,24 +6,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.convert.assemble import build_model
-from tinygptv_ds.data.loader import MicroBatches, Tokens, load_steps, open_tokens
-from tinygptv_ds.data.mixture import SampleRef
-from tinygptv_ds.data.stream import open_stream
-from tinygptv_ds.data.validation import validation_stream
-from tinygptv_ds.dist import Ranks
+from tinygptv_ds.data.loader.dataset import MicroBatches, Tokens, load_steps, open_tokens
+from tinygptv_ds.data.stream.mixture import SampleRef
+from tinygptv_ds.data.stream.plan import open_stream
+from tinygptv_ds.data.stream.validation import validation_stream
+from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.sequence import ImageTokens
+from tinygptv_ds.train.callbacks.validation_loss import Validation
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.transfer import model_inputs
-from tinygptv_ds.train.validation import Validation
+from tinygptv_ds.weights.assemble import build_model
 
 RAW = Callable[..., dict[str, Any]]
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tinygptv_ds.config.nearest import nearest
-from tinygptv_ds.config.schema import Recipe
+from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError
 
 

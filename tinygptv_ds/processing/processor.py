@@ -13,7 +13,7 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.images import to_pixels
+from tinygptv_ds.processing.image import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens, check_placeholders, prompt_ids, tokenize, wrap
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
 

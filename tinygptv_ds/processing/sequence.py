@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tinygptv_ds.config.schema import TextSection
+from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Draw, Rendered, load_prompts, wrap
 

@@ -16,26 +16,26 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
-from tinygptv_ds.data.stream import OpenStream
-from tinygptv_ds.data.workers import Stuck
-from tinygptv_ds.dist import complete_env, cores_per_rank
+from tinygptv_ds.data.loader.workers import Stuck
+from tinygptv_ds.data.stream.plan import OpenStream
+from tinygptv_ds.distributed import complete_env, cores_per_rank
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import Stopped
 from tinygptv_ds.log import LOGGER, set_up_logging
 from tinygptv_ds.models.attention import choose_backend
+from tinygptv_ds.models.parameters import frozen_learnt, weight_decay_groups
 from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
-from tinygptv_ds.models.trainable import frozen_learnt, weight_decay_groups
-from tinygptv_ds.train.facts import facts_of
-from tinygptv_ds.train.job import Job
+from tinygptv_ds.train.checkpoint.run_fingerprint import facts_of
+from tinygptv_ds.train.liveness.progress import BACKWARD, FORWARD, Progress, first_group_timeout
+from tinygptv_ds.train.liveness.watchdog import Watchdog
 from tinygptv_ds.train.loss_scale import LossScale
-from tinygptv_ds.train.progress import BACKWARD, FORWARD, Progress, first_group_timeout
-from tinygptv_ds.train.rundir import note_run, start_run_dir
-from tinygptv_ds.train.stopwatch import Stopwatch
-from tinygptv_ds.train.together import found_by_rank_0
-from tinygptv_ds.train.watchdog import Watchdog
+from tinygptv_ds.train.metrics.stopwatch import Stopwatch
+from tinygptv_ds.train.setup.broadcast import found_by_rank_0
+from tinygptv_ds.train.setup.job import Job
+from tinygptv_ds.train.setup.run_dir import note_run, start_run_dir
 
 if TYPE_CHECKING:
-    from tinygptv_ds.train.saver import Saver
+    from tinygptv_ds.train.checkpoint.saver import Saver
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, under the names that torch gives them
 
@@ -290,9 +290,9 @@ def start_engine(
     Raises:
         CheckpointError: the checkpoint is damaged, or of another recipe, other data or other base weights.
     """
-    from tinygptv_ds.train import resume
-    from tinygptv_ds.train.dry_run import finish_dry_run
-    from tinygptv_ds.train.saver import Saver
+    from tinygptv_ds.train.checkpoint import resume
+    from tinygptv_ds.train.checkpoint.saver import Saver
+    from tinygptv_ds.train.setup.dry_run import finish_dry_run
 
     facts = facts_of(job.recipe, stream) if job.ranks.is_main else {}
     chosen = found_by_rank_0(job.ranks, lambda: resume.choose_checkpoint(job, facts))

@@ -7,24 +7,24 @@ from collections import Counter
 
 import torch
 
-from tinygptv_ds.config.schema import OptimizerSection
-from tinygptv_ds.data.loader import Loaded, MicroBatches, Tokens, load_steps
-from tinygptv_ds.data.stream import OpenStream
-from tinygptv_ds.dist import cores_per_rank
+from tinygptv_ds.config.recipe import OptimizerSection
+from tinygptv_ds.data.loader.dataset import Loaded, MicroBatches, Tokens, load_steps
+from tinygptv_ds.data.stream.plan import OpenStream
+from tinygptv_ds.distributed import cores_per_rank
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.log import LOGGER
+from tinygptv_ds.train.callbacks.benchmark_scores import Evaluation
+from tinygptv_ds.train.callbacks.first_samples import show_first_samples
+from tinygptv_ds.train.callbacks.guard import Guard
+from tinygptv_ds.train.callbacks.sample_panel import Panel
+from tinygptv_ds.train.callbacks.validation_loss import Validation
 from tinygptv_ds.train.engine import Engine
-from tinygptv_ds.train.evaluation import Evaluation
-from tinygptv_ds.train.first_batch import show_first_samples
-from tinygptv_ds.train.guard import Guard
-from tinygptv_ds.train.metrics import Reporter
-from tinygptv_ds.train.panel import Panel
-from tinygptv_ds.train.progress import PREPARING, REPORTING
+from tinygptv_ds.train.liveness.progress import PREPARING, REPORTING
+from tinygptv_ds.train.metrics.accumulator import RankTimes, Sums, Totals
+from tinygptv_ds.train.metrics.reporter import Reporter
+from tinygptv_ds.train.metrics.stopwatch import Stopwatch
 from tinygptv_ds.train.schedule import begins_cycle, rate_of_step
-from tinygptv_ds.train.stopwatch import Stopwatch
-from tinygptv_ds.train.sums import RankTimes, Sums, Totals
 from tinygptv_ds.train.transfer import Transfer, model_inputs
-from tinygptv_ds.train.validation import Validation
 
 _JUDGED_AFTER = 1000  # samples; before, the allowed share of skipped ones is that of this many
 

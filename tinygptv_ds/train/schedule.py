@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tinygptv_ds.config.schema import OptimizerSection, Recipe
+from tinygptv_ds.config.recipe import OptimizerSection, Recipe
 
 
 def rate_of_step(step: int, recipe: Recipe) -> float:

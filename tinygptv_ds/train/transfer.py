@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tinygptv_ds.data.batch import Batch
+from tinygptv_ds.data.loader.batch import Batch
 
 
 def model_inputs(batch: Batch) -> dict:

@@ -1,0 +1,246 @@
+"""A file of questions: any source of pictures, any number of ranks, a kill in between: the same file of answers."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from helpers import forked, tiny
+from helpers.tar_server import TarServer
+from helpers.verbs import call
+
+from tinygptv_ds.apps import answer as verb
+from tinygptv_ds.cli import run_command
+from tinygptv_ds.errors import ConfigError, DataError
+from tinygptv_ds.generate.generate import answers
+from tinygptv_ds.generate.load import Loaded
+from tinygptv_ds.generate.settings import Generation
+from tinygptv_ds.generate.templates import Conversation, choose_template
+
+OPTIONS = ("--dtype", "fp32", "--max-new-tokens", "5")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, shards: dict[str, Path]) -> Path:
+    """Pictures, a shard of pairs, and 7 questions of every kind."""
+    (tmp_path / "pictures").mkdir()
+    for number, picture in enumerate(tiny.pictures(3)):
+        (tmp_path / f"pictures/{number}.png").write_bytes(picture)
+    (tmp_path / "pairs").symlink_to(shards["pair"])
+    write(
+        tmp_path / "questions.jsonl",
+        [
+            {"question": "what is it ?", "image": "pictures/0.png", "id": "é"},
+            {"question": "the bus"},
+            {"question": "which ?", "images": ["pictures/1.png", "pictures/2.png"], "nested": {"a": [1]}},
+            {"question": "left", "image": {"shard": "pairs/00000.tar", "key": "000003"}},
+            {"question": "and ?", "image": "pictures/../pictures/2.png", "history": [["what ?", "red"]]},
+            {"question": "what colour", "image": str(tmp_path / "pictures/0.png"), "images_of": None},
+            {"question": "on the left " * 5, "image": None},
+        ],
+    )
+    return tmp_path
+
+
+def write(path: Path, records: Iterable[dict]) -> None:
+    path.write_text("\n\n".join(json.dumps(record) for record in records))
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answer(exported: Path, folder: Path, *options: object, out: str = "answers.jsonl") -> list[dict]:
+    call(verb, exported, "--input", folder / "questions.jsonl", "--output", folder / out, *OPTIONS, *options)
+    return read(folder / out)
+
+
+def test_every_source_of_pictures(exported: Path, loaded: Loaded, folder: Path, shards: dict[str, Path]) -> None:
+    """Fields pass through, in the order of the questions; the answers are those of the prompts asked one by one."""
+    given = answer(exported, folder, "--batch-size", "3")
+    asked = read_questions(folder)
+    assert [{k: v for k, v in record.items() if k != "answer"} for record in given] == asked
+    pair = list(tiny.samples("pair", 4)[3].images)
+    files = [(folder / f"pictures/{number}.png").read_bytes() for number in range(3)]
+    pictures = [files[:1], [], files[1:], pair, files[2:], files[:1], []]
+    model, processor = loaded
+    questions = []
+    for record, seen in zip(asked, pictures, strict=True):
+        talk = Conversation(choose_template(None, processor.prompt_template, "###"))
+        for number, (question, said) in enumerate(record.get("history", [])):
+            talk.ask(question, seen if number == 0 else [])
+            talk.answered(said)
+        questions.append((talk.ask(record["question"], [] if record.get("history") else seen), seen))
+    expected = list(answers(model, processor, questions, generation=Generation(max_new_tokens=5), batch_size=1))
+    assert [record["answer"] for record in given] == expected
+    assert not (folder / "answers.jsonl.parts").exists()
+
+
+def read_questions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines() if line]
+
+
+def test_pictures_from_the_web(exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed fetch is the error of its line alone; with --strict it ends the job, which goes on from there."""
+    with TarServer() as server:
+        server.files["0.png"] = (folder / "pictures/0.png").read_bytes()
+        urls = [f"{server.url}/0.png", f"{server.url}/none.png"]
+        records = [{"question": "what is it ?", "image": image} for image in ("pictures/0.png", *urls)]
+        write(folder / "questions.jsonl", records)
+        first, fetched, missing = answer(exported, folder, "--allow-private")
+        assert first["answer"] == fetched["answer"]
+        assert missing == records[2] | {"error": f"{urls[1]}: the server says 404 Not Found"}
+        refused = answer(exported, folder, out="refused.jsonl")
+        assert all("not on the public internet" in record["error"] for record in refused[1:])
+        with pytest.raises(DataError, match=r"questions.jsonl:5: .*none.png: the server says 404"):
+            answer(exported, folder, "--allow-private", "--strict", out="strict.jsonl")
+        server.files["none.png"] = server.files["0.png"]
+        assert [*map(len, answer(exported, folder, "--allow-private", "--strict", out="strict.jsonl"))] == [3, 3, 3]
+
+
+def test_pictures_that_are_none(exported: Path, folder: Path) -> None:
+    (folder / "pictures/1.png").write_bytes(b"no picture")
+    given = answer(exported, folder)
+    assert "picture 1 of 2: the picture cannot be decoded" in given[2].pop("error")
+    assert "answer" not in given[2]
+    assert all("answer" in record for number, record in enumerate(given) if number != 2)
+
+
+BAD = {
+    '{"question": ': "no JSON",
+    "[1]": "a JSON object is expected, not a list",
+    '{"image": "pictures/0.png"}': "'question' must be a text",
+    '{"question": " "}': "'question' must be a text",
+    '{"question": "a", "answer": "b"}': "has a field 'answer'",
+    '{"question": "a", "error": null}': "has a field 'error'",
+    '{"question": "a", "image": "x", "images": []}': "both 'image' and 'images'",
+    '{"question": "a", "image": "pictures/9.png"}': "no picture",
+    '{"question": "a", "image": "../x.png"}': "lies outside",
+    '{"question": "a", "image": "/etc/hostname"}': "lies outside",
+    '{"question": "a", "image": "pictures"}': "no picture",
+    '{"question": "a", "image": 3}': "must be a path, a URL, or",
+    '{"question": "a", "image": "file:///etc/passwd"}': "begins with http:// or https://",
+    '{"question": "a", "images": "x"}': "'images' must be a list",
+    '{"question": "a", "image": {"shard": "pairs/00000.tar"}}': "is {'shard': 'PATH.tar', 'key': 'KEY'}",
+    '{"question": "a", "image": {"shard": "pairs/00000.tar", "key": "x"}}': "holds no sample 'x'",
+    '{"question": "a", "image": {"shard": "pairs/9.tar", "key": "x"}}': "no shard",
+    '{"question": "a", "image": {"shard": "pictures/0.png", "key": "x"}}': "no uncompressed tar",
+    '{"question": "a", "history": [["b"]]}': "it holds ['b']",
+    '{"question": "\\ud800"}': "half a character",
+}
+
+
+def test_lines_are_checked_before_the_model_is_loaded(
+    exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where none can be answered, and with --strict where one cannot; the first few are told, with file and line."""
+    path = folder / "questions.jsonl"
+    monkeypatch.setattr(verb, "load_from", lambda *_: pytest.fail("loaded"))
+    for line, why in BAD.items():
+        path.write_text(line)
+        with pytest.raises(DataError) as caught:
+            answer(exported, folder)
+        assert "1 of 1 lines" in str(caught.value) and why in str(caught.value) and f"{path}:1: " in str(caught.value)
+    path.write_text('{"question": "a"}\n' + "[]\n" * 7)
+    with pytest.raises(DataError, match=r"7 of 8 lines cannot be answered:(?s:.*)jsonl:2: (?s:.*)and 2 more"):
+        answer(exported, folder, "--strict")
+    path.write_text("\n")
+    with pytest.raises(DataError, match="holds no question"):
+        answer(exported, folder)
+    path.write_bytes(b"\xff")
+    with pytest.raises(DataError, match="not UTF-8"):
+        answer(exported, folder)
+    path.unlink()
+    with pytest.raises(DataError, match="No such file"):
+        answer(exported, folder)
+    (folder / "answers.jsonl").touch()
+    with pytest.raises(ConfigError, match="already there, and complete"):
+        answer(exported, folder)
+
+
+def test_bad_lines_among_good_ones(exported: Path, folder: Path) -> None:
+    (folder / "questions.jsonl").write_text('{"question": "the bus", "id": 1}\n' + "\n".join(BAD))
+    given = answer(exported, folder, "--answer-field", "said")
+    assert given[0].keys() == {"question", "id", "said"}
+    assert [why in record["error"] for why, record in zip(BAD.values(), given[1:], strict=True) if "answer" not in why]
+    assert given[-1]["question"] == "\ud800"
+    assert given[5] == {"question": "a", "answer": "b", "said": given[5]["said"]}  # no bad line with that option
+
+
+def test_another_job_is_refused(exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(verb, "load_from", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            answer(exported, folder)
+    with pytest.raises(ConfigError, match=r"differs in --template, generation; repeat"):
+        answer(exported, folder, "--template", "C", "--seed", "1")
+    assert len(answer(exported, folder, "--batch-size", "1")) == 7
+
+
+def test_ranks_and_kills(exported: Path, folder: Path) -> None:
+    """Two ranks are killed amid their work and one of their lines is torn; three go on, and none asks twice."""
+    records = read_questions(folder) * 4
+    write(folder / "questions.jsonl", [record | {"number": number} for number, record in enumerate(records)])
+    expected = answer(exported, folder)
+    argv = [exported, "--input", folder / "questions.jsonl", "--output", folder / "ranks.jsonl", *OPTIONS]
+    parts = folder / "ranks.jsonl.parts"
+    ranks = start(2, argv, folder / "said.txt", slow)
+    until = time.monotonic() + 60
+    while sum(file.read_bytes().count(b"\n") for file in parts.glob("rank-*")) < 6:
+        assert time.monotonic() < until and all(rank.is_alive() for rank in ranks), (folder / "said.txt").read_text()
+        time.sleep(0.01)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGKILL)
+        rank.join()
+    assert not (folder / "ranks.jsonl").exists()
+    torn = parts / "rank-00001.jsonl"
+    torn.write_bytes(torn.read_bytes() + b'{"index": 1, "rec')
+    kept = {json.loads(line)["index"] for file in parts.glob("rank-*") for line in file.open() if line.endswith("}\n")}
+    for rank in (ranks := start(3, argv, folder / "said.txt", note_asked)):
+        rank.join(60)
+    said = (folder / "said.txt").read_text()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0], said
+    assert read(folder / "ranks.jsonl") == expected
+    asked = [int(line.split()[1]) for line in said.splitlines() if line.startswith("asked ")]
+    assert sorted(asked) == sorted(set(range(28)) - kept)
+    assert len(kept) >= 6 and not parts.exists()
+
+
+def slow() -> None:
+    """One question at a time, slowly."""
+    ready = verb._ready
+    verb._ready = lambda *given: (time.sleep(0.1), ready(*given))[1]
+
+
+def note_asked() -> None:
+    ready = verb._ready
+    verb._ready = lambda line, work: (print(f"asked {line.index}\n", end="", flush=True), ready(line, work))[1]
+
+
+def start(world: int, argv: list, said: Path, fault: Callable[[], None]) -> list[BaseProcess]:
+    """Ranks of the verb, forked from a process that has imported everything."""
+    forked._start_server()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=_rank, args=(rank, world, port, said, argv, fault)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _rank(rank: int, world: int, port: int, said: Path, argv: list, fault: Callable[[], None]) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    with said.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    fault()
+    run_command(lambda: call(verb, *argv, "--batch-size", "1"))

@@ -1,0 +1,171 @@
+"""The terminal chat: history, pictures, commands, errors; piped and at a terminal."""
+
+import io
+import os
+import pty
+import select
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import tiny
+from helpers.verbs import call
+
+from tinygptv_ds.apps import chat
+from tinygptv_ds.errors import ConfigError, DataError, WeightsError
+from tinygptv_ds.generate.generate import answers
+from tinygptv_ds.generate.load import Loaded
+from tinygptv_ds.generate.settings import Generation
+from tinygptv_ds.generate.templates import Conversation, choose_template
+
+Say = Callable[..., tuple[str, str]]
+SHORT = ("--dtype", "fp32", "--max-new-tokens", "6")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "a picture.png"
+    path.write_bytes(tiny.pictures(1)[0])
+    return path
+
+
+@pytest.fixture
+def say(exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Pipes lines into the verb; what it prints and what it complains of."""
+
+    def run(text: str, *options: object) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        call(chat, exported, *SHORT, *options)
+        printed = capsys.readouterr()
+        return printed.out, printed.err
+
+    return run
+
+
+def expected(loaded: Loaded, *turns: str, picture: Path) -> list[str]:
+    """What a conversation gives that writes its answers back."""
+    model, processor = loaded
+    talk = Conversation(choose_template(None, processor.prompt_template, processor.end_sym))
+    given = []
+    for number, question in enumerate(turns):
+        prompt = talk.ask(question, [picture] if number == 0 else [])
+        (answer,) = answers(model, processor, [(prompt, talk.pictures)], generation=Generation(max_new_tokens=6))
+        talk.answered(answer)
+        given.append(answer)
+    return given
+
+
+def test_a_conversation(say: Say, loaded: Loaded, picture: Path) -> None:
+    """Answers are streamed in full and written back; a new conversation forgets them."""
+    first, second = expected(loaded, "what is it ?", "the bus", picture=picture)
+    out, err = say("what is it ?\n\nthe bus\n", "--image", picture)
+    assert out == f"{first}\n{second}\n"
+    assert "fp32 on cpu, template training" in err.replace("float32", "fp32") and "error" not in err
+    out, _ = say(f"/image {picture}\nwhat is it ?\n/reset\n/image {picture}\nwhat is it ?\n/quit\nnever said\n")
+    assert out.count(first) == 2 and "goes with the next question" in out and "(a new conversation)" in out
+    assert out.rstrip().endswith(first)
+
+
+def test_the_prompt_is_shown(say: Say, picture: Path) -> None:
+    out, err = say("/prompt\nwhat ?\n/prompt\n", "--image", picture, "--show-prompt")
+    shown = "[INST] <Img><ImageHere></Img> what ?  [/INST]"
+    assert out.count(shown) == 2
+    assert "3 of them for 1 picture(s), begin token in front; stops at '###'" in out
+    assert "nothing has been asked yet" in err
+    out, _ = say("what ?\n", "--template", "B", "--show-prompt")
+    assert "<s>[INST] what ? [/INST]" in out and "begin token" not in out
+    assert "begin token in front" in say("what ?\n", "--template", "C", "--begin-token", "--show-prompt")[0]
+
+
+def test_mistakes_do_not_end_it(say: Say, tmp_path: Path, picture: Path) -> None:
+    (tmp_path / "torn.png").write_bytes(picture.read_bytes()[:60])
+    lines = (
+        f"/image {tmp_path}/none.png", f"/image {tmp_path}/torn.png", "/image", "/image http://127.0.0.1/x.png",
+        "/imagine", "<ImageHere> ?", "the bus " * 2500, "/help", "the bus",
+    )  # fmt: skip
+    out, err = say("\n".join(lines))
+    for told in (
+        "none.png: no such picture", "torn.png: the picture cannot be decoded", "wants a path or a URL",
+        "not on the public internet", "no command /imagine; /help lists them", "1 times <ImageHere>",
+        "exceed the model",
+    ):  # fmt: skip
+        assert told in err, told
+    assert err.count("error: ") == 7
+    alone, _ = say("the bus")
+    assert out.endswith(alone) and "/image PATH|URL" in out
+
+
+def test_mistakes_before_it_begins(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="none: no such file or folder"):
+        call(chat, tmp_path / "none")
+    with pytest.raises(WeightsError, match="no weights there"):
+        call(chat, tmp_path)
+    with pytest.raises(ConfigError, match="--template 'Z'"):
+        call(chat, exported, "--template", "Z")
+    with pytest.raises(ConfigError, match="temperature"):
+        call(chat, exported, "--temperature", "-1")
+    with pytest.raises(DataError, match="no such picture"):
+        call(chat, exported, "--image", tmp_path / "no.png")
+
+
+def test_an_answer_is_interrupted(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Ctrl-C keeps what has been said, and the conversation goes on."""
+    import tinygptv_ds.generate.generate as generate
+
+    class Interrupted:
+        def __iter__(self) -> object:
+            yield "a red"
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            pass
+
+    talk = Conversation(choose_template("C", None, "###"))
+    room = chat.Chat(*loaded, talk, Generation(max_new_tokens=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "stream", lambda *_, **__: Interrupted())
+        assert room.take("what ?")
+    assert talk.turns == [("what ?", "a red")]
+    assert room.take("and ?") and len(talk.turns) == 2
+    assert capsys.readouterr().out.startswith("a red\n")
+
+
+def test_at_a_terminal(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt, the answer, Ctrl-D; the history of questions stays for the next time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    process, terminal = pty.fork()
+    if process == 0:  # the child, with the libraries loaded already
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")  # not pytest's
+        try:
+            call(chat, exported, *SHORT)
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    seen = _read_until(terminal, b"> ")
+    os.write(terminal, b"the bus\n")
+    seen = _read_until(terminal, b"> ")
+    os.write(terminal, b"\x04")
+    seen += _read_until(terminal, None)
+    assert os.waitpid(process, 0)[1] == 0, seen
+    assert seen.startswith(b"the bus\r\n") and seen.count(b"\n") >= 2
+    assert "the bus" in (tmp_path / "tinygptv_ds/chat_history").read_text()
+
+
+def _read_until(terminal: int, end: bytes | None, timeout: float = 60) -> bytes:
+    """What appears on the terminal up to `end`; None: until it is closed."""
+    seen, until = b"", time.monotonic() + timeout
+    while end is None or not seen.endswith(end):
+        assert select.select([terminal], [], [], max(0, until - time.monotonic()))[0], seen
+        try:
+            block = os.read(terminal, 1024)
+        except OSError:  # closed
+            block = b""
+        if not block:
+            assert end is None, seen
+            return seen
+        seen += block
+    return seen

@@ -1,0 +1,150 @@
+"""The demo's page in a real browser, with a stand-in that says where things are, and with a tiny model."""
+
+import argparse
+import io
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import browser, tiny
+from PIL import Image
+
+from tinygptv_ds.apps.demo import demo
+from tinygptv_ds.apps.demo.drawing import COLOURS, draw_regions
+from tinygptv_ds.apps.demo.example_images import examples
+from tinygptv_ds.apps.demo.grounding import find_regions
+from tinygptv_ds.apps.demo.page import Reply, build_page, launch, opened
+from tinygptv_ds.generate.generate import answers
+from tinygptv_ds.generate.settings import Generation
+
+needs_browser = pytest.mark.skipif(browser.MISSING is not None, reason=str(browser.MISSING))
+SAID = "I see <p>a bus</p> {<20><30><60><70>} & a <b>, <p>men</p> {<0><0><10><10>}<delim>{<90><0><99><10>}."
+
+
+@contextmanager
+def page_with(reply: Reply) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = build_page(reply, "tiny", Generation(max_new_tokens=12))
+    try:
+        (address,) = launch(page, "127.0.0.1", port)
+        yield address
+    finally:
+        page.close(verbose=False)
+
+
+def png(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return out.getvalue()
+
+
+@needs_browser
+def test_a_picture_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
+    """Painted on, too, and asked about again, with the history, which another picture ends; all without a net."""
+    from playwright.sync_api import expect
+
+    asked, ended = [], []
+
+    def reply(turns: list, question: str, picture: Image.Image | None, settings: Generation) -> Iterator[str]:
+        asked.append((list(turns), question, picture, settings))
+        try:
+            while question == "go on":
+                time.sleep(0.02)
+                yield "and "
+        finally:
+            ended.append(question)
+        yield from (SAID[at : at + 7] for at in range(0, len(SAID), 7))
+
+    photo = Image.new("RGB", (400, 200), (10, 160, 250))
+    with page_with(reply) as url, browser.visited(url) as (page, requests):
+        browser.upload(page, png(photo))
+        browser.ask(page, "Grounding")
+        answer = page.locator("#chat .bot.message").last
+        expect(page.locator("#chat .image-container img")).to_have_count(1)
+        expect(page.locator("#chat .bot.message")).to_contain_text("I see a bus & a <b>, men.")
+        colours = [phrase.get_attribute("style") for phrase in page.locator("#chat b").all()]
+        assert colours == [f"color: rgb{COLOURS[0]}", f"color: rgb{COLOURS[1]}"]
+        there = draw_regions(photo, find_regions(SAID))
+        assert browser.drawn(page).tobytes() == there.tobytes() and there.getpixel((100, 100)) == COLOURS[0]
+        turns, question, picture, settings = asked[0]
+        assert (turns, question) == ([], "[grounding] describe this image in detail")
+        assert picture.tobytes() == photo.tobytes()
+        assert settings == Generation(max_new_tokens=12)
+
+        browser.paint(page, (0.4, 0.5), (0.6, 0.6))
+        browser.ask(page, "Identify")
+        expect(page.locator("#chat .image-container img")).to_have_count(3)  # the question's own box, and the answer's
+        turns, question, _, _ = asked[1]
+        assert turns == [("[grounding] describe this image in detail", SAID)]
+        box = [int(side) for side in question.removeprefix("[identify] what is this {<").removesuffix(">}").split("><")]
+        assert 30 < box[0] < box[2] < 70 and 40 < box[1] < box[3] < 80
+        assert browser.drawn(page, 1).tobytes() == draw_regions(photo, find_regions(question)).tobytes()
+
+        with browser.another_picture(page):
+            page.get_by_text("[vqa] how many digits are there?").click()
+        expect(page.locator("#words textarea")).to_have_value("[vqa] how many digits are there?")
+        page.click("#send")
+        expect(page.locator("#chat .user.message")).to_have_count(1)
+        expect(page.locator("#chat .image-container img")).to_have_count(1)
+        turns, question, picture, _ = asked[2]
+        assert turns == [] and question == "[vqa] how many digits are there?"
+        assert picture.tobytes() == examples()[-1][0].tobytes()
+
+        browser.upload(page, png(photo))
+        expect(answer).to_have_count(0)
+        browser.ask(page, "Chat", "go on")
+        expect(answer).to_contain_text("and and")
+        page.click("#reset")
+        expect(answer).to_have_count(0)
+        page.wait_for_timeout(300)
+        assert ended[-1] == "go on"
+        assert [url for url in requests if not url.startswith(("http://127.0.0.1", "blob:", "data:"))] == []
+
+
+@needs_browser
+def test_the_page_with_a_model(exported: Path, loaded: object) -> None:
+    """A plain question is answered as by `answers`; what cannot be asked is said."""
+    from playwright.sync_api import expect
+
+    args = argparse.ArgumentParser()
+    demo.add_arguments(args)
+    reply, name = demo.replying(args.parse_args([str(exported), "--dtype", "fp32"]))
+    assert name == "exported"
+    (picture,) = tiny.pictures(1)
+    with page_with(reply) as url, browser.visited(url) as (page, _):
+        browser.upload(page, picture)
+        browser.ask(page, "Chat", "what colour ?")
+        model, processor = loaded
+        (expected,) = answers(
+            model,
+            processor,
+            [("[INST] <Img><ImageHere></Img> what colour ?  [/INST]", [picture])],
+            begin_token=True,
+            max_new_tokens=12,
+        )
+        expect(page.locator("#chat .bot.message")).to_have_text(expected)
+        browser.ask(page, "Chat", "")
+        expect(page.get_by_text("There is no question.")).to_be_visible()
+        browser.ask(page, "Chat", "word " * 3000)
+        expect(page.get_by_text("exceed the model's")).to_be_visible()
+
+
+def test_what_is_painted_on() -> None:
+    assert opened(None) == opened({"background": None, "layers": [], "composite": None}) == (None, None)
+    picture, layer = Image.new("RGBA", (4, 2), (1, 2, 3, 0)), Image.new("RGBA", (4, 2))
+    seen, mask = opened({"background": picture, "layers": [layer]})
+    assert seen.mode == "RGB" and seen.getpixel((0, 0)) == (1, 2, 3) and mask is None
+    layer.putpixel((3, 1), (0, 0, 0, 9))
+    _, mask = opened({"background": picture, "layers": [layer, Image.new("RGBA", (4, 2))]})
+    assert mask.getbbox() == (3, 1, 4, 2)
+
+
+def test_examples_are_small_and_the_same_each_time() -> None:
+    made = examples()
+    assert [(a.tobytes(), q) for a, q in made] == [(a.tobytes(), q) for a, q in examples()]
+    assert max(max(picture.size) for picture, _ in made) <= 500

@@ -1,0 +1,390 @@
+"""The server, asked by OpenAI's own client over a real socket, with a tiny model behind it."""
+
+import asyncio
+import base64
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from helpers import tiny
+from PIL import Image
+
+from tinygptv_ds.apps.serve.request_images import PictureLimits
+from tinygptv_ds.apps.serve.routes import Limits, build_app
+from tinygptv_ds.generate.conversation import Answerer, Turn
+from tinygptv_ds.generate.generate import Answer, answers
+from tinygptv_ds.generate.settings import Generation
+from tinygptv_ds.generate.templates import TEMPLATES, Prompt, choose_template
+
+NAME, KEY = "tiny", "secret"
+LIMITS = Limits(body_bytes=200_000, new_tokens=50, waiting=2, pictures=PictureLimits(2, 20_000, 90_000))
+DEFAULTS = Generation(max_new_tokens=12)
+
+
+@contextmanager
+def serving(app: object) -> Iterator[str]:
+    """The address of a server in a thread, while it runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, args=([free],), daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+def until(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+class Recording(Answerer):
+    """Keeps what the model was asked last: prompt and pictures."""
+
+    def stream(self, prompt: Prompt, pictures: Sequence, generation: Generation) -> Answer:
+        self.__dict__["asked"] = (prompt, pictures)
+        return super().stream(prompt, pictures, generation)
+
+
+@pytest.fixture(scope="module")
+def answerer(loaded) -> Answerer:
+    model, processor = loaded
+    return Recording(model, processor, choose_template(None, processor.prompt_template, processor.end_sym), NAME)
+
+
+@pytest.fixture(scope="module")
+def address(answerer: Answerer) -> Iterator[str]:
+    with serving(build_app(answerer, DEFAULTS, LIMITS, KEY)) as there:
+        yield there
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def post(address: str) -> Callable[..., httpx.Response]:
+    """Sends a body as it is."""
+
+    def send(body: bytes, **headers: str) -> httpx.Response:
+        given = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"} | headers
+        return httpx.post(f"{address}/v1/chat/completions", content=body, headers=given)
+
+    return send
+
+
+def encoded(size: tuple[int, int] = (40, 30), colour: str = "red") -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def data_url(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+def said(text: str, *urls: str) -> dict:
+    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [{"type": "text", "text": text}, *pictures]}
+
+
+def directly(answerer: Answerer, turns: list[Turn], generation: Generation) -> str:
+    """The answer without a server."""
+    prompt, pictures = answerer.prompt(turns)
+    (answer,) = answers(answerer.model, answerer.processor, [(prompt, pictures)], generation=generation)
+    return answer
+
+
+def test_text(client: openai.OpenAI, answerer: Answerer) -> None:
+    reply = client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "what colour ?"}])
+    (choice,) = reply.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == directly(answerer, [Turn("what colour ?")], DEFAULTS)
+    assert choice.finish_reason == "length" and reply.usage.completion_tokens == 12
+    prompt, _ = answerer.prompt([Turn("what colour ?")])
+    assert reply.usage.prompt_tokens == answerer.prompt_tokens(prompt, [])
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 12
+
+
+def test_pictures_and_history(client: openai.OpenAI, answerer: Recording) -> None:
+    """The model is given the very pixels and the whole conversation, pictures before the words of their turn."""
+    first, second = tiny.pictures(2)
+    history = [said("what is it", data_url(first)), {"role": "assistant", "content": "a bus"}]
+    reply = client.chat.completions.create(model=NAME, messages=[*history, said("and?", data_url(second))])
+    prompt, pictures = answerer.asked
+    tag = "<Img><ImageHere></Img>"
+    assert prompt.text == f"[INST] {tag} what is it  [/INST]a bus###[INST] {tag} and?  [/INST]"
+    seen = answerer.processor.pixels(pictures)
+    assert torch.equal(seen, answerer.processor.pixels([first, second]))
+    turns = [Turn("what is it", [first], "a bus"), Turn("and?", [second])]
+    assert reply.choices[0].message.content == directly(answerer, turns, DEFAULTS)
+
+
+def streamed(client: openai.OpenAI, **request: object) -> tuple[str, list]:
+    chunks = list(client.chat.completions.create(model=NAME, stream=True, **request))
+    return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices), chunks
+
+
+def test_streaming_equals_not_streaming(client: openai.OpenAI) -> None:
+    request = {"messages": [said("what is it", data_url(encoded()))], "temperature": 1.5, "seed": 3, "max_tokens": 30}
+    whole = client.chat.completions.create(model=NAME, **request)
+    text, chunks = streamed(client, stream_options={"include_usage": True}, **request)
+    assert text == whole.choices[0].message.content
+    assert len(chunks) > 10 and len({chunk.id for chunk in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks[:-1]][-2:] == [None, whole.choices[0].finish_reason]
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+
+
+def test_a_seed_repeats_and_another_differs(client: openai.OpenAI) -> None:
+    def ask(**settings: float) -> str:
+        return streamed(client, messages=[said("what is it")], temperature=1.5, max_tokens=20, **settings)[0]
+
+    assert ask(seed=1, top_p=0.99) == ask(seed=1, top_p=0.99) != ask(seed=2, top_p=0.99)
+    assert ask(seed=1, top_p=1e-6) == ask(seed=2, top_p=1e-6)  # of the likeliest token alone
+
+
+def test_stops_are_left_out(client: openai.OpenAI) -> None:
+    request = {"messages": [said("what colour ?")], "max_tokens": 30}
+    whole = client.chat.completions.create(model=NAME, **request).choices[0].message.content
+    middle = len(whole) // 2
+    stop = whole[middle : middle + 2]
+    reply = client.chat.completions.create(model=NAME, stop=["never", stop], **request)
+    assert reply.choices[0].message.content == whole[: whole.index(stop)].strip()
+    assert reply.choices[0].finish_reason == "stop" and reply.usage.completion_tokens < 30
+    assert streamed(client, stop=stop, **request)[0] == reply.choices[0].message.content
+
+
+def test_models_and_health(client: openai.OpenAI, address: str) -> None:
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).owned_by == "tinygptv_ds"
+    health = httpx.get(f"{address}/health").json()
+    assert (health["status"], health["model"]) == ("ok", NAME)
+    with pytest.raises(openai.NotFoundError, match="only model here is 'tiny'"):
+        client.models.retrieve("gpt-4")
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+BIG = data_url(encoded((400, 300)))
+FORTY = [{"role": "user", "content": "word " * 700}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "param", "code", "words"),
+    [
+        ({"model": "gpt-4"}, 404, "model", "model_not_found", "'gpt-4' is not here; this server has 'tiny'"),
+        ({"model": None}, 400, "model", "missing_required_parameter", "model is missing"),
+        ({"messages": []}, 400, "messages", "invalid_value", "at least 1"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role", "invalid_value", "'assistant'"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages[0].role", None, "must be 'user' here"),
+        ({"messages": HELLO * 2}, 400, "messages[1].role", None, "must be 'assistant' here"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}, 400, "messages", None, "last message"),
+        (
+            {"messages": [{"role": "system", "content": "be brief"}, *HELLO]},
+            400,
+            "messages",
+            None,
+            "no place for a sys",
+        ),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content", "invalid_value", "list"),
+        ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, 400, "messages[0].name", None, "not supported"),
+        ({"messages": [said("half \ud800")]}, 400, "messages[0].content[0].text", "invalid_value", "half a character"),
+        ({"messages": [said("<ImageHere>")]}, 400, "messages", "invalid_value", "picture(s)"),
+        ({"messages": FORTY}, 400, "messages", "context_length_exceeded", "exceed the model's"),
+        ({"max_tokens": 51}, 400, "max_tokens", None, "this server's limit of 50"),
+        ({"max_tokens": 0}, 400, "max_tokens", "invalid_value", "greater than or equal to 1, not 0"),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, 400, "max_tokens", None, "not both"),
+        ({"temperature": 2.5}, 400, "temperature", "invalid_value", "less than or equal to 2"),
+        ({"top_p": 0}, 400, "top_p", "invalid_value", "greater than 0"),
+        ({"seed": -1}, 400, "seed", "invalid_value", "greater than or equal to 0"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", "invalid_value", "at most 4"),
+        ({"stop": ""}, 400, "stop[0]", "invalid_value", "at least 1 character"),
+        ({"n": 2}, 400, "n", "invalid_value", "should be 1, not 2"),
+        ({"logprobs": True}, 400, "logprobs", "invalid_value", "False"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty", "invalid_value", "equal to 0"),
+        ({"tools": [{"type": "function"}]}, 400, "tools", "invalid_value", "at most 0"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format.type", "invalid_value", "'text'"),
+        ({"reasoning_effort": "high"}, 400, "reasoning_effort", "unsupported_parameter", "not supported"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options", None, "stream: true"),
+    ],
+)
+def test_what_is_refused(post, changes: dict, status: int, param: str, code: str | None, words: str) -> None:
+    reply = post(json.dumps({"model": NAME, "messages": HELLO} | changes).encode())
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (status, param), error
+    assert words in error["message"] and error.keys() == {"message", "type", "param", "code"}
+    assert error["code"] == code or code is None
+
+
+def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
+    plain = client.chat.completions.create(model=NAME, messages=HELLO).choices[0].message
+    history = [*HELLO, plain.model_dump(), *HELLO]  # the client's own record of an answer is full of nulls
+    neutral = {"n": 1, "tools": [], "logprobs": False, "frequency_penalty": 0, "user": "me", "store": False}
+    neutral |= {"response_format": {"type": "text"}, "tool_choice": "none", "top_p": None}
+    assert client.chat.completions.create(model=NAME, messages=HELLO, **neutral).choices[0].message == plain
+    assert client.chat.completions.create(model=NAME, messages=history).choices
+
+
+@pytest.mark.parametrize(
+    ("urls", "words"),
+    [
+        ([data_url(encoded())] * 3, "3 pictures; at most 2"),
+        ([BIG], "400 x 300 pixels is above the limit of 90,000"),
+        ([data_url(b"x" * 30_000)], "larger than 20,000 bytes"),
+        ([data_url(b"no picture")], "cannot be decoded: it is none of JPEG"),
+        ([data_url(encoded()[:60])], "cannot be decoded"),
+        (["data:image/png,abc"], "must look like data:image/jpeg;base64"),
+        (["data:image/png;base64,?"], "holds no base64"),
+        (["file:///etc/passwd"], "file:"),
+        (["http://127.0.0.1/a.png"], "127.0.0.1"),
+        (["http://[::1]/a.png"], "::1"),
+        (["http://169.254.169.254/latest"], "169.254.169.254"),
+        (["a.png"], "a.png"),
+    ],
+)
+def test_pictures_that_are_refused(client: openai.OpenAI, urls: list[str], words: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=NAME, messages=[said("what?", *urls)])
+    assert words in caught.value.message
+    assert caught.value.param == ("messages" if len(urls) > 1 else "messages[0].content[1].image_url.url")
+
+
+def test_bodies_that_are_refused(post, address: str) -> None:
+    assert post(b"{").json()["error"]["code"] == "invalid_json"
+    assert post(b"[]").json()["error"]["message"] == "the body must be a JSON object"
+    assert post(b'{"temperature": NaN}').json()["error"]["code"] == "invalid_json"
+    assert post(b"[" * 100_000).json()["error"]["code"] == "invalid_json"
+    assert post(b"{}", **{"Content-Type": "text/plain"}).status_code == 415
+    assert post(b" " * 200_001).status_code == 413
+    missing = httpx.get(f"{address}/v1/nothing")
+    assert missing.status_code == 404 and missing.json()["error"]["type"] == "not_found_error"
+    assert httpx.get(f"{address}/v1/chat/completions").json()["error"]["message"].endswith("Method Not Allowed")
+
+
+def test_a_large_body_is_not_read_to_its_end(answerer: Answerer) -> None:
+    """One whose length is not told before."""
+    sent = 0
+
+    async def blocks() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(100):
+            sent += 1
+            yield b" " * 50_000
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(build_app(answerer, DEFAULTS, LIMITS))
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            headers = {"Content-Type": "application/json"}
+            return await client.post("/v1/chat/completions", content=blocks(), headers=headers)
+
+    assert asyncio.run(ask()).status_code == 413 and sent == 5
+
+
+@pytest.mark.parametrize("key", ["wrong", f"{KEY}x"])
+def test_the_key_is_asked_for(post, key: str) -> None:
+    reply = post(b"{}", Authorization=f"Bearer {key}")
+    assert reply.status_code == 401 and reply.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_the_system_message_takes_the_place_of_the_templates(answerer: Answerer) -> None:
+    asked = Answerer(answerer.model, answerer.processor, TEMPLATES["A"], NAME)
+    prompt, _ = asked.prompt([Turn("why?")], "Be brief.")
+    assert prompt.text == "Be brief.###Human: why?###Assistant: "
+    assert asked.prompt([Turn("why?")])[0].text.startswith("Give the following image: <Img>ImageContent</Img>.")
+
+
+class Slow:
+    """A model whose answer goes on until it is closed, once it may begin."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self.real, self.begun, self.closed = answerer, 0, 0
+        self.name, self.processor, self.context = NAME, answerer.processor, 100
+        self.prompt, self.prompt_tokens = answerer.prompt, answerer.prompt_tokens
+        self.finish, self.new_tokens = "stop", 0
+
+    def stream(self, *_: object) -> "Slow":
+        return self
+
+    def __iter__(self) -> Iterator[str]:
+        self.begun += 1
+        try:
+            while True:
+                time.sleep(0.01)
+                yield "a "
+        finally:
+            self.closed += 1
+
+
+def test_who_leaves_ends_his_answer_and_who_is_too_many_is_sent_away(answerer: Answerer) -> None:
+    """One is answered, two wait, the fourth is refused; then all leave, streaming or not, and nothing goes on."""
+    slow = Slow(answerer)
+    body = {"model": NAME, "messages": HELLO}
+
+    async def scenario(address: str) -> None:
+        async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+
+            async def ask(stream: bool) -> None:
+                async with client.stream("POST", "/v1/chat/completions", json=body | {"stream": stream}) as reply:
+                    async for _ in reply.aiter_lines():
+                        pass
+
+            async def refusal() -> httpx.Response:
+                return await client.post("/v1/chat/completions", json=body)
+
+            asking = []
+            for stream in (True, False, True):
+                asking.append(asyncio.create_task(ask(stream)))
+                while (await client.get("/health")).json()["in_hand"] < len(asking):  # so that they come in this order
+                    await asyncio.sleep(0.01)
+            await asyncio.to_thread(until, lambda: slow.begun == 1)
+            refused = await refusal()
+            assert refused.status_code == 429 and refused.headers["Retry-After"]
+            assert refused.json()["error"]["code"] == "queue_full"
+            asking[0].cancel()
+            await asyncio.to_thread(until, lambda: (slow.closed, slow.begun) == (1, 2))  # the next one's turn
+            asking[1].cancel()
+            await asyncio.to_thread(until, lambda: (slow.closed, slow.begun) == (2, 3))
+            asking[2].cancel()
+            await asyncio.to_thread(until, lambda: slow.closed == 3)
+            await asyncio.gather(*asking, return_exceptions=True)
+
+    with serving(build_app(slow, DEFAULTS, LIMITS)) as address:
+        asyncio.run(scenario(address))
+
+
+def test_a_failure_is_told(answerer: Answerer) -> None:
+    """Before the first piece with a status of its own, after it within the stream."""
+
+    class Failing(Slow):
+        def __iter__(self) -> Iterator[str]:
+            if self.begun:
+                yield "a"
+            self.begun = 1
+            raise RuntimeError("out of memory")
+
+    with (
+        serving(build_app(Failing(answerer), DEFAULTS, LIMITS)) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.InternalServerError, match="the server failed: RuntimeError"):
+            client.chat.completions.create(model=NAME, messages=HELLO, stream=True)
+        with pytest.raises(openai.APIError, match="the answer broke off: RuntimeError"):
+            streamed(client, messages=HELLO)

@@ -1,0 +1,252 @@
+"""`estimate`: parameters are the published model's, operations the closed formulas', memory what torch really keeps."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.verbs import call
+from transformers import Blip2QFormerConfig
+
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.estimate import estimate
+from tinygptv_ds.estimate.costs import MeanSample, sample_operations
+from tinygptv_ds.estimate.gpus import cards_named
+from tinygptv_ds.estimate.layers import parameters
+from tinygptv_ds.estimate.memory import MicroBatch, phi_row_bytes, step_memory
+from tinygptv_ds.estimate.sample_mean import ASSUMED, data_facts
+from tinygptv_ds.estimate.sizes import Sizes, Transformer, sizes_of, trained_parts
+from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
+from tinygptv_ds.models.parameters import PARTS, lora, norms, projections, train_only
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+
+ROOT = Path(__file__).parents[2]
+FULL = ROOT / "tests/golden/data/full/trainable_full_size.json"
+ALL = ("projections", "norms", "lora")
+SMALL = Sizes(Transformer(16, 24, 2), Transformer(12, 16, 3), Transformer(64, 256, 3), 28, 14, 3, 8, 16, 30, 2)
+
+
+def small_model() -> TinyGPTVForConditionalGeneration:
+    qformer = Blip2QFormerConfig(
+        hidden_size=12, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, encoder_hidden_size=16
+    )
+    text = {"vocab_size": 30, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return TinyGPTVForConditionalGeneration(
+        TinyGPTVConfig(
+            vision_config=EvaViTConfig(28, 14, 16, 2, 2, 24),
+            qformer_config=qformer,
+            text_config=PHI_2 | text,
+            num_query_tokens=3,
+            proj_hidden_size=8,
+            lora_r=2,
+        )
+    )
+
+
+@pytest.mark.parametrize("stage", [2, 3, 4])
+def test_parameters_of_the_published_stages(stage: int) -> None:
+    reference = json.loads(FULL.read_text())[f"stage{stage}"]
+    recipe = load_recipe(ROOT / f"stages/stage{stage}.yaml")
+    counts = parameters(sizes_of(recipe)[0])
+    modules = reference["modules"]
+    assert sum(counts.values()) == reference["all_parameters"]
+    assert counts["vit"] == modules["visual_encoder"] + modules["ln_vision"]
+    assert counts["qformer"] == modules["qformer"] + modules["query_tokens"]
+    assert (counts["norms"], counts["lora"]) == (reference["by_group"]["norm_weights"], reference["by_group"]["lora"])
+    assert sum(counts[part] for part in trained_parts(recipe)) == reference["trainable_total"]
+
+
+def test_parameters_of_stage_1() -> None:
+    recipe = load_recipe(ROOT / "stages/stage1.yaml")
+    counts = parameters(sizes_of(recipe)[0])
+    assert sum(counts[part] for part in trained_parts(recipe)) == 13_809_664
+    assert trained_parts(load_recipe(ROOT / "stages/stage1.yaml", ["model.lora_r=64"])) == ALL
+
+
+def test_parameters_of_any_sizes() -> None:
+    """Part by part those of a model that is built."""
+    named = dict(small_model().named_parameters())
+    counted = dict.fromkeys(PARTS, 0)
+    for name, parameter in named.items():
+        counted[next(part for part, belongs in PARTS.items() if belongs(name))] += parameter.numel()
+    assert counted == parameters(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("image", "sample", "teraflops"),
+    [(224, ASSUMED[2], 1.04), (224, ASSUMED[3], 2.24), (448, ASSUMED[4], 3.63), (448, MeanSample(1, 512, 256), 7.80)],
+)
+def test_operations(image: int, sample: MeanSample, teraflops: float) -> None:
+    """Figures that were worked out by hand from the published shapes."""
+    parts = sample_operations(Sizes(image_size=image, lora_r=64), sample, ALL)
+    assert sum(part.total for part in parts.values()) / 1e12 == pytest.approx(teraflops, rel=0.01)
+    assert parts["vit"].backward == parts["qformer"].backward == 0
+
+
+def test_operations_follow_what_learns() -> None:
+    sizes, sample = Sizes(lora_r=64), ASSUMED[2]
+    usual = sample_operations(sizes, sample, ALL)
+    recomputed = sample_operations(sizes, sample, ALL, recomputed=0.5)
+    assert recomputed["phi"].backward - usual["phi"].backward == pytest.approx(
+        0.5 * (usual["phi"].forward + usual["lora"].forward)
+    )
+    cached = sample_operations(sizes, sample, ALL, from_features=True)
+    assert cached["vit"].total == cached["qformer"].total == 0 and cached["phi"] == usual["phi"]
+    query = sample_operations(sizes, sample, (*ALL, "qformer"))
+    assert query["qformer"].backward > query["qformer"].forward and query["vit"].backward == 0
+    whole = sample_operations(sizes, sample, (*ALL, "llm"))
+    assert whole["head"].total == 3 * whole["head"].forward and usual["head"].total == 2 * usual["head"].forward
+
+
+def kept_of_a_row(model: TinyGPTVForConditionalGeneration) -> float:
+    """Bytes that a block of Phi keeps of a row for its backward pass in bf16, parameters and shared storage apart."""
+    phi = model.language_model.model
+    rows, seen = 256, {p.data_ptr() for p in model.parameters()}
+    x = torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in seen and tensor.numel() >= rows:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    from tinygptv_ds.models.attention import make_packing
+    from tinygptv_ds.models.phi import Context, rotary_tables
+
+    positions = torch.arange(rows)
+    packing = make_packing(torch.tensor([0, rows], dtype=torch.int32), rows, rows, "sdpa")
+    context = Context(*rotary_tables(positions, phi.text_config, torch.float32), packing)
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = phi.layers[1](x, context)
+    out.float().sum().backward()
+    return sum(kept.values()) / rows
+
+
+def test_activations_are_what_torch_keeps() -> None:
+    model = small_model()
+    train_only(model, projections, norms, lora)
+    model.train()
+    model.language_model.model.layers.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or name.endswith("layernorm.bias"):
+            parameter.data = parameter.data.float()
+    assert phi_row_bytes(SMALL, ALL) == pytest.approx(kept_of_a_row(model), rel=0.05)
+
+
+def test_optimizer_and_weights_are_what_torch_holds() -> None:
+    model = small_model()
+    trained = train_only(model, projections, norms, lora)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(learning)
+    for parameter in learning:
+        parameter.grad = torch.ones_like(parameter)
+    adamw.step()
+    moments = sum(
+        value.nbytes for state in adamw.state.values() for key, value in state.items() if key.startswith("exp_avg")
+    )
+    whole = sum(p.nbytes if p.requires_grad else p.nbytes / 2 for p in model.parameters())
+    found = step_memory(SMALL, ALL, MicroBatch(1, MeanSample(1, 10, 5)), gpus=1)["ZeRO-2"]
+    masters = sum(p.nbytes for p in learning)
+    assert len(trained) == len(learning)
+    assert (found.weights, found.optimizer) == (whole, moments + masters)
+
+
+def test_zero_divides() -> None:
+    batch = MicroBatch(8, ASSUMED[2])
+    one, eight = (step_memory(Sizes(lora_r=64), ALL, batch, gpus) for gpus in (1, 8))
+    assert eight["ZeRO-2"].optimizer == one["ZeRO-2"].optimizer / 8
+    assert eight["ZeRO-1"].gradients == one["ZeRO-1"].gradients
+    assert eight["ZeRO-3"].weights < one["ZeRO-3"].weights / 4
+    assert eight["ZeRO-3 + CPU offload"].optimizer == 0
+    again = step_memory(Sizes(lora_r=64), ALL, MicroBatch(8, ASSUMED[2], checkpointed=1.0), 1)
+    assert again["ZeRO-2"].activations < one["ZeRO-2"].activations / 5
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "stages/stage4.yaml")
+    call(estimate, recipe, "--gpu", "rtx-3090", "h100-80gb")
+    text = capsys.readouterr().out
+    assert "45,266,944 learn" in text and "RTX-3090" in text and "A100" not in text and "3.63 TFLOP a sample" in text
+    call(
+        estimate,
+        recipe,
+        "--json",
+        "--gpus",
+        "2",
+        "--set",
+        "train.micro_batch_size=1",
+        "--tokens",
+        "512",
+        "--targets",
+        256,
+    )
+    found = json.loads(capsys.readouterr().out)
+    assert found["sample_operations"] / 1e12 == pytest.approx(7.80, rel=0.01)
+    assert found["speed"]["H100-80GB"]["samples_per_second"] == pytest.approx(2 * 0.4 * 989 / 7.80, rel=0.01)
+    assert "RTX-3090" in found["memory"]["ZeRO-2"]["fits"]
+    assert found["disk"]["checkpoint"] == 12 * 45_266_944
+
+
+def test_traffic(capsys: pytest.CaptureFixture[str]) -> None:
+    """Over a slow link ZeRO-3 waits longer than it computes, and ZeRO-2 does not; one GPU sends nothing."""
+    recipe, cards = str(ROOT / "stages/stage2.yaml"), ["--gpu", "A100-80GB", "H100-80GB"]
+    many = ["--gpus", 64, "--set", "train.batch_size=4096", *cards]
+    call(estimate, recipe, *many, "--link", "100gb/s", "40")
+    text = capsys.readouterr().out
+    assert "A100-80GB: ZeRO-3 is the wrong choice over 100Gb/s; take ZeRO-2, which fits" in text
+    assert "ZeRO-2 93/98   ZeRO-3 35/63   ZeRO-3 + hpZ 89/92" in text
+    call(estimate, recipe, "--json", *many, "--link", "10")
+    sent = json.loads(capsys.readouterr().out)["sent"]["ZeRO-2"]
+    assert sent["across"] == pytest.approx(63 / 64 * 3 * 4 * 45_266_944, rel=1e-3)
+    assert sent["seconds"]["10GB/s"] == pytest.approx(sent["across"] / 10e9)
+    call(estimate, recipe, *cards)
+    assert "one GPU sends nothing" in capsys.readouterr().out
+
+
+def test_the_whole_phi_needs_more_than_a_small_card() -> None:
+    recipe = load_recipe(ROOT / "stages/stage4.yaml", ["model.train=[projections, lora, llm]"])
+    assert trained_parts(recipe) == ("projections", "norms", "lora", "llm")
+    found = estimate.estimate(recipe, cards_named(["all"]), gpus=1, mfu=0.4, data=data_facts(recipe))
+    plain = estimate.as_plain(found, cards_named(["all"]), [])
+    assert plain["memory"]["ZeRO-2"]["fits"] == ["A100-80GB", "H100-80GB", "H200-141GB"]
+    assert "RTX-3090" in plain["memory"]["ZeRO-3 + CPU offload"]["fits"]
+
+
+def test_lengths_of_data_that_are_here(recipe_file: Callable[..., Path]) -> None:
+    recipe = load_recipe(recipe_file())
+    facts = data_facts(recipe)
+    assert facts.source.startswith("measured") and facts.samples == 48
+    assert 0.5 < facts.sample.pictures < 1.5 and 0 < facts.sample.targets < facts.sample.tokens
+    sizes, source = sizes_of(recipe)
+    assert (sizes.phi.width, sizes.phi.layers) == (32, 2) and "config.json" in source
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "H100"], "--gpu H100: unknown card; did you mean H100-80GB?"),
+        (["--gpus", "0"], "--gpus and --node must be at least 1"),
+        (["--gpus", "3"], "does not divide into micro-batches of 2 on 3 rank"),
+        (["--mfu", "1.2"], "--mfu lie above 0"),
+        (["--node", "0"], "--gpus and --node must be at least 1"),
+        (["--link", "NVLnk"], "neither a number of GB/s nor one of NVLink, "),
+        (["--link", "-1"], "--link -1: neither"),
+        (["--targets", "500"], "targets are some of the tokens"),
+    ],
+)
+def test_mistakes(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        call(estimate, str(ROOT / "stages/stage4.yaml"), *options)
+    assert message in str(caught.value)
+
+
+def test_the_modules_need_no_torch() -> None:
+    import subprocess
+
+    code = "import sys; sys.modules['torch'] = None; import tinygptv_ds.estimate.estimate"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

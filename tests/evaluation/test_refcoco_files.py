@@ -1,0 +1,81 @@
+"""The published RefCOCO files through the whole script: a perfect predictor has all hits, a broken one none."""
+
+import io
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eval import refer
+from tinygptv_ds.data.sets.common import box_string
+from tinygptv_ds.evaluation import runner as asking
+
+DATA = Path(__file__).parent / "data"
+SPLITS = {"refcoco_testB": 5095, "refcocog_val": 4896}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files as distributed, and for each of their pictures a plain one of the recorded size."""
+    root = tmp_path_factory.mktemp("refcoco")
+    sizes: dict[tuple[int, int], bytes] = {}
+    images = root / "coco/train2014"
+    images.mkdir(parents=True)
+    for name in SPLITS:
+        content = lzma.decompress((DATA / f"{name}.json.xz").read_bytes())
+        folder = root / name.partition("_")[0]
+        folder.mkdir()
+        (folder / f"{name}.json").write_bytes(content)
+        for entry in json.loads(content):
+            size = entry["width"], entry["height"]
+            if size not in sizes:
+                out = io.BytesIO()
+                Image.new("L", size, 120).save(out, "JPEG")
+                sizes[size] = out.getvalue()
+            path = images / f"{entry['img_id'][:27]}.jpg"
+            if not path.exists():
+                path.write_bytes(sizes[size])
+    return root
+
+
+def entries(root: Path) -> Iterator[dict]:
+    for name in SPLITS:
+        yield from json.loads((root / name.partition("_")[0] / f"{name}.json").read_bytes())
+
+
+@pytest.mark.parametrize(("predictor", "expected"), [("perfect", 100.0), ("broken", 0.0)])
+def test_scored_end_to_end(
+    predictor: str, expected: float, root: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The predictor sees prompts and pictures as the model would, and tells boxes in the model's words."""
+    true = entries(root)
+    sizes: dict[Path, tuple[int, int]] = {}
+
+    def predict(model: object, processor: object, questions: list, **_: object) -> Iterator[str]:
+        for prompt, (picture,) in questions:
+            entry = next(true)
+            sizes.setdefault(picture, Image.open(picture).size)
+            assert sizes[picture] == (entry["width"], entry["height"])
+            assert (
+                prompt
+                == f"###Human: <Img><ImageHere></Img> [refer] give me the location of {entry['sents']}###Assistant: "
+            )
+            box = box_string(entry["bbox"], sizes[picture])
+            yield box if predictor == "perfect" else f"it is {box}"
+
+    monkeypatch.setattr(asking, "answers", predict)
+    given = ["--model", str(exported), "--root", str(root), "--out", str(tmp_path), "--batch-size", "512"]
+    results = [
+        result
+        for name in SPLITS
+        for result in refer.scores([*given, "--benchmarks", name.split("_")[0], "--splits", name.split("_")[1]])
+    ]
+    assert {result["benchmark"]: result["questions"] for result in results} == SPLITS
+    assert [(result["strict"], result["compat"]) for result in results] == [(expected, expected)] * 2
+    assert [result["unparsable_answers"] for result in results] == [0 if expected else n for n in SPLITS.values()]
+    table = (tmp_path / "results.md").read_text()
+    assert "| model | refcoco_testB | mean of given |" in table and "| TinyGPT-V (internal run) | 5.4 | 5.4 |" in table
+    assert f"| **this model, strict** | {expected:.1f} | {expected:.1f} |" in table

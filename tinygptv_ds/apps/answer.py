@@ -1,0 +1,253 @@
+"""`python -m tinygptv_ds answer MODEL`: a file of questions to a file of answers, in batches, on one rank or many."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from tinygptv_ds.apps.answer_files import Answered
+from tinygptv_ds.apps.question_file import Line, QuestionFile, read_pictures
+from tinygptv_ds.distributed import Ranks, ranks_from_env, together, wait_for_all
+from tinygptv_ds.errors import ConfigError, DataError
+from tinygptv_ds.files import sha256
+from tinygptv_ds.generate.model_args import add_model_arguments, check_model_arguments, load_from
+from tinygptv_ds.generate.settings import Generation, add_generation_arguments, generation_from
+from tinygptv_ds.generate.templates import Conversation, Prompt, Template
+from tinygptv_ds.log import LOGGER, set_up_logging
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+    from tinygptv_ds.processing.processor import TinyGPTVProcessor
+
+_READERS = 4  # threads that read, fetch and decode pictures meanwhile
+_SHOWN = 5
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What answers and how.
+
+    Attributes:
+        model: from `load_model`.
+        processor: from `load_model`.
+        template: the words around a question.
+        generation: settings.
+        batch_size: questions at once.
+        allow_private: fetch pictures from private addresses.
+    """
+
+    model: TinyGPTVForConditionalGeneration
+    processor: TinyGPTVProcessor
+    template: Template
+    generation: Generation
+    batch_size: int
+    allow_private: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A line ready for the model, or why it is not."""
+
+    line: Line
+    prompt: Prompt | None = None
+    pixels: Sequence[np.ndarray] = ()
+    problem: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the verb."""
+    parser.epilog = (
+        "On several GPUs: torchrun --nproc-per-node 8 -m tinygptv_ds answer MODEL ... Repeat the same command to go on "
+        "after a kill, with any number of ranks."
+    )
+    add_model_arguments(parser)
+    group = parser.add_argument_group("questions and answers")
+    group.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='JSON lines with "question", "image" or "images" (a path, a URL, or {"shard": TAR, "key": KEY}), '
+        '"history" ([[question, answer], ...]) and any fields of your own',
+    )
+    group.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="the same lines, each with its answer or an error"
+    )
+    group.add_argument("--image-root", type=Path, metavar="DIR", help="where pictures lie (default: beside the input)")
+    group.add_argument("--answer-field", default="answer", metavar="NAME", help="(default: %(default)s)")
+    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at once (default: 8)")
+    group.add_argument("--strict", action="store_true", help="end at the first line that cannot be answered")
+    group.add_argument("--allow-private", action="store_true", help="fetch pictures from private addresses, too")
+    add_generation_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer what is not answered yet, and write the file when all is."""
+    check_model_arguments(args)
+    generation = generation_from(args)
+    ranks = ranks_from_env()
+    set_up_logging(ranks.rank)
+    lines = _checked_lines(args, ranks)
+    answered = Answered(args.output, ranks.rank)
+    answered.begin(_job(args, generation))
+    done = answered.done()
+    mine = [line for line in lines[ranks.rank :: ranks.world_size] if line.index not in done]
+    with together(ranks):
+        with answered:
+            if mine:
+                _answer_all(mine, len(lines[ranks.rank :: ranks.world_size]), answered, args, generation, ranks)
+        wait_for_all(ranks)
+        if ranks.is_main:
+            failed = answered.finish(len(lines))
+            errors = f", {failed} of them with an error in place of one" if failed else ""
+            print(f"{args.output}: {len(lines)} answers{errors}", flush=True)
+
+
+def _checked_lines(args: argparse.Namespace, ranks: Ranks) -> list[Line]:
+    """All lines of the input. What is wrong with some is told at once.
+
+    Raises:
+        DataError: none can be answered, or with --strict any cannot.
+        ConfigError: an option cannot be carried out.
+    """
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if args.answer_field in ("question", "image", "images", "history", "error", ""):
+        raise ConfigError(f"--answer-field {args.answer_field!r} is the name of another field")
+    if args.output.exists():
+        raise ConfigError(f"{args.output} is already there, and complete; remove it, or choose another --output")
+    root = args.image_root or args.input.parent
+    lines = QuestionFile(args.input, root, (args.answer_field, "error")).lines()
+    bad = [line for line in lines if line.problem]
+    if bad:
+        told = [f"{line.where}: {line.problem}" for line in bad[:_SHOWN]]
+        told += [f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
+        message = f"{len(bad)} of {len(lines)} lines cannot be answered:\n  " + "\n  ".join(told)
+        if args.strict or len(bad) == len(lines):
+            raise DataError(message)
+        if ranks.is_main:
+            LOGGER.warning("%s", message)
+    return lines
+
+
+def _job(args: argparse.Namespace, generation: Generation) -> dict[str, Any]:
+    """What answers depend on; batch size and ranks are not of it."""
+    path = args.model.resolve()
+    folder = path / "model" if (path / "model").is_dir() else path  # of a run
+    files = [path] if path.is_file() else sorted(file for kind in _WEIGHTS for file in folder.glob(f"*{kind}"))
+    options = ("bits", "quantize_vision", "dtype", "device", "merge_lora", "template", "begin_token", "set")
+    return {
+        "input": sha256(args.input),
+        "model": str(path),
+        "files of the model": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+        "generation": dataclasses.asdict(generation) | {"stop": args.stop},
+        "recipe": None if args.recipe is None else args.recipe.read_text(encoding="utf-8"),
+        "answer field": args.answer_field,
+    } | {f"--{name.replace('_', '-')}": getattr(args, name) for name in options}
+
+
+def _answer_all(
+    mine: list[Line], share: int, answered: Answered, args: argparse.Namespace, generation: Generation, ranks: Ranks
+) -> None:
+    """This rank's lines, the longest first, so that the end of the bar is no surprise, and alike ones in one batch."""
+    import torch
+
+    device = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None
+    model, processor, template = load_from(args, device)
+    work = Work(model, processor, template, generation, args.batch_size, args.allow_private)
+    ordered = sorted(mine, key=lambda line: line.weight, reverse=True)
+    hidden = None if ranks.is_main else True
+    what = "answers" if ranks.world_size == 1 else f"answers of rank 0 (1 of {ranks.world_size})"
+    with tqdm(desc=what, total=share, initial=share - len(mine), unit="question", disable=hidden) as bar:
+        shown = not (args.show_prompt and ranks.is_main)
+        for batch in _batches(ordered, work):
+            ready = [asked for asked in batch if asked.prompt is not None]
+            if ready and not shown:
+                from tinygptv_ds.generate.generate import describe
+
+                tqdm.write(describe(ready[0].prompt, processor, len(ready[0].pixels)))
+                shown = True
+            for asked, record in _records(batch, ready, work, args.answer_field):
+                if args.strict and "error" in record:
+                    raise DataError(f"{asked.line.where}: {record['error']}")
+                answered.write(asked.line.index, record)
+            bar.update(len(batch))
+
+
+def _records(batch: list[Asked], ready: list[Asked], work: Work, field: str) -> Iterator[tuple[Asked, dict[str, Any]]]:
+    """Each line's fields with its answer or error."""
+    from tinygptv_ds.generate.generate import answers
+
+    given = answers(
+        work.model,
+        work.processor,
+        [(asked.prompt, asked.pixels) for asked in ready],
+        generation=work.generation,
+        batch_size=work.batch_size,
+        numbers=[asked.line.index for asked in ready],
+    )
+    for asked, answer in zip(ready, given, strict=True):
+        yield asked, {**asked.line.fields, field: answer}
+    for asked in batch:
+        if asked.prompt is None:
+            yield asked, {**asked.line.fields, "error": asked.problem}
+
+
+def _batches(lines: Sequence[Line], work: Work) -> Iterator[list[Asked]]:
+    """Lines made ready by threads, two batches ahead of the model."""
+    waiting: deque[Future[Asked]] = deque()
+    with ThreadPoolExecutor(_READERS) as pool:
+        coming = iter(lines)
+        try:
+            while True:
+                wanted = 3 * work.batch_size - len(waiting)
+                waiting.extend(pool.submit(_ready, line, work) for line in islice(coming, wanted))
+                if not waiting:
+                    return
+                yield [waiting.popleft().result() for _ in range(min(work.batch_size, len(waiting)))]
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _ready(line: Line, work: Work) -> Asked:
+    """Read and decode the pictures and word the prompt; what is wrong with the line is kept with it."""
+    from tinygptv_ds.generate.generate import prompt_row
+    from tinygptv_ds.processing.image import to_pixels
+
+    try:
+        if line.problem:
+            raise DataError(line.problem)
+        encoded = read_pictures(line, allow_private=work.allow_private)
+        pixels = []
+        for number, picture in enumerate(encoded, 1):
+            try:
+                pixels.append(to_pixels(picture, work.processor.image_size))
+            except DataError as error:
+                raise DataError(f"picture {number} of {len(encoded)}: {error}") from None
+        prompt = _prompt(line, pixels, work.template)
+        prompt_row(work.model, work.processor, prompt, len(pixels), work.generation.max_new_tokens)
+    except DataError as error:
+        return Asked(line, problem=str(error))
+    return Asked(line, prompt, pixels)
+
+
+def _prompt(line: Line, pictures: Sequence, template: Template) -> Prompt:
+    talk = Conversation(template)
+    waiting = pictures
+    for question, answer in line.history:
+        talk.ask(question, waiting)
+        talk.answered(answer)
+        waiting = ()
+    return talk.ask(line.question, waiting)

@@ -1,0 +1,197 @@
+"""`python -m tinygptv_ds chat MODEL`: a conversation about pictures in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinygptv_ds.apps.fetch_image import fetch_picture, is_url
+from tinygptv_ds.errors import DataError, TinyGPTVError
+from tinygptv_ds.files import cache_home
+from tinygptv_ds.generate.model_args import add_model_arguments, check_model_arguments, load_from
+from tinygptv_ds.generate.settings import Generation, add_generation_arguments, generation_from
+from tinygptv_ds.generate.templates import Conversation, Prompt
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+    from tinygptv_ds.processing.processor import TinyGPTVProcessor
+
+_HELP = """\
+/image PATH|URL   a picture for the next question; further ones may follow
+/reset            forget the conversation and its pictures
+/prompt           the last prompt to the letter, and how long it is
+/help             this list
+/quit             leave (or Ctrl-D; Ctrl-C ends an answer)
+Anything else is a question. Task words stand in front: [vqa] [caption] [refer] [identify] [grounding] [detection]"""
+_HISTORY_LINES = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the verb."""
+    parser.epilog = "Questions may also be piped in, one a line, with the same commands (/help)."
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="PATH|URL", help="a picture to begin with (repeatable)"
+    )
+    parser.add_argument("--allow-private", action="store_true", help="fetch pictures from private addresses, too")
+    add_generation_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, then ask and answer until the input ends."""
+    check_model_arguments(args)
+    generation = generation_from(args)
+    pictures = [open_picture(source, args.allow_private) for source in args.image]
+    model, processor, template = load_from(args)
+    dtype = str(model.dtype).removeprefix("torch.")
+    about = f"{args.bits} bit, {dtype}" if args.bits < 16 else dtype
+    print(f"{args.model}: {about} on {model.device}, template {template.name}; /help", file=sys.stderr, flush=True)
+    chat = Chat(model, processor, Conversation(template), generation, args.show_prompt, args.allow_private, pictures)
+    for line in _typed() if sys.stdin.isatty() else sys.stdin:
+        if not chat.take(line):
+            return
+
+
+def open_picture(source: str, allow_private: bool = False) -> Image.Image:
+    """A picture by path or URL, decoded to RGB.
+
+    Raises:
+        DataError: it is not there or no picture; says which.
+    """
+    from tinygptv_ds.processing.image import open_image
+
+    if is_url(source):
+        encoded = fetch_picture(source, allow_private=allow_private)
+        try:
+            return open_image(encoded)
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from None
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(f"{source}: no such picture; correct the path")
+    return open_image(path)
+
+
+@dataclass
+class Chat:
+    """One conversation with a model.
+
+    Attributes:
+        model: from `load_model`.
+        processor: from `load_model`.
+        conversation: what has been said.
+        generation: settings.
+        show_prompt: print every prompt before its answer.
+        allow_private: fetch pictures from private addresses.
+        waiting: pictures for the next question.
+        prompt: the last one.
+    """
+
+    model: TinyGPTVForConditionalGeneration
+    processor: TinyGPTVProcessor
+    conversation: Conversation
+    generation: Generation
+    show_prompt: bool = False
+    allow_private: bool = False
+    waiting: list[Image.Image] = field(default_factory=list)
+    prompt: Prompt | None = None
+
+    def take(self, line: str) -> bool:
+        """Carry out a command or answer a question; False when it is time to leave."""
+        line = line.strip()
+        word, _, rest = line.partition(" ")
+        commands: dict[str, Callable[[], object]] = {
+            "/image": lambda: self._add_picture(rest.strip()),
+            "/reset": self._reset,
+            "/prompt": self._print_prompt,
+            "/help": lambda: print(_HELP),
+        }
+        try:
+            if word in ("/quit", "/exit"):
+                return False
+            if word in commands:
+                commands[word]()
+            elif line.startswith("/"):
+                raise DataError(f"no command {word}; /help lists them")
+            elif line:
+                self._answer(line)
+        except KeyboardInterrupt:  # before the first word: the question is taken back
+            print()
+        except TinyGPTVError as error:
+            sys.stdout.flush()
+            print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        return True
+
+    def _add_picture(self, source: str) -> None:
+        if not source:
+            raise DataError("/image wants a path or a URL")
+        picture = open_picture(source, self.allow_private)
+        self.waiting.append(picture)
+        print(f"({source}: {picture.width} x {picture.height} pixels, goes with the next question)")
+
+    def _reset(self) -> None:
+        self.conversation = Conversation(self.conversation.template)
+        self.waiting, self.prompt = [], None
+        print("(a new conversation)")
+
+    def _print_prompt(self) -> None:
+        if self.prompt is None:
+            raise DataError("nothing has been asked yet")
+        from tinygptv_ds.generate.generate import describe
+
+        print(describe(self.prompt, self.processor, len(self.conversation.pictures)))
+
+    def _answer(self, question: str) -> None:
+        from tinygptv_ds.generate.generate import stream
+
+        talk = self.conversation
+        self.prompt = talk.ask(question, self.waiting)
+        if self.show_prompt:
+            self._print_prompt()
+        seed = self.generation.seed  # with one seed for all turns, every turn would draw alike
+        turn = self.generation if seed is None else replace(self.generation, seed=seed + len(talk.turns) - 1)
+        try:
+            answer = stream(self.model, self.processor, self.prompt, talk.pictures, turn)
+        except BaseException:
+            talk.take_back()
+            raise
+        self.waiting = []
+        said = ""
+        with contextlib.suppress(KeyboardInterrupt):  # what has been said so far is the answer then
+            for piece in answer:
+                said += piece
+                print(piece, end="", flush=True)
+        answer.close()
+        print()
+        talk.answered(said)
+
+
+def _typed() -> Iterator[str]:
+    """Lines typed at a terminal, with editing and the history of earlier times where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        readline = None
+    history = cache_home() / "chat_history"
+    if readline is not None:
+        with contextlib.suppress(OSError):
+            readline.read_history_file(history)
+        readline.set_history_length(_HISTORY_LINES)
+    try:
+        while True:
+            yield input("> ")
+    except EOFError:
+        print()
+    finally:
+        if readline is not None:
+            with contextlib.suppress(OSError):
+                history.parent.mkdir(parents=True, exist_ok=True)
+                readline.write_history_file(history)

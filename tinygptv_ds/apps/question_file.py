@@ -1,0 +1,206 @@
+"""The lines of a file of questions, checked one by one before any model is loaded. No torch.
+
+{"question": "[vqa] what is it?", "image": "cat.jpg"}
+{"question": "which is larger?", "images": ["a.png", "https://example.org/b.png"], "id": 7}
+{"question": "and its colour?", "image": {"shard": "data/x/00000.tar", "key": "000123"},
+ "history": [["what is it?", "a bus"]]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinygptv_ds.apps.fetch_image import checked_url, fetch_picture, is_url
+from tinygptv_ds.data.shards.index import load_index
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.errors import DataError
+
+_ENCODED_LIMIT = 1_000_000_000  # bytes of a picture's file; larger ones are none
+
+
+@dataclass(frozen=True)
+class InShard:
+    """All pictures of one sample: the tar, the sample's key, and which one of the tar it is."""
+
+    tar: Path
+    key: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the file.
+
+    Attributes:
+        index: which, from 0; blank lines do not count.
+        where: file and line, for messages.
+        fields: all of its fields.
+        question: what is asked now.
+        history: earlier questions and answers; the pictures belong to the first.
+        pictures: files, URLs, and places in shards, in order.
+        problem: why it cannot be answered; "" if nothing is known against it.
+    """
+
+    index: int
+    where: str
+    fields: dict[str, Any]
+    question: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    pictures: tuple[Path | str | InShard, ...] = ()
+    problem: str = ""
+
+    @property
+    def weight(self) -> tuple[int, int]:
+        """Orders lines by how long their prompts are."""
+        return len(self.pictures), len(self.question) + sum(len(q) + len(a) for q, a in self.history)
+
+
+class QuestionFile:
+    """Reads lines and the pictures that they name.
+
+    Args:
+        path: JSON lines.
+        root: where pictures and shards lie; nothing outside it is read.
+        reserved: fields that the answers will get, which a line must not have.
+    """
+
+    def __init__(self, path: Path, root: Path, reserved: tuple[str, ...]) -> None:
+        self._path, self._root, self._reserved = path, _absolute(root), reserved
+        self._keys: dict[Path, dict[str, int]] = {}
+
+    def lines(self) -> list[Line]:
+        """All lines, those that cannot be answered with their problem.
+
+        Raises:
+            DataError: the file cannot be read, or holds nothing.
+        """
+        found = list(self._lines())
+        if not found:
+            raise DataError(f"{self._path}: holds no question; write one JSON object a line")
+        return found
+
+    def _lines(self) -> Iterator[Line]:
+        index = 0
+        try:
+            with self._path.open(encoding="utf-8-sig") as file:
+                for number, text in enumerate(file, 1):
+                    if text.strip():
+                        yield self._line(index, f"{self._path}:{number}", text)
+                        index += 1
+        except OSError as error:
+            raise DataError(f"{self._path}: {error.strerror}; name a file of JSON lines with --input") from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self._path}: not UTF-8 ({error}); save it as UTF-8") from None
+
+    def _line(self, index: int, where: str, text: str) -> Line:
+        fields: dict[str, Any] = {}
+        try:
+            parsed = json.loads(text)
+            if not isinstance(parsed, dict):
+                raise DataError(f"a JSON object is expected, not a {type(parsed).__name__}")
+            fields = parsed
+            taken = next((name for name in self._reserved if name in fields), None)
+            if taken is not None:
+                raise DataError(f"has a field {taken!r}, which the answers get; rename it, or see --answer-field")
+            history = _history(fields)
+            return Line(index, where, fields, _question(fields), history, tuple(self._pictures(fields)))
+        except (DataError, ValueError, RecursionError) as error:
+            why = str(error) if isinstance(error, DataError) else f"no JSON: {error}"
+            return Line(index, where, fields, problem=why)
+
+    def _pictures(self, fields: dict[str, Any]) -> Iterator[Path | str | InShard]:
+        if "image" in fields and "images" in fields:
+            raise DataError("has both 'image' and 'images'; one of them is enough")
+        given = fields.get("images", [fields["image"]] if fields.get("image") is not None else [])
+        if not isinstance(given, list):
+            raise DataError(f"'images' must be a list, not {type(given).__name__}; 'image' takes a single one")
+        for source in given:
+            if isinstance(source, dict):
+                yield self._in_shard(source)
+            elif not isinstance(source, str) or not source:
+                raise DataError(f"a picture must be a path, a URL, or {{'shard': ..., 'key': ...}}, not {source!r}")
+            elif is_url(source):
+                checked_url(source)
+                yield source
+            else:
+                yield self._inside(source, "picture")
+
+    def _inside(self, name: str, what: str) -> Path:
+        """A file below the root. Links that lie there may lead elsewhere; `..` and other folders may not."""
+        path = _absolute(self._root / name)
+        if not path.is_relative_to(self._root):
+            raise DataError(f"{name} lies outside {self._root}, where {what}s are looked for; see --image-root")
+        if not path.is_file():
+            raise DataError(f"no {what} {path}; correct the path, or see --image-root")
+        return path
+
+    def _in_shard(self, source: dict[str, Any]) -> InShard:
+        tar, key = source.get("shard"), source.get("key")
+        if not isinstance(tar, str) or not isinstance(key, str) or len(source) > 2:
+            raise DataError(f"a picture in a shard is {{'shard': 'PATH.tar', 'key': 'KEY'}}, not {source!r}")
+        path = self._inside(tar, "shard")
+        if path not in self._keys:
+            index = load_index(path)
+            self._keys[path] = {index.key(i): i for i in range(len(index)) if index.lengths[i, 0]}
+        if key not in self._keys[path]:
+            raise DataError(f"{path} holds no sample {key!r} with a picture")
+        return InShard(path, key, self._keys[path][key])
+
+
+def _absolute(path: Path) -> Path:
+    """Without `..`, by the letter: `resolve` would follow links."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
+
+
+def read_pictures(line: Line, *, allow_private: bool = False) -> list[bytes]:
+    """The encoded pictures of a line; errors name the one that is wrong.
+
+    Raises:
+        DataError: one cannot be read or fetched.
+    """
+    found: list[bytes] = []
+    for source in line.pictures:
+        if isinstance(source, InShard):
+            found += ShardReader(max_open=1).read(source.tar, source.index).images  # threads cannot share one
+        elif isinstance(source, str):
+            found.append(fetch_picture(source, allow_private=allow_private))
+        else:
+            found.append(_read_file(source))
+    return found
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _ENCODED_LIMIT:
+            raise DataError(f"{path}: larger than {_ENCODED_LIMIT:,} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+def _question(fields: dict[str, Any]) -> str:
+    question = fields.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise DataError(f"'question' must be a text, not {question!r}")
+    return _whole(question)
+
+
+def _history(fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    history = fields.get("history", [])
+    if not isinstance(history, list):
+        raise DataError(f"'history' must be a list of [question, answer], not {history!r}")
+    for turn in history:
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise DataError(f"'history' must be a list of [question, answer]; it holds {turn!r}")
+    return tuple((_whole(question), _whole(answer)) for question, answer in history)
+
+
+def _whole(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError("holds half a character (a lone surrogate), which no tokenizer takes")
+    return text

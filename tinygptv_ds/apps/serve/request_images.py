@@ -1,0 +1,82 @@
+"""The pictures of a request: from `data:` URLs or fetched, checked, and made as small as the model sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from dataclasses import dataclass
+
+from PIL import Image
+
+from tinygptv_ds.apps.fetch_image import fetch_picture
+from tinygptv_ds.apps.serve.api_errors import Refused
+from tinygptv_ds.apps.serve.request_schema import ChatRequest
+from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.image import picture_size, to_pixels
+
+
+@dataclass(frozen=True)
+class PictureLimits:
+    """What pictures a request may have.
+
+    Attributes:
+        count: in all of its messages.
+        bytes: each, as it is encoded.
+        pixels: each, by its header.
+        fetch: whether http(s) URLs are fetched.
+    """
+
+    count: int
+    bytes: int
+    pixels: int
+    fetch: bool = True
+
+
+async def load_pictures(request: ChatRequest, side: int, limits: PictureLimits) -> list[list[Image.Image]]:
+    """The pictures of each message, `side` pixels square, with the pixels that the model would make of them.
+
+    Raises:
+        Refused: too many, or one of them is too large, no picture, or not to be had.
+    """
+    places = [
+        (number, f"messages[{number}].content[{at}].image_url.url", part.image_url.url)
+        for number, message in enumerate(request.messages)
+        for at, part in enumerate(message.content)
+        if part.type == "image_url"
+    ]
+    if len(places) > limits.count:
+        raise Refused(f"{len(places)} pictures; at most {limits.count} may come with a request", param="messages")
+    loaded: list[list[Image.Image]] = [[] for _ in request.messages]
+    for number, param, url in places:
+        loaded[number].append(await asyncio.to_thread(_load, url, param, side, limits))
+    return loaded
+
+
+def _load(url: str, param: str, side: int, limits: PictureLimits) -> Image.Image:
+    try:
+        encoded = _decoded(url, limits) if url[:5].lower() == "data:" else _fetched(url, limits)
+        width, height = picture_size(encoded)
+        if width * height > limits.pixels:
+            raise DataError(f"a picture of {width} x {height} pixels is above the limit of {limits.pixels:,}")
+        return Image.fromarray(to_pixels(encoded, side).transpose(1, 2, 0))
+    except DataError as error:
+        raise Refused(str(error), param=param, code="invalid_image") from None
+
+
+def _decoded(url: str, limits: PictureLimits) -> bytes:
+    head, comma, data = url.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise DataError("a data URL must look like data:image/jpeg;base64,...")
+    if len(data) // 4 * 3 > limits.bytes + 2:
+        raise DataError(f"the picture is larger than {limits.bytes:,} bytes")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"the data URL holds no base64: {error}") from None
+
+
+def _fetched(url: str, limits: PictureLimits) -> bytes:
+    if not limits.fetch:
+        raise DataError("this server fetches no pictures; send a data URL")
+    return fetch_picture(url, max_bytes=limits.bytes)

@@ -1,0 +1,261 @@
+"""The server's routes: `/v1/chat/completions`, `/v1/models` and `/health`, in the form of OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Send
+
+from tinygptv_ds.apps.serve.api_errors import Refused
+from tinygptv_ds.apps.serve.completion import Finish, answer, prepare
+from tinygptv_ds.apps.serve.request_images import PictureLimits, load_pictures
+from tinygptv_ds.apps.serve.request_schema import parse_request
+from tinygptv_ds.apps.serve.worker import Worker
+from tinygptv_ds.generate.conversation import Answerer
+from tinygptv_ds.generate.settings import Generation
+
+log = logging.getLogger(__name__)
+_BODY_SECONDS = 60  # a body that takes longer to arrive is not waited for
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for.
+
+    Attributes:
+        body_bytes: of a request, pictures in `data:` URLs included.
+        new_tokens: of an answer.
+        waiting: requests that may wait for their turn.
+        pictures: what each picture may be.
+    """
+
+    body_bytes: int
+    new_tokens: int
+    waiting: int
+    pictures: PictureLimits
+
+
+def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key: str | None = None) -> Starlette:
+    """The application.
+
+    Args:
+        answerer: the model.
+        defaults: settings that a request does not give.
+        limits: what a request may ask for.
+        api_key: asked of whoever calls `/v1/...`, unless it is None.
+    """
+    worker = Worker(limits.waiting)
+    began = int(time.time())
+
+    async def chat(request: Request) -> Response:
+        asked = parse_request(await _body(request, limits.body_bytes))
+        if asked.model != answerer.name:
+            message = f"the model {asked.model!r} is not here; this server has {answerer.name!r}"
+            raise Refused(message, status=404, param="model", code="model_not_found")
+        pictures = await load_pictures(asked, answerer.processor.image_size, limits.pictures)
+        prepared = await asyncio.to_thread(prepare, answerer, asked, pictures, defaults, limits.new_tokens)
+        pieces = worker.run(lambda: answer(answerer, prepared))
+        reply = _Reply(answerer.name, prepared.prompt_tokens)
+        if not asked.stream:
+            return JSONResponse(await _unless_gone(request, reply.whole(pieces)))
+        first = await _unless_gone(request, anext(pieces))  # what goes wrong before it has a status of its own
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return _EventStream(reply.events(first, pieces, usage=usage), media_type="text/event-stream")
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [_model(answerer.name, began)]})
+
+    async def model(request: Request) -> Response:
+        if request.path_params["name"] != answerer.name:
+            raise Refused(f"the only model here is {answerer.name!r}", status=404, code="model_not_found")
+        return JSONResponse(_model(answerer.name, began))
+
+    async def health(request: Request) -> Response:
+        return JSONResponse({"status": "ok", "model": answerer.name, "in_hand": worker.in_hand})
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        worker.close()
+
+    def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        async def check(request: Request) -> Response:
+            if api_key is not None and not _has_key(request, api_key):
+                raise Refused(
+                    "a valid API key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key"
+                )
+            try:
+                return await endpoint(request)
+            except (Refused, ClientDisconnect):
+                raise
+            except Exception as error:  # a mistake of ours: answered here, so that the connection stays
+                log.exception("%s %s", request.method, request.url.path)
+                message = f"the server failed: {type(error).__name__}"
+                raise Refused(message, status=500, code="internal_error") from None
+
+        return check
+
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", guarded(chat), methods=["POST"]),
+            Route("/v1/models", guarded(models)),
+            Route("/v1/models/{name:path}", guarded(model)),
+            Route("/health", health),
+        ],
+        exception_handlers={
+            Refused: lambda _, refused: refused.response(),
+            HTTPException: _http_error,
+            ClientDisconnect: lambda *_: Response(status_code=499),  # nobody reads it
+        },
+        lifespan=lifespan,
+    )
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """An answer as OpenAI's API has it, whole or as events."""
+
+    model: str
+    prompt_tokens: int
+
+    async def whole(self, pieces: AsyncIterator[str | Finish]) -> dict[str, Any]:
+        """`chat.completion`."""
+        text = []
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if isinstance(piece, Finish):
+                    message = {"role": "assistant", "content": "".join(text), "refusal": None}
+                    choice = {"message": message, "logprobs": None, "finish_reason": piece.reason}
+                    return self._object("chat.completion", choice) | {"usage": self._usage(piece)}
+                text.append(piece)
+        raise RuntimeError("the answer came without its end")
+
+    async def events(
+        self, first: str | Finish, pieces: AsyncIterator[str | Finish], *, usage: bool
+    ) -> AsyncIterator[str]:
+        """`chat.completion.chunk`s as server-sent events."""
+        constant = self._object("chat.completion.chunk", {})
+
+        def event(delta: dict[str, str], reason: str | None = None) -> str:
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+            return _event(constant | {"choices": [choice]} | ({"usage": None} if usage else {}))
+
+        yield event({"role": "assistant", "content": ""})
+        async with aclosing(pieces):
+            try:
+                async for piece in _chain(first, pieces):
+                    if isinstance(piece, str):
+                        yield event({"content": piece})
+                        continue
+                    yield event({}, piece.reason)
+                    if usage:
+                        yield _event(constant | {"choices": [], "usage": self._usage(piece)})
+                yield "data: [DONE]\n\n"
+            except Exception as error:
+                log.exception("an answer broke off")
+                yield _event(Refused(f"the answer broke off: {type(error).__name__}", status=500).body)
+
+    def _object(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.model,
+            "choices": [{"index": 0, **choice}],
+        }
+
+    def _usage(self, finish: Finish) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": finish.tokens,
+            "total_tokens": self.prompt_tokens + finish.tokens,
+        }
+
+
+class _EventStream(StreamingResponse):
+    """Ends its source when the client has gone, and not when the garbage is collected."""
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self.body_iterator):
+            await super().stream_response(send)
+
+
+async def _chain(first: Any, others: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    yield first
+    async for other in others:
+        yield other
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The body, read no further than `most` bytes."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a page of another site cannot send this without asking
+        raise Refused(f"the body must be application/json, not {kind or 'of no type'}", status=415)
+    too_large = Refused(f"the body is larger than {most:,} bytes", status=413, code="request_too_large")
+    if int(request.headers.get("content-length", "0")) > most:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for block in request.stream():
+                body += block
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError:
+        raise Refused(f"the body did not arrive within {_BODY_SECONDS} s", status=408) from None
+    return bytes(body)
+
+
+async def _unless_gone(request: Request, work: Awaitable[_Result]) -> _Result:
+    """The result of `work`, which is cancelled where the client does not wait for it.
+
+    Raises:
+        ClientDisconnect: he does not.
+    """
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientDisconnect
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _has_key(request: Request, api_key: str) -> bool:
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    return kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), api_key.encode())
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "tinygptv_ds"}
+
+
+def _http_error(request: Request, error: HTTPException) -> Response:
+    """No such path, or not with this method."""
+    return Refused(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code).response()

@@ -1,0 +1,83 @@
+"""The command `serve`: a server of OpenAI's chat API, with pictures and streams."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+
+from tinygptv_ds.apps.server_args import add_serving_arguments, check_serving_arguments, listen
+from tinygptv_ds.errors import require
+from tinygptv_ds.log import set_up_logging
+
+KEY_VARIABLE = "TINYGPTV_API_KEY"
+_MB = 1_000_000
+_SHUTDOWN_SECONDS = 5  # for answers under way
+_CONNECTIONS = 32  # beside those that wait: further ones get a 503
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `serve`."""
+    add_serving_arguments(parser, 8000)
+    parser.add_argument("--model-name", metavar="NAME", help="what clients call it (default: the folder's name)")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help=f"what clients have to know (default: ${KEY_VARIABLE}; none: all are served)"
+    )
+    limits = parser.add_argument_group("limits")
+    for option, default, what in (
+        ("--most-new-tokens", 1024, "tokens that a request may ask for"),
+        ("--most-pictures", 8, "pictures of a request"),
+        ("--most-picture-mb", 20, "MB of a picture as it is encoded"),
+        ("--most-megapixels", 40, "million pixels of a picture"),
+        ("--most-body-mb", 64, "MB of a request"),
+        ("--most-waiting", 16, "requests that wait while one is answered"),
+    ):
+        limits.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+    limits.add_argument("--no-fetch", action="store_true", help="take pictures from data URLs alone")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        ConfigError: an option is wrong, a package is missing, or the port is taken.
+        WeightsError: there is no model.
+    """
+    defaults = check_serving_arguments(args, "starlette", "uvicorn", "pydantic")
+    for option in ("most_new_tokens", "most_pictures", "most_picture_mb", "most_megapixels", "most_body_mb"):
+        require(getattr(args, option) >= 1, f"--{option.replace('_', '-')} must be at least 1")
+    require(args.most_waiting >= 0, "--most-waiting must be at least 0")
+    api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    channel = listen(args)
+    set_up_logging()
+
+    import uvicorn
+
+    from tinygptv_ds.apps.serve.request_images import PictureLimits
+    from tinygptv_ds.apps.serve.routes import Limits, build_app
+    from tinygptv_ds.generate.conversation import open_answerer
+
+    pictures = PictureLimits(
+        args.most_pictures, args.most_picture_mb * _MB, args.most_megapixels * _MB, fetch=not args.no_fetch
+    )
+    limits = Limits(args.most_body_mb * _MB, args.most_new_tokens, args.most_waiting, pictures)
+    answerer = open_answerer(args, args.model_name)
+    app = build_app(answerer, defaults, limits, api_key)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        limit_concurrency=args.most_waiting + _CONNECTIONS,
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        server_header=False,
+    )
+    print(f"{answerer.name}, template {answerer.template.name}, at http://{args.host}:{args.port}/v1", flush=True)
+    if api_key is None and not _is_loopback(args.host):
+        print(f"anyone who reaches {args.host} is answered: --api-key or ${KEY_VARIABLE} asks for a key", flush=True)
+    uvicorn.Server(config).run([channel])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

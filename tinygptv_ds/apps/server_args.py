@@ -1,0 +1,54 @@
+"""What `serve` and `demo` have in common on the command line: where they listen, and the packages they need."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import socket
+from pathlib import Path
+
+from tinygptv_ds.errors import ConfigError, require
+from tinygptv_ds.generate.model_args import add_model_arguments, check_model_arguments
+from tinygptv_ds.generate.settings import Generation, add_generation_arguments, generation_from
+
+_REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements-app.txt"
+
+
+def add_serving_arguments(parser: argparse.ArgumentParser, port: int) -> None:
+    """Which model, where to listen, and how answers are generated."""
+    add_model_arguments(parser)
+    group = parser.add_argument_group("address")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0: every network (default: %(default)s, this machine)"
+    )
+    group.add_argument("--port", type=int, default=port, metavar="N", help="(default: %(default)s)")
+    add_generation_arguments(parser)
+
+
+def check_serving_arguments(args: argparse.Namespace, *packages: str) -> Generation:
+    """See what can be seen without torch; the settings of generation.
+
+    Raises:
+        TinyGPTVError: one of `packages` is not installed, there is no such model, or a value is out of range.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    how = "pip install -r requirements-app.txt" if _REQUIREMENTS.is_file() else "pip install 'tinygptv_ds[app]'"
+    require(not missing, f"this needs {' and '.join(missing)}, not installed here: {how}")
+    check_model_arguments(args)
+    require(0 < args.port < 65536, f"--port must lie in 1 to 65535, not {args.port}")
+    return generation_from(args)
+
+
+def listen(args: argparse.Namespace) -> socket.socket:
+    """A socket at the address, taken before a model is loaded for nothing.
+
+    Raises:
+        ConfigError: the address is another program's, or not this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"{args.host}:{args.port} cannot be listened on ({error}); choose another --port or --host"
+        ) from None

@@ -1,0 +1,182 @@
+"""Samples as the model will see them: their tokens with what is learnt and what is cut off, pictures and boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import count, groupby, islice, pairwise
+
+import numpy as np
+
+from tinygptv_ds.config.recipe import TextSection
+from tinygptv_ds.data.loader.dataset import Tokens, load_sample
+from tinygptv_ds.data.shards.reader import SampleError, ShardReader
+from tinygptv_ds.data.stream.mixture import SampleRef
+from tinygptv_ds.data.stream.plan import OpenStream
+from tinygptv_ds.processing.boxes import Box, FoundBox, find_boxes
+from tinygptv_ds.processing.sequence import IGNORE, Sequence
+
+PROMPT, LEARNT, CUT, PICTURE, TURN = "prompt", "learnt", "cut", "picture", "turn"
+_READ = (PROMPT, LEARNT)
+_ENDLESS = 1 << 40  # tokens
+_TORN = "\ufffd"  # what the decoder gives for a part of a character
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some words of a row.
+
+    Attributes:
+        text: what they say.
+        kind: "prompt" (read), "learnt", "cut" (behind a limit of the recipe), "picture" (the rows of one picture), or
+            "turn" (no text: a later question begins).
+        token: number of the token in the row; pieces of one token share it.
+        box: number of the box in `Preview.boxes` that they belong to.
+        picture: number of the picture that they stand for.
+    """
+
+    text: str
+    kind: str
+    token: int
+    box: int | None = None
+    picture: int | None = None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One sample of the stream.
+
+    Attributes:
+        ref: which one.
+        step: the optimizer step that it is part of.
+        shard: the tar.
+        key: its key there.
+        pieces: its row, cut tokens included.
+        counts: tokens by kind: "prompt" with those of pictures, "learnt" and "cut".
+        pictures: uint8 `[3, S, S]` each, as the model gets them.
+        boxes: (number of the picture, box in per cent of it) of each box that the model reads or learns.
+        skipped: where training leaves the sample out: one word, and the whole message.
+    """
+
+    ref: SampleRef
+    step: int
+    shard: str
+    key: str
+    pieces: list[Piece] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    pictures: list[np.ndarray] = field(default_factory=list)
+    boxes: list[tuple[int, Box]] = field(default_factory=list)
+    skipped: tuple[str, str] | None = None
+
+
+def previews(
+    stream: OpenStream, tokens: Tokens, *, first_step: int, number: int, datasets: Collection[str] = ()
+) -> Iterator[Preview]:
+    """The first `number` samples from step `first_step` on, in the order of training; of `datasets` alone if given."""
+    reader = ShardReader(cache=stream.cache)
+    refs = (ref for step in count(first_step) for ref in stream.order.step(step))
+    wanted = (ref for ref in refs if not datasets or ref.dataset in datasets)
+    for ref in islice(wanted, number):
+        yield preview(stream, reader, ref, tokens)
+
+
+def preview(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Preview:
+    """One sample, or the reason why it drops out."""
+    tar = stream.shards[ref.dataset][ref.shard]
+    step = ref.position // stream.batch_size
+    key = reader.key(tar, ref.index)
+    try:
+        sample = load_sample(stream, reader, ref, tokens)
+        whole = [load_sample(stream, reader, ref, replace(tokens, text=text)).sequence for text in _unlimited(tokens)]
+    except SampleError as error:
+        return Preview(ref, step, str(tar), key, skipped=(error.reason, str(error)))
+    kinds = kinds_of(sample.sequence, *whole, tokens.text.max_context_len)
+    counts = {kind: int((kinds == kind).sum()) for kind in (PROMPT, LEARNT, CUT)}
+    pieces, boxes = _with_boxes(_pieces(whole[1], kinds, tokens), len(sample.pixels))
+    return Preview(ref, step, str(tar), key, pieces, counts, list(sample.pixels), boxes)
+
+
+def _unlimited(tokens: Tokens) -> tuple[TextSection, TextSection]:
+    """The text section without the answers' limit, and without any."""
+    answers = replace(tokens.text, max_txt_len=_ENDLESS)
+    return answers, replace(answers, max_context_len=_ENDLESS)
+
+
+def kinds_of(kept: Sequence, answers: Sequence, whole: Sequence, max_context_len: int) -> np.ndarray:
+    """ "prompt", "learnt" or "cut" for each token of `whole`: str `[T]`.
+
+    Args:
+        kept: the row that is trained on, whose labels say what is learnt.
+        answers: the same row with the answers uncut, of which `kept` is the beginning.
+        whole: the row with the prompt uncut, too.
+        max_context_len: where the prompt was cut, not counting the begin token.
+    """
+    kinds = np.full(len(whole), CUT, dtype="<U6")
+    lost = len(whole) - len(answers)
+    uncut = np.delete(np.arange(len(whole)), slice(max_context_len + 1, max_context_len + 1 + lost))
+    kinds[uncut[: len(kept)]] = np.where(kept.labels != IGNORE, LEARNT, PROMPT)
+    return kinds
+
+
+def _pieces(row: Sequence, kinds: np.ndarray, tokens: Tokens) -> list[Piece]:
+    """The row in words, token by token; the rows of a picture are one piece."""
+    picture_of = dict(zip(row.image_rows.tolist(), (row.image_index // tokens.image.count).tolist(), strict=True))
+    starts = np.flatnonzero(np.diff(row.position_ids) > 1) + 1  # a skipped position: a later question begins
+    turn_of = np.searchsorted(starts, np.arange(len(row)), side="right").tolist()
+    pieces: list[Piece] = []
+    turn_before = 0
+    alike = groupby(range(len(row)), lambda i: (turn_of[i], picture_of.get(i), str(kinds[i])))
+    for (turn, picture, kind), group in alike:
+        where = list(group)
+        if turn != turn_before:
+            pieces.append(Piece("", TURN, where[0]))
+            turn_before = turn
+        if picture is None:
+            pieces += _words([(i, int(row.input_ids[i])) for i in where], kind, tokens)
+        else:
+            cut = " cut off" if kind == CUT else ""
+            text = f"picture {picture + 1}: {len(where)} tokens{cut}"
+            pieces.append(Piece(text, CUT if cut else PICTURE, where[0], picture=picture))
+    return pieces
+
+
+def _words(ids: list[tuple[int, int]], kind: str, tokens: Tokens) -> Iterator[Piece]:
+    """A piece a token; tokens that are parts of one character come together."""
+    waiting: list[int] = []
+    for number, (place, token) in enumerate(ids):
+        waiting.append(token)
+        text = tokens.tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
+        if not text.endswith(_TORN) or number + 1 == len(ids) or len(waiting) == 4:
+            yield Piece(text, kind, place)
+            waiting = []
+
+
+def _with_boxes(pieces: list[Piece], pictures: int) -> tuple[list[Piece], list[tuple[int, Box]]]:
+    """The pieces split where boxes begin and end, and these boxes; each lies on the picture before it in the row."""
+    found = find_boxes("".join(piece.text for piece in pieces if piece.kind in _READ)) if pictures else []
+    boxes: list[tuple[int, Box]] = []
+    number_of: dict[FoundBox, int] = {}
+    marked: list[Piece] = []
+    place = picture = 0
+    for piece in pieces:
+        picture = picture if piece.picture is None else piece.picture
+        if piece.kind not in _READ:
+            marked.append(piece)
+            continue
+        here = [box for box in found if box.start < place + len(piece.text) and place < box.end]
+        for box in here:
+            if box not in number_of:
+                boxes += [(picture, box.box)] if (picture, box.box) not in boxes else []
+                number_of[box] = boxes.index((picture, box.box))
+        marked += _split(piece, place, {box: number_of[box] for box in here})
+        place += len(piece.text)
+    return marked, boxes
+
+
+def _split(piece: Piece, place: int, boxes: dict[FoundBox, int]) -> Iterator[Piece]:
+    """A piece that begins at character `place`, in parts that belong to one box or none."""
+    inside = {edge - place for box in boxes for edge in (box.start, box.end)}
+    edges = sorted({0, len(piece.text), *(edge for edge in inside if 0 < edge < len(piece.text))})
+    for start, end in pairwise(edges):
+        number = next((boxes[box] for box in boxes if box.start <= place + start < box.end), None)
+        yield replace(piece, text=piece.text[start:end], box=number)

@@ -1,0 +1,205 @@
+"""Looking at a dataset's samples as training would: read, put into words, pictures decoded. What breaks is counted."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from tinygptv_ds.config.data_section import DatasetSection
+from tinygptv_ds.data.loader.rendering import in_words
+from tinygptv_ds.data.shards.cache import ShardCache
+from tinygptv_ds.data.shards.index import load_index
+from tinygptv_ds.data.shards.reader import RawSample, SampleError, ShardReader
+from tinygptv_ds.data.shards.remote import Shard
+from tinygptv_ds.data.shards.tar import bad_end
+from tinygptv_ds.data.stream.mixture import SampleRef, sample_rng
+from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.image import open_image
+from tinygptv_ds.processing.text import Rendered
+
+LISTED = 10  # broken samples that are named; all are counted
+_CHUNK = 1_000  # samples that a process takes at once
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A sample that training would leave out: where it is, one word for counting, and the whole message."""
+
+    shard: str
+    key: str
+    reason: str
+    message: str
+
+
+@dataclass
+class Tally:
+    """What was found in the samples that were looked at.
+
+    Attributes:
+        looked_at: samples.
+        unusable: samples that drop out of training, by reason.
+        pictures: pictures that the records ask for, as far as known.
+        missing_pictures: samples whose picture is not in the shard.
+        corrupt_pictures: pictures that cannot be decoded.
+        longest_text: characters of all turns of the longest sample.
+        longest_sample: which one that is.
+        broken: the first unusable samples.
+        cut_shards: shards with something wrong at their end.
+    """
+
+    looked_at: int = 0
+    unusable: dict[str, int] = field(default_factory=dict)
+    pictures: int = 0
+    missing_pictures: int = 0
+    corrupt_pictures: int = 0
+    longest_text: int = 0
+    longest_sample: str | None = None
+    broken: list[Broken] = field(default_factory=list)
+    cut_shards: list[str] = field(default_factory=list)
+
+    @property
+    def unusable_share(self) -> float:
+        """Of the samples looked at."""
+        return sum(self.unusable.values()) / max(1, self.looked_at)
+
+    def add(self, other: Tally) -> None:
+        """Count in what was found in later samples."""
+        if other.longest_text > self.longest_text:
+            self.longest_text, self.longest_sample = other.longest_text, other.longest_sample
+        for name in ("looked_at", "pictures", "missing_pictures", "corrupt_pictures"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.unusable = dict(Counter(self.unusable) + Counter(other.unusable))
+        self.broken = (self.broken + other.broken)[:LISTED]
+        self.cut_shards += other.cut_shards
+
+
+class Chunk(NamedTuple):
+    """Samples of one shard for one process: `shard` is its number in the dataset, `seed` the recipe's.
+
+    `first` is True for the first chunk of a shard, with which the shard's end is looked at.
+    """
+
+    section: DatasetSection
+    tar: Shard
+    shard: int
+    indices: Sequence[int]
+    seed: int
+    first: bool
+    cache: ShardCache
+
+
+def check_samples(
+    section: DatasetSection,
+    tars: Sequence[Shard],
+    counts: Sequence[int],
+    *,
+    seed: int,
+    limit: int | None,
+    workers: int,
+    cache: ShardCache,
+) -> Tally:
+    """Look at `limit` samples spread evenly over the shards, or at all of them (None), in `workers` processes."""
+    chunks: list[Chunk] = []
+    for shard, indices in _spread(counts, limit):
+        first = not chunks or chunks[-1].shard != shard
+        chunks.append(Chunk(section, tars[shard], shard, indices, seed, first, cache))
+    tally = Tally()
+    with tqdm(desc=section.name, total=sum(len(c.indices) for c in chunks), unit="sample", disable=None) as bar:
+        for found in _mapped(chunks, workers):
+            tally.add(found)
+            bar.update(found.looked_at)
+    return tally
+
+
+def _mapped(chunks: list[Chunk], workers: int) -> Iterator[Tally]:
+    """`check_chunk` of every chunk, in order."""
+    if workers < 2 or len(chunks) < 2:
+        yield from map(check_chunk, chunks)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(check_chunk, chunks)
+
+
+def _spread(counts: Sequence[int], limit: int | None) -> Iterator[tuple[int, Sequence[int]]]:
+    """(shard, indices in it) of the samples to look at, in order."""
+    total = sum(counts)
+    if limit is None or limit >= total:
+        for shard, count in enumerate(counts):
+            yield from ((shard, range(first, min(first + _CHUNK, count))) for first in range(0, count, _CHUNK))
+        return
+    ends = np.cumsum([0, *counts])
+    chosen = np.arange(limit) * total // limit
+    for shard in range(len(counts)):
+        first, last = np.searchsorted(chosen, ends[shard : shard + 2])
+        if first < last:
+            yield shard, (chosen[first:last] - ends[shard]).tolist()
+
+
+def check_chunk(chunk: Chunk) -> Tally:
+    """Look at the samples of a chunk."""
+    tally, reader = Tally(), ShardReader(cache=chunk.cache)
+    if chunk.first:
+        tally.cut_shards += _cut(chunk.tar)
+    for index in chunk.indices:
+        tally.looked_at += 1
+        try:
+            _check(tally, reader, chunk, index)
+        except SampleError as error:
+            tally.unusable[error.reason] = tally.unusable.get(error.reason, 0) + 1
+            tally.missing_pictures += error.reason == "missing_image"
+            tally.pictures += error.reason == "missing_image"
+            if len(tally.broken) < LISTED:
+                tally.broken.append(Broken(str(chunk.tar), reader.key(chunk.tar, index), error.reason, str(error)))
+    reader.close()
+    return tally
+
+
+def _check(tally: Tally, reader: ShardReader, chunk: Chunk, index: int) -> None:
+    """Raises SampleError where training would leave the sample out."""
+    raw = reader.read(chunk.tar, index)
+    where = f"{chunk.tar}: sample {raw.key}"
+    corrupt = list(_corrupt(raw))
+    tally.pictures += len(raw.images)
+    tally.corrupt_pictures += len(corrupt)
+    # the random choices of the first epoch
+    draw = sample_rng(chunk.seed, SampleRef(0, chunk.section.name, 0, chunk.shard, index))
+    _measure(tally, in_words(raw, draw, clean=chunk.section.clean, where=where), where)
+    if corrupt:
+        raise SampleError("corrupt_image", f"{where}: {corrupt[0]}")
+
+
+def _corrupt(raw: RawSample) -> Iterator[str]:
+    for image in raw.images:
+        try:
+            open_image(image)
+        except DataError as error:
+            yield str(error)
+
+
+def _measure(tally: Tally, rendered: Rendered, where: str) -> None:
+    length = sum(len(question or "") + len(answer) for question, answer in rendered.turns)
+    if length > tally.longest_text:
+        tally.longest_text, tally.longest_sample = length, where
+
+
+def _cut(tar: Shard) -> list[str]:
+    """What is wrong at the end of a shard on this machine, which training would warn of once, when it is indexed."""
+    if not isinstance(tar, Path):
+        return []
+    try:
+        index = load_index(tar)
+        members = index.members(len(index) - 1)
+        problem = bad_end(tar, members[-1].offset + members[-1].size)
+    except DataError as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"{tar}: cannot open the shard: {error.strerror}"]
+    return [f"{tar}: {problem}; its {len(index)} complete samples are used"] if problem else []

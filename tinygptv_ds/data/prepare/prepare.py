@@ -1,0 +1,219 @@
+"""The command ``prepare``: a dataset's own files -> shards, once; what could not be used is counted and listed."""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from operator import length_hint
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tinygptv_ds.data.prepare.prepare_report import Report, file_state
+from tinygptv_ds.data.prepare.process_pool import run_tasks
+from tinygptv_ds.data.prepare.shard_task import Chunk, make_shard
+from tinygptv_ds.data.prepare.stored_images import Encoding
+from tinygptv_ds.data.prepare.workspace import finish, finished, workspace
+from tinygptv_ds.data.sets import DATASETS, full_name, how_to_get
+from tinygptv_ds.data.sets.common import Entry
+from tinygptv_ds.errors import DataError
+
+SAMPLES_PER_SHARD = 10_000
+DIGITS_TRAIN, DIGITS_TEST = 2_000, 500  # samples of each embedded dataset
+AS_THEY_ARE = Encoding()
+
+
+def prepare(
+    name: str,
+    root: Path,
+    out: Path,
+    *,
+    annotations: Path | None = None,
+    image_root: Path | None = None,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    limit: int | None = None,
+    encoding: Encoding = AS_THEY_ARE,
+    workers: int = 1,
+) -> Report:
+    """Write dataset `name` from the files below `root` as shards into `out`; only the first `limit` entries if given.
+
+    `annotations` and `image_root` say where a user's own files lie, if not in `root`. The shards do not depend on the
+    number of `workers`. Raises DataError if files are missing, nothing could be used, or `out` holds something else.
+    """
+    name = full_name(name)
+    entry = DATASETS[name]
+    if entry.samples is None:
+        raise DataError(how_to_get(name))
+    places = {"annotations": annotations, "image_root": image_root}
+    places = {option: path for option, path in places.items() if path is not None}
+    if places and not entry.own:
+        option = next(iter(places)).replace("_", "-")
+        raise DataError(f"{name} takes no --{option}, its files lie below --root\n{how_to_get(name)}")
+    settings = {
+        "dataset": name,
+        "root": str(root.resolve()),
+        **{option: str(path.resolve()) for option, path in places.items()},
+        "limit": limit,
+        "sources": {str(path): file_state(path) for path in _sources(name, root, **places)},
+    }
+    samples = _Lazy(partial(entry.samples, root, **places), limit)
+    options = {"samples_per_shard": samples_per_shard, "encoding": encoding, "workers": workers}
+    return write_samples(samples, out, total=limit, settings=settings, **options)
+
+
+def prepare_digits(
+    out: Path,
+    *,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    limit: int | None = None,
+    seed: int = 0,
+    encoding: Encoding = AS_THEY_ARE,
+    workers: int = 1,
+) -> dict[str, Report]:
+    """Make the embedded datasets: ``out/<dataset>/<split>/00000.tar``. `limit` bounds the samples of each."""
+    from tinygptv_ds.data.sets.digits import DIGIT_SETS, samples
+
+    reports = {}
+    options = {"samples_per_shard": samples_per_shard, "encoding": encoding, "workers": workers}
+    for name in DIGIT_SETS:
+        for split, size in (("train", DIGITS_TRAIN), ("test", DIGITS_TEST)):
+            size = size if limit is None else min(size, limit)
+            settings = {"dataset": name, "split": split, "size": size, "seed": seed}
+            made, folder = samples(name, split, size, seed), out / name / split
+            reports[f"{name}/{split}"] = write_samples(made, folder, total=size, settings=settings, **options)
+    return reports
+
+
+def write_samples(
+    samples: Iterable[Entry],
+    out: Path,
+    *,
+    samples_per_shard: int,
+    total: int | None,
+    settings: dict[str, Any],
+    encoding: Encoding = AS_THEY_ARE,
+    workers: int = 1,
+) -> Report:
+    """Write `samples` as shards with indexes and report.json; `total` is for the progress bar alone, which asks the
+    samples too (`operator.length_hint`).
+
+    Shard n holds what can be used of the n-th `samples_per_shard` entries; where that is nothing, there is no shard n.
+    A finished `out` with the same `settings` is reused without touching `samples`, an unfinished one is completed; the
+    settings need not name the shards' size and the encoding. Raises DataError as `prepare`.
+    """
+    for option, value in (("samples-per-shard", samples_per_shard), ("workers", workers), ("limit", total)):
+        if value is not None and value < 1:
+            raise DataError(f"--{option} must be at least 1, not {value}")
+    changed = {option: value for option, value in asdict(encoding).items() if value is not None}
+    settings = {**settings, "samples_per_shard": samples_per_shard, **changed}
+    settings = json.loads(json.dumps(settings))  # as it will be read back
+    try:
+        done = finished(out, settings)
+        if done is not None:
+            return done
+        with workspace(out, settings), tqdm(desc=out.name, total=total, unit="sample", disable=None) as bar:
+            parts: list[Path] = []
+            chunks = _unmade(samples, samples_per_shard, out, encoding, parts, bar)
+            run_tasks(make_shard, chunks, workers, bar.update)
+            return finish(out, settings, parts)
+    except OSError as error:
+        raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
+
+
+def _unmade(
+    samples: Iterable[Entry], size: int, out: Path, encoding: Encoding, parts: list[Path], bar: tqdm
+) -> Iterator[Chunk]:
+    """The chunks of `size` entries that an earlier attempt has not finished; all chunks' parts go to `parts`."""
+    source, cut = iter(samples), 0
+    while entries := tuple(islice(source, size)):
+        chunk = Chunk(len(parts), entries, out, encoding)
+        parts.append(chunk.part)
+        cut += len(entries)
+        left = length_hint(source, -1)
+        if left >= 0:
+            bar.total = cut + left
+        if not chunk.is_made():
+            yield chunk
+        elif not bar.disable:
+            bar.n, bar.initial, bar.last_print_n = (n + len(entries) for n in (bar.n, bar.initial, bar.last_print_n))
+    bar.total = cut
+
+
+def _sources(name: str, root: Path, annotations: Path | None = None, image_root: Path | None = None) -> list[Path]:
+    """The annotation files: when one changes, the shards are others. Raises DataError if anything is missing."""
+    absent = next((path for path in (root, image_root) if path is not None and not path.is_dir()), None)
+    if absent is not None:
+        raise DataError(f"{absent}: is no folder\n{how_to_get(name)}")
+    if annotations is not None:
+        if not annotations.is_file():
+            raise DataError(f"{annotations}: no such file")
+        return [annotations]
+    present = {file: sorted(root.glob(file)) for file in (*DATASETS[name].files, *DATASETS[name].optional)}
+    missing = [file for file in DATASETS[name].files if not present[file]]
+    if missing:
+        raise DataError(f"{root}: not found: {', '.join(missing)}\n{how_to_get(name)}")
+    return [path for found in present.values() for path in found if path.is_file()]
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """Samples whose annotation files are read once they are asked for: not at all where the shards are there."""
+
+    read: Callable[[], Iterator[Entry]]
+    limit: int | None
+
+    def __iter__(self) -> Iterator[Entry]:
+        return self.read() if self.limit is None else islice(self.read(), self.limit)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``prepare``."""
+    parser.add_argument(
+        "name",
+        help="'digits' (embedded), a published dataset, or your own as llava, jsonl or caption-folder",
+    )
+    parser.add_argument("--root", type=Path, default=Path(), help="folder with the dataset's own files")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="your own JSON, JSON lines or table, if not in --root",
+    )
+    parser.add_argument("--image-root", type=Path, metavar="DIR", help="where your own pictures lie, if not in --root")
+    parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="default: %(default)s")
+    parser.add_argument("--limit", type=int, help="use only the first entries")
+    parser.add_argument(
+        "--max-side", type=int, metavar="PIXELS", help="scale larger pictures down to this; others stay as they are"
+    )
+    parser.add_argument(
+        "--jpeg-quality", type=int, metavar="Q", help="store every picture as JPEG of this quality, 1 to 100"
+    )
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="processes; default: one a core (%(default)s here)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out ``prepare`` and print what was made."""
+    options = {
+        "samples_per_shard": args.samples_per_shard,
+        "limit": args.limit,
+        "encoding": Encoding(args.max_side, args.jpeg_quality),
+        "workers": args.workers,
+    }
+    if args.name == "digits":
+        reports = prepare_digits(args.out, **options)
+    else:
+        places = {"annotations": args.annotations, "image_root": args.image_root}
+        reports = {args.name: prepare(args.name, args.root, args.out, **places, **options)}
+    for name, report in reports.items():
+        print(f"{name}: {report}" + (" (was already there)" if report.reused else ""))
+        if report.skipped:
+            print("  report.json beside the shards lists the skipped entries")

@@ -1,0 +1,106 @@
+"""What a preparation made: of one shard, and of all of them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from tinygptv_ds.data.sets.common import Skipped
+from tinygptv_ds.data.shards.index import sample_count
+from tinygptv_ds.files import whole_file
+
+_LISTED = 1_000  # skipped entries that are named one by one; all are counted
+
+
+@dataclass
+class Part:
+    """What one chunk of entries, of which `digest` is the hash, gave. `shard` is the name of its tar, if there is one,
+    `state` the tar's size in bytes and time of writing in ns.
+    """
+
+    digest: str
+    samples: int = 0
+    shard: str | None = None
+    state: list[int] | None = None
+    skipped: dict[str, int] = field(default_factory=dict)
+    missing_fields: dict[str, int] = field(default_factory=dict)
+    skipped_entries: list[dict[str, str]] = field(default_factory=list)
+
+    def skip(self, entry: Skipped) -> None:
+        """Count an entry that gave no sample."""
+        _add(self.skipped, {entry.reason: 1})
+        if entry.field is not None:
+            _add(self.missing_fields, {entry.field: 1})
+        if len(self.skipped_entries) < _LISTED:
+            self.skipped_entries.append({"key": entry.key, "reason": entry.reason, "detail": entry.detail})
+
+    def is_whole(self, out: Path) -> bool:
+        """Whether the shard lies in `out` as it was written; a lost index is built anew."""
+        if self.shard is None:
+            return self.samples == 0
+        tar = out / self.shard
+        return tar.is_file() and file_state(tar) == self.state and sample_count(tar) == self.samples
+
+
+@dataclass
+class Report:
+    """What a preparation made; kept as report.json beside the shards.
+
+    `skipped` counts entries that could not be used by reason, `missing_fields` those that lack a field by its name,
+    `skipped_entries` names the first thousand. `reused` is True if the shards were already there.
+    """
+
+    settings: dict[str, Any]
+    samples: int = 0
+    shards: list[str] = field(default_factory=list)
+    skipped: dict[str, int] = field(default_factory=dict)
+    missing_fields: dict[str, int] = field(default_factory=dict)
+    skipped_entries: list[dict[str, str]] = field(default_factory=list)
+    reused: bool = False
+
+    @classmethod
+    def of(cls, settings: dict[str, Any], parts: Iterable[Part]) -> Self:
+        """The sum of `parts`, in their order."""
+        report = cls(settings)
+        for part in parts:
+            report.samples += part.samples
+            report.shards += [part.shard] if part.shard else []
+            _add(report.skipped, part.skipped)
+            _add(report.missing_fields, part.missing_fields)
+            report.skipped_entries += part.skipped_entries[: _LISTED - len(report.skipped_entries)]
+        return report
+
+    def __str__(self) -> str:
+        text = f"{self.samples} samples in {len(self.shards)} shard(s), skipped: {_counts(self.skipped)}"
+        return f"{text}; missing fields: {_counts(self.missing_fields)}" if self.missing_fields else text
+
+
+def _add(counts: dict[str, int], more: dict[str, int]) -> None:
+    counts.update(Counter(counts) + Counter(more))
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
+
+
+def save(made: Part | Report, path: Path) -> None:
+    """Write it as JSON, whole or not at all."""
+    text = json.dumps(asdict(made), indent=1, ensure_ascii=False)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def load_part(path: Path) -> Part | None:
+    """The part in a file; None if there is none, or it is damaged."""
+    try:
+        return Part(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def file_state(path: Path) -> list[int]:
+    """Size in bytes and time of writing in ns: what changes when a file does."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]

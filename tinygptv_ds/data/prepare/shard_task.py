@@ -1,0 +1,93 @@
+"""One chunk of entries -> one shard with its index and its part of the report. What a worker process does."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinygptv_ds.data.prepare.prepare_report import Part, file_state, load_part, save
+from tinygptv_ds.data.prepare.stored_images import Encoding, stored_picture
+from tinygptv_ds.data.sets.common import Entry, PreparedSample, SkipEntry, Skipped
+from tinygptv_ds.data.shards.writer import ShardWriter
+from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.text import render
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The entries of shard `number` of the folder `out`."""
+
+    number: int
+    entries: tuple[Entry, ...]
+    out: Path
+    encoding: Encoding
+
+    @property
+    def part(self) -> Path:
+        """Where its part of the report lies until all is done."""
+        return self.out / f".{self.number:05d}.part"
+
+    def digest(self) -> str:
+        """The hash of all that the shard is made of, but for the pictures in their files."""
+        digest = hashlib.sha256(repr(self.encoding).encode())
+        for entry in self.entries:
+            digest.update(repr(entry).encode(errors="backslashreplace"))
+        return digest.hexdigest()
+
+    def is_made(self) -> bool:
+        """Whether it was made before, from the same entries, and is still whole."""
+        part = load_part(self.part)
+        return part is not None and part.digest == self.digest() and part.is_whole(self.out)
+
+
+def make_shard(chunk: Chunk, tick: Callable[[int], object]) -> None:
+    """Write the shard, its index and, last, its part. No usable entry, no shard. `tick` gets the entries done.
+
+    Raises DataError if something cannot be written; nothing half-made has its final name then.
+    """
+    part = Part(chunk.digest())
+    try:
+        with ShardWriter(chunk.out, len(chunk.entries), first=chunk.number) as writer:
+            for entry in chunk.entries:
+                _write(writer, entry, chunk.encoding, part)
+                tick(1)
+        for tar in writer.tars:
+            part.shard, part.state = tar.name, file_state(tar)
+        save(part, chunk.part)
+    except OSError as error:
+        raise DataError(
+            f"{chunk.out}: shard {chunk.number:05d} cannot be written: {error.strerror or error}; finished shards are "
+            f"kept, the same command goes on from them"
+        ) from error
+
+
+def _write(writer: ShardWriter, entry: Entry, encoding: Encoding, part: Part) -> None:
+    if isinstance(entry, Skipped):
+        part.skip(entry)
+        return
+    try:
+        members = _members(entry, encoding)
+    except SkipEntry as skip:
+        where = f"{entry.where}: " if entry.where else ""
+        part.skip(Skipped(entry.key, skip.reason, f"{where}{skip}"))
+    else:
+        writer.write(entry.key, members)
+        part.samples += 1
+
+
+def _members(sample: PreparedSample, encoding: Encoding) -> dict[str, bytes]:
+    """The sample's files by suffix. Raises SkipEntry if a picture or the record cannot be used."""
+    try:
+        render(sample.record, len(sample.images), lambda n: n - 1)
+    except DataError as error:
+        raise SkipEntry("bad_record", str(error)) from error
+    if "caption" in sample.record and not sample.images:
+        raise SkipEntry("bad_record", "a caption without a picture")
+    pictures = [stored_picture(image, encoding) for image in sample.images]
+    if len(pictures) == 1:
+        members = dict(pictures)
+    else:
+        members = {f"{number}.{suffix}": data for number, (suffix, data) in enumerate(pictures)}
+    members["json"] = json.dumps(sample.record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return members

@@ -1,0 +1,132 @@
+"""The output folder of a preparation: held by one process, resumed after an interruption, finished once."""
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from tinygptv_ds.data.prepare.prepare_report import Part, Report, load_part, save
+from tinygptv_ds.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_MARKER = ".preparing"  # holds the settings while shards are being made
+_HALF_MADE = (".[0-9]*.tmp", ".[0-9]*.idx.*", ".[0-9]*.partial", "report.json.partial")
+_MADE = ("[0-9]*.tar", "[0-9]*.tar.idx", ".[0-9]*.part")
+
+
+def finished(out: Path, settings: dict[str, Any]) -> Report | None:
+    """The report of a finished preparation with these settings, None if there is none."""
+    path = out / "report.json"
+    if not path.exists():
+        return None
+    try:
+        report = Report(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: is no report of this program ({error}); choose another folder") from error
+    _check_settings(out, report.settings, settings)
+    lost = [name for name in report.shards if not (out / name).is_file()]
+    if lost:
+        raise DataError(f"{out}: {lost[0]} is gone since it was made; remove the folder to make it anew")
+    _tidy(out, report)  # in case it was interrupted just before
+    log.info("%s: reused, it was made with the same settings", out)
+    report.reused = True
+    return report
+
+
+@contextmanager
+def workspace(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """`out`, held by this process alone, with no more in it than what an interrupted preparation with the same settings
+    has finished. Raises DataError if it holds anything else or another process.
+    """
+    marker = out / _MARKER
+    if out.exists() and (not out.is_dir() or (not marker.exists() and any(out.iterdir()))):
+        raise DataError(f"{out}: is not empty, and not a preparation of this program; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with marker.open("a+", encoding="utf-8") as file:
+        _lock(out, file)
+        _remove(out, _HALF_MADE)
+        _take_over(out, file, settings)
+        try:
+            yield
+        except KeyboardInterrupt:
+            log.warning("%s: interrupted; the same command goes on from the finished shards", out)
+            raise
+        finally:
+            _remove(out, _HALF_MADE)
+            if [path.name for path in out.iterdir()] == [_MARKER]:
+                marker.unlink()
+                out.rmdir()
+
+
+def finish(out: Path, settings: dict[str, Any], parts: Sequence[Path]) -> Report:
+    """Sum up `parts`, write report.json and remove what is needed no more.
+
+    Raises DataError if there is not one sample; then nothing is left in `out`.
+    """
+    report = Report.of(settings, (_part(path) for path in parts))
+    if report.samples == 0:
+        _remove(out, _MADE)
+        first = f"; the first: {report.skipped_entries[0]['detail']}" if report.skipped_entries else ""
+        raise DataError(f"{out}: not one sample could be prepared, skipped: {report.skipped or 'none'}{first}")
+    save(report, out / "report.json")
+    _tidy(out, report)
+    return report
+
+
+def _tidy(out: Path, report: Report) -> None:
+    """Remove what was needed while the shards were made, and shards of more entries than there are now."""
+    strays = {tar.name for tar in out.glob("[0-9]*.tar")} - set(report.shards)
+    _remove(out, (".[0-9]*.part", *strays, *(f"{name}.idx" for name in strays), _MARKER))
+
+
+def _part(path: Path) -> Part:
+    part = load_part(path)
+    if part is None:
+        raise DataError(f"{path}: is gone or damaged since it was written; the same command makes it anew")
+    return part
+
+
+def _lock(out: Path, marker: TextIO) -> None:
+    try:
+        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise DataError(f"{out}: another process is preparing into this folder; let it finish") from error
+    if os.fstat(marker.fileno()).st_nlink == 0:
+        raise DataError(f"{out}: another process has just finished preparing into this folder; start again to use it")
+
+
+def _take_over(out: Path, marker: TextIO, settings: dict[str, Any]) -> None:
+    """Keep what was made with the same settings. Other shards are not replaced without asking."""
+    marker.seek(0)
+    try:
+        before = json.loads(marker.read())
+    except ValueError:  # just begun
+        before = None
+    if before != settings:
+        if before is not None and any(out.glob(".[0-9]*.part")):
+            _check_settings(out, before, settings)
+        _remove(out, _MADE)
+        marker.truncate(0)
+        json.dump(settings, marker)
+        marker.flush()
+        os.fsync(marker.fileno())
+
+
+def _check_settings(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    if before != settings:
+        names = sorted(before.keys() | settings.keys())
+        differing = [name for name in names if before.get(name) != settings.get(name)]
+        raise DataError(
+            f"{out}: holds shards made with other settings ({', '.join(differing)}); remove it or choose another folder"
+        )
+
+
+def _remove(out: Path, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,256 @@
+"""A small index beside each tar, so that any sample of any shard is one read away."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import mmap
+import multiprocessing
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Self
+
+import numpy as np
+from tqdm import tqdm
+
+from tinygptv_ds.data.shards.tar import PICTURE_SUFFIXES, SKIPPED, Member, scan_tar
+from tinygptv_ds.errors import DataError
+from tinygptv_ds.files import cache_home, write_atomically
+from tinygptv_ds.processing.lengths import text_lengths
+from tinygptv_ds.retry import persist
+
+# magic, size and mtime (ns) of the tar it describes, samples, members, bytes of the body, crc32 of the body
+_HEADER = struct.Struct("<8sQqIIQI")
+_HEADER_CRC = struct.Struct("<I")  # follows it
+HEADER_BYTES = _HEADER.size + _HEADER_CRC.size
+_MAGIC = b"TGVidx2\n"
+_LONGEST = 65_535  # of what a length can count
+_MANY = 32  # shards to index before it pays to start processes
+
+
+class IndexHeader(NamedTuple):
+    """What the first `HEADER_BYTES` of an index file tell: of which tar (size, time in ns), and how much it holds."""
+
+    tar_size: int
+    tar_mtime: int
+    samples: int
+    members: int
+    body_bytes: int
+    body_crc: int
+
+
+def header_of(start: bytes) -> IndexHeader | None:
+    """The header at the start of an index file, or None if it is none or damaged."""
+    if len(start) < HEADER_BYTES or _HEADER_CRC.unpack_from(start, _HEADER.size)[0] != zlib.crc32(
+        start[: _HEADER.size]
+    ):
+        return None
+    magic, *fields = _HEADER.unpack_from(start)
+    return IndexHeader(*fields) if magic == _MAGIC else None
+
+
+class ShardIndex:
+    """Where everything lies in one tar: per sample its key and members, and how long it is.
+
+    Held as flat arrays (about 20 bytes a member), since a shard of 10,000 samples has 30,000 members.
+
+    Attributes:
+        lengths: uint16 `[samples, 3]`: pictures, and estimated tokens of the first question and of what follows
+            (processing/lengths.py). What batches are balanced by; zeros where unknown.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, Sequence[Member]]], lengths: np.ndarray | None = None) -> None:
+        self.lengths = np.zeros((len(samples), 3), dtype=np.uint16) if lengths is None else lengths
+        members = [member for _, sample in samples for member in sample]
+        self._suffixes = sorted({member.suffix for member in members})
+        number = {suffix: i for i, suffix in enumerate(self._suffixes)}
+        keys = [key.encode() for key, _ in samples]
+        self._keys = b"".join(keys)
+        self._key_ends = np.cumsum([0, *map(len, keys)], dtype=np.uint32)
+        self._member_ends = np.cumsum([0, *(len(sample) for _, sample in samples)], dtype=np.uint32)
+        self._offsets = np.array([member.offset for member in members], dtype=np.uint64)
+        self._sizes = np.array([member.size for member in members], dtype=np.uint64)
+        self._suffix_of = np.array([number[member.suffix] for member in members], dtype=np.uint32)
+
+    def __len__(self) -> int:
+        return len(self._key_ends) - 1
+
+    def key(self, index: int) -> str:
+        """The key of sample `index`, 0 <= index < len(self)."""
+        return self._keys[self._key_ends[index] : self._key_ends[index + 1]].decode(errors="replace")
+
+    def members(self, index: int) -> tuple[Member, ...]:
+        """The members of sample `index` in the order of the tar."""
+        rows = range(int(self._member_ends[index]), int(self._member_ends[index + 1]))
+        return tuple(
+            Member(self._suffixes[self._suffix_of[i]], int(self._offsets[i]), int(self._sizes[i])) for i in rows
+        )
+
+    def to_bytes(self, tar_state: tuple[int, int]) -> bytes:
+        """The index file: a header that alone tells the count, then the arrays. `tar_state` is (size, mtime in ns)."""
+        suffixes = "\n".join(self._suffixes).encode()
+        arrays = (self._key_ends, self._member_ends, self._suffix_of, self._offsets, self._sizes, self.lengths)
+        body = struct.pack("<II", len(suffixes), len(self._keys)) + suffixes + self._keys
+        body += b"".join(array.astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays)
+        header = _HEADER.pack(_MAGIC, *tar_state, len(self), len(self._offsets), len(body), zlib.crc32(body))
+        return header + _HEADER_CRC.pack(zlib.crc32(header)) + body
+
+    @classmethod
+    def from_bytes(cls, data: bytes | mmap.mmap) -> Self:
+        """The inverse of `to_bytes`, on `data` as it is. Raises ValueError if it is torn or contradicts itself."""
+        header, body = header_of(data[:HEADER_BYTES]), memoryview(data)[HEADER_BYTES:]
+        if header is None or not 8 <= len(body) == header.body_bytes or zlib.crc32(body) != header.body_crc:
+            raise ValueError("torn index file")
+        samples, members = header.samples, header.members
+        suffix_bytes, key_bytes = struct.unpack_from("<II", body)
+        start = 8 + suffix_bytes + key_bytes
+        self = cls.__new__(cls)
+        self._suffixes = bytes(body[8 : 8 + suffix_bytes]).decode().split("\n")
+        self._keys = bytes(body[8 + suffix_bytes : start])
+        arrays = []
+        for dtype, count in (("<u4", samples + 1), ("<u4", samples + 1), ("<u4", members), ("<u8", members)):
+            arrays.append(np.frombuffer(body, dtype, count, start))
+            start += arrays[-1].nbytes
+        self._key_ends, self._member_ends, self._suffix_of, self._offsets = arrays
+        self._sizes = np.frombuffer(body, "<u8", members, start)
+        self.lengths = np.frombuffer(body, "<u2", 3 * samples, start + self._sizes.nbytes).reshape(samples, 3)
+        self._check()
+        return self
+
+    def _check(self) -> None:
+        """An index may come from elsewhere, and its checksum alone does not make it consistent."""
+        for ends, total in ((self._key_ends, len(self._keys)), (self._member_ends, len(self._offsets))):
+            if ends[0] != 0 or ends[-1] != total or np.any(ends[1:] < ends[:-1]):
+                raise ValueError("inconsistent index file")
+        if np.any(self._suffix_of >= len(self._suffixes)):
+            raise ValueError("inconsistent index file")
+
+
+def sample_count(tar: Path) -> int:
+    """Number of samples in `tar`, from the index's first bytes; builds the index if there is none."""
+
+    def found() -> int:
+        count = stored_count(tar)
+        return len(build_index(tar)) if count is None else count
+
+    return persist(str(tar), found)
+
+
+def sample_counts(tars: Sequence[Path], workers: int | None = None) -> list[int]:
+    """`sample_count` of every tar. Missing indexes are built first (about a second per 10,000 samples), with a
+    progress bar and, from some number on, in `workers` processes (default: one per core).
+    """
+    counts = [stored_count(tar) for tar in tars]
+    missing = [tar for tar, count in zip(tars, counts, strict=True) if count is None]
+    if len(missing) > _MANY:
+        # spawn: the caller may have threads or a device open
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for _ in tqdm(pool.map(sample_count, missing), "indexing shards", len(missing), unit="shard"):
+                pass
+    return [sample_count(tar) if count is None else count for tar, count in zip(tars, counts, strict=True)]
+
+
+def stored_count(tar: Path) -> int | None:
+    """Number of samples in `tar`, if there is an index of it as it is now."""
+    state = _tar_state(tar)
+    headers = (_read_header(path, state) for path in _index_paths(tar))
+    return next((header.samples for header in headers if header is not None), None)
+
+
+def load_index(tar: Path) -> ShardIndex:
+    """The index of `tar`, built first if it is missing, torn or older than the tar."""
+    return persist(str(tar), lambda: _load_index(tar))
+
+
+def _load_index(tar: Path) -> ShardIndex:
+    for path in _index_paths(tar):
+        if _read_header(path, _tar_state(tar)) is not None:
+            with contextlib.suppress(ValueError, OSError):
+                return ShardIndex.from_bytes(_mapped(path))
+    return build_index(tar)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """A file's content, of which all processes of a node share the one copy in memory."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def build_index(tar: Path) -> ShardIndex:
+    """Scan `tar` and store its index beside it, or in the cache folder where that cannot be written.
+
+    A tar that is cut short gives the complete samples before the cut, with a warning. Raises DataError if the file is
+    no tar at all or the index can be stored nowhere.
+    """
+    state = _tar_state(tar)
+    samples = scan_tar(tar)
+    index = ShardIndex(samples, measure(tar, [members for _, members in samples]))
+    data = index.to_bytes(state)
+    beside, cached = _index_paths(tar)
+    try:
+        write_atomically(beside, data)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DataError(f"{beside}: cannot write the shard index: {error.strerror}") from error
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cached, data)
+        except OSError as error:
+            raise DataError(
+                f"{tar}: its folder is read-only and so is {cached.parent} ({error.strerror}); "
+                f"set XDG_CACHE_HOME to a writable folder for the shard index"
+            ) from error
+    return index
+
+
+def measure(tar: Path, samples: Sequence[Sequence[Member]]) -> np.ndarray:
+    """`ShardIndex.lengths` of the samples with these members; a record that cannot be read counts as empty."""
+    lengths = np.zeros((len(samples), 3), dtype=np.uint16)
+    with tar.open("rb") as file:
+        for number, members in enumerate(samples):
+            pictures = sum(member.suffix.rpartition(".")[2] in PICTURE_SUFFIXES for member in members)
+            # features that stand for nothing keep the number, so that steps are shared out as from pictures
+            noted = _object_in(file, members, SKIPPED).get("pictures", 0)
+            found = (pictures or noted, *text_lengths(_object_in(file, members, "json")))
+            lengths[number] = [min(max(int(n), 0), _LONGEST) if isinstance(n, int) else 0 for n in found]
+    return lengths
+
+
+def _object_in(file: BinaryIO, members: Sequence[Member], suffix: str) -> dict[str, Any]:
+    """The JSON object in the member with this suffix; an empty one if there is none that can be read."""
+    for member in members:
+        if member.suffix == suffix:
+            file.seek(member.offset)
+            with contextlib.suppress(ValueError, RecursionError, OSError):
+                found = json.loads(file.read(member.size))
+                return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _tar_state(tar: Path) -> tuple[int, int]:
+    try:
+        stat = tar.stat()
+    except OSError as error:
+        raise DataError(f"{tar}: cannot open the shard: {error.strerror}") from error
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _index_paths(tar: Path) -> Iterator[Path]:
+    """Where the index may lie: beside the tar, and else in the user's cache."""
+    yield tar.with_name(f"{tar.name}.idx")
+    name = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:32]
+    yield cache_home() / "index" / f"{name}.idx"
+
+
+def _read_header(path: Path, tar_state: tuple[int, int]) -> IndexHeader | None:
+    """The header, or None if there is none or it describes another state of the tar."""
+    try:
+        with path.open("rb") as file:
+            header = header_of(file.read(HEADER_BYTES))
+    except OSError:
+        return None
+    return header if header is not None and header[:2] == tar_state else None

@@ -1,0 +1,211 @@
+"""Random access to the samples of the shards: (tar, index) -> record and picture bytes."""
+
+import json
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinygptv_ds.data.shards.cache import ShardCache
+from tinygptv_ds.data.shards.index import ShardIndex, load_index
+from tinygptv_ds.data.shards.remote import RemoteShard, Shard
+from tinygptv_ds.data.shards.tar import PICTURE_SUFFIXES, SKIPPED, Member
+from tinygptv_ds.errors import DataError
+from tinygptv_ds.retry import persist
+
+REASONS = (
+    "missing_record",
+    "bad_json",
+    "bad_record",
+    "missing_image",
+    "ambiguous_images",
+    "corrupt_image",
+    "truncated",
+    "unreadable",
+    "unreadable_shard",
+    "empty_answer",
+    "nothing_learnt",
+    "too_long",
+    "torn_features",
+)
+
+
+class SampleError(DataError):
+    """One sample that cannot be used. `reason` is one of `REASONS`, the message says which sample and why."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.reason, str(self))  # so that it survives the way from a worker process
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """A sample as stored: the parsed ``json`` member and the pictures' encoded bytes, or their features, in order."""
+
+    key: str
+    record: dict[str, Any]
+    images: tuple[bytes, ...]
+
+
+class ShardReader:
+    """Reads samples through the shard indexes, keeping the `max_open` most recently used shards open (two files each).
+
+    Remote shards are fetched into `cache` (None: the user's, of 100 GB) when one of their samples is first read.
+    Reading never moves a file's position, so processes may go on with a reader they inherited by a fork; one that is
+    sent to another process opens its own files there.
+    """
+
+    def __init__(self, max_open: int = 256, cache: ShardCache | None = None) -> None:
+        self._max_open = max_open
+        self._cache = cache or ShardCache()
+        self._shards: OrderedDict[Shard, tuple[int, ShardIndex]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_max_open": self._max_open, "_cache": self._cache, "_shards": OrderedDict()}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; a later read opens them again."""
+        while self._shards:
+            os.close(self._shards.popitem()[1][0])
+
+    def read(self, tar: Shard, index: int) -> RawSample:
+        """Sample number `index` of `tar`. Raises SampleError if it, or the whole shard, cannot be used."""
+        try:
+            _, shard = self._shard(tar)
+        except DataError as error:
+            raise SampleError("unreadable_shard", str(error)) from error
+        if not 0 <= index < len(shard):
+            message = f"{tar}: has {len(shard)} samples, none with number {index}; was it replaced meanwhile?"
+            raise SampleError("unreadable_shard", message)
+        key = shard.key(index)
+        where = f"{tar}: sample {key}"
+        members = shard.members(index)
+        self._raise_if_skipped(tar, members, where)
+        record = parse_record(self._record_bytes(tar, members, where), where)
+        pictures = _pictures(members, where)
+        if "caption" in record and not pictures:
+            raise SampleError("missing_image", f"{where}: a caption without a picture")
+        return RawSample(key, record, tuple(self._read(tar, member, where) for member in pictures))
+
+    def key(self, tar: Shard, index: int) -> str:
+        """The key of a sample, for messages; its number where the shard cannot be read."""
+        try:
+            return self._shard(tar)[1].key(index)
+        except (DataError, IndexError):
+            return f"number {index}"
+
+    def read_record(self, tar: Shard, index: int) -> tuple[str, dict[str, Any]]:
+        """(key, record) without the pictures. Raises SampleError if it is unusable, DataError if the shard is."""
+        shard = self._shard(tar)[1]
+        where = f"{tar}: sample {shard.key(index)}"
+        return shard.key(index), parse_record(self._record_bytes(tar, shard.members(index), where), where)
+
+    def stored(self, tar: Shard, index: int) -> tuple[str, bytes | None, int]:
+        """(key, the ``json`` member as it is or None, how many pictures there are); errors as in `read_record`."""
+        _, shard = self._shard(tar)
+        where = f"{tar}: sample {shard.key(index)}"
+        member = next((member for member in shard.members(index) if member.suffix == "json"), None)
+        record = None if member is None else self._read(tar, member, where)
+        return shard.key(index), record, int(shard.lengths[index, 0])
+
+    def _raise_if_skipped(self, tar: Shard, members: tuple[Member, ...], where: str) -> None:
+        """Features keep the place of a sample that could not be used, and say why."""
+        for member in members:
+            if member.suffix == SKIPPED:
+                noted = parse_record(self._read(tar, member, where), where)
+                reason = noted.get("reason")
+                raise SampleError(reason if reason in REASONS else "bad_record", str(noted.get("message")))
+
+    def _record_bytes(self, tar: Shard, members: tuple[Member, ...], where: str) -> bytes:
+        for member in members:
+            if member.suffix == "json":
+                return self._read(tar, member, where)
+        raise SampleError("missing_record", f"{where}: has no .json member")
+
+    def _shard(self, tar: Shard) -> tuple[int, ShardIndex]:
+        """(file descriptor, index) of `tar`."""
+        if tar in self._shards:
+            self._shards.move_to_end(tar)
+            return self._shards[tar]
+        self._shards[tar] = self._cache.open(tar) if isinstance(tar, RemoteShard) else _open(tar)
+        if len(self._shards) > self._max_open:
+            os.close(self._shards.popitem(last=False)[1][0])
+        return self._shards[tar]
+
+    def _read(self, tar: Shard, member: Member, where: str) -> bytes:
+        """One member's bytes, tried a few times where the storage fails."""
+        file, _ = self._shard(tar)
+        try:
+            data = persist(where, lambda: _pread(file, member), lambda: self._reread(tar, member))
+        except (OSError, DataError) as error:
+            what = error.strerror if isinstance(error, OSError) else error
+            raise SampleError("unreadable", f"{where}: reading .{member.suffix} failed repeatedly: {what}") from error
+        if len(data) < member.size:
+            raise SampleError("truncated", f"{where}: .{member.suffix} ends after {len(data)} of {member.size} bytes")
+        return data
+
+    def _reread(self, tar: Shard, member: Member) -> bytes:
+        """By a new file descriptor: one of a network file system may have become stale."""
+        file, index = self._shards[tar]
+        fresh = self._cache.open(tar)[0] if isinstance(tar, RemoteShard) else os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
+        os.close(file)
+        self._shards[tar] = fresh, index
+        return _pread(fresh, member)
+
+
+def _open(tar: Path) -> tuple[int, ShardIndex]:
+    index = load_index(tar)
+    try:
+        return persist(str(tar), lambda: os.open(tar, os.O_RDONLY | os.O_CLOEXEC)), index
+    except OSError as error:
+        raise DataError(f"{tar}: cannot open the shard: {error.strerror}") from error
+
+
+def _pread(file: int, member: Member) -> bytes:
+    """Read at a position, without moving the file's own; a single call may give less than asked for.
+
+    What the file does not hold is not there in the result, and no memory is taken for it.
+    """
+    wanted = min(member.size, max(0, os.fstat(file).st_size - member.offset))
+    data = os.pread(file, wanted, member.offset) if wanted else b""
+    while 0 < len(data) < wanted:
+        more = os.pread(file, wanted - len(data), member.offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def parse_record(data: bytes, where: str) -> dict[str, Any]:
+    """A sample's record from its ``json`` member. Raises SampleError if it is no JSON object; `where` names it."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SampleError("bad_json", f"{where}: .json cannot be parsed: {error}") from error
+    if not isinstance(record, dict):
+        raise SampleError("bad_json", f"{where}: .json holds a {type(record).__name__}, not an object")
+    return record
+
+
+def _pictures(members: tuple[Member, ...], where: str) -> list[Member]:
+    """The picture members: one ``jpg``, or ``0.jpg``, ``1.jpg``, ... in the order of their numbers."""
+    numbered: dict[int, Member] = {}
+    for member in members:
+        number, dot, suffix = member.suffix.rpartition(".")
+        if suffix not in PICTURE_SUFFIXES or (dot and not (number.isascii() and number.isdigit())):
+            continue
+        position = int(number) if dot else 0
+        if position in numbered:
+            message = f"{where}: both .{numbered[position].suffix} and .{member.suffix} would be picture {position}"
+            raise SampleError("ambiguous_images", message)
+        numbered[position] = member
+    if sorted(numbered) != list(range(len(numbered))):
+        raise SampleError("missing_image", f"{where}: pictures are numbered {sorted(numbered)}, not from 0 on")
+    return [numbered[position] for position in range(len(numbered))]

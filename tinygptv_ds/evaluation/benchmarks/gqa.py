@@ -1,0 +1,36 @@
+"""GQA, testdev balanced: short answers, in GQA's own file (an object by question id) or as a list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tinygptv_ds.evaluation.answer_scores import EVALUATION, SHORT_ANSWER, gqa_hit
+from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
+from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
+
+PLACES = {"questions": "gqa/testdev_balanced_questions.json", "images": "gqa/gqa_images"}
+
+
+def _points(question: Question, text: str, *, compat: bool) -> float:
+    return 100.0 * gqa_hit(text, question.truth, compat=compat)
+
+
+BENCHMARK = Benchmark(
+    rules=strict_and_compat(_points),
+    template=EVALUATION,
+    whole_continuation=True,
+)
+
+
+def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
+    """Entries hold `question`, `answer`, and `image`, a file's name, or `imageId`, as GQA itself has it."""
+    content = checks.content(places["questions"], "gqa.questions=FILE")
+    picture = "imageId" if isinstance(content, dict) else "image"
+    fields = {"question": str, "answer": str, picture: str}
+    questions = []
+    for key, entry in checks.entries(places["questions"], content, fields):
+        name = entry[picture] if picture == "image" else f"{entry[picture]}.jpg"
+        path = checks.picture("gqa.images", places["images"] / name)
+        questions.append(Question(key, SHORT_ANSWER.format(entry["question"]), entry["answer"], picture_file(path)))
+    return questions

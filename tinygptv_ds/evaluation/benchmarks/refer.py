@@ -1,0 +1,54 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg: where in the picture an expression points to, in MiniGPT-v2's evaluation files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from tinygptv_ds.evaluation.answer_scores import EVALUATION
+from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
+from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
+from tinygptv_ds.evaluation.box_scores import clean_box_answer, counts_as_hit, is_well_formed
+
+LOCATE = "[refer] give me the location of {}"
+_NUMBER = (int, float)
+
+
+def places(name: str) -> dict[str, str]:
+    """Of `refcoco`, `refcoco+` or `refcocog`: the folder of `NAME_SPLIT.json`, and COCO 2014's training pictures."""
+    return {"annotations": name, "images": "coco/train2014"}
+
+
+def _points(question: Question, text: str, *, compat: bool) -> float:
+    facts = question.facts
+    return 100.0 * counts_as_hit(text, question.truth, facts["width"], facts["height"], compat=compat)
+
+
+BENCHMARK = Benchmark(
+    rules=strict_and_compat(_points),
+    template=EVALUATION,
+    parsable=lambda question, text: is_well_formed(clean_box_answer(text)),
+)
+
+
+def read(name: str, split: str, places: Mapping[str, Path], checks: Checks) -> list[Question]:
+    """Entries hold `img_id` (a picture's name and an object's number), `sents`, `bbox`, `width` and `height`."""
+    file = places["annotations"] / f"{name}_{split}.json"
+    fields = {"img_id": str, "sents": str, "bbox": list, "width": _NUMBER, "height": _NUMBER}
+    content = checks.content(file, f"{name}.annotations=FOLDER")
+    questions = []
+    for key, entry in checks.entries(file, content, fields, _odd_box):
+        path = checks.picture(f"{name}.images", places["images"] / f"{entry['img_id'].rpartition('_')[0]}.jpg")
+        size = {"width": entry["width"], "height": entry["height"], "img_id": entry["img_id"]}
+        text = LOCATE.format(entry["sents"])
+        questions.append(Question(key, text, entry["bbox"], picture_file(path), facts=size))
+    return questions
+
+
+def _odd_box(entry: dict) -> str | None:
+    box = entry["bbox"]
+    if len(box) != 4 or not all(isinstance(number, _NUMBER) and not isinstance(number, bool) for number in box):
+        return f"has {str(box)[:60]} as 'bbox', not [x, y, width, height]"
+    if entry["width"] <= 0 or entry["height"] <= 0:
+        return f"has a picture of {entry['width']} x {entry['height']} pixels"
+    return None

@@ -1,0 +1,88 @@
+"""Results for people: files, a Markdown table beside published numbers, scalars on TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinygptv_ds.files import whole_file
+
+Row = tuple[str, Mapping[str, float]]  # a name, and scores by benchmark
+
+
+def save_json(path: Path, result: Any) -> None:
+    """Write `result`, complete or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def line_of(result: Mapping[str, Any]) -> str:
+    """One result on a console."""
+    told = ", ".join(
+        f"{name} {value:.3f}" if name == "iou" else f"{name} {value:.2f}" for name, value in _scores(result).items()
+    )
+    return (
+        f"{result['benchmark']}: {told} of {result['questions']} questions "
+        f"({result['empty_answers']} empty, {result['unparsable_answers']} unparsable answers)"
+    )
+
+
+def markdown(results: Sequence[Mapping[str, Any]], published: Mapping[str, Any]) -> str:
+    """A page: the strict and compat scores of these results beside the published ones, then all counts.
+
+    Args:
+        results: of one model.
+        published: `rows`, a list of {model, scores by benchmark}, and `note`, how far they can be trusted.
+    """
+    names = [result["benchmark"] for result in results]
+    page = [f"# {results[0]['model']}", f"Checkpoint `{results[0]['checkpoint']}`, step {results[0]['step']}."]
+    beside = [(row["model"], {name: row["scores"][name] for name in names if name in row["scores"]})
+              for row in published["rows"]]  # fmt: skip
+    compared = [name for name in names if any(name in scores for _, scores in beside)]
+    if compared:
+        rows: list[Row] = [(model, scores) for model, scores in beside if scores]
+        for rule in ("strict", "compat"):
+            ours = {result["benchmark"]: result[rule] for result in results if rule in result}
+            rows.append((f"**this model, {rule}**", ours))
+        page += [_table(compared, rows), f"Published numbers: {published['note'].strip()}"]
+    header = ("benchmark", "questions", "scores", "empty", "unparsable", "template")
+    page.append(_lines(header, [_counts(result) for result in results]))
+    return "\n\n".join(page) + "\n"
+
+
+def write_scalars(folder: Path, values: Mapping[str, float], step: int) -> None:
+    """Add scalars to a TensorBoard folder, in an event file of their own."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder, filename_suffix=".eval") as board:
+        for name, value in values.items():
+            board.add_scalar(name, value, step)
+
+
+def _table(names: Sequence[str], rows: Sequence[Row]) -> str:
+    """A column for each benchmark, and the mean of those that a row has."""
+    lines = []
+    for model, scores in rows:
+        given = [scores[name] for name in names if name in scores]
+        cells = [f"{scores[name]:.1f}" if name in scores else "-" for name in names]
+        lines.append((model, *cells, f"{sum(given) / len(given):.1f}" if given else "-"))
+    return _lines(("model", *names, "mean of given"), lines)
+
+
+def _counts(result: Mapping[str, Any]) -> tuple[str, ...]:
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in _scores(result).items())
+    template = f"`{result['template']!r}`"
+    numbers = [str(result[key]) for key in ("questions", "empty_answers", "unparsable_answers")]
+    return result["benchmark"], numbers[0], scores, numbers[1], numbers[2], template.replace("|", "\\|")
+
+
+def _scores(result: Mapping[str, Any]) -> dict[str, float]:
+    """What of a result is a score: its counts are whole numbers."""
+    return {name: value for name, value in result.items() if isinstance(value, float)}
+
+
+def _lines(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

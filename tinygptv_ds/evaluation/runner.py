@@ -1,0 +1,189 @@
+"""Puts a task's questions to a model: shared over ranks by number, batched, each answer kept as soon as it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import distributed
+from tqdm import tqdm
+
+from tinygptv_ds.config.recipe import TextSection
+from tinygptv_ds.distributed import Ranks
+from tinygptv_ds.errors import DataError
+from tinygptv_ds.evaluation.answer_log import AnswerLog
+from tinygptv_ds.evaluation.benchmarks.question import Answer, Question, Task
+from tinygptv_ds.evaluation.wording import Settings, Wording
+from tinygptv_ds.generate.candidates import Choice, candidate_losses
+from tinygptv_ds.generate.generate import answers
+from tinygptv_ds.log import LOGGER
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.processing.image import to_pixels
+from tinygptv_ds.processing.processor import TinyGPTVProcessor
+
+# Lengths of the published scripts, which answers and prompts do not reach.
+_CHOICE_TOKENS, _PROMPT_TOKENS = 500, 3800
+
+
+class Asker:
+    """Asks one model.
+
+    Args:
+        model: in evaluation mode.
+        processor: its own.
+        settings: batch size, lengths, begin token.
+        ranks: who this process is. Each asks its share of the batches, whose questions are the same for any number of
+            ranks.
+        in_step: every rank makes the same number of forward passes, as it must under ZeRO-3.
+    """
+
+    def __init__(
+        self,
+        model: TinyGPTVForConditionalGeneration,
+        processor: TinyGPTVProcessor,
+        settings: Settings,
+        ranks: Ranks,
+        *,
+        in_step: bool = False,
+    ) -> None:
+        self._model, self._processor, self._settings = model, processor, settings
+        self._ranks, self._in_step = ranks, in_step
+
+    def ask(self, task: Task, wording: Wording, log: AnswerLog | None = None, *, bar: bool = True) -> list[Answer]:
+        """Answers to all questions, in order, on every rank. To be called on all ranks.
+
+        Args:
+            task: what is asked.
+            wording: its words.
+            log: takes answers as they come, and has those of an evaluation that was killed.
+            bar: show how far rank 0 is with its share.
+
+        Raises:
+            DataError: a picture cannot be read or decoded; names the question.
+        """
+        batches = share(len(task.questions), self._settings.batch_size, self._ranks)
+        mine = [batch for batch in batches if batch is not None]
+        known = {batch: log.known(batch) if log is not None else None for batch in mine}
+        done = sum(len(batch) for batch in mine if known[batch] is not None)
+        found: dict[int, Answer] = {}
+        of_ranks = f" (1 of {self._ranks.world_size} ranks)" if self._ranks.world_size > 1 else ""
+        with tqdm(
+            total=sum(map(len, mine)),
+            initial=done,
+            desc=f"{task.name}{of_ranks}",
+            unit="question",
+            disable=None if bar and self._ranks.is_main else True,
+        ) as progress:
+            problem = None
+            try:
+                for batch in batches:
+                    if batch is None:  # nothing is left for this rank
+                        if self._in_step:
+                            self._answer(task, wording, range(1))
+                        continue
+                    given = known[batch]
+                    if given is None:
+                        given = self._answer(task, wording, batch)
+                        progress.update(len(batch))
+                        if log is not None:
+                            log.add(batch, given)
+                    found |= dict(zip(batch, given, strict=True))
+            except DataError as error:
+                if self._in_step:  # the others wait for this rank's next pass
+                    raise
+                LOGGER.error("rank %d stops, the others finish their share: %s", self._ranks.rank, error)
+                problem = str(error)
+        shares = _of_all((found, problem), self._ranks)
+        _raise([problem for _, problem in shares])
+        by_number = {number: answer for found, _ in shares for number, answer in found.items()}
+        return [by_number[number] for number in range(len(task.questions))]
+
+    def _answer(self, task: Task, wording: Wording, batch: range) -> list[Answer]:
+        questions = [task.questions[number] for number in batch]
+        pictures = [question.pictures() for question in questions]
+        prompts = [wording.prompt(question) for question in questions]
+        try:
+            if questions[0].choices:
+                return self._losses(questions, prompts, pictures, wording.choice_end)
+            return list(
+                answers(
+                    self._model,
+                    self._processor,
+                    list(zip(prompts, pictures, strict=True)),
+                    stop=wording.stop,
+                    max_new_tokens=self._settings.max_new_tokens,
+                    batch_size=len(batch),
+                    begin_token=self._settings.begin_token,
+                    in_step=self._in_step,
+                )
+            )
+        except DataError as error:
+            raise _named(task, questions, pictures, error) from error
+
+    def _losses(
+        self, questions: Sequence[Question], prompts: Sequence[str], pictures: Sequence, end: str
+    ) -> list[list[float]]:
+        """The mean loss of each choice of each question."""
+        choices = [
+            Choice(prompt, seen, question.choices)
+            for prompt, seen, question in zip(prompts, pictures, questions, strict=True)
+        ]
+        text = TextSection(end_sym=end, max_txt_len=_CHOICE_TOKENS, max_context_len=_PROMPT_TOKENS)
+        found = candidate_losses(self._model, self._processor, choices, text, batch_size=len(choices))
+        return [losses.means.tolist() for losses in found]
+
+
+def share(count: int, batch_size: int, ranks: Ranks) -> list[range | None]:
+    """The batches of question numbers that a rank asks, as many on every rank; None where it has one less."""
+    batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    mine: list[range | None] = list(batches[ranks.rank :: ranks.world_size])
+    return mine + [None] * (-(-len(batches) // ranks.world_size) - len(mine))
+
+
+def check_pictures(task: Task, image_size: int, batch_size: int, ranks: Ranks) -> None:
+    """Decode each picture once on some rank, so that none stops a training later. To be called on all ranks.
+
+    Raises:
+        DataError: pictures cannot be used; names the first of every rank, on all ranks.
+    """
+    problem = None
+    try:
+        for batch in share(len(task.questions), batch_size, ranks):
+            for question in (task.questions[number] for number in batch or ()):
+                _decode(task, question, question.pictures(), image_size)
+    except DataError as error:
+        problem = str(error)
+    _raise(_of_all(problem, ranks))
+
+
+def _decode(task: Task, question: Question, pictures: Iterable, image_size: int) -> None:
+    try:
+        for picture in pictures:
+            to_pixels(picture, image_size)
+    except DataError as error:
+        raise DataError(f"{task.name}, question {question.key}: {error}") from error
+
+
+def _named(task: Task, questions: Sequence[Question], pictures: Sequence, error: DataError) -> DataError:
+    """The error with the question that it is about."""
+    for question, seen in zip(questions, pictures, strict=True):
+        try:
+            _decode(task, question, seen, image_size=32)
+        except DataError as named:
+            return named
+    return DataError(f"{task.name}, questions {questions[0].key} to {questions[-1].key}: {error}")
+
+
+def _of_all(value: Any, ranks: Ranks) -> list[Any]:
+    """What every rank has, plain values, on all of them."""
+    values = [value]
+    if ranks.world_size > 1:
+        values = [None] * ranks.world_size
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def _raise(problems: Sequence[str | None]) -> None:
+    told = [problem for problem in problems if problem is not None]
+    if told:
+        raise DataError("\n".join(told))

@@ -1,0 +1,59 @@
+"""Which model answered: its hash, its step, and the TensorBoard folder of its run."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinygptv_ds.config.load import build_recipe
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.weights.detect import Opened, open_any
+from tinygptv_ds.weights.provenance import hashes
+from tinygptv_ds.weights.resolve import resolve
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """Attributes:
+
+    model: the path that was given.
+    checkpoint: SHA-256 of its file of weights; of several files, that of their names with their hashes.
+    step: optimizer steps that it was trained for; None where it does not tell.
+    board: the TensorBoard folder of the run that it lies in, if it lies in one.
+    """
+
+    model: str
+    checkpoint: str
+    step: int | None
+    board: Path | None
+
+
+def made_by(path: Path) -> MadeBy:
+    """What is to be told of the model at `path`; raises WeightsError where there is none."""
+    opened = open_any(path)
+    digests = hashes(opened.files)
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    whole = next(iter(digests.values())) if len(digests) == 1 else hashlib.sha256(lines.encode()).hexdigest()
+    boards = (folder / "tensorboard" for folder in (path, *path.resolve().parents[:2]))
+    return MadeBy(str(path), whole, _step(opened), next((board for board in boards if board.is_dir()), None))
+
+
+def config_of(path: Path, overrides: list[str], recipe: Path | None) -> TinyGPTVConfig:
+    """The model's configuration without its weights."""
+    if (path / "processor_config.json").is_file():
+        return TinyGPTVConfig.from_pretrained(path)
+    return resolve(path, recipe, overrides).config
+
+
+def _step(opened: Opened) -> int | None:
+    """A checkpoint's own step, or the last one of the run that has ended with these weights."""
+    step, recipe = opened.notes.get("step"), opened.notes.get("recipe")
+    if isinstance(step, int):
+        return step
+    return _last_step(recipe) if isinstance(recipe, dict) and isinstance(recipe.get("train"), dict) else None
+
+
+def _last_step(recipe: dict[str, Any]) -> int:
+    return build_recipe(recipe, "provenance.json").train.total_steps

@@ -1,0 +1,192 @@
+"""A model ready to answer, from an exported folder, a run, or base weights with an adapter; in 16, 8 or 4 bit.
+
+Weights go from their files into the model one at a time, each in its final form and on its device, so that a second
+copy of the model never exists: quantised layers too are made one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from tinygptv_ds.errors import ConfigError, WeightsError
+from tinygptv_ds.generate.quantize import AdaptedLinear, quantized_linear
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.lora import LoRALinear
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.processing.processor import TinyGPTVProcessor
+from tinygptv_ds.weights.assemble import meta_model
+from tinygptv_ds.weights.io import Stored, open_weights
+from tinygptv_ds.weights.merge_lora import merge_lora
+from tinygptv_ds.weights.resolve import resolve
+from tinygptv_ds.weights.safetensors_writer import convert_tensor
+from tinygptv_ds.weights.source import Source, check_weights
+
+Loaded = tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor]
+
+
+def load_model(
+    path: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    bits: int = 16,
+    device: str | None = None,
+    merge: bool = False,
+    quantize_vision: bool = False,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Loaded:
+    """A model ready to answer, with its processor.
+
+    Args:
+        path: an exported folder, or trained weights in any form that `resolve` takes.
+        dtype: of the weights that are not quantised, and of computation; None: `default_dtype`.
+        bits: 16 leaves all weights as `dtype` says; 8 and 4 quantise the linear layers of Phi's blocks. Embeddings,
+            norms, LoRA, projections and Q-Former stay as they are.
+        device: "cpu", "cuda", "cuda:1", ...; None: a GPU where there is one.
+        merge: merge LoRA into the weights that it adapts, before they are quantised; False leaves it as it is stored.
+        quantize_vision: quantise the linear layers of the ViT, too.
+        recipe: for trained weights that do not tell where their base lies, as in `resolve`.
+        overrides: changes to that recipe.
+
+    Raises:
+        WeightsError: there is no model at `path`, or its base weights are not found.
+        ConfigError: the device, or bits with this device or dtype, cannot be had here.
+    """
+    path = Path(path)
+    target = _device(device)
+    dtype = dtype or default_dtype(target)
+    check_bits(bits, target, dtype)
+    if quantize_vision and bits == 16:
+        raise ConfigError("quantising the ViT goes with 8 or 4 bits; at 16 nothing is quantised")
+    weights, config, processor = _open(path, recipe, overrides)
+    if merge and config.lora_r:
+        weights, config = merge_lora(weights, config), copy.deepcopy(config)
+        config.lora_r = 0
+    model = meta_model(config).to(dtype)
+    if bits < 16:
+        _quantize(model, weights, bits, target, quantize_vision)
+    _fill(model, weights, target)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval(), processor
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the machine computes in it: GPUs from Ampere on (before: fp16), CPUs with AVX-512 (else: fp32)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
+
+
+def check_bits(bits: int, device: torch.device, dtype: torch.dtype) -> None:
+    """See that a model can be had in so many bits here.
+
+    Raises:
+        ConfigError: it cannot; says what to install or to choose.
+    """
+    if bits not in (16, 8, 4):
+        raise ConfigError(f"bits must be 16, 8 or 4, not {bits}")
+    if bits == 16:
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{bits} bits need bitsandbytes: pip install -r requirements-quant.txt, "
+            "or pip install 'bitsandbytes>=0.50,<1'"
+        )
+    if bits == 8 and device.type == "cuda" and dtype == torch.float32:
+        raise ConfigError("8 bits on a GPU compute in 16 bit; take bf16 or fp16 instead of fp32")
+
+
+def _device(wanted: str | None) -> torch.device:
+    if wanted is None:
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(f"no device is called {wanted!r}; there are cpu, cuda, cuda:0, ...") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {wanted!r}: cpu and cuda are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            f"device {wanted!r}: torch sees {count} GPU(s) here; `tinygptv_ds doctor` says more, or use cpu"
+        )
+    return device
+
+
+def _open(
+    path: Path, recipe: Path | None, overrides: Sequence[str]
+) -> tuple[dict[str, Stored], TinyGPTVConfig, TinyGPTVProcessor]:
+    """All weights, none of them read; the configuration; the processor."""
+    if not ((path / "config.json").is_file() and (path / "processor_config.json").is_file()):
+        found = resolve(path, recipe, overrides)
+        return found.weights(), found.config, TinyGPTVProcessor.for_model(found.config, found.tokenizer())
+    if recipe is not None or overrides:
+        raise ConfigError(f"{path} is an exported folder, which stands on its own: leave out the recipe and --set")
+    try:
+        config = TinyGPTVConfig.from_pretrained(path)
+        processor = TinyGPTVProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise WeightsError(f"{path}: a damaged exported folder ({reason}); export or copy it again") from None
+    weights = open_weights(path)
+    shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
+    check_weights(shapes, Source(path, weights, []), "The folder is of another version or damaged: export it again")
+    return weights, config, processor
+
+
+def _quantize(
+    model: TinyGPTVForConditionalGeneration,
+    weights: Mapping[str, Stored],
+    bits: int,
+    device: torch.device,
+    vision: bool,
+) -> None:
+    """Put a quantised layer in the place of each linear layer of the blocks, one after the other."""
+    dtype = model.dtype
+    within = ("language_model.model.layers.", "visual_encoder.blocks.") if vision else ("language_model.model.layers.",)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or not name.startswith(within) or name.endswith((".lora_A", ".lora_B")):
+            continue
+        bias = None if layer.bias is None else weights[f"{name}.bias"].read().to(device, dtype)
+        made = quantized_linear(weights[f"{name}.weight"].read(), bias, bits, dtype, device)
+        model.set_submodule(name, AdaptedLinear(made, layer) if isinstance(layer, LoRALinear) else made)
+        _return_freed_memory()
+    for block in model.visual_encoder.blocks if vision else ():
+        block.attn.qkv_bias_separate = True  # timm would else take the weight out of the layer
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Stored], device: torch.device) -> None:
+    """Read every parameter that has no memory yet, one at a time, in its dtype."""
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            value = convert_tensor(name, weights[name].read(), parameter.dtype)
+            _place(model, name, nn.Parameter(value.to(device), requires_grad=False))
+            del value
+            _return_freed_memory()
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            if not name.endswith(".attn.k_bias"):  # timm's key bias, fixed at zero, is the one that no file holds
+                raise WeightsError(f"no file supplies {name}; timm is of a version that is not known here")
+            _place(model, name, torch.zeros_like(buffer, device=device))
+
+
+def _return_freed_memory() -> None:
+    """Of what is freed glibc keeps blocks of up to 32 MB for later ones, which with all those sizes hardly ever fit."""
+    with contextlib.suppress(AttributeError, OSError):  # other systems have their own ways
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _place(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    (module._parameters if isinstance(value, nn.Parameter) else module._buffers)[leaf] = value

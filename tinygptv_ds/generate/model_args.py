@@ -1,0 +1,98 @@
+"""The options with which the verbs of inference load a model and word their questions. No torch before it is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.generate.templates import Template, check_template, choose_template
+from tinygptv_ds.weights.paths import require
+
+if TYPE_CHECKING:
+    from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+    from tinygptv_ds.processing.processor import TinyGPTVProcessor
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, in which form it is loaded, and the template."""
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="an exported folder, a finished run, an adapter, a checkpoint, or a released .pth",
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--bits", type=int, choices=[16, 8, 4], default=16, help="of Phi's linear layers; 16: as --dtype (default: 16)"
+    )
+    group.add_argument("--quantize-vision", action="store_true", help="with --bits 8 or 4: the ViT's, too")
+    group.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], help="of all else (default: bf16 where the machine computes in it)"
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    group.add_argument("--merge-lora", action="store_true", help="merge LoRA where it lies apart; a little faster")
+    group.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="the stage's YAML, where MODEL does not tell its base weights"
+    )
+    group.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of that recipe (repeatable)"
+    )
+    group = parser.add_argument_group("prompt")
+    group.add_argument(
+        "--template",
+        metavar="NAME",
+        help="A (the original's demo of stages 1 to 3), B (of stage 4), C (its benchmarks), training (as MODEL was "
+        "trained), or a text with {} for the question (default: training; A where that used none, as in stages 1, 2)",
+    )
+    group.add_argument(
+        "--begin-token",
+        action=argparse.BooleanOptionalAction,
+        help="begin prompts with the begin token (default: with the training's template and with texts of one's own)",
+    )
+    group.add_argument("--show-prompt", action="store_true", help="print each prompt to the letter, and how long it is")
+
+
+def check_model_arguments(args: argparse.Namespace) -> None:
+    """See what can be seen without torch.
+
+    Raises:
+        TinyGPTVError: no such model, recipe or template.
+    """
+    require(args.model)
+    check_template(args.template)
+    if args.recipe is not None:
+        load_recipe(args.recipe, args.set)
+
+
+def load_from(
+    args: argparse.Namespace, device: str | None = None
+) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor, Template]:
+    """The model, its processor and the template that a command line asks for; errors as of `load_model`.
+
+    Args:
+        args: parsed by a parser with `add_model_arguments`, checked by `check_model_arguments`.
+        device: goes before none in `args`, as where each rank has its GPU.
+    """
+    from transformers.utils import logging
+
+    from tinygptv_ds.dtypes import DTYPES
+    from tinygptv_ds.generate.load import load_model
+
+    logging.disable_progress_bar()
+    model, processor = load_model(
+        args.model,
+        DTYPES.get(args.dtype),
+        bits=args.bits,
+        device=args.device or device,
+        merge=args.merge_lora,
+        quantize_vision=args.quantize_vision,
+        recipe=args.recipe,
+        overrides=args.set,
+    )
+    template = choose_template(args.template, processor.prompt_template, processor.end_sym)
+    if args.begin_token is not None:
+        template = replace(template, begin_token=args.begin_token)
+    return model, processor, template

@@ -1,0 +1,237 @@
+"""Which checkpoint a run goes on from, and putting its state back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from tinygptv_ds.errors import CheckpointError, WeightsError
+from tinygptv_ds.log import LOGGER
+from tinygptv_ds.train.checkpoint.run_fingerprint import differences
+from tinygptv_ds.train.checkpoint.storage import FOLDER, STATE, SUMS, TENSORS, complete_ones, read_state, step_of
+from tinygptv_ds.train.engine import MOMENTS, Engine
+from tinygptv_ds.train.setup.job import Job
+from tinygptv_ds.weights.layouts.deepspeed_checkpoint import open_deepspeed, step_folder
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint of ours or of DeepSpeed's.
+
+    Attributes:
+        folder: where it lies.
+        state: step, optimizer steps, loss scale and what has to match, as in `state.json`.
+        names: of the parameters that it holds.
+        tensor: reads `weight`, `exp_avg` or `exp_avg_sq` of a parameter, fp32.
+    """
+
+    folder: Path
+    state: dict[str, Any]
+    names: frozenset[str]
+    tensor: Callable[[str, str], Tensor]
+
+
+def choose_checkpoint(job: Job, facts: dict[str, Any]) -> str | None:
+    """The folder that the run goes on from, verified; None: it begins. To be called on rank 0, which holds the lock.
+
+    With `--resume auto` the newest checkpoint of the run directory that is whole; damaged ones are named in the log.
+
+    Raises:
+        CheckpointError: none is whole, the one that is named is damaged, or it is of another recipe, other data or
+            other base weights; what differs is named.
+    """
+    own = job.run_dir / FOLDER
+    _sweep(own)
+    if job.resume == "never":
+        return None
+    folder = _newest_whole(own) if job.resume == "auto" else _named(job, Path(job.resume))
+    if folder is not None:
+        _check_facts(job, folder, _state_of(folder), facts)
+        LOGGER.info("going on from %s", folder)
+    return None if folder is None else str(folder)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint that `choose_checkpoint` has verified."""
+    if step_folder(folder) is not None:
+        return _open_deepspeed(folder)
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        names = {key.removeprefix("weight/") for key in file.keys() if key.startswith("weight/")}  # noqa: SIM118
+    return Checkpoint(
+        folder,
+        json.loads((folder / STATE).read_text(encoding="utf-8")),
+        frozenset(names),
+        partial(_read_tensor, folder / TENSORS),
+    )
+
+
+def began_from(job: Job, folder: Path) -> str | None:
+    """The checkpoint of another run that this one began from, now or in an earlier attempt."""
+    if folder.resolve().parent == (job.run_dir / FOLDER).resolve():
+        return _state_of(folder).get("began_from")
+    return str(folder.resolve())
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put the trained weights into a model that DeepSpeed has not seen yet (its master copies are made from it).
+
+    Raises:
+        CheckpointError: it holds other parameters than the model trains, or of other shapes.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if checkpoint.names != set(trained):
+        odd = sorted(checkpoint.names ^ set(trained))
+        raise CheckpointError(f"{checkpoint.folder} holds other parameters than this stage trains: {odd[:5]} ...")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            stored = checkpoint.tensor("weight", name)
+            if stored.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{checkpoint.folder}: {name} is {list(stored.shape)}, here {list(parameter.shape)}"
+                )
+            parameter.copy_(stored)
+
+
+def restore_optimizer(engine: Engine, checkpoint: Checkpoint) -> int:
+    """Put the moments and step counters back; returns the step to go on with. To be called on all ranks."""
+    _prime_optimizer(engine)
+    for moment in MOMENTS:
+        engine.set_moments(moment, partial(checkpoint.tensor, moment))
+    state = checkpoint.state
+    engine.set_optimizer_steps(state["optimizer_steps"])
+    engine.skipped_before = state.get("skipped_steps", state["step"] - state["optimizer_steps"])
+    if engine.scale is not None and state["loss_scale"] is not None:
+        engine.scale.set(*state["loss_scale"])
+    return state["step"]
+
+
+def _sweep(checkpoints: Path) -> None:
+    """Remove what a killed run was writing or removing."""
+    for pattern in ("step-*.partial", "step-*.old"):
+        for leftover in checkpoints.glob(pattern):
+            shutil.rmtree(leftover)
+
+
+def _newest_whole(checkpoints: Path) -> Path | None:
+    folders = complete_ones(checkpoints)
+    for folder in reversed(folders):
+        try:
+            read_state(folder)
+        except CheckpointError as error:
+            LOGGER.warning("%s; trying the checkpoint before", error)
+            continue
+        return folder
+    if folders:
+        raise CheckpointError(
+            f"none of the {len(folders)} checkpoint(s) in {checkpoints} is whole; the log above says why. Name another "
+            "one with --resume PATH, or begin anew in another --run-dir"
+        )
+    return None
+
+
+def _named(job: Job, path: Path) -> Path:
+    """The checkpoint of `--resume PATH`, in the run directory or for it to begin from."""
+    own = job.run_dir / FOLDER
+    if path.resolve().parent != own.resolve():
+        mine = _newest_whole(own)
+        if mine is not None and _state_of(mine).get("began_from") != str(path.resolve()):
+            raise CheckpointError(
+                f"{job.run_dir} has checkpoints of its own, which do not come from {path}; go on from them with "
+                "--resume auto, or choose another --run-dir"
+            )
+        return _is_checkpoint(path) if mine is None else mine
+    _is_checkpoint(path)
+    for newer in complete_ones(own):
+        if step_of(newer) > step_of(path):
+            aside = newer.with_name(newer.name + ".aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
+            LOGGER.warning("%s is newer than %s and was put aside as %s", newer, path.name, aside.name)
+    return path
+
+
+def _is_checkpoint(path: Path) -> Path:
+    """See that a path is a whole checkpoint of either format."""
+    try:
+        if step_folder(path) is not None:
+            open_deepspeed(step_folder(path))
+            return path
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from None
+    if not (path / STATE).is_file() and not (path / SUMS).is_file():
+        inside = complete_ones(path / FOLDER)
+        hint = f"; name one of its checkpoints, such as {inside[-1]}" if inside else ""
+        raise CheckpointError(f"{path} is no checkpoint, neither of a run nor of DeepSpeed's format{hint}")
+    read_state(path)
+    return path
+
+
+def _state_of(folder: Path) -> dict[str, Any]:
+    return open_checkpoint(folder).state
+
+
+def _check_facts(job: Job, folder: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    if state["must_match"] is None:
+        LOGGER.warning("%s does not tell its recipe, data and base weights: nothing could be compared", folder)
+        return
+    differing = differences(state["must_match"], facts)
+    if not differing:
+        return
+    listed = "\n".join(f"  - {line}" for line in differing)
+    if job.resume_anyway:
+        LOGGER.warning("going on although %s is of another run (--resume-anyway):\n%s", folder, listed)
+        return
+    raise CheckpointError(
+        f"{folder} is of another recipe, other data or other base weights:\n{listed}\nChoose another --run-dir, put "
+        "back what differs, or, if it is meant, add --resume-anyway"
+    )
+
+
+def _open_deepspeed(folder: Path) -> Checkpoint:
+    try:
+        found = open_deepspeed(step_folder(folder))
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from None
+    stored = {"weight": found.weights, **found.moments}
+    noted = found.client
+    state = {
+        "step": noted.get("step", found.step),
+        "optimizer_steps": noted.get("optimizer_steps", found.optimizer_steps),
+        "skipped_steps": noted.get("skipped_steps", 0),
+        "loss_scale": noted.get("loss_scale"),
+        "must_match": noted.get("must_match"),
+    }
+    return Checkpoint(folder, state, frozenset(found.weights), lambda kind, name: stored[kind][name].read())
+
+
+def _read_tensor(file: Path, kind: str, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(f"{kind}/{name}")
+
+
+def _prime_optimizer(engine: Engine) -> None:
+    """One step at rate 0 on a loss of zero: AdamW's states do not exist before a first step."""
+    ids = torch.tensor([engine.module.config.bos_token_id], device=engine.device)
+    row = torch.zeros(1, dtype=torch.long, device=engine.device)
+    inputs = {
+        "input_ids": ids,
+        "position_ids": row,
+        "cu_seqlens": torch.tensor([0, 1], dtype=torch.int32, device=engine.device),
+        "max_seqlen": 1,
+        "image_rows": row[:0],
+        "target_rows": row,
+        "targets": ids,
+    }
+    engine.set_learning_rate(0.0)
+    engine.set_boundary(True)
+    output = engine.deepspeed(**inputs)
+    engine.backward_and_step(output.token_losses.sum() * 0.0 + output.anchor)

@@ -1,0 +1,140 @@
+"""Portable checkpoints: what was trained, in fp32, with its optimizer moments, by canonical name.
+
+A checkpoint is the folder `checkpoints/step-N` with `state.safetensors`, `state.json` (step, sample position, loss
+scale, and what a run that goes on from it has to share) and `SHA256SUMS` of both, as `sha256sum -c` reads it. It is
+written under a temporary name and renamed when complete, and can be resumed under another ZeRO stage and number of
+ranks. The random numbers of dropout and data are functions of the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tinygptv_ds.errors import CheckpointError
+from tinygptv_ds.files import sha256, whole_folder
+
+TENSORS, STATE, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+FOLDER = "checkpoints"
+_NEEDED = {"step", "optimizer_steps", "loss_scale", "must_match"}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run at one step, in this process's memory.
+
+    Attributes:
+        tensors: fp32, by `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`.
+        state: what `state.json` is to say.
+    """
+
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"step-{self.state['step']:08d}"
+
+
+def write_checkpoint(checkpoints: Path, snapshot: Snapshot) -> Path:
+    """Write a checkpoint, whole or not at all; returns its folder."""
+    folder = checkpoints / snapshot.name
+    with whole_folder(folder) as partial:
+        sums = {TENSORS: _write_tensors(partial / TENSORS, snapshot.tensors)}
+        (partial / STATE).write_text(json.dumps(snapshot.state, indent=2) + "\n", encoding="utf-8")
+        sums[STATE] = sha256(partial / STATE)
+        (partial / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    return folder
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file of fp32 tensors; returns its SHA-256.
+
+    Written here, hashed on the way: the library's own writer copies every tensor first and holds Python's lock while it
+    writes, which would stop the training beside it.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for data in (_header(tensors), *(tensor.contiguous().numpy().data.cast("B") for tensor in tensors.values())):
+            digest.update(data)
+            _write_all(file.write, data)
+    return digest.hexdigest()
+
+
+def _write_all(write: Any, data: bytes | memoryview) -> None:
+    """An unbuffered write may take less than it is given."""
+    left = memoryview(data)
+    while left:
+        left = left[write(left) :]
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Eight bytes of length, then JSON: dtype, shape and place of every tensor (the safetensors format)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `state.json` of a checkpoint says, after every file has been held against its hash.
+
+    Raises:
+        CheckpointError: a file is missing or is not what was written; names it with both hashes.
+    """
+    for name, expected in _sums(folder).items():
+        try:
+            found = sha256(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name}: {error.strerror or error}") from None
+        if found != expected:
+            raise CheckpointError(f"{folder / name} has SHA-256 {found}, but {expected} was written: it is damaged")
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or not state.keys() >= _NEEDED:
+        raise CheckpointError(f"{folder / STATE} is of another version of this program")
+    return state
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    path = folder / SUMS
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    lines = re.fullmatch(rf"([0-9a-f]{{64}})  {re.escape(TENSORS)}\n([0-9a-f]{{64}})  {re.escape(STATE)}\n", text)
+    if lines is None:
+        raise CheckpointError(f"{path} is damaged: it should hold two lines, the SHA-256 of {TENSORS} and of {STATE}")
+    return {TENSORS: lines[1], STATE: lines[2]}
+
+
+def complete_ones(checkpoints: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first; not those that were being written when the run was killed."""
+    return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def step_of(folder: Path) -> int:
+    """Which step the name of a checkpoint says."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def remove_old(folders: list[Path], keep: int, keep_every: int) -> None:
+    """Of checkpoints, the oldest first, leave the last `keep` and those at multiples of `keep_every` (0: none)."""
+    for old in folders[:-keep]:
+        if not keep_every or step_of(old) % keep_every:
+            # Under its name a checkpoint is whole, also while it goes.
+            going = old.rename(old.with_name(old.name + ".old"))
+            shutil.rmtree(going)

@@ -1,0 +1,176 @@
+"""Where a rank stands, what it does there, and how long that may take."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+from tinygptv_ds.config.recipe import TrainSection
+
+START_UP, DATA, PREPARING, FORWARD, BACKWARD, REPORTING = (
+    "starting up",
+    "waiting for data",
+    "preparing the step",
+    "in a forward pass",
+    "in a backward pass or a step of the optimizer",
+    "reporting",
+)
+_STEPS = 64  # that the median is taken over
+_MARGIN = 30.0  # seconds that collectives may wait beyond the limits here, so that the watchdog comes first
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank tells of itself.
+
+    Attributes:
+        rank: which.
+        host: where it runs.
+        pid: of its process there.
+        step: the one under way, from 1; 0: none yet.
+        phase: what it does.
+        moves: phases entered so far; all ranks go through the same ones, so that the others wait for the lowest.
+        patient: whether it may take long, as a start-up, a save or a validation may.
+        seconds: since the step began, or the phase where that is patient.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    step: int = 0
+    phase: str = START_UP
+    moves: int = 0
+    patient: bool = True
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, process {self.pid})"
+
+
+class AwakeClock:
+    """Seconds that this process was running: time in which it was suspended, as by Ctrl-Z, does not count.
+
+    Args:
+        longest: seconds between two ticks; more was a suspension.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self._longest = longest
+        self._suspended = 0.0
+        self._ticked = time.monotonic()
+
+    def tick(self) -> None:
+        """To be called at short intervals."""
+        now = time.monotonic()
+        gap, self._ticked = now - self._ticked, now
+        if gap > self._longest:
+            self._suspended += gap
+
+    def now(self) -> float:
+        """On a scale of its own."""
+        return time.monotonic() - self._suspended
+
+
+class Progress:
+    """One rank's way through a run: the training tells it, the watchdog reads it from another thread.
+
+    Args:
+        rank: which.
+        train: the limits.
+        set_group_timeout: sets how long collectives may wait.
+        clock: what is measured by.
+
+    Attributes:
+        starting: until the second step begins.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        train: TrainSection,
+        set_group_timeout: Callable[[timedelta], None],
+        clock: AwakeClock | None = None,
+    ) -> None:
+        self._rank, self._host = rank, socket.gethostname()
+        self._set_group_timeout = set_group_timeout
+        self._clock = clock or AwakeClock(math.inf)
+        self._long, self._short = _limits(train)
+        self.starting = True
+        self._first_step: int | None = None
+        self._durations: deque[float] = deque(maxlen=_STEPS)
+        # step, phase, moves, patient, when its limit began to run: replaced as a whole, for the other thread
+        self._state = (0, START_UP, 0, True, self._clock.now())
+
+    @property
+    def usual(self) -> float:
+        """Median seconds of the last steps; 0 where there are none."""
+        durations = list(self._durations)
+        return statistics.median(durations) if durations else 0.0
+
+    def limit(self, *, patient: bool) -> float:
+        """Seconds that a phase may take."""
+        return self._long if patient else self._short
+
+    def beat(self) -> Beat:
+        """As of now."""
+        step, phase, moves, patient, began = self._state
+        return Beat(self._rank, self._host, os.getpid(), step, phase, moves, patient, self._clock.now() - began)
+
+    def begin_step(self, step: int) -> None:
+        """A step, counted from 0, begins, with the wait for its data. A run's first one is part of its start-up."""
+        now = self._clock.now()
+        _, _, moves, patient, began = self._state
+        if self._first_step is None:
+            self._first_step = step
+        elif not patient:
+            self._durations.append(now - began)
+        if step == self._first_step:
+            self._state = (step + 1, DATA, moves + 1, True, began)
+            return
+        if self.starting:
+            self.starting = False
+            self._let_groups_wait(patient=False)
+        self._state = (step + 1, DATA, moves + 1, False, now)
+
+    def enter(self, phase: str) -> None:
+        """The next phase of the step under way."""
+        step, _, moves, patient, began = self._state
+        self._state = (step, phase, moves + 1, patient, began)
+
+    @contextmanager
+    def patience(self, phase: str) -> Iterator[None]:
+        """What happens inside may take as long as the start-up, and counts to no step. To be entered on all ranks."""
+        _, before, _, patient, began = self._state
+        entered = self._clock.now()
+        self.last_phase(phase)
+        yield
+        self._let_groups_wait(patient=patient)
+        step, _, moves, _, _ = self._state
+        self._state = (step, before, moves + 1, patient, began + self._clock.now() - entered)
+
+    def last_phase(self, phase: str) -> None:
+        """As `patience`, to the end."""
+        self._let_groups_wait(patient=True)
+        step, _, moves, _, _ = self._state
+        self._state = (step, phase, moves + 1, True, self._clock.now())
+
+    def _let_groups_wait(self, *, patient: bool) -> None:
+        self._set_group_timeout(timedelta(seconds=min(self.limit(patient=patient), self._long) + _MARGIN))
+
+
+def first_group_timeout(train: TrainSection) -> timedelta:
+    """How long collectives may wait while a run starts up."""
+    return timedelta(seconds=_limits(train)[0] + _MARGIN)
+
+
+def _limits(train: TrainSection) -> tuple[float, float]:
+    """Seconds that a start-up and what is like it may take, and those of a step."""
+    return 60.0 * train.startup_minutes, 60.0 * train.step_minutes or math.inf

@@ -1,0 +1,175 @@
+"""What a run adds up between two log lines. Nothing here waits for the device, and ranks meet once a line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinygptv_ds.data.loader.batch import Batch
+from tinygptv_ds.data.loader.dataset import Loaded
+from tinygptv_ds.data.shards.reader import REASONS
+from tinygptv_ds.data.stream.mixture import SampleRef
+from tinygptv_ds.models.flops import Work
+from tinygptv_ds.train.engine import Engine
+
+
+@dataclass(frozen=True)
+class Done:
+    """A micro-batch of this rank that has been computed, as far as a warning about it may need it.
+
+    Attributes:
+        step: the optimizer step that it is part of, from 0.
+        sample_ids: its samples.
+        sample_of_target: int64 `[K]` on the CPU, number of the sample that each target belongs to.
+        token_losses: fp32 `[K]` on the device.
+    """
+
+    step: int
+    sample_ids: tuple[SampleRef, ...]
+    sample_of_target: Tensor
+    token_losses: Tensor
+
+    def sample_losses(self) -> Iterator[tuple[SampleRef, float, int]]:
+        """(sample, sum of its token losses, number of its targets). Waits for the device."""
+        sums = torch.zeros(len(self.sample_ids), dtype=torch.float64)
+        sums.index_add_(0, self.sample_of_target, self.token_losses.double().cpu())
+        counts = torch.bincount(self.sample_of_target, minlength=len(self.sample_ids))
+        return zip(self.sample_ids, sums.tolist(), counts.tolist(), strict=True)
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """Seconds of one rank since the last log line: waiting for data, and in its forward passes."""
+
+    data_wait: float
+    forward: float
+
+    @property
+    def own(self) -> float:
+        """What the others may have to wait for."""
+        return self.data_wait + self.forward
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What all ranks did since the last log line.
+
+    Attributes:
+        loss: mean over target tokens.
+        loss_by_dataset: the same of each dataset that had any.
+        steps: (step, its mean loss, its target tokens) in order; NaN for the loss of a step without targets.
+        samples: used, by dataset.
+        skipped: samples that dropped out, by reason.
+        work: what the costs are counted from.
+        ranks: times of each rank.
+        recent: the micro-batches of this rank.
+    """
+
+    loss: float
+    loss_by_dataset: dict[str, float]
+    steps: list[tuple[int, float, float]]
+    samples: dict[str, int]
+    skipped: dict[str, int]
+    work: Work
+    ranks: list[RankTimes]
+    recent: list[Done]
+
+
+class Sums:
+    """Losses and counts since the last log line.
+
+    Losses stay on the device; what is known on the host is counted there. `read` brings both together in one sum over
+    the ranks.
+    """
+
+    def __init__(self, engine: Engine, datasets: list[str]) -> None:
+        self._engine = engine
+        self._datasets = datasets
+        self._losses = torch.zeros(2 * len(datasets), dtype=torch.float64, device=engine.device)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._losses.zero_()
+        self._samples = dict.fromkeys(self._datasets, 0)
+        self._skipped = dict.fromkeys(REASONS, 0)
+        self._work = [0.0, 0.0, 0.0, 0.0]
+        self.recent: list[Done] = []
+
+    def add(self, step: int, loaded: Loaded, batch: Batch, token_losses: Tensor) -> None:
+        """Count one micro-batch.
+
+        Args:
+            step: the optimizer step, from 0.
+            loaded: as it came from the loader, on the CPU.
+            batch: the same on the device.
+            token_losses: fp32 `[K]` on the device.
+        """
+        token_losses = token_losses.detach()
+        losses = token_losses.double()
+        self._losses.index_add_(0, batch.target_dataset, losses)
+        self._losses.index_add_(0, batch.target_dataset + len(self._datasets), torch.ones_like(losses))
+        for ref in loaded.batch.sample_ids:
+            self._samples[ref.dataset] += 1
+        for skipped in loaded.skipped:
+            self._skipped[skipped.reason] += 1
+        self._work = [a + b for a, b in zip(self._work, _work(loaded.batch), strict=True)]
+        self.recent.append(Done(step, loaded.batch.sample_ids, _sample_of_target(loaded.batch), token_losses))
+
+    def read(self, times: RankTimes) -> Totals:
+        """Totals over all ranks, which are then set back to nothing. To be called on all ranks.
+
+        Args:
+            times: of this rank.
+        """
+        ranks, rank = self._engine.job.ranks.world_size, self._engine.job.ranks.rank
+        mine = [0.0] * (2 * ranks)
+        mine[2 * rank : 2 * rank + 2] = [times.data_wait, times.forward]
+        host = [*self._samples.values(), *self._skipped.values(), *self._work, *mine]
+        steps, by_step = self._by_step()
+        counted = torch.tensor(host, dtype=torch.float64, device=self._losses.device)
+        values = iter(self._engine.all_reduce(torch.cat([self._losses, by_step, counted])).tolist())
+        sums, tokens = _take(values, self._datasets), _take(values, self._datasets)
+        step_sums, step_tokens = _take(values, steps), _take(values, steps)
+        samples, skipped = _take(values, self._datasets), _take(values, REASONS)
+        totals = Totals(
+            loss=sum(sums.values()) / max(sum(tokens.values()), 1),
+            loss_by_dataset={name: sums[name] / tokens[name] for name in self._datasets if tokens[name]},
+            steps=[(s, step_sums[s] / step_tokens[s] if step_tokens[s] else math.nan, step_tokens[s]) for s in steps],
+            samples={name: int(count) for name, count in samples.items()},
+            skipped={reason: int(count) for reason, count in skipped.items() if count},
+            work=Work(*(next(values) for _ in range(4))),
+            ranks=[RankTimes(next(values), next(values)) for _ in range(ranks)],
+            recent=self.recent,
+        )
+        self._start_anew()
+        return totals
+
+    def _by_step(self) -> tuple[list[int], Tensor]:
+        """The steps since the last line, and on the device float64 `[2 * steps]`: their losses, then their targets."""
+        parts = {step: list(done) for step, done in groupby(self.recent, key=lambda done: done.step)}
+        losses = [sum(done.token_losses.sum(dtype=torch.float64) for done in each) for each in parts.values()]
+        tokens = [float(sum(len(done.token_losses) for done in each)) for each in parts.values()]
+        if not parts:
+            return [], self._losses[:0]
+        return list(parts), torch.cat([torch.stack(losses), self._losses.new_tensor(tokens)])
+
+
+def _take(values: Iterator[float], keys: Iterable) -> dict:
+    return {key: next(values) for key in keys}
+
+
+def _work(batch: Batch) -> tuple[float, float, float, float]:
+    """The fields of `Work`, of a batch on the CPU."""
+    pictures = batch.pixel_values if batch.image_features is None else batch.image_features
+    squares = float(np.square(np.diff(batch.cu_seqlens.numpy()), dtype=np.float64).sum())
+    return len(batch.input_ids), squares, len(batch.targets), len(pictures)
+
+
+def _sample_of_target(batch: Batch) -> Tensor:
+    return torch.bucketize(batch.target_rows, batch.cu_seqlens[1:].long(), right=True)

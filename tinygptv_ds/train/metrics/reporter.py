@@ -1,0 +1,236 @@
+"""What is made of a run's sums: the console's line, TensorBoard, JSON lines, and the rank that holds up the rest."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+from tinygptv_ds.config.load import recipe_dict
+from tinygptv_ds.log import LOGGER, note
+from tinygptv_ds.models.flops import Costs, peak_flops, step_costs
+from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.metrics.accumulator import RankTimes, Totals
+from tinygptv_ds.train.metrics.wandb_tracker import Tracking
+from tinygptv_ds.train.setup.job import Job
+
+_LAG = 0.1  # of the time of a step: what the others may lose to one rank before it is named
+
+
+class Reporter:
+    """Rank 0's console line, TensorBoard, `metrics.jsonl` and Weights & Biases; the other ranks' does nothing."""
+
+    def __init__(self, engine: Engine, total_steps: int, first_step: int) -> None:
+        job = engine.job
+        self._job = job
+        self._device = engine.device
+        self._costs, self._peak = _costs(engine), _peak(engine)
+        self._clock = time.perf_counter()
+        self.board = None
+        if job.ranks.is_main:
+            forget_after(job.run_dir / "metrics.jsonl", first_step)
+            purge = first_step + 1 if first_step else None
+            self.board = SummaryWriter(job.run_dir / "tensorboard", purge_step=purge)
+            self._tracking = Tracking(job.recipe, job.run_dir)
+            if not first_step:
+                write_hparams(self.board, job)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc=f"stage {job.recipe.stage}",
+            unit="step",
+            disable=None if job.ranks.is_main else True,
+            dynamic_ncols=True,
+        )
+        self._plain_lines = job.ranks.is_main and self._bar.disable
+        self._first, self._total = first_step, total_steps
+
+    def step_done(self) -> None:
+        """Move the bar."""
+        self._bar.update()
+
+    def is_due(self, done: int) -> bool:
+        """Whether a line is to be logged after `done` steps: after the first one, too, and the last."""
+        return done in (self._first + 1, self._total) or done % self._job.recipe.train.log_every == 0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside is no training and counts in no rate."""
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
+
+    def log(self, step: int, totals: Totals, figures: dict[str, float], skips: str) -> None:
+        """Write one line.
+
+        Args:
+            step: steps done.
+            totals: since the last line.
+            figures: learning rate, gradient norm, loss scale, skipped optimizer steps, spikes of the loss.
+            skips: samples that dropped out so far, by reason; empty: none.
+        """
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        if self.board is None:
+            return
+        perf = rates(totals, seconds, self._costs, self._peak) | {"perf/mem_gib": memory_gib(self._device)}
+        self.scalars(step, training_scalars(totals, figures) | perf)
+        straggler = straggling(totals.ranks, seconds)
+        remaining = (self._total - step) * perf["perf/step_seconds"]
+        parts = [
+            f"step {step}/{self._total}",
+            f"loss {totals.loss:.4f}",
+            f"lr {figures['lr']:.2e}",
+            f"grad norm {figures['grad_norm']:.3f}",
+            f"{perf['perf/samples_s']:.1f} samples/s",
+            f"{perf['perf/target_tokens_s']:.0f} target tokens/s",
+            f"MFU {perf['perf/mfu']:.0f} %" if "perf/mfu" in perf else "MFU -",
+            f"data wait {perf['perf/data_wait_pct']:.0f} %",
+            f"{perf['perf/mem_gib']:.1f} GiB",
+            f"ETA {_clock_time(remaining)}",
+            *([straggler] if straggler else []),
+            *([f"skipped so far: {skips}"] if skips else []),
+        ]
+        self._bar.set_postfix(loss=f"{totals.loss:.3f}", sps=f"{perf['perf/samples_s']:.0f}", refresh=False)
+        (LOGGER.info if self._plain_lines else note)(" | ".join(parts))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write values under their names everywhere; what is not finite is null in `metrics.jsonl`."""
+        if self.board is None or not values:
+            return
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with (self._job.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **line}) + "\n")
+        self._tracking.log(values, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._bar.close()
+        if self.board is not None:
+            self.board.close()
+            self._tracking.close()
+
+
+def training_scalars(totals: Totals, figures: dict[str, float]) -> dict[str, float]:
+    """`train/` and `data/` of a line: losses, the engine's figures, what dropped out, datasets' shares in per cent."""
+    scalars = {"train/loss": totals.loss, **{f"train/{name}": value for name, value in figures.items()}}
+    scalars |= {f"train/loss_{name}": loss for name, loss in totals.loss_by_dataset.items()}
+    scalars["data/skipped"] = sum(totals.skipped.values())
+    scalars |= {f"data/skipped_{reason}": count for reason, count in totals.skipped.items()}
+    used = max(sum(totals.samples.values()), 1)
+    return scalars | {f"data/mix_{name}": 100 * count / used for name, count in totals.samples.items()}
+
+
+def rates(totals: Totals, seconds: float, costs: Costs, peak: float | None) -> dict[str, float]:
+    """`perf/` of a line.
+
+    Args:
+        totals: since the last line.
+        seconds: that it took.
+        costs: operations of a step by what is counted.
+        peak: operations a second that one rank's device can do; None: unknown, and there is no MFU.
+
+    Returns:
+        `samples_s`, `tokens_s` and `target_tokens_s` of all ranks; `step_seconds`; `tflops` of a rank, and `mfu`, the
+        per cent of its peak, by the work that frozen parts really are; `data_wait_pct` (mean over the ranks) and
+        `data_wait_max_pct`; `slowest_rank`, and `slowest_seconds`, its data wait and forward passes a step.
+    """
+    steps, ranks = max(len(totals.steps), 1), totals.ranks
+    slowest = max(range(len(ranks)), key=lambda rank: ranks[rank].own)
+    waits = [100 * times.data_wait / seconds for times in ranks]
+    done = costs.of(totals.work) / seconds / len(ranks)
+    found = {
+        "samples_s": sum(totals.samples.values()) / seconds,
+        "tokens_s": totals.work.tokens / seconds,
+        "target_tokens_s": totals.work.targets / seconds,
+        "step_seconds": seconds / steps,
+        "tflops": done / 1e12,
+        "data_wait_pct": statistics.fmean(waits),
+        "data_wait_max_pct": max(waits),
+        "slowest_rank": slowest,
+        "slowest_seconds": ranks[slowest].own / steps,
+    }
+    if peak is not None:
+        found["mfu"] = 100 * done / peak
+    return {f"perf/{name}": value for name, value in found.items()}
+
+
+def straggling(ranks: list[RankTimes], seconds: float) -> str | None:
+    """Names the rank that the others wait for, if that costs them more than a tenth of the time.
+
+    Told by each rank's own seconds, data wait and forward passes, against the median of the others'. Under ZeRO-3 ranks
+    wait for each other inside their forward passes too, so there mainly data waits tell.
+    """
+    if len(ranks) < 2:
+        return None
+    slowest = max(range(len(ranks)), key=lambda rank: ranks[rank].own)
+    others = [times for rank, times in enumerate(ranks) if rank != slowest]
+    if ranks[slowest].own - statistics.median(times.own for times in others) <= _LAG * seconds:
+        return None
+    wait, forward = (
+        f"{100 * getattr(ranks[slowest], part) / seconds:.0f} % "
+        f"({100 * statistics.median(getattr(times, part) for times in others) / seconds:.0f} %)"
+        for part in ("data_wait", "forward")
+    )
+    return f"rank {slowest} holds up the others: data wait {wait}, forward passes {forward} (the others' median)"
+
+
+def _costs(engine: Engine) -> Costs:
+    trained = [name for name, _ in engine.trained_parameters()]
+    return step_costs(engine.module.config, trained, from_features=engine.job.recipe.data.features is not None)
+
+
+def _peak(engine: Engine) -> float | None:
+    if engine.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(engine.device), engine.job.precision)
+
+
+def write_hparams(board: SummaryWriter, job: Job) -> None:
+    """The recipe as TensorBoard's one entry of hyperparameters, beside this run's losses."""
+    values = _flat(recipe_dict(job.recipe))
+    values |= {"precision": job.precision, "zero_stage": job.zero_stage, "world_size": job.ranks.world_size}
+    for summary in hparams(values, {"train/loss": 0.0, "val/loss": 0.0}):
+        board.file_writer.add_summary(summary)
+
+
+def _flat(node: Any, where: str = "") -> dict[str, Any]:
+    """Dotted keys; what is neither number, text nor true or false becomes JSON text."""
+    if isinstance(node, dict) and node:
+        prefix = f"{where}." if where else ""
+        return {key: value for name, child in node.items() for key, value in _flat(child, prefix + name).items()}
+    return {where: node if isinstance(node, bool | int | float | str) else json.dumps(node)}
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run will do again."""
+    if metrics.exists():
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        metrics.write_text("".join(kept), encoding="utf-8")
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank so far: the GPU's, or the process's own on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

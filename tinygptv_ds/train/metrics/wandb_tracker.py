@@ -1,0 +1,61 @@
+"""Weights & Biases, for those who keep their runs there. An extra: the run directory has everything anyway."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import secrets
+from pathlib import Path
+
+from tinygptv_ds.config.load import recipe_dict
+from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.files import whole_file
+
+
+def check_tracking(recipe: Recipe) -> None:
+    """Raise ConfigError where `train.wandb` names a project and the package is not there. Imports nothing of it."""
+    if recipe.train.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"train.wandb is {recipe.train.wandb!r}, but the package wandb is not installed: 'pip install wandb' and "
+            "'wandb login', or --set train.wandb=null"
+        )
+
+
+class Tracking:
+    """The scalars of a run in a project of Weights & Biases; without a project it does nothing.
+
+    A resumed run goes on in the same entry there, whose id the run directory keeps in `wandb.json`.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path) -> None:
+        self._run = None
+        if recipe.train.wandb is None:
+            return
+        import wandb
+
+        self._run = wandb.init(
+            project=recipe.train.wandb,
+            name=run_dir.name,
+            dir=str(run_dir),
+            id=_id(run_dir / "wandb.json"),
+            resume="allow",
+            config=recipe_dict(recipe),
+        )
+
+    def log(self, scalars: dict[str, float], step: int) -> None:
+        """Send scalars under their TensorBoard names."""
+        if self._run is not None:
+            self._run.log(scalars, step=step)
+
+    def close(self) -> None:
+        """Wait until everything is sent."""
+        if self._run is not None:
+            self._run.finish()
+
+
+def _id(file: Path) -> str:
+    if not file.exists():
+        with whole_file(file) as partial:
+            partial.write_text(json.dumps({"id": secrets.token_hex(8)}) + "\n")
+    return json.loads(file.read_text())["id"]

@@ -1,0 +1,168 @@
+"""A stage's command line, checked as far as it can be without torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinygptv_ds.config.deepspeed import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
+from tinygptv_ds.config.deepspeed_rules import check_machine
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.distributed import Ranks, ranks_from_env
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.evaluation.benchmarks.question import Task
+from tinygptv_ds.train.metrics.wandb_tracker import check_tracking
+from tinygptv_ds.train.setup.preflight import check_files
+
+ROOT = Path(__file__).resolve().parents[3]
+DRY_STEPS = 2
+DRY_SUFFIX = ".dry-run"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage script works from.
+
+    Attributes:
+        recipe: the checked recipe.
+        deepspeed: the JSON for DeepSpeed, complete.
+        run_dir: everything the run writes.
+        resume: "auto" goes on from the newest whole checkpoint of the run directory, "never" does not; else the path of
+            a checkpoint.
+        ranks: who this process is.
+        dry_run: stop after `DRY_STEPS` steps and leave nothing behind.
+        resume_anyway: go on although recipe, data or base weights differ from the checkpoint's.
+        scored: what `recipe.evaluation` names, with its questions.
+    """
+
+    recipe: Recipe
+    deepspeed: dict[str, Any]
+    run_dir: Path
+    resume: str
+    ranks: Ranks
+    dry_run: bool = False
+    resume_anyway: bool = False
+    scored: Sequence[Task] = ()
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps after which the run ends."""
+        total = self.recipe.train.total_steps
+        return min(DRY_STEPS, total) if self.dry_run else total
+
+    @property
+    def precision(self) -> str:
+        """ "bf16", "fp16" or "fp32"."""
+        return precision(self.deepspeed)
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage."""
+        return zero_stage(self.deepspeed)
+
+
+def stage_parser(recipe: Path) -> argparse.ArgumentParser:
+    """The options of a stage script whose default recipe is `recipe`."""
+    script = f"launch/{recipe.stem}.sh"
+    parser = argparse.ArgumentParser(
+        prog=script,
+        description=f"Train {recipe.stem} of TinyGPT-V.",
+        epilog=f"Start it with 'deepspeed {script} [options]' or 'bash {script} [options]'; the launcher's own options "
+        "(--num_gpus, --hostfile, --include, --master_port, ...) go before the script in the first form and anywhere "
+        "in the second.",
+    )
+    parser.add_argument(
+        "--recipe", type=Path, default=recipe, metavar="FILE", help="the stage's YAML (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        metavar="FILE",
+        help="the JSON of the engine (default: ds_configs/zero2_bf16.json with a GPU, ds_configs/cpu.json without)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one value of the recipe, e.g. --set train.batch_size=32 or --set data.datasets.0.weight=2; "
+        "deepspeed.KEY changes the JSON; may be given any number of times",
+    )
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is written (default: runs/stageN)")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|PATH|never",
+        help="auto: go on from the run directory's newest whole checkpoint, if any; PATH: from this checkpoint, which "
+        "may be another run's or in DeepSpeed's format; never: refuse a run directory with checkpoints",
+    )
+    parser.add_argument(
+        "--resume-anyway",
+        action="store_true",
+        help="go on although recipe, data or base weights differ from the checkpoint's; the log says in what",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, run two real steps, save, tell time, memory and what a run would write, and leave "
+        "nothing behind",
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    return parser
+
+
+def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
+    """Read and check everything that a stage needs.
+
+    Args:
+        argv: the command line; None takes the process's own.
+        recipe: the stage's own recipe.
+
+    Raises:
+        ConfigError: anything the user has to fix: recipe, JSON, missing weights or data, a run directory in use.
+    """
+    args = stage_parser(_shown(recipe)).parse_args(argv)
+    loaded = load_recipe(args.recipe, args.set)
+    ranks = ranks_from_env()
+    json_path = args.deepspeed_config or default_deepspeed_json()
+    resolved = resolve_deepspeed(load_deepspeed_json(json_path), loaded, ranks.world_size, str(json_path))
+    check_machine(resolved, has_gpu=has_gpu(), source=str(json_path))
+    run_dir = args.run_dir or Path("runs") / f"stage{loaded.stage}"
+    if args.dry_run:
+        run_dir = run_dir.with_name(run_dir.name + DRY_SUFFIX)
+    else:
+        _check_run_dir(run_dir, args.resume)
+    scored = check_files(loaded)
+    check_tracking(loaded)
+    resume = "never" if args.dry_run else args.resume
+    return Job(loaded, resolved, run_dir, resume, ranks, args.dry_run, args.resume_anyway, scored)
+
+
+def default_deepspeed_json() -> Path:
+    """ZeRO-2 in bf16 where the driver shows a GPU, else the CPU's; known without importing torch."""
+    return ROOT / "ds_configs" / ("zero2_bf16.json" if has_gpu() else "cpu.json")
+
+
+def has_gpu() -> bool:
+    """Whether the driver shows a GPU."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+
+
+def _check_run_dir(run_dir: Path, resume: str) -> None:
+    if (run_dir / "model").exists():
+        raise ConfigError(
+            f"{run_dir} holds a finished run (its model/ is there); choose another --run-dir or remove it"
+        )
+    if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
+        raise ConfigError(f"{run_dir} holds checkpoints; choose another --run-dir, or --resume auto to go on from them")
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise ConfigError(f"--resume {resume}: there is no such folder; give auto, never, or the path of a checkpoint")
+
+
+def _shown(path: Path) -> Path:
+    """Relative to the working directory where that is shorter."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,61 @@
+"""The run directory: everything of one run, so that it can be understood and repeated later."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from tinygptv_ds import __version__
+from tinygptv_ds.config.load import recipe_dict
+from tinygptv_ds.train.setup.job import Job
+from tinygptv_ds.train.setup.run_dir_lock import lock_run_dir
+
+PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "timm", "peft", "webdataset", "flash-attn", "numpy")
+
+
+def start_run_dir(job: Job) -> Path:
+    """Make the run directory and take it for this process; returns the log file's path.
+
+    Raises:
+        ConfigError: another job holds it.
+    """
+    if job.dry_run:  # what a dry run that was killed has left
+        shutil.rmtree(job.run_dir, ignore_errors=True)
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    lock_run_dir(job.run_dir)
+    return job.run_dir / "log.txt"
+
+
+def note_run(job: Job) -> None:
+    """Write the resolved recipe, the DeepSpeed JSON and the versions, once it is clear that they will run."""
+    recipe = yaml.safe_dump(recipe_dict(job.recipe), sort_keys=False, allow_unicode=True)
+    (job.run_dir / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    (job.run_dir / "deepspeed.json").write_text(json.dumps(job.deepspeed, indent=2) + "\n")
+    (job.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+
+
+def versions() -> dict[str, str | None]:
+    """Python, this package with its commit, and the packages that numbers depend on."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "tinygptv_ds": __version__}
+    found["commit"] = _commit()
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,330 @@
+"""The model of a recipe: sizes from the files, base weights, trained weights, and what no file supplies.
+
+Everything is checked by name and shape before a weight is read; every parameter and buffer is then loaded or, if it is
+of a kind that no file has yet, initialised by name. Nothing is left to chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PhiConfig, PreTrainedTokenizerBase
+
+from tinygptv_ds.config.recipe import ModelSection, TextSection
+from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.log import LOGGER
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.lora import LoRALinear
+from tinygptv_ds.models.parameters import PARTS, Part, always_fp32, lora, projections, vision
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.weights.io import Stored, in_memory, listing
+from tinygptv_ds.weights.layouts.blip2 import blip2_source, qformer_config
+from tinygptv_ds.weights.layouts.eva import eva_config, eva_source
+from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, in_layer, phi_source
+from tinygptv_ds.weights.layouts.phi_config import phi_config
+from tinygptv_ds.weights.source import Source, check_weights, copy_weights
+from tinygptv_ds.weights.trained import beside_base, fitting_source
+
+
+def build_model(
+    section: ModelSection, text: TextSection, *, frozen_dtype: torch.dtype
+) -> TinyGPTVForConditionalGeneration:
+    """The model of a recipe on the CPU, with all its weights; seed torch first where projections or LoRA start afresh.
+
+    Args:
+        section: where the weights lie, and what is built around them.
+        text: template and end symbol, noted in the model's configuration.
+        frozen_dtype: of everything that does not learn; projections, Phi's norms, LoRA and what `section.train` names
+            are fp32.
+
+    Raises:
+        WeightsError: a file is missing or damaged, or does not fit name for name and shape for shape.
+    """
+    config = model_config(section, text)
+    trained = None
+    if section.init_from is not None:
+        trained = fitting_source(meta_model(config), Path(section.init_from), section.fresh_parts)
+    parts = [PARTS[name] for name in section.train or ()]
+    model = assemble(config, base_paths(section), trained, frozen_dtype=frozen_dtype, learning=parts)
+    model.attention = section.attention
+    model.language_model.model.gradient_checkpointing = section.gradient_checkpointing
+    return model
+
+
+def build_vision(
+    section: ModelSection, text: TextSection, *, frozen_dtype: torch.dtype
+) -> TinyGPTVForConditionalGeneration:
+    """As `build_model`, but ViT and Q-Former alone, for `encode_vision`: nothing else takes memory or is read.
+
+    All files are checked as for training, and the weights come from where training takes them: a Q-Former that
+    `init_from` holds goes before that of the base.
+    """
+    config = model_config(section, text)
+    model = meta_model(config).to(frozen_dtype)
+    trained = None
+    if section.init_from is not None:
+        trained = fitting_source(model, Path(section.init_from), section.fresh_parts)
+    sources = _sources(_shapes(model), config, base_paths(section), trained)
+    model.language_model = model.llama_proj = model.llama_proj2 = None
+    model.to_empty(device="cpu")
+    for source in sources:
+        weights = {name: stored for name, stored in source.weights.items() if vision(name)}
+        copy_weights(dict(model.named_parameters()), weights)
+    _zero_buffers(model)
+    return model.eval()
+
+
+def model_config(section: ModelSection, text: TextSection) -> TinyGPTVConfig:
+    """The model's sizes, from Phi's config.json, the shapes in the files, and the recipe for what they do not tell.
+
+    Raises:
+        WeightsError: a file is missing, unreadable or no such model, or the parts do not fit together.
+    """
+    blip2 = blip2_source(Path(section.qformer))
+    qformer = qformer_config(blip2, section.qformer_heads)
+    vision = eva_config(
+        Path(section.eva_vit),
+        image_size=section.image_size,
+        depth=section.eva_vit_depth,
+        heads=section.eva_vit_heads,
+    )
+    if vision.hidden_size != qformer.encoder_hidden_size:
+        raise WeightsError(
+            f"{section.eva_vit} is {vision.hidden_size} wide, but the Q-Former of {section.qformer} looks at "
+            f"features of {qformer.encoder_hidden_size}; model.eva_vit and model.qformer must be of one BLIP-2"
+        )
+    phi = phi_config(Path(section.phi))
+    if section.resid_dropout is not None:
+        phi.resid_pdrop = section.resid_dropout
+    return TinyGPTVConfig(
+        vision_config=vision,
+        qformer_config=qformer,
+        text_config=phi,
+        num_query_tokens=blip2.weights["query_tokens"].shape[1],
+        proj_hidden_size=section.proj_hidden_size,
+        image_token_id=_set_special_tokens(phi, Path(section.phi)),
+        lora_r=section.lora_r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        lora_targets=tuple(section.lora_targets),
+        prompt_template=text.prompt_template,
+        end_sym=text.end_sym,
+    )
+
+
+def base_paths(section: ModelSection) -> dict[str, Path]:
+    """Where the base weights of a recipe lie, by part."""
+    return {"phi": Path(section.phi), "eva_vit": Path(section.eva_vit), "qformer": Path(section.qformer)}
+
+
+def meta_model(config: TinyGPTVConfig) -> TinyGPTVForConditionalGeneration:
+    """A model of these sizes without any memory, for the names and shapes of its parameters."""
+    with torch.device("meta"):
+        return TinyGPTVForConditionalGeneration(config)
+
+
+def assemble(
+    config: TinyGPTVConfig,
+    base: Mapping[str, Path],
+    trained: Source | None,
+    *,
+    frozen_dtype: torch.dtype,
+    learning: Sequence[Part] = (),
+) -> TinyGPTVForConditionalGeneration:
+    """Build a model of these sizes in memory and fill it.
+
+    Args:
+        config: the sizes.
+        base: files of "phi", "eva_vit" and "qformer".
+        trained: trained weights, checked by `fitting_source`.
+        frozen_dtype: of everything that no stage trains as published.
+        learning: parts that are fp32 all the same.
+
+    Raises:
+        WeightsError: see `build_model`.
+    """
+    model = empty_model(config, frozen_dtype, learning)
+    parameters = dict(model.named_parameters())
+    sources = _sources(_shapes(model), config, base, trained)
+    for source in sources:
+        copy_weights(parameters, source.weights)
+        LOGGER.info("%s: %d tensors loaded, %d ignored", source.path, len(source.weights), len(source.ignored))
+    _initialise(model, {name for source in sources for name in source.weights})
+    if trained is not None:
+        model.beside_base = {name: trained.weights[name].read() for name in beside_base(trained)}
+    return model.eval()
+
+
+def all_weights(config: TinyGPTVConfig, base: Mapping[str, Path], trained: Source) -> dict[str, Stored]:
+    """Every parameter of the model as it lies in the files, in the model's order; nothing is read yet.
+
+    Args:
+        config: the sizes.
+        base: files of "phi", "eva_vit" and "qformer".
+        trained: trained weights, checked by `fitting_source` without fresh parts.
+
+    Raises:
+        WeightsError: a file is missing or does not fit, or no file supplies a parameter.
+    """
+    shapes = _shapes(meta_model(config))
+    found = {
+        name: stored for source in _sources(shapes, config, base, trained) for name, stored in source.weights.items()
+    }
+    left = shapes.keys() - found.keys()
+    # The biases of the added norms are never trained: they are what they started from.
+    constant = {name: in_memory(_initial_norm(name, shapes[name])) for name in left if ADDED_NORMS.fullmatch(name)}
+    if left - constant.keys():
+        raise WeightsError(f"no file supplies {listing(left - constant.keys())}")
+    return {name: found[name] if name in found else constant[name] for name in shapes}
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Phi folder.
+
+    Raises:
+        WeightsError: there is none, or it is damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise WeightsError(f"{folder}: no usable tokenizer ({reason}); fetch Phi's tokenizer files into it") from None
+
+
+def _set_special_tokens(phi: PhiConfig, folder: Path) -> int:
+    """Take begin, end and pad from the tokenizer into `phi`; returns the id that stands at image positions."""
+    tokenizer = load_tokenizer(folder)
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise WeightsError(f"{folder}: the tokenizer has no end token; fetch Phi's tokenizer files again")
+    if phi.eos_token_id not in (None, end):
+        LOGGER.warning(
+            "%s: config.json ends at %s, the tokenizer at %d; the latter holds", folder, phi.eos_token_id, end
+        )
+    # As in the original, one token begins, ends and pads.
+    phi.bos_token_id = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    phi.eos_token_id = phi.pad_token_id = end
+    largest, image_token = max(tokenizer.get_vocab().values()), phi.vocab_size - 1
+    if largest >= image_token:
+        raise WeightsError(
+            f"{folder}: the tokenizer uses ids up to {largest} of a vocabulary of {phi.vocab_size}, whose last row "
+            "must be free to stand for pictures; use a Phi whose embedding has a spare row, as Phi-2's has"
+        )
+    return image_token
+
+
+def empty_model(
+    config: TinyGPTVConfig,
+    frozen_dtype: torch.dtype,
+    learning: Sequence[Part] = (),
+    device: torch.device | str = "cpu",
+) -> TinyGPTVForConditionalGeneration:
+    """The model in its final dtypes with uninitialised memory: built without any, so that nothing is held twice.
+
+    Args:
+        config: the sizes.
+        frozen_dtype: of everything that no stage trains as published.
+        learning: parts that are fp32 all the same.
+        device: where its memory lies.
+    """
+    model = meta_model(config).to(frozen_dtype)
+    for name, parameter in model.named_parameters():
+        if always_fp32(name) or any(part(name) for part in learning):
+            parameter.data = parameter.data.float()
+    return model.to_empty(device=device)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _sources(
+    shapes: Mapping[str, tuple[int, ...]], config: TinyGPTVConfig, base: Mapping[str, Path], trained: Source | None
+) -> list[Source]:
+    """The base files, checked, and the trained weights, which replace what both hold."""
+    sources = []
+    for source, belongs, advice in _base_sources(config, base):
+        check_weights({name: shape for name, shape in shapes.items() if belongs(name, source)}, source, advice)
+        sources.append(source)
+    return sources if trained is None else [*sources, trained]
+
+
+def _base_sources(
+    config: TinyGPTVConfig, base: Mapping[str, Path]
+) -> list[tuple[Source, Callable[[str, Source], bool], str]]:
+    """Each base file with the rule of what it must supply and the likely cause if it does not."""
+
+    def of_phi(name: str, source: Source) -> bool:
+        # TinyGPT-V's own norms are in no Phi-2 file, but a file may have them.
+        optional = lora(name) or (ADDED_NORMS.fullmatch(name) and not _has_kind(name, source.weights))
+        return name.startswith("language_model.") and not optional
+
+    def of_vit(name: str, _: Source) -> bool:
+        return name.startswith("visual_encoder.")
+
+    def of_blip2(name: str, _: Source) -> bool:
+        return name.startswith(("qformer.", "ln_vision.", "query_tokens"))
+
+    text, vision = config.text_config, config.vision_config
+    return [
+        (
+            phi_source(base["phi"], text.num_attention_heads),
+            of_phi,
+            "Its config.json is of another Phi, or a file is missing or cut short: fetch the whole folder again",
+        ),
+        (
+            eva_source(base["eva_vit"], vision),
+            of_vit,
+            "model.eva_vit must name an EVA ViT of BLIP-2 (eva_vit_g.pth, or a file of its names)",
+        ),
+        (
+            blip2_source(base["qformer"]),
+            of_blip2,
+            "model.qformer must name a BLIP-2 file (blip2_pretrained_flant5xxl.pth, or a file of its names)",
+        ),
+    ]
+
+
+def _has_kind(name: str, names: Collection[str]) -> bool:
+    """Whether this norm is in `names` for any layer: it must then be there for all."""
+    return any(ADDED_NORMS.fullmatch(other) and in_layer(other) == in_layer(name) for other in names)
+
+
+def _initialise(model: TinyGPTVForConditionalGeneration, loaded: set[str]) -> None:
+    """Give the values they start from to the projections, LoRA and added norms that no file supplied.
+
+    Raises:
+        WeightsError: anything else was not supplied.
+    """
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    left = parameters.keys() - loaded
+    unexplained = {n for n in left if not (projections(n) or lora(n) or ADDED_NORMS.fullmatch(n))}
+    unexplained |= {name for name in buffers if not name.endswith(".attn.k_bias")}
+    if unexplained:
+        raise WeightsError(f"no file supplies {listing(unexplained)}; see the files above for what each one held")
+    with torch.no_grad():
+        for name in filter(ADDED_NORMS.fullmatch, left):
+            parameters[name].copy_(_initial_norm(name, tuple(parameters[name].shape)))
+        for name, module in model.named_modules():
+            if isinstance(module, LoRALinear) and f"{name}.lora_A.weight" in left:
+                module.reset_lora()
+            elif isinstance(module, nn.Linear) and projections(f"{name}.weight") and f"{name}.weight" in left:
+                module.reset_parameters()
+    _zero_buffers(model)
+    if left:
+        kinds = {"projections": projections, "LoRA": lora, "added norms": ADDED_NORMS.fullmatch}
+        counts = {kind: sum(bool(part(name)) for name in left) for kind, part in kinds.items()}
+        LOGGER.info("initialised: %s", ", ".join(f"{n} tensors of {kind}" for kind, n in counts.items() if n))
+
+
+def _zero_buffers(model: nn.Module) -> None:
+    """timm's key bias, fixed at zero and in no file."""
+    for buffer in model.buffers():
+        buffer.zero_()
+
+
+def _initial_norm(name: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.ones(shape) if name.endswith(".weight") else torch.zeros(shape)

@@ -1,0 +1,96 @@
+"""The whole model as a folder that stands on its own and that transformers loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import GenerationConfig
+
+from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.files import whole_folder
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.processing.processor import TinyGPTVProcessor
+from tinygptv_ds.weights.export.model_card import model_card
+from tinygptv_ds.weights.merge_lora import merge_lora
+from tinygptv_ds.weights.provenance import shareable, write_provenance
+from tinygptv_ds.weights.resolve import Resolved
+from tinygptv_ds.weights.safetensors_writer import write_weights
+
+_MODULE = "modeling_tinygptv"
+# For processes that have not imported this package: with trust_remote_code, transformers takes the classes from here.
+_CODE = '''"""Where transformers finds the classes of this model: in tinygptv_ds, which must be installed."""
+
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.processing.processor import TinyGPTVProcessor
+
+__all__ = ["TinyGPTVConfig", "TinyGPTVForConditionalGeneration", "TinyGPTVProcessor"]
+'''
+
+
+def export_hf(
+    resolved: Resolved, out: Path, *, dtype: torch.dtype, merge: bool = True, scores: Sequence[Path] = ()
+) -> None:
+    """Write weights, configuration, processor, generation settings and model card; complete or not at all.
+
+    Args:
+        resolved: the model.
+        out: the folder.
+        dtype: of all weights.
+        merge: merge LoRA into the weights that it adapts.
+        scores: results of eval/ for the card.
+
+    Raises:
+        WeightsError: weights are missing or do not fit, or a value does not fit into `dtype`.
+    """
+    results = {path.stem: _read_scores(path) for path in scores}
+    weights, config = resolved.weights(), copy.deepcopy(resolved.config)
+    merged = merge and config.lora_r > 0
+    if merged:
+        weights, config.lora_r = merge_lora(weights, config), 0
+    config.dtype = dtype
+    config.architectures = ["TinyGPTVForConditionalGeneration"]
+    config.auto_map = {
+        "AutoConfig": f"{_MODULE}.TinyGPTVConfig",
+        "AutoModelForImageTextToText": f"{_MODULE}.TinyGPTVForConditionalGeneration",
+    }
+    processor = TinyGPTVProcessor.for_model(config, resolved.tokenizer())
+    processor.auto_map = {"AutoProcessor": f"{_MODULE}.TinyGPTVProcessor"}
+    with whole_folder(out) as partial:
+        write_weights(partial, weights, dtype=dtype)
+        config.save_pretrained(partial)
+        generation_config(config, processor).save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (partial / f"{_MODULE}.py").write_text(_CODE, encoding="utf-8")
+        notes = {**shareable(resolved), "lora": "merged" if merged else "kept" if config.lora_r else "none"}
+        write_provenance(partial, notes)
+        recipe = yaml.safe_dump(notes["recipe"], sort_keys=False, allow_unicode=True)
+        (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        card = model_card(out.name, resolved.recipe, config, notes, results)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def generation_config(config: TinyGPTVConfig, processor: TinyGPTVProcessor) -> GenerationConfig:
+    """Greedy, stopping where the training's answers ended, not at the ids left over from LLaMA as the original."""
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=processor.stop_ids(),
+        pad_token_id=config.pad_token_id,
+        do_sample=False,
+        max_new_tokens=300,
+    )
+
+
+def _read_scores(path: Path) -> dict:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"--scores {path}: {error}; eval/ writes such a file with --json FILE") from None
+    if not isinstance(result, dict):
+        raise WeightsError(f"--scores {path}: not a result of eval/, which writes a JSON object")
+    return result

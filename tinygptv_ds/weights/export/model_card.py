@@ -1,0 +1,112 @@
+"""The README.md of an exported model: what it is, how to use it, what made it, how it scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tinygptv_ds import __version__
+from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+
+_USAGE = """```python
+from PIL import Image
+
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.processing.processor import TinyGPTVProcessor
+
+model = TinyGPTVForConditionalGeneration.from_pretrained("{folder}")
+processor = TinyGPTVProcessor.from_pretrained("{folder}")
+
+inputs = processor(Image.open("picture.jpg"), processor.prompt("What is in the picture?"), begin_token=True)
+new_tokens = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+print(processor.answers(new_tokens)[0])
+```
+
+`AutoModelForImageTextToText` and `AutoProcessor` load it too, once `tinygptv_ds.models.tinygptv` is imported, or with
+`trust_remote_code=True` where tinygptv_ds is installed."""
+
+
+def model_card(
+    folder: str, recipe: Recipe, config: TinyGPTVConfig, notes: Mapping[str, Any], scores: Mapping[str, dict]
+) -> str:
+    """Markdown with the header that model hubs read.
+
+    Args:
+        folder: the model's name.
+        recipe: of the stage that trained it.
+        config: the model's.
+        notes: its provenance, with the hashes.
+        scores: results of eval/ by name.
+    """
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [tinygptv]\n---",
+        f"# {folder}",
+        f"TinyGPT-V ([arXiv 2312.16862](https://arxiv.org/abs/2312.16862)) after stage {recipe.stage} of its training, "
+        f"exported by tinygptv_ds {__version__}. {_build(config, notes)}",
+        "## Use",
+        _USAGE.replace("{folder}", folder),
+        "## Training",
+        _training(recipe),
+        "The whole recipe is in `recipe.yaml`, hashes of all that went in are in `provenance.json`:",
+        _table(("weights", "file", "SHA-256"), _hash_rows(notes)),
+        "## Scores",
+        _scores(scores),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _build(config: TinyGPTVConfig, notes: Mapping[str, Any]) -> str:
+    vision, text = config.vision_config, config.text_config
+    adapted = {
+        "merged": "LoRA is merged into it",
+        "kept": f"LoRA of rank {config.lora_r} lies beside it",
+        "none": "it has no LoRA",
+    }[notes["lora"]]
+    return (
+        f"EVA ViT of {vision.num_hidden_layers} blocks at {vision.image_size} pixels, Q-Former with "
+        f"{config.num_query_tokens} queries, Phi of {text.num_hidden_layers} layers; {adapted}. "
+        f"Questions are asked in the template {_code(config.prompt_template or '{}')}, answers end with "
+        f"{_code(config.end_sym)}."
+    )
+
+
+def _training(recipe: Recipe) -> str:
+    train, optimizer = recipe.train, recipe.optimizer
+    datasets = ", ".join(f"{d.name} ({d.weight:g})" for d in recipe.data.used)
+    rows = [
+        ("optimizer steps", f"{train.total_steps:,} of {train.batch_size} samples"),
+        (
+            "learning rate",
+            f"{optimizer.warmup_lr:g} to {optimizer.lr:g} in {optimizer.warmup_steps} steps, then towards "
+            f"{optimizer.min_lr:g}",
+        ),
+        ("LoRA", f"rank {recipe.model.lora_r}, alpha {recipe.model.lora_alpha:g}" if recipe.model.lora_r else "none"),
+        ("seed", str(recipe.seed)),
+        ("datasets (shares)", datasets),
+    ]
+    return _table(("", ""), rows)
+
+
+def _hash_rows(notes: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    parts = {**{part: base["files"] for part, base in notes["base"].items()}, "trained": notes["trained"]}
+    return [(part, name, f"`{digest}`") for part, files in parts.items() for name, digest in files.items()]
+
+
+def _scores(scores: Mapping[str, dict]) -> str:
+    rows = [
+        (name, measure, f"{value:.4g}")
+        for name, result in scores.items()
+        for measure, value in result.items()
+        if isinstance(value, int | float)
+    ]
+    return _table(("result", "measure", "value"), rows) if rows else "None were given."
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _code(text: str) -> str:
+    return f"`{text!r}`" if "\n" in text else f"`{text}`"

@@ -1,0 +1,217 @@
+"""`python -m tinygptv_ds inspect`: what a file or folder of weights is, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.weights.paths import require
+
+if TYPE_CHECKING:
+    from tinygptv_ds.weights.detect import Opened
+    from tinygptv_ds.weights.source import Source
+
+_SHOWN = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="FILE_OR_DIR",
+        help="weights of Phi, of the EVA ViT or of BLIP-2, trained weights of TinyGPT-V in any form, a run, a "
+        "checkpoint, or an exported model",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, with every key")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Carry out the verb.
+
+    Raises:
+        WeightsError: the weights are damaged, unknown, or not complete; the report is printed before.
+    """
+    require(args.path)
+    report = inspect(args.path)
+    print(json.dumps(asdict(report), indent=2) if args.json else report)
+    if report.incomplete:
+        raise WeightsError(f"{args.path} is not complete, or is not what it seems: {report.incomplete}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Values of one part of the model: how many, and their dtypes."""
+
+    values: int
+    dtypes: list[str]
+
+
+@dataclass
+class Report:
+    """What `inspect` tells.
+
+    Attributes:
+        path: what was inspected.
+        container: the sort of file or folder.
+        kind: what the weights are of.
+        files: SHA-256 of each file by its name.
+        released: which of the authors' files it is, or None.
+        stage: which stage trained it, with the reason; None for base models.
+        layout: of the attention's weights and of LoRA's names, or None.
+        lora_r: LoRA's rank, 0 without.
+        lora_targets: the linear layers that have it.
+        qformer: whether a Q-Former is inside.
+        beside: what else the file holds (optimizer, epoch, ...).
+        parts: sizes of the model's parts.
+        matched: canonical names that a complete file has too, in the same shape.
+        missing: those that are not there.
+        unexpected: names that such a file has not.
+        wrong_shape: in words.
+        ignored: names of the file that are known and of no use.
+        incomplete: the reason why it cannot be used as it is, or "".
+    """
+
+    path: str
+    container: str
+    kind: str
+    files: dict[str, str]
+    released: str | None = None
+    stage: str | None = None
+    layout: str | None = None
+    lora_r: int = 0
+    lora_targets: list[str] = field(default_factory=list)
+    qformer: bool = False
+    beside: list[str] = field(default_factory=list)
+    parts: dict[str, Part] = field(default_factory=dict)
+    matched: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong_shape: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    incomplete: str = ""
+
+    def __str__(self) -> str:
+        rows = [
+            ("path", self.path),
+            ("container", self.container),
+            ("kind", self.kind),
+            ("released as", self.released or "none of the released files"),
+            ("stage", self.stage),
+            ("layout", self.layout),
+            ("LoRA", f"rank {self.lora_r} on {', '.join(self.lora_targets)}" if self.lora_r else "none"),
+            ("Q-Former", "inside" if self.qformer else "not inside"),
+            ("beside", ", ".join(self.beside) or None),
+            *(("sha256", f"{digest}  {name}") for name, digest in self.files.items()),
+            ("parameters", f"{sum(part.values for part in self.parts.values()):,}"),
+            *(("", f"{part.values:>15,}  {name} ({', '.join(part.dtypes)})") for name, part in self.parts.items()),
+            ("matched", str(len(self.matched))),
+            *(
+                (what, f"{len(names)}{': ' if names else ''}{_some(names)}")
+                for what, names in (
+                    ("missing", self.missing),
+                    ("unexpected", self.unexpected),
+                    ("wrong shape", self.wrong_shape),
+                    ("ignored", self.ignored),
+                )
+            ),
+        ]
+        return "\n".join(f"{name:12} {text}" for name, text in rows if text is not None)
+
+
+def inspect(path: Path) -> Report:
+    """Look at weights without loading them.
+
+    Raises:
+        WeightsError: they are damaged, or of no kind that is known.
+    """
+    from tinygptv_ds.weights.canonical import canonical_source
+    from tinygptv_ds.weights.detect import KINDS, open_any
+    from tinygptv_ds.weights.layouts.expected_shapes import expected_shapes
+    from tinygptv_ds.weights.provenance import hashes
+    from tinygptv_ds.weights.released import released_by_hash
+    from tinygptv_ds.weights.source import compare
+    from tinygptv_ds.weights.trained import lora_rank
+
+    opened = open_any(path)
+    source = canonical_source(opened, heads=1)
+    files = hashes(opened.files)
+    released = [file for digest in files.values() if (file := released_by_hash(digest))]
+    report = Report(
+        path=str(path),
+        container=opened.container,
+        kind=KINDS[opened.kind],
+        files=files,
+        released=f"{released[0].name} ({released[0].note})" if released else None,
+        stage=_stage(opened, source),
+        layout=_layout(opened),
+        lora_r=lora_rank(source.shapes),
+        lora_targets=sorted({n.split(".lora_A.")[0].rpartition(".")[2] for n in source.weights if ".lora_A." in n}),
+        qformer=any(name.startswith("qformer.") for name in source.weights),
+        beside=_beside(opened),
+        parts=_parts(source),
+        ignored=sorted(source.ignored),
+    )
+    try:
+        found = compare(expected_shapes(opened.kind, source), source)
+    except WeightsError as error:
+        report.unexpected, report.incomplete = sorted(source.weights), str(error)
+        return report
+    report.matched, report.missing = found.matched, found.missing
+    report.unexpected, report.wrong_shape = found.unexpected, found.wrong_shape
+    report.incomplete = str(found)
+    return report
+
+
+def _stage(opened: Opened, source: Source) -> str | None:
+    from tinygptv_ds.weights.guess_stage import guess_stage
+
+    tells = opened.kind == "trained" or (opened.kind == "model" and "stage" in opened.notes)
+    return str(guess_stage(opened, source)) if tells else None
+
+
+def _layout(opened: Opened) -> str | None:
+    """Of Phi's attention, or how LoRA's keys are spelled."""
+    from tinygptv_ds.weights.layouts.original import spelling
+    from tinygptv_ds.weights.layouts.phi2 import layout
+
+    if opened.kind == "phi":
+        return layout(opened.stored, opened.path)
+    return spelling(opened.stored) if opened.kind in ("trained", "projection", "model") else None
+
+
+def _beside(opened: Opened) -> list[str]:
+    simple = {key: value for key, value in opened.notes.items() if isinstance(value, int | float | str)}
+    return [f"{key} {simple[key]}" if key in simple else key for key in opened.notes]
+
+
+def _parts(source: Source) -> dict[str, Part]:
+    values: Counter[str] = Counter()
+    dtypes: dict[str, set[str]] = {}
+    for name, stored in source.weights.items():
+        part = _part_of(name)
+        values[part] += stored.numel
+        dtypes.setdefault(part, set()).add(str(stored.dtype).removeprefix("torch."))
+    return {part: Part(count, sorted(dtypes[part])) for part, count in values.items()}
+
+
+def _part_of(name: str) -> str:
+    from tinygptv_ds.models.parameters import lora, norms
+
+    if lora(name):
+        return "LoRA"
+    if norms(name):
+        return "norms of Phi"
+    names = {"language_model": "Phi", "visual_encoder": "EVA ViT", "qformer": "Q-Former"}
+    first = name.split(".")[0]
+    return names.get(first, first)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

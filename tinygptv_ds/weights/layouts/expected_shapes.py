@@ -1,0 +1,144 @@
+"""What a complete file of each kind holds, by its own sizes: for checking one file without a model around it.
+
+All names are canonical.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from transformers import Blip2QFormerModel
+
+from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
+from tinygptv_ds.models.eva_vit import build_eva_vit
+from tinygptv_ds.models.parameters import lora, norms
+from tinygptv_ds.models.phi import PhiForCausalLM
+from tinygptv_ds.weights.layouts import blip2
+from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, in_layer
+from tinygptv_ds.weights.source import Source
+from tinygptv_ds.weights.trained import lora_rank
+
+Shapes = dict[str, tuple[int, ...]]
+_LLM = "language_model."
+_LAYER = _LLM + "model.layers.0."
+
+
+def expected_shapes(kind: str, source: Source) -> Shapes:
+    """Names and shapes of a complete file as wide and with as many layers as this one, in the model's order.
+
+    Args:
+        kind: of `opened.KINDS`.
+        source: what is there.
+
+    Raises:
+        WeightsError: too little is there to tell the sizes.
+    """
+    shapes = source.shapes
+    try:
+        if kind == "phi":
+            return _phi(shapes)
+        if kind == "eva_vit":
+            return _eva_vit(shapes)
+        if kind == "blip2":
+            return _blip2(source, shapes)
+        if kind == "projection":
+            return _linear(shapes, "llama_proj")
+        if kind == "trained":
+            return _trained(source, shapes)
+        return _eva_vit(shapes) | _blip2(source, shapes) | _projections(shapes) | _phi(shapes)
+    except KeyError as error:
+        name = error.args[0]
+        raise WeightsError(f"{source.path}: {name} is missing; the file is cut short, or of another model") from None
+
+
+def in_order(weights: Mapping[str, object], expected: Shapes) -> list[str]:
+    """The names of `weights` in the model's order, those that are not expected last."""
+    rank = {name: number for number, name in enumerate(expected)}
+    return sorted(weights, key=lambda name: (rank.get(name, len(rank)), name))
+
+
+def _phi(shapes: Shapes) -> Shapes:
+    """With LoRA and the added norms where any layer has them."""
+    vocabulary, width = shapes[_LLM + "model.embed_tokens.weight"]
+    inner = shapes[_LAYER + "mlp.fc1.weight"][0]
+    given = {in_layer(name) for name in filter(ADDED_NORMS.fullmatch, shapes)}
+    return {
+        name: shape
+        for name, shape in _llm(shapes, vocabulary, width, inner).items()
+        if not ADDED_NORMS.fullmatch(name) or in_layer(name) in given
+    }
+
+
+def _trained(source: Source, shapes: Shapes) -> Shapes:
+    projections = _projections(shapes)
+    width = shapes["llama_proj2.weight"][0]
+    inner = shapes.get(_LAYER + "mlp.fc1.lora_B.weight", (width,))[0]
+    learnt = {n: s for n, s in _llm(shapes, PHI_2["vocab_size"], width, inner).items() if norms(n) or lora(n)}
+    qformer: Shapes = {}
+    if any(name.startswith("qformer.") for name in shapes):
+        qformer = {n: s for n, s in _blip2(source, shapes).items() if not n.startswith("ln_vision.")}
+    return qformer | projections | learnt
+
+
+def _llm(shapes: Shapes, vocabulary: int, width: int, inner: int) -> Shapes:
+    adapters = [name for name in shapes if ".lora_A." in name]
+    # The norm over a head tells its size; where there is none, no other shape depends on it.
+    head = shapes.get(_LAYER + "self_attn.q_layernorm.weight", (width,))[0]
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": _count(shapes, r"language_model\.model\.layers\.(\d+)\."),
+        "num_attention_heads": max(width // head, 1),
+    }
+    config = TinyGPTVConfig(
+        text_config=text,
+        lora_r=lora_rank(shapes),
+        lora_targets=tuple({name.split(".lora_A.")[0].rpartition(".")[2] for name in adapters}),
+    )
+    return _named(lambda: PhiForCausalLM(config), _LLM)
+
+
+def _eva_vit(shapes: Shapes) -> Shapes:
+    prefix = "visual_encoder."
+    patch = shapes[prefix + "patch_embed.proj.weight"][-1]
+    grid = round((shapes[prefix + "pos_embed"][1] - 1) ** 0.5)
+    config = EvaViTConfig(
+        image_size=grid * patch,
+        patch_size=patch,
+        hidden_size=shapes[prefix + "cls_token"][-1],
+        num_hidden_layers=_count(shapes, r"visual_encoder\.blocks\.(\d+)\."),
+        num_attention_heads=1,
+        intermediate_size=shapes[prefix + "blocks.0.mlp.fc1.weight"][0],
+    )
+    return _named(lambda: build_eva_vit(config), prefix)
+
+
+def _blip2(source: Source, shapes: Shapes) -> Shapes:
+    config = blip2.qformer_config(source, heads=1)
+    vision = (config.encoder_hidden_size,)
+    parts = {"query_tokens": shapes["query_tokens"], "ln_vision.weight": vision, "ln_vision.bias": vision}
+    return parts | _named(lambda: Blip2QFormerModel(config), "qformer.")
+
+
+def _projections(shapes: Shapes) -> Shapes:
+    return _linear(shapes, "llama_proj") | _linear(shapes, "llama_proj2")
+
+
+def _linear(shapes: Shapes, name: str) -> Shapes:
+    weight = shapes[f"{name}.weight"]
+    return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
+
+
+def _named(build: Callable[[], nn.Module], prefix: str) -> Shapes:
+    with torch.device("meta"):
+        module = build()
+    return {prefix + name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    return 1 + max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1)
