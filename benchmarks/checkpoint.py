@@ -1,4 +1,4 @@
-"""How long a save holds up the training, how long the writing goes on beside it, and how long a resumption takes.
+"""How long a save holds up the training, how long the writing goes on next to it, and how long a resumption takes.
 
 What the published stages train (45 M parameters of made-up values, with their moments) in a real engine, on one rank.
 """
@@ -60,7 +60,7 @@ def start(run_dir: Path, size: str) -> Engine:
     job = Job(recipe, config, run_dir, "never", ranks_from_env())
     start_distributed(job)
     model = Trained(size)
-    model.attention, model.vision_is_frozen, model.beside_base = "auto", True, {}
+    model.attention, model.vision_is_frozen, model.frozen_updates = "auto", True, {}
     engine = Engine(model, job)
     engine.set_boundary(True)
     engine.backward_and_step(engine.deepspeed())
@@ -84,7 +84,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def work_rate(until: Callable[[], bool]) -> float:
-    """Matrix products a second on this thread's core, as a training beside the writing would make them."""
+    """Matrix products a second on this thread's core, as a training next to the writing would make them."""
     a = torch.randn(256, 256)
     began, count = time.perf_counter(), 0
     while not until():
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"checkpoint of {row['gb']:.2f} GB                      seconds")
     print(f"training waits, all at once (as before)  {row['synchronous_seconds']:8.2f}")
     print(f"training waits, snapshot alone           {row['stall_seconds']:8.2f}")
-    print(f"writing, hashing, syncing beside it      {row['write_seconds']:8.2f}")
+    print(f"writing, hashing, syncing next to it      {row['write_seconds']:8.2f}")
     print(f"  meanwhile the training's thread does   {100 * row['work_beside']:8.0f} % of its work")
     print(f"resume: every file against its hash      {row['verify_seconds']:8.2f}")
     print(f"resume: weights and moments put back     {row['load_seconds']:8.2f}")

@@ -3,7 +3,7 @@
     python benchmarks/data.py [--seconds S] [--rounds N] [--quick] [--json FILE]
 
 The ways take turns, round by round, in one process on one core; each figure is the best of its rounds, in CPU time.
-Loader processes are measured afterwards, in wall-clock time, so on a machine with nothing else to do.
+Dataloader workers are measured afterwards, in wall-clock time, so on a machine with nothing else to do.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Row:
         way: what was done.
         source: width and height of the JPEGs.
         target: side of the result.
-        workers: loader processes; 0: all in one process.
+        workers: dataloader workers; 0: all in one process.
         rate: samples a second, in the best round.
         rounds: the same of every round.
     """
@@ -88,17 +88,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a moment of each, to try the script out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
-    seconds, rounds, pictures = (0.01, 1, 4) if args.quick else (args.seconds, args.rounds, 64)
+    seconds, rounds, images = (0.01, 1, 4) if args.quick else (args.seconds, args.rounds, 64)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for source, target in itertools.product(SOURCES, TARGETS):
             shards = Path(folder, "x".join(map(str, source)))
             if not shards.exists():
-                write_photos(shards, source, pictures)
+                write_photos(shards, source, images)
             rows += show(measure_one_core(shards, source, target, seconds, rounds))
         for workers in (1, 2):
             rows.append(measure_workers(Path(folder, "640x480"), workers, seconds, rounds))
-            print(f"{EXACT}, 640 x 480 -> 224, {workers} loader process(es): {rows[-1].rate:.0f} samples/s", flush=True)
+            print(
+                f"{EXACT}, 640 x 480 -> 224, {workers} dataloader worker(s): {rows[-1].rate:.0f} samples/s", flush=True
+            )
     if args.json:
         figures = {"machine": machine(), "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure_one_core(shards: Path, source: tuple[int, int], target: int, seconds: float, rounds: int) -> list[Row]:
     """Every way in this process, by turns."""
     torch.set_num_threads(1)
-    encoded = read_pictures(shards)
+    encoded = read_images(shards)
     ways = {
         ORIGINAL: original(encoded, target),
         WEBDATASET: plain_webdataset(shards, target),
@@ -147,7 +149,7 @@ def rate(work: Work, seconds: float, clock: Callable[[], float]) -> float:
 
 
 def each(encoded: Sequence[bytes], function: Callable[[bytes], object]) -> Work:
-    """A function of one encoded picture, on all of them for ever."""
+    """A function of one encoded image, on all of them for ever."""
     for jpeg in itertools.cycle(encoded):
         function(jpeg)
         yield 1
@@ -171,16 +173,16 @@ def original(encoded: Sequence[bytes], target: int) -> Work:
 
 
 def plain_webdataset(shards: Path, target: int) -> Work:
-    """A usual pipeline: pictures and captions from the tars, the transform, batches."""
+    """A usual pipeline: images and captions from the tars, the transform, batches."""
     tars = [str(tar) for tar in sorted(shards.glob("*.tar"))]
     pipeline = webdataset.WebDataset(tars, shardshuffle=False).decode("pilrgb").to_tuple("jpg", "json")
     pipeline = pipeline.map_tuple(original_transform(target)).repeat().batched(BATCH)
-    for pictures, _ in pipeline:
-        yield len(pictures)
+    for images, _ in pipeline:
+        yield len(images)
 
 
 def made_up_features(shards: Path) -> Path:
-    """Features of the published size for the pictures of `shards`, random and in bf16, as `features` writes them."""
+    """Features of the published size for the images of `shards`, random and in bf16, as `features` writes them."""
     root = shards.with_name(f"{shards.name}-features")
     folder = root / NAME
     if folder.exists():
@@ -227,7 +229,7 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def read_pictures(shards: Path) -> list[bytes]:
+def read_images(shards: Path) -> list[bytes]:
     """The JPEGs of all samples."""
     tars = sorted(shards.glob("*.tar"))
     return [ShardReader().read(tar, index).images[0] for tar in tars for index in range(sample_count(tar))]

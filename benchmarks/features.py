@@ -42,12 +42,12 @@ class Row:
     Attributes:
         name: the stage.
         image_size: pixels.
-        text_tokens: beside a sample's one picture.
+        text_tokens: next to a sample's one image.
         pixels: seconds of a step, forward and backward, from pixels.
         features: the same from features.
         ratio: of the two.
         published_ratio: of the operations of a step at the published sizes, by count.
-        pictures_per_second: through ViT and Q-Former, when features are made.
+        images_per_second: through ViT and Q-Former, when features are made.
         same_loss: whether both ways gave the same loss, bit for bit.
     """
 
@@ -58,7 +58,7 @@ class Row:
     features: float
     ratio: float
     published_ratio: float
-    pictures_per_second: float
+    images_per_second: float
     same_loss: bool
 
 
@@ -143,7 +143,7 @@ def _part(size: tuple[int, int, int]) -> dict[str, int]:
 
 
 def packed_rows(config: TinyGPTVConfig, batch: int, text_tokens: int) -> dict[str, Tensor | int]:
-    """Samples of one picture and then `text_tokens` tokens, all of which are learnt."""
+    """Samples of one image and then `text_tokens` tokens, all of which are learnt."""
     queries, length = config.num_query_tokens, config.num_query_tokens + text_tokens
     ids = torch.randint(0, 1000, (batch, length))
     ids[:, :queries] = config.image_token_id
@@ -180,7 +180,7 @@ def fastest(call: Callable[[], float], times: int) -> tuple[float, float]:
 
 
 def vision_operations(config: TinyGPTVConfig) -> float:
-    """Of one picture, forward: 2 for each weight and row, 4 for each pair of rows and channel in attention."""
+    """Of one image, forward: 2 for each weight and row, 4 for each pair of rows and channel in attention."""
     vit, qformer, queries = config.vision_config, config.qformer_config, config.num_query_tokens
     patches = (vit.image_size // vit.patch_size) ** 2
     rows, width = 1 + patches, vit.hidden_size

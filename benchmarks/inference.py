@@ -1,7 +1,7 @@
 """Memory and speed of answering with the full-size model, its weights made up, in 16, 8 and 4 bit.
 
-Each form is loaded in a process of its own from base weights and an adapter, looks at one picture of 224 pixels and
-answers with a fixed number of tokens; then it answers eight short questions without a picture at once. Memory is the
+Each form is loaded in a process of its own from base weights and an adapter, looks at one image of 224 pixels and
+answers with a fixed number of tokens; then it answers eight short questions without an image at once. Memory is the
 kernel's VmHWM, the largest resident set, Python and the libraries included (0.8 GB). Times are CPU seconds of a single
 thread, which other work on the machine lengthens least.
 
@@ -109,15 +109,15 @@ def figures(name: str, recipe: str, tokens: int) -> dict:
     model, processor = load_model(trained, torch.bfloat16, device="cpu", recipe=Path(recipe), **FORMS[name])
     loaded, peak_loading = time.process_time() - began, peak_gb()
     words = tuple(f"w{number}" for number in range(WORDS))
-    prompt = Prompt(("<ImageHere>", *words), begin_token=True, stop=())
-    short = Prompt(words[:8], begin_token=True, stop=())
+    prompt = Prompt(("<ImageHere>", *words), add_bos_token=True, stop=())
+    short = Prompt(words[:8], add_bos_token=True, stop=())
     size = processor.image_size
-    pictures = [np.random.default_rng(0).integers(0, 255, (3, size, size), dtype=np.uint8)]
+    images = [np.random.default_rng(0).integers(0, 255, (3, size, size), dtype=np.uint8)]
     fixed = Generation(max_new_tokens=tokens, min_new_tokens=tokens)
     firsts, rates, together = [], [], []
     for _ in range(ROUNDS):
         began = time.process_time()
-        answer = stream(model, processor, prompt, pictures, fixed)
+        answer = stream(model, processor, prompt, images, fixed)
         times = [(time.process_time() - began, answer.new_tokens) for _piece in answer]
         (first, before), (last, after) = times[0], times[-1]
         firsts.append(first)

@@ -35,8 +35,8 @@ def _crop(photo: Image.Image, size: tuple[int, int], rng: np.random.Generator) -
     return photo.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
 
 
-def _jpeg(picture: Image.Image) -> bytes:
+def _jpeg(image: Image.Image) -> bytes:
     """Quality 90, colours at half the resolution, as cameras and img2dataset write them."""
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=90, subsampling="4:2:0")
+    image.save(out, "JPEG", quality=90, subsampling="4:2:0")
     return out.getvalue()

@@ -1,6 +1,6 @@
 """One recipe under every engine set-up that runs without a GPU: the losses of each, side by side.
 
-The tiny model of the tests, with pictures, text alone and two pictures mixed, so that ranks often have unlike batches.
+The tiny model of the tests, with images, text alone and two images mixed, so that ranks often have unlike batches.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
     print("        shards in a step: of      in all steps: of    a node reads, MB/s    fetches whole   slowest")
-    print("GPUs    rank    node    all     rank   node    all   pictures  features   shards, MB/s      rank")
+    print("GPUs    rank    node    all     rank   node    all   images  features   shards, MB/s      rank")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_shards(Path(folder), args.shards, args.samples_per_shard)

@@ -1,7 +1,7 @@
 """What the ranks of a run send each other in a step: by count, and as real ranks do it.
 
 The tiny model of the tests, with a LoRA large enough that its tensors outweigh TCP's headers, trains on the CPU's cores
-under each set-up. Rank 0 notes the bytes of every collective; beside them stand those that `estimate` counts. Where
+under each set-up. Rank 0 notes the bytes of every collective; next to them stand those that `estimate` counts. Where
 network namespaces may be made, the bytes that the ranks put on the wire are compared with those of a ring, too.
 
     python benchmarks/traffic.py [--json FILE]
@@ -171,7 +171,7 @@ def _measured(setup: Setup, recipe_file: Path, run_dir: Path, apart: bool) -> Ro
 
 
 def payload_table(rows: list[Row]) -> list[str]:
-    """Markdown: counted beside measured."""
+    """Markdown: counted next to measured."""
     lines = ["| set-up | collective | counted | measured |", "|-|-|-|-|"]
     for row in rows:
         for name in dict.fromkeys([*row.counted, *row.measured]):
@@ -181,7 +181,7 @@ def payload_table(rows: list[Row]) -> list[str]:
 
 
 def wire_table(rows: list[Row]) -> list[str]:
-    """Markdown: all ranks' bytes of a step in rings beside those on the wire."""
+    """Markdown: all ranks' bytes of a step in rings next to those on the wire."""
     lines = ["| set-up | in rings, by count | on the wire | |", "|-|-|-|-|"]
     for row in rows:
         if row.wire is None:

@@ -69,7 +69,7 @@ def parser(description: str, benchmarks: Sequence[str] = ()) -> argparse.Argumen
         "--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 on a GPU, else fp32"
     )
     options.add_argument(
-        "--begin-token", action="store_true", help="start prompts with the begin token, as in training"
+        "--add-bos-token", action="store_true", help="start prompts with the BOS token, as in training"
     )
     options.add_argument("--recipe", type=Path, metavar="FILE", help="of weights that do not tell what they belong to")
     options.add_argument("--out", type=Path, metavar="DIR", help="answers and results (default: runs/eval/MODEL)")
@@ -97,7 +97,7 @@ def evaluate(args: argparse.Namespace, kind: str, benchmarks: Sequence[str] = ()
     Raises:
         TinyGPTVError: options, files or weights that the user has to mend.
     """
-    settings = Settings(args.template, args.max_new_tokens, args.batch_size, args.begin_token)
+    settings = Settings(args.template, args.max_new_tokens, args.batch_size, args.add_bos_token)
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit {args.limit}: there is nothing to ask")
     tasks = open_tasks(args, kind, benchmarks)
@@ -220,7 +220,7 @@ def _decoding(words: Wording, settings: Settings, dtype: str) -> dict[str, Any]:
         "stop": words.stop,
         "choice_end": words.choice_end,
         "max_new_tokens": settings.max_new_tokens,
-        "begin_token": settings.begin_token,
+        "add_bos_token": settings.add_bos_token,
         "search": "greedy",
         "dtype": dtype,
     }

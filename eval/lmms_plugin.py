@@ -38,14 +38,14 @@ def manifest() -> ModelManifest:
 
 
 class TinyGPTV(lmms):
-    """The model for tasks with pictures or text alone; under `accelerate launch` on several GPUs too.
+    """The model for tasks with images or text alone; under `accelerate launch` on several GPUs too.
 
     Args:
         pretrained: an exported folder, a run, a checkpoint or a file.
         batch_size: requests at once.
         dtype: fp32, bf16 or fp16; auto: bf16 on a GPU, else fp32.
-        template: "training", or a template with `{}` for pictures and words.
-        begin_token: start prompts with the begin token, as in training.
+        template: "training", or a template with `{}` for images and words.
+        add_bos_token: start prompts with the BOS token, as in training.
         device: taken and not needed: the rank's GPU where there is one.
         other: arguments that lmms-eval hands to every model; those with a value are refused.
     """
@@ -58,7 +58,7 @@ class TinyGPTV(lmms):
         batch_size: int | str = 1,
         dtype: str = "auto",
         template: str = "training",
-        begin_token: bool = True,
+        add_bos_token: bool = True,
         device: str | None = None,
         **other: Any,
     ) -> None:
@@ -72,7 +72,7 @@ class TinyGPTV(lmms):
         if dtype not in DTYPES:
             raise ConfigError(f"--model_args dtype={dtype}: choose one of auto, {', '.join(DTYPES)}")
         self._model, self._processor = load_model(Path(pretrained), DTYPES[dtype])
-        self._batch_size, self._begin_token = int(batch_size), begin_token in (True, "True", "true")
+        self._batch_size, self._add_bos_token = int(batch_size), add_bos_token in (True, "True", "true")
         config = self._model.config
         self._wording = wording(_PLAIN, Settings(template), config.prompt_template, config.end_sym)
 
@@ -99,7 +99,7 @@ class TinyGPTV(lmms):
         with self._bar(len(requests)) as bar:
             for length, numbers in groups.items():
                 for part in _parts(numbers, self._batch_size):
-                    asked = [self._prompt(requests[n].args[0], self._pictures(requests[n].args[2:])) for n in part]
+                    asked = [self._prompt(requests[n].args[0], self._images(requests[n].args[2:])) for n in part]
                     texts = self._answers(asked, self._wording.stop, length)
                     for number, text in zip(part, texts, strict=True):
                         found[number] = _cut(text, requests[number].args[1].get("until"))
@@ -122,7 +122,7 @@ class TinyGPTV(lmms):
         text = TextSection(end_sym="", max_txt_len=4096, max_context_len=4096)
         with self._bar(len(requests)) as bar:
             for part in _parts(list(groups.values()), self._batch_size):
-                asked = [self._prompt(requests[ns[0]].args[0], self._pictures(requests[ns[0]].args[2:])) for ns in part]
+                asked = [self._prompt(requests[ns[0]].args[0], self._images(requests[ns[0]].args[2:])) for ns in part]
                 told = [[self._continuation(requests[n]) for n in numbers] for numbers in part]
                 choices = [Choice(*ask, tell) for ask, tell in zip(asked, told, strict=True)]
                 losses = list(
@@ -150,14 +150,14 @@ class TinyGPTV(lmms):
                 stop=stop,
                 max_new_tokens=length,
                 batch_size=self._batch_size,
-                begin_token=self._begin_token,
+                add_bos_token=self._add_bos_token,
             )
         )
 
-    def _prompt(self, context: str, pictures: list[Image.Image]) -> tuple[str, list[Image.Image]]:
-        return self._wording.prompt(Question("", context, None, tuple, len(pictures))), pictures
+    def _prompt(self, context: str, images: list[Image.Image]) -> tuple[str, list[Image.Image]]:
+        return self._wording.prompt(Question("", context, None, tuple, len(images))), images
 
-    def _pictures(self, args: Sequence[Any]) -> list[Image.Image]:
+    def _images(self, args: Sequence[Any]) -> list[Image.Image]:
         """Of a request, whose last arguments are the function that gives them, document, task and split."""
         if not args:  # text alone
             return []
@@ -165,7 +165,7 @@ class TinyGPTV(lmms):
         found = to_visual(self.task_dict[task][split][document]) or []
         odd = next((each for each in found if not isinstance(each, Image.Image)), None)
         if odd is not None:
-            raise ConfigError(f"task {task}: {type(odd).__name__} is no picture, and tinygptv takes nothing else")
+            raise ConfigError(f"task {task}: {type(odd).__name__} is no image, and tinygptv takes nothing else")
         return list(found)
 
     def _continuation(self, request: Instance) -> str:

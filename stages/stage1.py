@@ -1,4 +1,4 @@
-"""Stage 1 of TinyGPT-V, warm-up: the projections and Phi's norms learn to let pictures through, on bare captions.
+"""Stage 1 of TinyGPT-V, warm-up: the projections and Phi's norms learn to let images through, on bare captions.
 
 Start it with `deepspeed launch/stage1.sh [options]` or `bash launch/stage1.sh [options]`; `--help` tells the options.
 """
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             train(engine, stream, tokens)
             trained = engine.trained_state()  # gathered from all ranks
             if job.ranks.is_main:
-                state = model.beside_base | trained
+                state = model.frozen_updates | trained
                 save_trained(state, model.config, job.run_dir / "model", provenance_of(job.recipe))
 
 

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             train(engine, stream, tokens)
             trained = engine.trained_state()  # gathered from all ranks
             if job.ranks.is_main:
-                state = model.beside_base | trained
+                state = model.frozen_updates | trained
                 save_trained(state, model.config, job.run_dir / "model", provenance_of(job.recipe))
 
 

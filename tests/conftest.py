@@ -46,7 +46,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One small dataset of each kind: one picture, none, a conversation, two pictures."""
+    """One small dataset of each kind: one image, none, a conversation, two images."""
     from helpers import tiny
 
     folder = tmp_path_factory.mktemp("shards")

@@ -33,7 +33,7 @@ VERBS = {
     "preview": ("a page of samples as the model will see them", "tinygptv_ds.data.checks.preview"),
     "index": ("make the indexes of shards that are to be read from elsewhere", "tinygptv_ds.data.shards.index_verb"),
     "features": (
-        "run the frozen ViT and Q-Former over a recipe's pictures once, to train from what they give",
+        "run the frozen ViT and Q-Former over a recipe's images once, to train from what they give",
         "tinygptv_ds.features.compute",
     ),
     "estimate": (
@@ -46,10 +46,10 @@ VERBS = {
         "write a run's model for inference, as an adapter, or for the original's code",
         "tinygptv_ds.weights.export.export",
     ),
-    "chat": ("talk with a model about pictures, in the terminal", "tinygptv_ds.apps.chat"),
-    "answer": ("answer a file of questions about pictures, on one rank or many", "tinygptv_ds.apps.answer"),
-    "serve": ("answer over HTTP, as OpenAI's chat API, with pictures", "tinygptv_ds.apps.serve.serve"),
-    "demo": ("a page to talk with the model about a picture", "tinygptv_ds.apps.demo.demo"),
+    "chat": ("talk with a model about images, in the terminal", "tinygptv_ds.apps.chat"),
+    "answer": ("answer a file of questions about images, on one rank or many", "tinygptv_ds.apps.answer"),
+    "serve": ("answer over HTTP, as OpenAI's chat API, with images", "tinygptv_ds.apps.serve.serve"),
+    "demo": ("a page to talk with the model about an image", "tinygptv_ds.apps.demo.demo"),
 }
 
 

@@ -137,8 +137,8 @@ def _padded_losses(model: TinyGPTVForConditionalGeneration, inputs: dict) -> Ten
     lengths, longest = inputs["cu_seqlens"].diff(), inputs["max_seqlen"]
     ids, rows = inputs["input_ids"], inputs["image_rows"]
     place = make_packing(inputs["cu_seqlens"], longest, len(ids), "sdpa").padded_rows
-    pictures = model.project(model.encode_vision(inputs["pixel_values"])).flatten(0, 1)
-    embeds = model.get_input_embeddings()(ids).index_copy(0, rows, pictures[inputs["image_index"]])
+    images = model.project(model.encode_vision(inputs["pixel_values"])).flatten(0, 1)
+    embeds = model.get_input_embeddings()(ids).index_copy(0, rows, images[inputs["image_index"]])
 
     def padded(x: Tensor) -> Tensor:
         filled = x.new_zeros(len(lengths) * longest, *x.shape[1:]).index_copy(0, place, x)

@@ -28,14 +28,14 @@ _DIFFERENT = 4  # batches that take turns
 
 
 def overrides(stage: int, size: str) -> list[str]:
-    """Changes to a stage's recipe, for `load_recipe`: the tiny size's pictures and LoRA."""
+    """Changes to a stage's recipe, for `load_recipe`: the tiny size's images and LoRA."""
     if size == "published":
         return []
     return [f"model.image_size={14 * (2 if stage == 1 else 4)}", f"model.lora_r={0 if stage == 1 else 4}", *_TINY]
 
 
 def model_config(recipe: Recipe, size: str) -> TinyGPTVConfig:
-    """The sizes that a stage trains: pictures, projections and LoRA by its recipe, the rest published or tiny."""
+    """The sizes that a stage trains: images, projections and LoRA by its recipe, the rest published or tiny."""
     section, base = recipe.model, SIZES[size]
     return TinyGPTVConfig(
         vision_config={**base.vision_config.to_dict(), "image_size": section.image_size},
@@ -88,7 +88,7 @@ class Batches:
 
 
 def make_batches(config: TinyGPTVConfig, case: Case, seed: int, *, pinned: bool) -> Batches:
-    """Samples of one picture and about as many tokens as those of the stage have (`sample_mean.ASSUMED`).
+    """Samples of one image and about as many tokens as those of the stage have (`sample_mean.ASSUMED`).
 
     Args:
         config: of the model.
@@ -99,7 +99,7 @@ def make_batches(config: TinyGPTVConfig, case: Case, seed: int, *, pinned: bool)
     rng = np.random.default_rng((seed, case.stage, case.batch, case.source == "pixels"))
     mean, size = ASSUMED[case.stage], config.vision_config.image_size
     queries, width = config.num_query_tokens, config.qformer_config.hidden_size
-    asked = max(1, round(mean.tokens - mean.targets) - PICTURE_ROWS)
+    asked = max(1, round(mean.tokens - mean.targets) - IMAGE_ROWS)
     loaded, lengths, targets = [], [], []
     for number in range(_DIFFERENT):
         rows = [_row(rng, config, _around(rng, asked), _around(rng, round(mean.targets))) for _ in range(case.batch)]
@@ -117,7 +117,7 @@ def make_batches(config: TinyGPTVConfig, case: Case, seed: int, *, pinned: bool)
     return Batches(loaded, MeanSample(1, float(np.mean(lengths)), sum(targets) / len(lengths)))
 
 
-PICTURE_ROWS = 32  # that `ASSUMED` counts among the tokens
+IMAGE_ROWS = 32  # that `ASSUMED` counts among the tokens
 
 
 def _around(rng: np.random.Generator, mean: int) -> int:
@@ -126,7 +126,7 @@ def _around(rng: np.random.Generator, mean: int) -> int:
 
 
 def _row(rng: np.random.Generator, config: TinyGPTVConfig, asked: int, answered: int) -> Sequence:
-    """A begin token and words, the picture, and what is learnt."""
+    """A BOS token and words, the image, and what is learnt."""
     queries = config.num_query_tokens
     length = asked + queries + answered
     ids = rng.integers(0, config.image_token_id, length)

@@ -180,12 +180,12 @@ def _step_row(row: dict[str, Any]) -> str:
 
 def _saving(save: dict[str, Any]) -> str:
     waits = f"training waits {save['stall_seconds']:.2f} s (the first time {save['first_stall_seconds']:.2f} s)"
-    beside = (
+    adjacent = (
         f"a step takes {1000 * save['step_seconds_beside']:.0f} ms, alone {1000 * save['step_seconds_alone']:.0f} ms"
     )
     return (
         f"{save['group']}, checkpoint of {save['gb']:.2f} GB: {waits}; written in {save['write_seconds']:.2f} s, while "
-        f"{beside}"
+        f"{adjacent}"
     )
 
 

@@ -96,7 +96,7 @@ def _environment() -> dict[str, str]:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """The whole group: loader processes and ranks too."""
+    """The whole group: dataloader workers and ranks too."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""How long a checkpoint of what was trained holds up the training, and how long its writing goes on beside it."""
+"""How long a checkpoint of what was trained holds up the training, and how long its writing goes on next to it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinygptv_ds.train.engine import Engine
 
 
 def save_times(engine: Engine, step: Callable[[], object]) -> dict[str, float]:
-    """Seconds, and a step's beside the writing against one alone. To be called on all ranks.
+    """Seconds, and a step's next to the writing against one alone. To be called on all ranks.
 
     Args:
         engine: has made a step, so that there are moments.
@@ -30,7 +30,7 @@ def save_times(engine: Engine, step: Callable[[], object]) -> dict[str, float]:
     checkpoints = engine.job.run_dir / FOLDER
     with ThreadPoolExecutor(1) as thread:
         writing = thread.submit(_write, checkpoints, snapshot) if engine.job.ranks.is_main else None
-        beside = _mean_seconds(step, times=3)
+        adjacent = _mean_seconds(step, times=3)
         seconds, size = writing.result() if writing is not None else (0.0, 0)
     return {
         "gb": size / 1e9,
@@ -38,7 +38,7 @@ def save_times(engine: Engine, step: Callable[[], object]) -> dict[str, float]:
         "first_stall_seconds": stalls[0],
         "write_seconds": seconds,
         "step_seconds_alone": alone,
-        "step_seconds_beside": beside,
+        "step_seconds_beside": adjacent,
     }
 
 

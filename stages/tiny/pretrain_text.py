@@ -1,6 +1,6 @@
 """A small Phi that can talk about digit scenes, and its tokenizer.
 
-It never sees a picture. Where a text has one, it reads a list of what is in each cell, and learns to look things up
+It never sees an image. Where a text has one, it reads a list of what is in each cell, and learns to look things up
 there, in the formats of the four stages.
 """
 

@@ -28,13 +28,13 @@ QFORMER = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 
 QFORMER |= {"encoder_hidden_size": WIDTH, "cross_attention_frequency": 2, "vocab_size": 1}
 QFORMER |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TRAINING = Training(steps=800, batch=32, lr=3e-3, first=0.35)
-POSITION_SCALE = 0.5  # of the position embeddings, beside patch embeddings of about 1
+POSITION_SCALE = 0.5  # of the position embeddings, next to patch embeddings of about 1
 SHARPNESS = 3.0  # of the queries' first look at the patches
-BOX_WEIGHT = 10.0  # squared errors of boxes are small beside cross entropies
+BOX_WEIGHT = 10.0  # squared errors of boxes are small next to cross entropies
 
 
 def crowded_scene(rng: random.Random) -> digits.Scene:
-    """Zero to nine digits, repeats allowed: more to learn from per picture than in the datasets' scenes."""
+    """Zero to nine digits, repeats allowed: more to learn from per image than in the datasets' scenes."""
     cells = rng.sample(range(CELLS), rng.choice((0, 1, 2, 4, 6, 9, 9, 9)))
     return digits.draw(rng, "train", [(cell, rng.choice(VALUES), rng.choice(COLORS)) for cell in cells])
 

@@ -26,7 +26,7 @@ from tinygptv_ds.evaluation.benchmarks.held_out import read_held_out
 from tinygptv_ds.evaluation.report import save_json
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = Path("runs/quickstart")  # the recipes beside this file name it too
+RUN = Path("runs/quickstart")  # the recipes next to this file name it too
 DATA, WEIGHTS, MODEL = RUN / "data", RUN / "weights", RUN / "model"
 STAGES = (1, 2, 3, 4)
 TEMPLATE = "[INST] {} [/INST]"  # stage 4's, in which every stage is asked
@@ -173,7 +173,7 @@ def score_refer(model: Path) -> dict:
 
 def _score(script: Any, model: Path, name: str) -> dict:
     options = ["--model", str(model), "--shards", str(DATA / name / "test"), "--out", str(RUN / "eval" / model.name)]
-    options += ["--template", TEMPLATE, "--begin-token", "--batch-size", "125", "--dtype", "fp32", "--fresh"]
+    options += ["--template", TEMPLATE, "--add-bos-token", "--batch-size", "125", "--dtype", "fp32", "--fresh"]
     (result,) = script.scores(options)
     return result
 
@@ -230,7 +230,7 @@ def training_lines(metrics: Path) -> list[dict]:
 
 
 def show_answer() -> None:
-    """One question about one held-out picture, asked of the exported model."""
+    """One question about one held-out image, asked of the exported model."""
     import torch
 
     from tinygptv_ds.generate.generate import answers, load_model
@@ -238,12 +238,12 @@ def show_answer() -> None:
     from tinygptv_ds.processing.text import IMAGE_TAG
 
     question = read_held_out("vqa", str(DATA / "digits_vqa/test"), 1)[0]
-    picture = RUN / "example.jpg"
-    picture.write_bytes(question.pictures()[0])
+    image = RUN / "example.jpg"
+    image.write_bytes(question.images()[0])
     model, processor = load_model(MODEL, torch.float32)
     prompt = wrap(TEMPLATE, f"{IMAGE_TAG} {question.text} ")
-    (answer,) = answers(model, processor, [(prompt, question.pictures())], stop="###", begin_token=True)
-    print(f"{picture}: {question.facts['text']}\n  answer: {answer}   (true: {question.truth})")
+    (answer,) = answers(model, processor, [(prompt, question.images())], stop="###", add_bos_token=True)
+    print(f"{image}: {question.facts['text']}\n  answer: {answer}   (true: {question.truth})")
 
 
 def print_table(result: dict) -> None:

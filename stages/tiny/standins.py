@@ -144,7 +144,7 @@ def eva_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def blip2_layout(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As `model` of `blip2_pretrained_flant5xxl.pth`: LAVIS's names, fp32, beside parts that TinyGPT-V leaves out."""
+    """As `model` of `blip2_pretrained_flant5xxl.pth`: LAVIS's names, fp32, next to parts that TinyGPT-V leaves out."""
     width = pretrain_vision.QFORMER["hidden_size"]
     parts = ("query_tokens", "ln_vision.", "qformer.")
     found = {original_name(name): tensor for name, tensor in weights.items() if name.startswith(parts)}

@@ -1,4 +1,4 @@
-"""Takes the picture of the demo in docs/, with the quick start's model:
+"""Takes the image of the demo in docs/, with the quick start's model:
 
 python tests/apps/screenshot.py runs/quickstart/model runs/quickstart/example.jpg docs/demo.png
 """
@@ -24,7 +24,7 @@ COLOURS = 224  # of the file's palette
 def main() -> None:
     options = argparse.ArgumentParser()
     demo.add_arguments(options)
-    options.add_argument("picture", type=Path)
+    options.add_argument("image", type=Path)
     options.add_argument("out", type=Path)
     options.add_argument("--task", choices=TASKS, default="Grounding")
     options.add_argument("--words")
@@ -35,15 +35,15 @@ def main() -> None:
     reply, name = demo.replying(args)
     page = build_page(reply, name, defaults)
     url, *_ = launch(page, args.host, args.port)
-    take(url, args.picture, args.task, args.words).save(args.out, optimize=True)
+    take(url, args.image, args.task, args.words).save(args.out, optimize=True)
     page.close(verbose=False)
     print(f"{args.out}: {args.out.stat().st_size / 1000:.0f} kB")
 
 
-def take(url: str, picture: Path, task: str, words: str | None) -> Image.Image:
+def take(url: str, image: Path, task: str, words: str | None) -> Image.Image:
     """The page after one question, with as many colours as it needs."""
     encoded = io.BytesIO()
-    Image.open(picture).convert("RGB").save(encoded, "PNG")
+    Image.open(image).convert("RGB").save(encoded, "PNG")
     with browser.visited(url, height=780) as (page, _):
         browser.upload(page, encoded.getvalue())
         browser.ask(page, task, words)

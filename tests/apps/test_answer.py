@@ -1,4 +1,4 @@
-"""A file of questions: any source of pictures, any number of ranks, a kill in between: the same file of answers."""
+"""A file of questions: any source of images, any number of ranks, a kill in between: the same file of answers."""
 
 import json
 import multiprocessing
@@ -28,20 +28,20 @@ OPTIONS = ("--dtype", "fp32", "--max-new-tokens", "5")
 
 @pytest.fixture
 def folder(tmp_path: Path, shards: dict[str, Path]) -> Path:
-    """Pictures, a shard of pairs, and 7 questions of every kind."""
-    (tmp_path / "pictures").mkdir()
-    for number, picture in enumerate(tiny.pictures(3)):
-        (tmp_path / f"pictures/{number}.png").write_bytes(picture)
+    """Images, a shard of pairs, and 7 questions of every kind."""
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(tiny.encoded_images(3)):
+        (tmp_path / f"images/{number}.png").write_bytes(image)
     (tmp_path / "pairs").symlink_to(shards["pair"])
     write(
         tmp_path / "questions.jsonl",
         [
-            {"question": "what is it ?", "image": "pictures/0.png", "id": "é"},
+            {"question": "what is it ?", "image": "images/0.png", "id": "é"},
             {"question": "the bus"},
-            {"question": "which ?", "images": ["pictures/1.png", "pictures/2.png"], "nested": {"a": [1]}},
+            {"question": "which ?", "images": ["images/1.png", "images/2.png"], "nested": {"a": [1]}},
             {"question": "left", "image": {"shard": "pairs/00000.tar", "key": "000003"}},
-            {"question": "and ?", "image": "pictures/../pictures/2.png", "history": [["what ?", "red"]]},
-            {"question": "what colour", "image": str(tmp_path / "pictures/0.png"), "images_of": None},
+            {"question": "and ?", "image": "images/../images/2.png", "history": [["what ?", "red"]]},
+            {"question": "what colour", "image": str(tmp_path / "images/0.png"), "images_of": None},
             {"question": "on the left " * 5, "image": None},
         ],
     )
@@ -61,17 +61,17 @@ def answer(exported: Path, folder: Path, *options: object, out: str = "answers.j
     return read(folder / out)
 
 
-def test_every_source_of_pictures(exported: Path, loaded: Loaded, folder: Path, shards: dict[str, Path]) -> None:
+def test_every_source_of_images(exported: Path, loaded: Loaded, folder: Path, shards: dict[str, Path]) -> None:
     """Fields pass through, in the order of the questions; the answers are those of the prompts asked one by one."""
     given = answer(exported, folder, "--batch-size", "3")
     asked = read_questions(folder)
     assert [{k: v for k, v in record.items() if k != "answer"} for record in given] == asked
     pair = list(tiny.samples("pair", 4)[3].images)
-    files = [(folder / f"pictures/{number}.png").read_bytes() for number in range(3)]
-    pictures = [files[:1], [], files[1:], pair, files[2:], files[:1], []]
+    files = [(folder / f"images/{number}.png").read_bytes() for number in range(3)]
+    images = [files[:1], [], files[1:], pair, files[2:], files[:1], []]
     model, processor = loaded
     questions = []
-    for record, seen in zip(asked, pictures, strict=True):
+    for record, seen in zip(asked, images, strict=True):
         talk = Conversation(choose_template(None, processor.prompt_template, "###"))
         for number, (question, said) in enumerate(record.get("history", [])):
             talk.ask(question, seen if number == 0 else [])
@@ -86,12 +86,12 @@ def read_questions(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines() if line]
 
 
-def test_pictures_from_the_web(exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_from_the_web(exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed fetch is the error of its line alone; with --strict it ends the job, which goes on from there."""
     with TarServer() as server:
-        server.files["0.png"] = (folder / "pictures/0.png").read_bytes()
+        server.files["0.png"] = (folder / "images/0.png").read_bytes()
         urls = [f"{server.url}/0.png", f"{server.url}/none.png"]
-        records = [{"question": "what is it ?", "image": image} for image in ("pictures/0.png", *urls)]
+        records = [{"question": "what is it ?", "image": image} for image in ("images/0.png", *urls)]
         write(folder / "questions.jsonl", records)
         first, fetched, missing = answer(exported, folder, "--allow-private")
         assert first["answer"] == fetched["answer"]
@@ -104,10 +104,10 @@ def test_pictures_from_the_web(exported: Path, folder: Path, monkeypatch: pytest
         assert [*map(len, answer(exported, folder, "--allow-private", "--strict", out="strict.jsonl"))] == [3, 3, 3]
 
 
-def test_pictures_that_are_none(exported: Path, folder: Path) -> None:
-    (folder / "pictures/1.png").write_bytes(b"no picture")
+def test_images_that_are_none(exported: Path, folder: Path) -> None:
+    (folder / "images/1.png").write_bytes(b"no image")
     given = answer(exported, folder)
-    assert "picture 1 of 2: the picture cannot be decoded" in given[2].pop("error")
+    assert "image 1 of 2: the image cannot be decoded" in given[2].pop("error")
     assert "answer" not in given[2]
     assert all("answer" in record for number, record in enumerate(given) if number != 2)
 
@@ -115,22 +115,22 @@ def test_pictures_that_are_none(exported: Path, folder: Path) -> None:
 BAD = {
     '{"question": ': "no JSON",
     "[1]": "a JSON object is expected, not a list",
-    '{"image": "pictures/0.png"}': "'question' must be a text",
+    '{"image": "images/0.png"}': "'question' must be a text",
     '{"question": " "}': "'question' must be a text",
     '{"question": "a", "answer": "b"}': "has a field 'answer'",
     '{"question": "a", "error": null}': "has a field 'error'",
     '{"question": "a", "image": "x", "images": []}': "both 'image' and 'images'",
-    '{"question": "a", "image": "pictures/9.png"}': "no picture",
+    '{"question": "a", "image": "images/9.png"}': "no image",
     '{"question": "a", "image": "../x.png"}': "lies outside",
     '{"question": "a", "image": "/etc/hostname"}': "lies outside",
-    '{"question": "a", "image": "pictures"}': "no picture",
+    '{"question": "a", "image": "images"}': "no image",
     '{"question": "a", "image": 3}': "must be a path, a URL, or",
     '{"question": "a", "image": "file:///etc/passwd"}': "begins with http:// or https://",
     '{"question": "a", "images": "x"}': "'images' must be a list",
     '{"question": "a", "image": {"shard": "pairs/00000.tar"}}': "is {'shard': 'PATH.tar', 'key': 'KEY'}",
     '{"question": "a", "image": {"shard": "pairs/00000.tar", "key": "x"}}': "holds no sample 'x'",
     '{"question": "a", "image": {"shard": "pairs/9.tar", "key": "x"}}': "no shard",
-    '{"question": "a", "image": {"shard": "pictures/0.png", "key": "x"}}': "no uncompressed tar",
+    '{"question": "a", "image": {"shard": "images/0.png", "key": "x"}}': "no uncompressed tar",
     '{"question": "a", "history": [["b"]]}': "it holds ['b']",
     '{"question": "\\ud800"}': "half a character",
 }

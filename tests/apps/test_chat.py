@@ -1,4 +1,4 @@
-"""The terminal chat: history, pictures, commands, errors; piped and at a terminal."""
+"""The terminal chat: history, images, commands, errors; piped and at a terminal."""
 
 import io
 import os
@@ -25,9 +25,9 @@ SHORT = ("--dtype", "fp32", "--max-new-tokens", "6")
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    path = tmp_path / "a picture.png"
-    path.write_bytes(tiny.pictures(1)[0])
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "an image.png"
+    path.write_bytes(tiny.encoded_images(1)[0])
     return path
 
 
@@ -44,50 +44,50 @@ def say(exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
-def expected(loaded: Loaded, *turns: str, picture: Path) -> list[str]:
+def expected(loaded: Loaded, *turns: str, image: Path) -> list[str]:
     """What a conversation gives that writes its answers back."""
     model, processor = loaded
     talk = Conversation(choose_template(None, processor.prompt_template, processor.end_sym))
     given = []
     for number, question in enumerate(turns):
-        prompt = talk.ask(question, [picture] if number == 0 else [])
-        (answer,) = answers(model, processor, [(prompt, talk.pictures)], generation=Generation(max_new_tokens=6))
+        prompt = talk.ask(question, [image] if number == 0 else [])
+        (answer,) = answers(model, processor, [(prompt, talk.images)], generation=Generation(max_new_tokens=6))
         talk.answered(answer)
         given.append(answer)
     return given
 
 
-def test_a_conversation(say: Say, loaded: Loaded, picture: Path) -> None:
+def test_a_conversation(say: Say, loaded: Loaded, image: Path) -> None:
     """Answers are streamed in full and written back; a new conversation forgets them."""
-    first, second = expected(loaded, "what is it ?", "the bus", picture=picture)
-    out, err = say("what is it ?\n\nthe bus\n", "--image", picture)
+    first, second = expected(loaded, "what is it ?", "the bus", image=image)
+    out, err = say("what is it ?\n\nthe bus\n", "--image", image)
     assert out == f"{first}\n{second}\n"
     assert "fp32 on cpu, template training" in err.replace("float32", "fp32") and "error" not in err
-    out, _ = say(f"/image {picture}\nwhat is it ?\n/reset\n/image {picture}\nwhat is it ?\n/quit\nnever said\n")
+    out, _ = say(f"/image {image}\nwhat is it ?\n/reset\n/image {image}\nwhat is it ?\n/quit\nnever said\n")
     assert out.count(first) == 2 and "goes with the next question" in out and "(a new conversation)" in out
     assert out.rstrip().endswith(first)
 
 
-def test_the_prompt_is_shown(say: Say, picture: Path) -> None:
-    out, err = say("/prompt\nwhat ?\n/prompt\n", "--image", picture, "--show-prompt")
+def test_the_prompt_is_shown(say: Say, image: Path) -> None:
+    out, err = say("/prompt\nwhat ?\n/prompt\n", "--image", image, "--show-prompt")
     shown = "[INST] <Img><ImageHere></Img> what ?  [/INST]"
     assert out.count(shown) == 2
-    assert "3 of them for 1 picture(s), begin token in front; stops at '###'" in out
+    assert "3 of them for 1 image(s), BOS token in front; stops at '###'" in out
     assert "nothing has been asked yet" in err
     out, _ = say("what ?\n", "--template", "B", "--show-prompt")
-    assert "<s>[INST] what ? [/INST]" in out and "begin token" not in out
-    assert "begin token in front" in say("what ?\n", "--template", "C", "--begin-token", "--show-prompt")[0]
+    assert "<s>[INST] what ? [/INST]" in out and "BOS token" not in out
+    assert "BOS token in front" in say("what ?\n", "--template", "C", "--add-bos-token", "--show-prompt")[0]
 
 
-def test_mistakes_do_not_end_it(say: Say, tmp_path: Path, picture: Path) -> None:
-    (tmp_path / "torn.png").write_bytes(picture.read_bytes()[:60])
+def test_mistakes_do_not_end_it(say: Say, tmp_path: Path, image: Path) -> None:
+    (tmp_path / "torn.png").write_bytes(image.read_bytes()[:60])
     lines = (
         f"/image {tmp_path}/none.png", f"/image {tmp_path}/torn.png", "/image", "/image http://127.0.0.1/x.png",
         "/imagine", "<ImageHere> ?", "the bus " * 2500, "/help", "the bus",
     )  # fmt: skip
     out, err = say("\n".join(lines))
     for told in (
-        "none.png: no such picture", "torn.png: the picture cannot be decoded", "wants a path or a URL",
+        "none.png: no such image", "torn.png: the image cannot be decoded", "wants a path or a URL",
         "not on the public internet", "no command /imagine; /help lists them", "1 times <ImageHere>",
         "exceed the model",
     ):  # fmt: skip
@@ -106,7 +106,7 @@ def test_mistakes_before_it_begins(exported: Path, tmp_path: Path) -> None:
         call(chat, exported, "--template", "Z")
     with pytest.raises(ConfigError, match="temperature"):
         call(chat, exported, "--temperature", "-1")
-    with pytest.raises(DataError, match="no such picture"):
+    with pytest.raises(DataError, match="no such image"):
         call(chat, exported, "--image", tmp_path / "no.png")
 
 

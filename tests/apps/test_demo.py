@@ -37,21 +37,21 @@ def page_with(reply: Reply) -> Iterator[str]:
         page.close(verbose=False)
 
 
-def png(picture: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "PNG")
+    image.save(out, "PNG")
     return out.getvalue()
 
 
 @needs_browser
-def test_a_picture_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
-    """Painted on, too, and asked about again, with the history, which another picture ends; all without a net."""
+def test_a_image_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
+    """Painted on, too, and asked about again, with the history, which another image ends; all without a net."""
     from playwright.sync_api import expect
 
     asked, ended = [], []
 
-    def reply(turns: list, question: str, picture: Image.Image | None, settings: Generation) -> Iterator[str]:
-        asked.append((list(turns), question, picture, settings))
+    def reply(turns: list, question: str, image: Image.Image | None, settings: Generation) -> Iterator[str]:
+        asked.append((list(turns), question, image, settings))
         try:
             while question == "go on":
                 time.sleep(0.02)
@@ -71,9 +71,9 @@ def test_a_picture_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
         assert colours == [f"color: rgb{COLOURS[0]}", f"color: rgb{COLOURS[1]}"]
         there = draw_regions(photo, find_regions(SAID))
         assert browser.drawn(page).tobytes() == there.tobytes() and there.getpixel((100, 100)) == COLOURS[0]
-        turns, question, picture, settings = asked[0]
+        turns, question, image, settings = asked[0]
         assert (turns, question) == ([], "[grounding] describe this image in detail")
-        assert picture.tobytes() == photo.tobytes()
+        assert image.tobytes() == photo.tobytes()
         assert settings == Generation(max_new_tokens=12)
 
         browser.paint(page, (0.4, 0.5), (0.6, 0.6))
@@ -85,15 +85,15 @@ def test_a_picture_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
         assert 30 < box[0] < box[2] < 70 and 40 < box[1] < box[3] < 80
         assert browser.drawn(page, 1).tobytes() == draw_regions(photo, find_regions(question)).tobytes()
 
-        with browser.another_picture(page):
+        with browser.another_image(page):
             page.get_by_text("[vqa] how many digits are there?").click()
         expect(page.locator("#words textarea")).to_have_value("[vqa] how many digits are there?")
         page.click("#send")
         expect(page.locator("#chat .user.message")).to_have_count(1)
         expect(page.locator("#chat .image-container img")).to_have_count(1)
-        turns, question, picture, _ = asked[2]
+        turns, question, image, _ = asked[2]
         assert turns == [] and question == "[vqa] how many digits are there?"
-        assert picture.tobytes() == examples()[-1][0].tobytes()
+        assert image.tobytes() == examples()[-1][0].tobytes()
 
         browser.upload(page, png(photo))
         expect(answer).to_have_count(0)
@@ -115,16 +115,16 @@ def test_the_page_with_a_model(exported: Path, loaded: object) -> None:
     demo.add_arguments(args)
     reply, name = demo.replying(args.parse_args([str(exported), "--dtype", "fp32"]))
     assert name == "exported"
-    (picture,) = tiny.pictures(1)
+    (image,) = tiny.encoded_images(1)
     with page_with(reply) as url, browser.visited(url) as (page, _):
-        browser.upload(page, picture)
+        browser.upload(page, image)
         browser.ask(page, "Chat", "what colour ?")
         model, processor = loaded
         (expected,) = answers(
             model,
             processor,
-            [("[INST] <Img><ImageHere></Img> what colour ?  [/INST]", [picture])],
-            begin_token=True,
+            [("[INST] <Img><ImageHere></Img> what colour ?  [/INST]", [image])],
+            add_bos_token=True,
             max_new_tokens=12,
         )
         expect(page.locator("#chat .bot.message")).to_have_text(expected)
@@ -136,15 +136,15 @@ def test_the_page_with_a_model(exported: Path, loaded: object) -> None:
 
 def test_what_is_painted_on() -> None:
     assert opened(None) == opened({"background": None, "layers": [], "composite": None}) == (None, None)
-    picture, layer = Image.new("RGBA", (4, 2), (1, 2, 3, 0)), Image.new("RGBA", (4, 2))
-    seen, mask = opened({"background": picture, "layers": [layer]})
+    image, layer = Image.new("RGBA", (4, 2), (1, 2, 3, 0)), Image.new("RGBA", (4, 2))
+    seen, mask = opened({"background": image, "layers": [layer]})
     assert seen.mode == "RGB" and seen.getpixel((0, 0)) == (1, 2, 3) and mask is None
     layer.putpixel((3, 1), (0, 0, 0, 9))
-    _, mask = opened({"background": picture, "layers": [layer, Image.new("RGBA", (4, 2))]})
+    _, mask = opened({"background": image, "layers": [layer, Image.new("RGBA", (4, 2))]})
     assert mask.getbbox() == (3, 1, 4, 2)
 
 
 def test_examples_are_small_and_the_same_each_time() -> None:
     made = examples()
     assert [(a.tobytes(), q) for a, q in made] == [(a.tobytes(), q) for a, q in examples()]
-    assert max(max(picture.size) for picture, _ in made) <= 500
+    assert max(max(image.size) for image, _ in made) <= 500

@@ -1,4 +1,4 @@
-"""Pictures from the web: whatever the URL or the server does, nothing private is asked and nothing goes on for ever."""
+"""Images from the web: whatever the URL or the server does, nothing private is asked and nothing goes on for ever."""
 
 import ipaddress
 import socket
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygptv_ds.apps import fetch_image as fetch
-from tinygptv_ds.apps.fetch_image import fetch_picture
+from tinygptv_ds.apps.fetch_image import fetch_image
 from tinygptv_ds.errors import DataError
 
 BODY = bytes(range(256)) * 8
@@ -56,10 +56,10 @@ def server() -> Iterator[str]:
     served.server_close()
 
 
-def test_a_picture(server: str) -> None:
-    assert fetch_picture(f"{server}/ok", allow_private=True) == BODY
-    assert fetch_picture(f"{server}/to//ok", allow_private=True, max_bytes=len(BODY)) == BODY
-    assert fetch_picture(f"{server}/ok/é?a=ü b".replace(" ", "%20"), allow_private=True) == BODY
+def test_a_image(server: str) -> None:
+    assert fetch_image(f"{server}/ok", allow_private=True) == BODY
+    assert fetch_image(f"{server}/to//ok", allow_private=True, max_bytes=len(BODY)) == BODY
+    assert fetch_image(f"{server}/ok/é?a=ü b".replace(" ", "%20"), allow_private=True) == BODY
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,13 @@ def test_a_picture(server: str) -> None:
 )
 def test_what_a_server_may_do(server: str, path: str, match: str) -> None:
     with pytest.raises(DataError, match=match):
-        fetch_picture(server + path, allow_private=True, max_bytes=100_000)
+        fetch_image(server + path, allow_private=True, max_bytes=100_000)
 
 
 def test_a_drip_has_an_end(server: str) -> None:
     began = time.monotonic()
     with pytest.raises(DataError, match=r"longer than 0\.3 s"):
-        fetch_picture(f"{server}/slow", allow_private=True, timeout=0.3)
+        fetch_image(f"{server}/slow", allow_private=True, timeout=0.3)
     assert time.monotonic() - began < 5
 
 
@@ -88,9 +88,9 @@ def test_silence_has_an_end() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         with pytest.raises(DataError, match=r"longer than 0\.2 s"):
-            fetch_picture(url, allow_private=True, timeout=0.2)
+            fetch_image(url, allow_private=True, timeout=0.2)
     with pytest.raises(DataError, match=r"refused|reset"):
-        fetch_picture(url, allow_private=True, timeout=5)
+        fetch_image(url, allow_private=True, timeout=5)
 
 
 def test_private_addresses_are_refused(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,16 +98,16 @@ def test_private_addresses_are_refused(server: str, monkeypatch: pytest.MonkeyPa
     port = server.rpartition(":")[2]
     for host in ("127.0.0.1", "localhost", "0x7f.1", "2130706433", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"):
         with pytest.raises(DataError, match=r"not on the public internet|not known"):
-            fetch_picture(f"http://{host}:{port}/ok")
+            fetch_image(f"http://{host}:{port}/ok")
     public = lambda found: "192.168.0.9" not in found and "10.0.0.1" not in found  # noqa: E731
     monkeypatch.setattr(fetch, "_is_public", public)
-    assert fetch_picture(f"{server}/ok") == BODY
+    assert fetch_image(f"{server}/ok") == BODY
     with pytest.raises(DataError, match=r"192\.168\.0\.9, which is not on the public internet"):
-        fetch_picture(f"{server}/to/http://192.168.0.9/ok")
+        fetch_image(f"{server}/to/http://192.168.0.9/ok")
     several = [(socket.AF_INET, 0, 0, "", (address, 0)) for address in ("127.0.0.1", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: several)
     with pytest.raises(DataError, match=r"10\.0\.0\.1"):
-        fetch_picture(f"http://picture.example:{port}/ok")
+        fetch_image(f"http://image.example:{port}/ok")
 
 
 def test_the_address_that_was_checked_is_the_one_connected_to(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +120,8 @@ def test_the_address_that_was_checked_is_the_one_connected_to(server: str, monke
 
     monkeypatch.setattr(fetch.socket, "getaddrinfo", lambda host, port, *_, **__: lookup(host, port))
     monkeypatch.setattr(fetch, "_is_public", lambda _: True)
-    assert fetch_picture(server.replace("127.0.0.1", "picture.example") + "/ok") == BODY
-    assert asked.count("picture.example") == 1
+    assert fetch_image(server.replace("127.0.0.1", "image.example") + "/ok") == BODY
+    assert asked.count("image.example") == 1
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_an_ipv4_address_inside_ipv6_is_no_way_round(address: ipaddress.IPv4Addr
 )  # fmt: skip
 def test_what_is_no_url(url: str, match: str) -> None:
     with pytest.raises(DataError, match=match):
-        fetch_picture(url)
+        fetch_image(url)
 
 
 def test_no_password_in_a_message() -> None:

@@ -84,8 +84,8 @@ def test_nothing_that_a_model_says_makes_it_fail(answer: str) -> None:
 
 
 def test_a_box_is_drawn_where_it_is_said_to_be() -> None:
-    picture = Image.new("RGB", (1000, 400), "white")
-    drawn = draw_regions(picture, [Region(None, ((20, 10, 60, 50),))])
+    image = Image.new("RGB", (1000, 400), "white")
+    drawn = draw_regions(image, [Region(None, ((20, 10, 60, 50),))])
     assert drawn.size == (WIDTH, 200)
     red = {(x, y) for x in range(drawn.width) for y in range(drawn.height) if drawn.getpixel((x, y)) == COLOURS[0]}
     inside = {(x, y) for x in range(102, 299) for y in range(22, 99)}
@@ -93,15 +93,15 @@ def test_a_box_is_drawn_where_it_is_said_to_be() -> None:
 
 
 def test_corners_the_wrong_way_round_are_the_same_box() -> None:
-    picture = Image.new("RGB", (50, 50))
-    there, back = (draw_regions(picture, [Region("a", (box,))]) for box in ((10, 30, 60, 90), (60, 90, 10, 30)))
+    image = Image.new("RGB", (50, 50))
+    there, back = (draw_regions(image, [Region("a", (box,))]) for box in ((10, 30, 60, 90), (60, 90, 10, 30)))
     assert there.tobytes() == back.tobytes()
 
 
 def test_colours_come_round() -> None:
-    picture = Image.new("RGB", (500, 500), "white")
+    image = Image.new("RGB", (500, 500), "white")
     regions = [Region(None, ((5 * n, 0, 5 * n + 4, 100),)) for n in range(17)]
-    drawn = draw_regions(picture, regions)
+    drawn = draw_regions(image, regions)
     ink = [drawn.getpixel((25 * n, 250)) for n in range(17)]
     assert ink == [*COLOURS, COLOURS[0]] and len(set(COLOURS)) == 16
     assert colour(33) == COLOURS[1]

@@ -18,7 +18,7 @@ import uvicorn
 from helpers import tiny
 from PIL import Image
 
-from tinygptv_ds.apps.serve.request_images import PictureLimits
+from tinygptv_ds.apps.serve.request_images import ImageLimits
 from tinygptv_ds.apps.serve.routes import Limits, build_app
 from tinygptv_ds.generate.conversation import Answerer, Turn
 from tinygptv_ds.generate.generate import Answer, answers
@@ -26,7 +26,7 @@ from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.generate.templates import TEMPLATES, Prompt, choose_template
 
 NAME, KEY = "tiny", "secret"
-LIMITS = Limits(body_bytes=200_000, new_tokens=50, waiting=2, pictures=PictureLimits(2, 20_000, 90_000))
+LIMITS = Limits(body_bytes=200_000, new_tokens=50, waiting=2, images=ImageLimits(2, 20_000, 90_000))
 DEFAULTS = Generation(max_new_tokens=12)
 
 
@@ -55,11 +55,11 @@ def until(happened: Callable[[], bool]) -> None:
 
 
 class Recording(Answerer):
-    """Keeps what the model was asked last: prompt and pictures."""
+    """Keeps what the model was asked last: prompt and images."""
 
-    def stream(self, prompt: Prompt, pictures: Sequence, generation: Generation) -> Answer:
-        self.__dict__["asked"] = (prompt, pictures)
-        return super().stream(prompt, pictures, generation)
+    def stream(self, prompt: Prompt, images: Sequence, generation: Generation) -> Answer:
+        self.__dict__["asked"] = (prompt, images)
+        return super().stream(prompt, images, generation)
 
 
 @pytest.fixture(scope="module")
@@ -97,19 +97,19 @@ def encoded(size: tuple[int, int] = (40, 30), colour: str = "red") -> bytes:
     return out.getvalue()
 
 
-def data_url(picture: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
+def data_url(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 def said(text: str, *urls: str) -> dict:
-    pictures = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return {"role": "user", "content": [{"type": "text", "text": text}, *pictures]}
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"role": "user", "content": [{"type": "text", "text": text}, *images]}
 
 
 def directly(answerer: Answerer, turns: list[Turn], generation: Generation) -> str:
     """The answer without a server."""
-    prompt, pictures = answerer.prompt(turns)
-    (answer,) = answers(answerer.model, answerer.processor, [(prompt, pictures)], generation=generation)
+    prompt, images = answerer.prompt(turns)
+    (answer,) = answers(answerer.model, answerer.processor, [(prompt, images)], generation=generation)
     return answer
 
 
@@ -124,15 +124,15 @@ def test_text(client: openai.OpenAI, answerer: Answerer) -> None:
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + 12
 
 
-def test_pictures_and_history(client: openai.OpenAI, answerer: Recording) -> None:
-    """The model is given the very pixels and the whole conversation, pictures before the words of their turn."""
-    first, second = tiny.pictures(2)
+def test_images_and_history(client: openai.OpenAI, answerer: Recording) -> None:
+    """The model is given the very pixels and the whole conversation, images before the words of their turn."""
+    first, second = tiny.encoded_images(2)
     history = [said("what is it", data_url(first)), {"role": "assistant", "content": "a bus"}]
     reply = client.chat.completions.create(model=NAME, messages=[*history, said("and?", data_url(second))])
-    prompt, pictures = answerer.asked
+    prompt, images = answerer.asked
     tag = "<Img><ImageHere></Img>"
     assert prompt.text == f"[INST] {tag} what is it  [/INST]a bus###[INST] {tag} and?  [/INST]"
-    seen = answerer.processor.pixels(pictures)
+    seen = answerer.processor.pixels(images)
     assert torch.equal(seen, answerer.processor.pixels([first, second]))
     turns = [Turn("what is it", [first], "a bus"), Turn("and?", [second])]
     assert reply.choices[0].message.content == directly(answerer, turns, DEFAULTS)
@@ -207,7 +207,7 @@ FORTY = [{"role": "user", "content": "word " * 700}]
         ({"messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content", "invalid_value", "list"),
         ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, 400, "messages[0].name", None, "not supported"),
         ({"messages": [said("half \ud800")]}, 400, "messages[0].content[0].text", "invalid_value", "half a character"),
-        ({"messages": [said("<ImageHere>")]}, 400, "messages", "invalid_value", "picture(s)"),
+        ({"messages": [said("<ImageHere>")]}, 400, "messages", "invalid_value", "image(s)"),
         ({"messages": FORTY}, 400, "messages", "context_length_exceeded", "exceed the model's"),
         ({"max_tokens": 51}, 400, "max_tokens", None, "this server's limit of 50"),
         ({"max_tokens": 0}, 400, "max_tokens", "invalid_value", "greater than or equal to 1, not 0"),
@@ -246,10 +246,10 @@ def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("urls", "words"),
     [
-        ([data_url(encoded())] * 3, "3 pictures; at most 2"),
+        ([data_url(encoded())] * 3, "3 images; at most 2"),
         ([BIG], "400 x 300 pixels is above the limit of 90,000"),
         ([data_url(b"x" * 30_000)], "larger than 20,000 bytes"),
-        ([data_url(b"no picture")], "cannot be decoded: it is none of JPEG"),
+        ([data_url(b"no image")], "cannot be decoded: it is none of JPEG"),
         ([data_url(encoded()[:60])], "cannot be decoded"),
         (["data:image/png,abc"], "must look like data:image/jpeg;base64"),
         (["data:image/png;base64,?"], "holds no base64"),
@@ -260,7 +260,7 @@ def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
         (["a.png"], "a.png"),
     ],
 )
-def test_pictures_that_are_refused(client: openai.OpenAI, urls: list[str], words: str) -> None:
+def test_images_that_are_refused(client: openai.OpenAI, urls: list[str], words: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=NAME, messages=[said("what?", *urls)])
     assert words in caught.value.message

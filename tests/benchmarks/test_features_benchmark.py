@@ -15,12 +15,12 @@ def test_both_ways_and_the_published_share(tmp_path: Path) -> None:
     for row in (short, long):
         assert row["same_loss"]
         assert row["ratio"] == pytest.approx(row["pixels"] / row["features"])
-        assert row["pictures_per_second"] > 0
+        assert row["images_per_second"] > 0
     assert long["published_ratio"] > short["published_ratio"] > 1.5
 
 
 def test_operations_are_counted_once() -> None:
-    """Twice the parameters of what a picture goes through, for each of its rows, is nearly all of it."""
+    """Twice the parameters of what an image goes through, for each of its rows, is nearly all of it."""
     config = features.TinyGPTVConfig()
     vit = 257 * 2 * 39 * (4 * 1408**2 + 2 * 1408 * 6144)
     assert features.vision_operations(config) == pytest.approx(vit, rel=0.1)

@@ -221,7 +221,7 @@ def test_lengths_of_data_that_are_here(recipe_file: Callable[..., Path]) -> None
     recipe = load_recipe(recipe_file())
     facts = data_facts(recipe)
     assert facts.source.startswith("measured") and facts.samples == 48
-    assert 0.5 < facts.sample.pictures < 1.5 and 0 < facts.sample.targets < facts.sample.tokens
+    assert 0.5 < facts.sample.images < 1.5 and 0 < facts.sample.targets < facts.sample.tokens
     sizes, source = sizes_of(recipe)
     assert (sizes.phi.width, sizes.phi.layers) == (32, 2) and "config.json" in source
 

@@ -39,7 +39,7 @@ STEPS, SETTLED = 3, 2  # by then ZeRO-3 knows in which order weights are used
 
 @pytest.fixture
 def unlike(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> Path:
-    """A recipe whose two ranks begin with unlike micro-batches, one with a picture and one without."""
+    """A recipe whose two ranks begin with unlike micro-batches, one with an image and one without."""
     few = {"micro_batch_size": 1, "batch_size": 4, "steps_per_epoch": STEPS, "sample_count": 0}
     raw = raw_recipe(**{f"train__{name}": value for name, value in few.items()}, data__only=["vqa", "text"])
     raw["data"]["datasets"][1]["weight"] = 3

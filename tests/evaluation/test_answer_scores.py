@@ -134,7 +134,7 @@ def test_statement_may_score_twice_in_the_second_version(text: str, label: str, 
     ],
 )
 def test_hits(answer: str, any_form: bool, strict: bool, compat: bool) -> None:
-    where = ((20, 10, 80, 40), 200, 100)  # x, y, width, height in a picture of 200 x 100
+    where = ((20, 10, 80, 40), 200, 100)  # x, y, width, height in an image of 200 x 100
     assert counts_as_hit(answer, *where, any_form=any_form) is strict
     assert counts_as_hit(answer, *where, any_form=any_form, compat=True) is compat
 
@@ -149,7 +149,7 @@ def test_half_of_the_box_is_no_hit() -> None:
 
 
 def test_boxes_that_cancel_out_do_not_overlap() -> None:
-    """Wrong corners make an area of -1 beside one of 1: the original divides by zero and counts a miss."""
+    """Wrong corners make an area of -1 next to one of 1: the original divides by zero and counts a miss."""
     assert pixel_iou((0, 0, -2, 0), (5, 5, 5, 5)) == 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import benchmark_files
-from helpers.benchmark_files import picture, write
+from helpers.benchmark_files import image, write
 
 from eval import refer, vqa
 from tinygptv_ds.config.evaluation_section import SPLITS, ScoredSection
@@ -21,7 +21,7 @@ from tinygptv_ds.generate.templates import TEMPLATES, Conversation, choose_templ
 
 ROOT = Path(__file__).parents[2]
 SHORT = "[vqa] Based on the image, respond to this question with a short answer:"
-# The first question of each, its whole prompt, its answer, and where its picture lies.
+# The first question of each, its whole prompt, its answer, and where its image lies.
 FIRST = {
     "gqa": (f"{SHORT} is it 0?###Assistant: ", "yes", "gqa/gqa_images/n0.jpg"),
     "vsr": (
@@ -68,7 +68,7 @@ def test_as_distributed(name: str, root: Path) -> None:
     assert len(questions) == 2
     prompt = wording(PUBLISHED[name].benchmark, Settings(), "[INST] {} [/INST]", "###").prompt(questions[0])
     assert prompt == f"###Human: <Img><ImageHere></Img> {words}"
-    assert (questions[0].truth, list(questions[0].pictures())) == (truth, [root / path])
+    assert (questions[0].truth, list(questions[0].images())) == (truth, [root / path])
     ours = wording(PUBLISHED[name].benchmark, Settings("training"), "[INST] {} [/INST]", "\n")
     assert ours.prompt(questions[0]) == f"[INST] <Img><ImageHere></Img> {questions[0].text}  [/INST]"
     assert ours.choice_end == "\n"
@@ -79,7 +79,7 @@ def test_asked_as_in_a_chat(name: str, root: Path) -> None:
     question = read("gqa", root)[0]
     asked = wording(PUBLISHED["gqa"].benchmark, Settings(name), "[INST] {} [/INST]", "###").prompt(question)
     talk = Conversation(choose_template(name, "[INST] {} [/INST]", "###"))
-    assert asked == talk.ask(question.text, ["picture"]).text and question.text in asked
+    assert asked == talk.ask(question.text, ["image"]).text and question.text in asked
 
 
 def test_every_benchmark_has_a_test() -> None:
@@ -90,27 +90,27 @@ def test_gqa_as_a_list(root: Path) -> None:
     file = root / "gqa/testdev_balanced_questions.json"
     write(file, [{"image": "n1.jpg", "question": "it?", "answer": "No"}])
     (question,) = read("gqa", root)
-    assert (question.truth, list(question.pictures())) == ("No", [root / "gqa/gqa_images/n1.jpg"])
+    assert (question.truth, list(question.images())) == ("No", [root / "gqa/gqa_images/n1.jpg"])
 
 
-def test_vsr_pictures_may_lie_flat(root: Path) -> None:
-    flat = picture(root / "flat/000000000000.jpg").parent
-    picture(flat / "val2017/000000000001.jpg")
+def test_vsr_images_may_lie_flat(root: Path) -> None:
+    flat = image(root / "flat/000000000000.jpg").parent
+    image(flat / "val2017/000000000001.jpg")
     questions = read("vsr", root, f"vsr.images={flat}")
-    assert [path.relative_to(flat).as_posix() for q in questions for path in q.pictures()] == [
+    assert [path.relative_to(flat).as_posix() for q in questions for path in q.images()] == [
         "000000000000.jpg",
         "val2017/000000000001.jpg",
     ]
 
 
 def test_the_choose_text_file_is_made_of_problems(root: Path) -> None:
-    """Only what the split and kind are, with the ids that name the pictures; a file of that name goes first."""
+    """Only what the split and kind are, with the ids that name the images; a file of that name goes first."""
     made = [(list(q.choices), q.truth) for q in read("iconvqa", root)]
     assert made == [(["one", "two"], 1), (["a", "b", "c"], 2)]
     write(root / "iconvqa/choose_text_val.json", [
         {"image_id": 5, "question": "Who?", "choices": ["x", "y"], "answer": 0}
     ])  # fmt: skip
-    picture(root / "iconvqa/iconvqa_images/5/image.png")
+    image(root / "iconvqa/iconvqa_images/5/image.png")
     (question,) = read("iconvqa", root)
     assert question.choices == ("x", "y")
 
@@ -133,7 +133,7 @@ def test_all_that_is_missing_is_told_at_once(root: Path) -> None:
         f"{root}/okvqa/OpenEnded_mscoco_val2014_questions_clean.json is not there",
         "dev.jsonl: entry 0 has no 'text'",
         "dev.jsonl: entry 1 has the label 7, which is neither 0 nor 1",
-        f"2 of 2 pictures are not there, the first: {root}/vizwiz/vizwiz_images/VizWiz_val_0.jpg, ",
+        f"2 of 2 images are not there, the first: {root}/vizwiz/vizwiz_images/VizWiz_val_0.jpg, ",
         "or name another place with vizwiz.images=FOLDER",
     ):
         assert told in message, (told, message)
@@ -205,9 +205,9 @@ def test_a_wrong_place_is_told(override: str, told: str, root: Path) -> None:
 def test_refcoco(root: Path) -> None:
     entry = {"img_id": "COCO_train2014_000000000001_10", "sents": "left {cat}", "bbox": [1, 2, 3.5, 4]}
     write(root / "refcoco+/refcoco+_testA.json", [{**entry, "width": 40, "height": 30}])
-    path = picture(root / "coco/train2014/COCO_train2014_000000000001.jpg")
+    path = image(root / "coco/train2014/COCO_train2014_000000000001.jpg")
     (question,) = read("refcoco+", root, split="testA")
-    assert (question.truth, list(question.pictures())) == ([1, 2, 3.5, 4], [path])
+    assert (question.truth, list(question.images())) == ([1, 2, 3.5, 4], [path])
     assert question.text == "[refer] give me the location of left {cat}"
     write(root / "refcoco+/refcoco+_testA.json", [entry, {**entry, "width": 0, "height": 30, "bbox": [1, 2, 3]}])
     with pytest.raises(DataError, match=r"entry 0 has no 'width'\n.*entry 1 has \[1, 2, 3\] as 'bbox'"):
@@ -220,7 +220,7 @@ def test_a_recipe_names_them_with_their_places(root: Path) -> None:
     write(root / "q.json", {"1": {"imageId": "n0", "question": "?", "answer": "x"}})
     task = open_section(section, 5, checks)
     assert (task.name, len(task.questions)) == ("mine", 1)
-    with pytest.raises(DataError, match=r"1 of 1 pictures are not there.*none/gqa/gqa_images/n0\.jpg"):
+    with pytest.raises(DataError, match=r"1 of 1 images are not there.*none/gqa/gqa_images/n0\.jpg"):
         checks.finish()
     assert ScoredSection("refcocog", root="x").label == "refcocog_val"
 

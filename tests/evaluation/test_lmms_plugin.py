@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 UTILS = """
 from PIL import Image
 
-def pictures(doc):
+def images(doc):
     return [Image.open(doc["image"]).convert("RGB")]
 
 def score(doc, results):
@@ -30,7 +30,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function utils.pictures
+doc_to_visual: !function utils.images
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{max_new_tokens: 6, do_sample: false, until: ["\\n\\n"]}}
@@ -45,7 +45,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
 test_split: test
 output_type: multiple_choice
-doc_to_visual: !function utils.pictures
+doc_to_visual: !function utils.images
 doc_to_text: "{{{{question}}}}"
 doc_to_target: 0
 doc_to_choice: "{{{{choices}}}}"
@@ -56,15 +56,15 @@ metric_list:
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """Six questions with their pictures as files."""
+    """Six questions with their images as files."""
     made = tiny.samples("vqa", 6)
     questions = read_held_out("vqa", str(tiny.write_shards(tmp_path / "shards", made)))
     rows = []
     for number, question in enumerate(questions):
-        picture = tmp_path / f"{number}.png"
-        picture.write_bytes(question.pictures()[0])
+        image = tmp_path / f"{number}.png"
+        image.write_bytes(question.images()[0])
         choices = [question.truth, "left bus", "the red colour of what"]
-        rows.append({"image": str(picture), "question": question.text, "answer": question.truth, "choices": choices})
+        rows.append({"image": str(image), "question": question.text, "answer": question.truth, "choices": choices})
     folder = tmp_path / "tasks"
     folder.mkdir()
     data = folder / "data.jsonl"
@@ -109,7 +109,7 @@ def test_tasks_of_local_files(tasks: Path, exported: Path, tmp_path: Path) -> No
     model, processor = load_model(exported, torch.float32)
     rows = [json.loads(line) for line in (tasks / "data.jsonl").read_text().splitlines()]
     asked = [(processor.prompt(row["question"]), [row["image"]]) for row in rows]
-    ours = list(answers(model, processor, asked, stop="###", max_new_tokens=6, begin_token=True))
+    ours = list(answers(model, processor, asked, stop="###", max_new_tokens=6, add_bos_token=True))
     assert [sample["filtered_resps"] for sample in samples["local_vqa"]] == ours
     assert len(set(ours)) > 1
     choices = [Choice(*ask, row["choices"]) for ask, row in zip(asked, rows, strict=True)]

@@ -19,7 +19,7 @@ SPLITS = {"refcoco_testB": 5095, "refcocog_val": 4896}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files as distributed, and for each of their pictures a plain one of the recorded size."""
+    """The files as distributed, and for each of their images a plain one of the recorded size."""
     root = tmp_path_factory.mktemp("refcoco")
     sizes: dict[tuple[int, int], bytes] = {}
     images = root / "coco/train2014"
@@ -50,20 +50,20 @@ def entries(root: Path) -> Iterator[dict]:
 def test_scored_end_to_end(
     predictor: str, expected: float, root: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The predictor sees prompts and pictures as the model would, and tells boxes in the model's words."""
+    """The predictor sees prompts and images as the model would, and tells boxes in the model's words."""
     true = entries(root)
     sizes: dict[Path, tuple[int, int]] = {}
 
     def predict(model: object, processor: object, questions: list, **_: object) -> Iterator[str]:
-        for prompt, (picture,) in questions:
+        for prompt, (image,) in questions:
             entry = next(true)
-            sizes.setdefault(picture, Image.open(picture).size)
-            assert sizes[picture] == (entry["width"], entry["height"])
+            sizes.setdefault(image, Image.open(image).size)
+            assert sizes[image] == (entry["width"], entry["height"])
             assert (
                 prompt
                 == f"###Human: <Img><ImageHere></Img> [refer] give me the location of {entry['sents']}###Assistant: "
             )
-            box = box_string(entry["bbox"], sizes[picture])
+            box = box_string(entry["bbox"], sizes[image])
             yield box if predictor == "perfect" else f"it is {box}"
 
     monkeypatch.setattr(asking, "answers", predict)

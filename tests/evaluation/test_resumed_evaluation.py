@@ -21,7 +21,7 @@ QUESTIONS, BATCH = 61, 2
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Questions with one picture, and one in the middle without any."""
+    """Questions with one image, and one in the middle without any."""
     made = tiny.samples("vqa", QUESTIONS)
     made[30] = tiny.samples("text", 31)[30]
     return tiny.write_shards(tmp_path_factory.mktemp("held_out") / "vqa", made, samples_per_shard=20)
@@ -137,11 +137,11 @@ def test_every_question_once_and_as_many_batches_on_every_rank(count: int, batch
     assert {part for share in shares for part in share if part is not None} == alone
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(options: list[str], tmp_path: Path, exported: Path) -> None:
+def test_a_image_that_cannot_be_decoded_is_named(options: list[str], tmp_path: Path, exported: Path) -> None:
     made = tiny.samples("vqa", 4)
     made[2] = type(made[2])("torn", made[2].record, (made[2].images[0][:80],))
     shards = tiny.write_shards(tmp_path / "torn", made)
-    with pytest.raises(DataError, match=r"vqa, question 00000\.tar/torn: the picture cannot be decoded"):
+    with pytest.raises(DataError, match=r"vqa, question 00000\.tar/torn: the image cannot be decoded"):
         vqa.scores([*options, "--shards", str(shards), "--out", str(tmp_path / "out")])
 
 
@@ -153,8 +153,8 @@ def test_choices_are_ranked_alike_in_any_batch(exported: Path, tmp_path: Path) -
     one, two = (
         vqa.scores([*given, "--batch-size", str(size), "--out", str(tmp_path / str(size))])[0] for size in (1, 2)
     )
-    for alone, beside in zip(one["predictions"], two["predictions"], strict=True):
-        assert alone["losses"] == pytest.approx(beside["losses"], rel=1e-5) and alone["answer"] == beside["answer"]
+    for alone, adjacent in zip(one["predictions"], two["predictions"], strict=True):
+        assert alone["losses"] == pytest.approx(adjacent["losses"], rel=1e-5) and alone["answer"] == adjacent["answer"]
     assert [len(row["losses"]) for row in one["predictions"]] == [2, 3]
 
 

@@ -94,7 +94,7 @@ def test_questions_are_read_in_stored_order_and_up_to_the_limit(tmp_path) -> Non
     write_samples(iter(made), tmp_path / "vqa", samples_per_shard=3, total=7, settings={})
     questions = read_held_out("vqa", str(tmp_path / "vqa"), 5)
     assert [q.facts["text"] for q in questions] == [sample.record["text"] for sample in made[:5]]
-    assert [(q.pictures(), q.picture_count) for q in questions] == [(sample.images, 1) for sample in made[:5]]
+    assert [(q.images(), q.image_count) for q in questions] == [(sample.images, 1) for sample in made[:5]]
     assert (
         questions[0].text
         == f"[vqa] Based on the image, respond to this question with a short answer: {made[0].record['text']}"

@@ -1,4 +1,4 @@
-"""Loader processes that die or hang, and storage that fails: to be given to `forked.started`, and imported there."""
+"""Dataloader workers that die or hang, and storage that fails: to be given to `forked.started`, and imported there."""
 
 import itertools
 import os
@@ -15,7 +15,7 @@ HOWS = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "hanging": lambd
 
 
 def broken_workers(how: str, at: int, times: int, marks: str, rank: int = 0) -> None:
-    """So many times this happens to the loader process that makes step `at` of a rank; what steps are fed is noted."""
+    """So many times this happens to the dataloader worker that makes step `at` of a rank; its steps are noted."""
     make = MicroBatches.__getitem__
 
     def broken(self: MicroBatches, place: tuple[int, int]) -> Loaded:

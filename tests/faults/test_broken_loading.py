@@ -1,4 +1,4 @@
-"""Loader processes that are killed or hang, storage that fails: the same samples, or a message that says why not."""
+"""Dataloader workers that are killed or hang, storage that fails: the same samples, or a message that says why not."""
 
 import errno
 import re
@@ -15,7 +15,7 @@ from rank_workers import broken_workers, failing_reads
 
 @pytest.fixture
 def recipe(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
-    """Writes a recipe of four micro-batches a step, with a loader process and without a panel."""
+    """Writes a recipe of four micro-batches a step, with a dataloader worker and without a panel."""
 
     def write(**changes: Any) -> Path:
         raw = raw_recipe(**{"train__sample_count": 0, "data__num_workers": 1} | changes)
@@ -44,12 +44,12 @@ def test_a_loader_process(how: str, said: str, recipe: Callable[..., Path], tmp_
     assert fed(broken.folder, 1) == fed(whole.folder, 1) and len(fed(whole.folder, 1)) == 6
     assert losses(broken) == losses(whole)
     (mark,) = marks.iterdir()
-    warned = rf"loader process 1 of 1 \(process {mark.name}\) {said}, while step [34] was awaited; new ones begin at"
+    warned = rf"dataloader worker 1 of 1 \(process {mark.name}\) {said}, while step [34] was awaited; new ones begin at"
     assert len(re.findall(warned, broken.output)) == 1 and "Traceback" not in broken.output
     stacks = broken.folder / "stacks/rank-0.txt"
     assert stacks.exists() == (how == "hanging")
     if how == "hanging":  # where it hung
-        assert f"loader process {mark.name}, state S" in stacks.read_text()
+        assert f"dataloader worker {mark.name}, state S" in stacks.read_text()
         assert re.search(r'rank_workers.py", line \d+ in broken\n', stacks.read_text())
 
 
@@ -62,7 +62,7 @@ def test_again_and_again(recipe: Callable[..., Path], tmp_path: Path) -> None:
     assert done.output.count("new ones begin at this step") == 3 and len(list(marks.iterdir())) == 4
     assert done.output.count("error: ") == 1 and "Traceback" not in done.output
     assert re.search(
-        r"error: loader process 1 of 1 .* for the 4th time within 100 steps\. .* \(on rank 1, in step", done.output
+        r"error: dataloader worker 1 of 1 .* for the 4th time within 100 steps\. .* \(on rank 1, in step", done.output
     )
 
 

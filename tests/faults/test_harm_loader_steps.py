@@ -41,7 +41,7 @@ def run(raw: dict[str, Any]) -> tuple[int, list[tuple[int, int]]]:
 
 
 def test_ten_thousand_steps(raw_recipe: Callable[..., dict[str, Any]]) -> None:
-    """Pictures, texts and conversations, over hundreds of epochs of small datasets, whose orders are made anew."""
+    """Images, texts and conversations, over hundreds of epochs of small datasets, whose orders are made again."""
     one = {"train__batch_size": 1, "train__micro_batch_size": 1}
     raw = raw_recipe(train__steps_per_epoch=STEPS, data__shuffle_shards=2, **one)
     seen, ((memory, files), (memory_after, files_after)) = apart(run, raw)

@@ -64,7 +64,7 @@ def test_the_straggler_is_named(runs: Runs) -> None:
 
 
 def test_validation_is_the_same_on_any_ranks(runs: Runs) -> None:
-    """On two ranks under ZeRO-3, where one has no picture now and then, and on one; it changes nothing of training."""
+    """On two ranks under ZeRO-3, where one has no image now and then, and on one; it changes nothing of training."""
     slow, alone = lines(runs.slow, "val/loss"), lines(runs.alone, "val/loss")
     assert [line["step"] for line in slow] == [2, STEPS] and [line["step"] for line in alone] == [STEPS]
     wanted = {"val/loss", *(f"val/loss_{name}" for name in NAMES)}
@@ -88,7 +88,7 @@ def test_the_first_samples_are_shown(runs: Runs) -> None:
         assert "&lt;&lt;" in row and "###>>" in row
         (told,) = [line for line in log.splitlines() if f"INFO   {name} | " in line]
         assert "<<" in told and "###>>" in told
-    assert len(events.Images("data/first_pictures")) == 1
+    assert len(events.Images("data/first_images")) == 1
 
 
 def test_one_entry_of_hyperparameters(runs: Runs) -> None:

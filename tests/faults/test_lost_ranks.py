@@ -47,7 +47,7 @@ def gone(pids: list[int]) -> bool:
 
 
 def test_one_of_four_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """In the middle of a step; the system tells of it at once, and no loader process stays either."""
+    """In the middle of a step; the system tells of it at once, and no dataloader worker stays either."""
     path = recipe(train__checkpoint_every=2, data__num_workers=1)
     with started(path, tmp_path / "run", ranks=4, fault=in_step, at=3, rank=2, how="killed", after=0.5) as run:
         run.wait_for(run.folder / "metrics.jsonl")
@@ -128,11 +128,11 @@ def test_a_rank_that_hangs(recipe: Callable[..., Path], tmp_path: Path) -> None:
     warned = rf"^{re.escape(who)} waiting for it, in step 3 for \d+ s, where a whole step takes \d+\.\d s; the"
     assert len(re.findall(warned, run.output, flags=re.M)) == 1
     found = rf"{re.escape(who)} waiting for it, in step 3 for \d+ s, longer than train.step_minutes \(0\.1\) allows; "
-    assert re.match(found, error_of(run)) and "it begins anew" in error_of(run)
+    assert re.match(found, error_of(run)) and "it begins again" in error_of(run)
     for rank, process in enumerate(run.processes):
         written = (run.folder / f"stacks/rank-{rank}.txt").read_text()
         assert len(re.findall(rf"^== \S+ \S+ rank 1 .*; process {process.pid}$", written, flags=re.M)) == 2
-        assert len(re.findall(r"^== \S+ \S+ rank 1 .*; loader process \d+, state S", written, flags=re.M)) == 2
+        assert len(re.findall(r"^== \S+ \S+ rank 1 .*; dataloader worker \d+, state S", written, flags=re.M)) == 2
         assert bool(re.search(r'rank_hangs.py", line \d+ in <lambda>', written)) == (rank == 1)
         assert re.search(r'stage4.py", line \d+ in main', written)
 

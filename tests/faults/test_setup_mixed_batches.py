@@ -1,4 +1,4 @@
-"""Twenty steps of text and pictures on ranks that have now one, now the other, with fewer shards than loaders.
+"""Twenty steps of text and images on ranks that have now one, now the other, with fewer shards than loaders.
 
 All at once: ZeRO-2 and ZeRO-3 with CPU offload, a Q-Former that learns at a rate of its own, recomputed blocks, and two
 cycles, of which the second is resumed in its middle.
@@ -49,7 +49,7 @@ def zero_2(place: Place) -> Run:
 
 
 def test_the_ranks_have_unlike_batches(place: Place) -> None:
-    """One shard a dataset for two ranks, and micro-batches without a picture on one rank, on the other, on both."""
+    """One shard a dataset for two ranks, and micro-batches without an image on one rank, on the other, on both."""
     empty = {tuple(count == 0 for count in ranks) for ranks in images_of_each_rank(place.recipe, ranks=2)}
     assert {(True, True), (True, False)} <= empty or {(True, True), (False, True)} <= empty
     assert all(len(list((place.folder / kind).glob("*.tar"))) == 1 for kind in ("vqa", "text", "pair"))

@@ -134,7 +134,7 @@ def test_of_another_recipe(recipe: Callable[..., Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stages", [(2, 3), (3, 2)], ids=["ZeRO-2 to 3", "ZeRO-3 to 2"])
 def test_deepspeed_checkpoints(stages: tuple[int, int], recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Written beside ours by two ranks, and the start of another run: moments and step counters are there too."""
+    """Written next to ours by two ranks, and the start of another run: moments and step counters are there too."""
     path = recipe(train__checkpoint_every=3, model__resid_dropout=0.1)
     here, there = ([f"--set=deepspeed.zero_optimization.stage={stage}"] for stage in stages)
     whole = ended(path, tmp_path / "whole", *here, "--set=train.deepspeed_checkpoints=true", ranks=2)

@@ -1,4 +1,4 @@
-"""Features are exactly what training would compute from the pictures; stale, torn and unfinished ones are refused."""
+"""Features are exactly what training would compute from the images; stale, torn and unfinished ones are refused."""
 
 import contextlib
 import io
@@ -80,7 +80,7 @@ def refused(raw: dict[str, Any], precision: str = "fp32") -> str:
 
 
 def test_batches_hold_what_the_vision_path_gives(raw_recipe: Callable[..., dict[str, Any]], made: Path) -> None:
-    """Bit for bit, whatever pictures went through together; all else of a batch is the same."""
+    """Bit for bit, whatever images went through together; all else of a batch is the same."""
     one = {"train__micro_batch_size": 1}
     pixels, model = model_of(raw_recipe(**one))
     from_features = build_recipe(raw_recipe(data__features=str(made), **one), "test")
@@ -99,7 +99,7 @@ def test_batches_hold_what_the_vision_path_gives(raw_recipe: Callable[..., dict[
 
 @pytest.fixture(scope="module")
 def eight(weights: Path) -> tuple[TinyGPTVForConditionalGeneration, Tensor, Tensor]:
-    """A vision path, eight pictures, and the features of each by itself."""
+    """A vision path, eight images, and the features of each by itself."""
     recipe = build_recipe(tiny.recipe(weights, {"none": weights}), "test")
     model = build_vision(recipe.model, recipe.text, frozen_dtype=torch.float32)
     shape = (8, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
@@ -109,7 +109,7 @@ def eight(weights: Path) -> tuple[TinyGPTVForConditionalGeneration, Tensor, Tens
 
 @settings(max_examples=25, deadline=None)
 @given(cuts=st.sets(st.integers(1, 7)), threads=st.integers(1, 3))
-def test_a_picture_has_the_same_features_in_any_batch(
+def test_a_image_has_the_same_features_in_any_batch(
     eight: tuple[TinyGPTVForConditionalGeneration, Tensor, Tensor], cuts: set[int], threads: int
 ) -> None:
     """With any neighbours and threads, though 5 patches and 3 queries are fewer rows than MKL has one kernel for."""
@@ -141,7 +141,7 @@ def test_a_q_former_of_init_from_is_the_one_that_counts(
     state = {n: p.detach().clone() for n, p in model.named_parameters() if n.startswith(("llama_proj", "query_tokens"))}
     state["query_tokens"] += 1
     save_file(state, tmp_path / "trained.safetensors")
-    raw = raw_recipe(model__init_from=str(tmp_path / "trained.safetensors"), model__fresh_parts=["norms", "lora"])
+    raw = raw_recipe(model__init_from=str(tmp_path / "trained.safetensors"), model__allow_missing=["norms", "lora"])
     recipe = build_recipe(raw, "test")
     vision = build_vision(recipe.model, recipe.text, frozen_dtype=torch.float32)
     assert torch.equal(vision.query_tokens, state["query_tokens"])
@@ -240,7 +240,7 @@ def test_what_the_notes_say_is_checked(
     assert "is not what" in open_error(raw_recipe(data__datasets=other, data__features=str(out)))
     with pytest.raises(DataError, match="differ in the shards that they are made from"):
         make(raw_recipe(data__datasets=other), tmp_path)
-    gone = [{"name": "vqa", "shards": str(tmp_path / "removed")}]  # pictures may go once features are there
+    gone = [{"name": "vqa", "shards": str(tmp_path / "removed")}]  # images may go once features are there
     open_stream(build_recipe(raw_recipe(data__datasets=gone, data__features=str(out)), "test"))
     notes = out / "vqa/features.json"
     told = json.loads(notes.read_text())
@@ -260,7 +260,7 @@ def test_unusable_samples_keep_their_place_and_reason(
     raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     """The same samples drop out for the same reasons, and nothing shifts."""
-    good = tiny.pictures(1)[0]
+    good = tiny.encoded_images(1)[0]
     record = json.dumps({"text": "what ?", "answer": "that"}).encode()
     cases: list[dict[str, bytes]] = [
         {"json": record, "png": good},

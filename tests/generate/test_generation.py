@@ -19,11 +19,11 @@ SHORT = Generation(max_new_tokens=8)
 
 @pytest.fixture(scope="module")
 def questions() -> list[Question]:
-    """Unequal lengths; no picture, one, two, one."""
-    first, second, third, _ = tiny.pictures(4)
+    """Unequal lengths; no image, one, two, one."""
+    first, second, third, _ = tiny.encoded_images(4)
     template = training_template("[INST] {} [/INST]", "###")
     asked = [("the bus", []), ("what colour is it ?", [first]), ("left or " * 9, [second, third]), ("a", [third])]
-    return [(template.prompt([(template.with_pictures(q, len(p)), None)]), p) for q, p in asked]
+    return [(template.prompt([(template.with_images(q, len(p)), None)]), p) for q, p in asked]
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_the_batch_does_not_matter(loaded: Loaded, questions: list[Question], se
 
 
 def test_beams_are_those_of_transformers(loaded: Loaded, questions: list[Question]) -> None:
-    """Through `generate` with pixels as well as through embeddings, with two pictures in one row."""
+    """Through `generate` with pixels as well as through embeddings, with two images in one row."""
     model, processor = loaded
-    prompts, pictures = [prompt.text for prompt, _ in questions], [seen for _, seen in questions]
-    inputs = processor(pictures, prompts, begin_token=True)
+    prompts, images = [prompt.text for prompt, _ in questions], [seen for _, seen in questions]
+    inputs = processor(images, prompts, add_bos_token=True)
     ids = model.generate(**inputs, max_new_tokens=8, num_beams=4, do_sample=False)
     theirs = processor.answers(ids[:, inputs["input_ids"].shape[1] :])
     ours = list(answers(model, processor, questions, generation=replace(SHORT, num_beams=4)))
@@ -93,19 +93,19 @@ def test_draws_follow_the_softmax() -> None:
 
 
 def test_the_penalty_counts_what_is_new(loaded: Loaded) -> None:
-    """Words and pictures of the question are not penalised, as in the original: the first token is the greedy one."""
+    """Words and images of the question are not penalised, as in the original: the first token is the greedy one."""
     model, processor = loaded
     words = Prompt((f"{IMAGE_TAG} " + "".join(processor.tokenizer.convert_ids_to_tokens(range(32, 127))),))
-    (picture,) = tiny.pictures(1)
+    (image,) = tiny.encoded_images(1)
     one = Generation(max_new_tokens=1)
     plain, punished = (
-        list(answers(model, processor, [(words, [picture])], generation=g))
+        list(answers(model, processor, [(words, [image])], generation=g))
         for g in (one, replace(one, repetition_penalty=10.0))
     )
     assert plain == punished
     longer = replace(one, max_new_tokens=12)
     repeats, new = (
-        next(iter(answers(model, processor, [(words, [picture])], generation=g)))
+        next(iter(answers(model, processor, [(words, [image])], generation=g)))
         for g in (longer, replace(longer, repetition_penalty=10.0))
     )
     assert len(set(new)) > len(set(repeats))
@@ -114,7 +114,7 @@ def test_the_penalty_counts_what_is_new(loaded: Loaded) -> None:
 def test_a_stream_ends_where_told(loaded: Loaded, questions: list[Question]) -> None:
     whole = stream(*loaded, *questions[1], SHORT)
     assert "".join(whole) and (whole.finish, whole.new_tokens) == ("length", 8)
-    assert whole.prompt_tokens == len(loaded[1].row(questions[1][0].parts, 1, begin_token=True))
+    assert whole.prompt_tokens == len(loaded[1].row(questions[1][0].parts, 1, add_bos_token=True))
     left = stream(*loaded, *questions[1], Generation(max_new_tokens=180))
     for _piece in left:
         break
@@ -137,10 +137,8 @@ def test_an_error_in_a_stream_comes_out_of_it(
 
 def test_a_prompt_that_is_too_long_is_refused(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded[0].config.text_config, "max_position_embeddings", 40)
-    with pytest.raises(
-        DataError, match=r"prompt of 35 tokens \(3 of them for 1 picture\(s\)\) .* up to 8 exceed .* 40"
-    ):
-        list(answers(*loaded, [("é" * 16 + "<ImageHere>", tiny.pictures(1))], max_new_tokens=8))
+    with pytest.raises(DataError, match=r"prompt of 35 tokens \(3 of them for 1 image\(s\)\) .* up to 8 exceed .* 40"):
+        list(answers(*loaded, [("é" * 16 + "<ImageHere>", tiny.encoded_images(1))], max_new_tokens=8))
     assert len(list(answers(*loaded, [("é" * 16, [])], max_new_tokens=8))) == 1
     with pytest.raises(DataError, match="empty"):
         list(answers(*loaded, [("", [])]))

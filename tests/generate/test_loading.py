@@ -44,7 +44,7 @@ def wide_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(model: TinyGPTVForConditionalGeneration) -> Tensor:
-    """`[1, L, vocabulary]` of a row with a picture."""
+    """`[1, L, vocabulary]` of a row with an image."""
     ids = torch.tensor([[7, *[model.config.image_token_id] * tiny.QUERIES, 70, 80, 90]])
     pixels = (torch.arange(3 * 28 * 28) * 7 % 256).to(torch.uint8).reshape(1, 3, 28, 28)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
 from tinygptv_ds.processing.text import render
 
-PICTURE = "<Img><ImageHere></Img>"
+IMAGE = "<Img><ImageHere></Img>"
 SYSTEM = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
     "Please answer my questions."
@@ -24,23 +24,23 @@ STAGE4, STAGE3 = "[INST] {} [/INST]", "###Human: {} ###Assistant: "
 @pytest.mark.parametrize(
     ("wanted", "first", "later"),
     [
-        ("A", f"{SYSTEM}###Human: {PICTURE} what?###Assistant: ", "a bus###Human: and?###Assistant: "),
-        ("B", f"<s>[INST] {PICTURE} what? [/INST]", "a bus<s>[INST] and? [/INST]"),
-        ("C", f"###Human: {PICTURE} what?###Assistant: ", "a bus###Human: and?###Assistant: "),
+        ("A", f"{SYSTEM}###Human: {IMAGE} what?###Assistant: ", "a bus###Human: and?###Assistant: "),
+        ("B", f"<s>[INST] {IMAGE} what? [/INST]", "a bus<s>[INST] and? [/INST]"),
+        ("C", f"###Human: {IMAGE} what?###Assistant: ", "a bus###Human: and?###Assistant: "),
     ],
 )
 def test_the_originals(wanted: str, first: str, later: str) -> None:
-    """Specified by its demos and benchmarks: no begin token, "###" stops, one text to tokenise."""
+    """Specified by its demos and benchmarks: no BOS token, "###" stops, one text to tokenise."""
     talk = Conversation(choose_template(wanted, STAGE4, "###"))
     prompt = talk.ask("what?", ["p.jpg"])
-    assert (prompt.parts, prompt.begin_token, prompt.stop) == ((first,), False, ("###",))
+    assert (prompt.parts, prompt.add_bos_token, prompt.stop) == ((first,), False, ("###",))
     talk.answered("a bus")
     assert talk.ask("and?").parts == (first + later,)
 
 
 @pytest.mark.parametrize("template", [STAGE3, STAGE4, "<{}>"])
 def test_the_rows_of_training(weights: Path, template: str) -> None:
-    """Every token of a conversation, of which the training leaves out the begin tokens that nothing looks at."""
+    """Every token of a conversation, of which the training leaves out the BOS tokens that nothing looks at."""
     text = TextSection(prompt_template=template, end_sym="###", max_txt_len=999)
     turns = [["what?", "###"], ["{} and?", "yes [INST]"], ["so?", "end"]]
     rendered = render({"conversation": turns}, 1, lambda _: 0)
@@ -51,8 +51,8 @@ def test_the_rows_of_training(weights: Path, template: str) -> None:
     for number, (question, answer) in enumerate(turns):
         prompt = talk.ask(question, ["p.jpg"] if number == 0 else [])
         talk.answered(answer)
-    row = processor.row(prompt.parts, 1, begin_token=prompt.begin_token)
-    last = len(processor.row(("end###",), 0, begin_token=False))
+    row = processor.row(prompt.parts, 1, add_bos_token=prompt.add_bos_token)
+    last = len(processor.row(("end###",), 0, add_bos_token=False))
     assert row == trained.input_ids.tolist()[:-last]
     if template != "<{}>":
         assert "".join(prompt.parts[:1]) == processor.prompt("what?")
@@ -64,8 +64,8 @@ def test_what_the_checkpoint_calls_for() -> None:
     captions = choose_template(None, None, "\n")
     assert (captions.name, captions.stop) == ("A", ("###", "\n"))
     bare = choose_template("training", None, "\n")
-    prompt = bare.prompt([(bare.with_pictures("<ImageHere>", 1), None)])
-    assert (prompt.text, prompt.begin_token, prompt.stop) == ("<ImageHere>", True, ("\n",))
+    prompt = bare.prompt([(bare.with_images("<ImageHere>", 1), None)])
+    assert (prompt.text, prompt.add_bos_token, prompt.stop) == ("<ImageHere>", True, ("\n",))
     own = choose_template("Q: {} A:", STAGE4, "###")
     assert own.prompt([("x {}", None)]).text == "Q: x {} A:"
     for wrong in ("D", "{} {}", ""):
@@ -73,15 +73,15 @@ def test_what_the_checkpoint_calls_for() -> None:
             choose_template(wrong, None, "###")
 
 
-def test_pictures_come_in_any_turn() -> None:
+def test_images_come_in_any_turn() -> None:
     talk = Conversation(choose_template("C", None, "###"))
     talk.ask("what?")
     talk.answered("no <ImageHere> there")
     prompt = talk.ask("and here?", ["a.jpg", "b.jpg"])
-    assert prompt.text == f"###Human: what?###Assistant: no  there###Human: {PICTURE * 2} and here?###Assistant: "
-    assert talk.pictures == ["a.jpg", "b.jpg"]
+    assert prompt.text == f"###Human: what?###Assistant: no  there###Human: {IMAGE * 2} and here?###Assistant: "
+    assert talk.images == ["a.jpg", "b.jpg"]
     again = talk.ask("<ImageHere> or <ImageHere>?", ["c.jpg", "d.jpg"])  # the one before was not answered
     assert again.text.endswith("###Human: <ImageHere> or <ImageHere>?###Assistant: ")
-    assert talk.pictures == ["c.jpg", "d.jpg"]
+    assert talk.images == ["c.jpg", "d.jpg"]
     with pytest.raises(DataError, match="holds 1 times <ImageHere>, but comes with 0"):
         talk.ask("<ImageHere>")

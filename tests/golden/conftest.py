@@ -1,6 +1,6 @@
 """Reference values of the original TinyGPT-V; `pytest tests/golden --golden DIR` takes another set of this layout.
 
-Nothing in these tests may assume the sizes, names or cases of the set that lies beside them.
+Nothing in these tests may assume the sizes, names or cases of the set that lies next to them.
 """
 
 import json

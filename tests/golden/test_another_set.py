@@ -32,7 +32,7 @@ def rename_all(folder: Path) -> Path:
         rename_cases(folder / "full" / new / "cases", keep=set())
     rename_checkpoint(folder / "checkpoint/expected.json", models)
     rename_curves(folder / "schedule/lr.json")
-    rename_pictures(folder / "preprocess")
+    rename_images(folder / "preprocess")
     return folder
 
 
@@ -58,7 +58,7 @@ def rename_curves(file: Path) -> None:
     file.write_text(json.dumps({f"curve {number}": curve for number, curve in enumerate(curves.values())}))
 
 
-def rename_pictures(folder: Path) -> None:
+def rename_images(folder: Path) -> None:
     expected, tensors = json.loads((folder / "expected.json").read_bytes()), load_file(folder / "expected.safetensors")
     for name in list(expected["images"]):
         (folder / name).rename(folder / f"z_{name}")

@@ -81,7 +81,7 @@ def test_one_more_step(
 
 
 def test_imported_and_exported_again(file: Path, expected: dict, tmp_path: Path) -> None:
-    """Through our own names and back, every bit and key is there, and what lies beside "model" too."""
+    """Through our own names and back, every bit and key is there, and what lies next to "model" too."""
     before = load_torch(file)
     call(export, str(file), "--to", "original", "--out", str(tmp_path / "direct.pth"))
     assert_equal(load_torch(tmp_path / "direct.pth"), before)
@@ -95,7 +95,7 @@ def test_inspected(file: Path, expected: dict) -> None:
     report = inspect(file)
     buffers = len(expected["model_keys"]) - len(report.matched)
     assert (report.incomplete, len(report.ignored)) == ("", buffers)
-    assert f"epoch {expected['epoch']}" in report.beside
+    assert f"epoch {expected['epoch']}" in report.adjacent
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:

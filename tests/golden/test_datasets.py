@@ -107,9 +107,9 @@ def test_caption_clean_up_is_the_originals(golden: Path) -> None:
 
 
 def test_map_dataset(map_name: str, golden: Path, root: Path, tmp_path: Path) -> None:
-    """Same samples, same words with the same probabilities, same picture files; failing entries are skipped ones.
+    """Same samples, same words with the same probabilities, same image files; failing entries are skipped ones.
 
-    Deliberate deviations: where OCR-VQA's reader goes on to the next entry for a missing picture, the entry is skipped;
+    Deliberate deviations: where OCR-VQA's reader goes on to the next entry for a missing image, the entry is skipped;
     a last question without an answer is left out (the original repeats the answer before it).
     """
     reference = expected(golden, map_name)
@@ -129,16 +129,16 @@ def test_map_dataset(map_name: str, golden: Path, root: Path, tmp_path: Path) ->
     assert {entry["key"]: entry["reason"] for entry in report.skipped_entries}.items() <= skipped.items()
     for key, record in good.items():
         sample = found[key]
-        pictures = [(golden / "datasets/roots" / record["image"]).read_bytes()] if "image" in record else []
-        assert list(sample.images) == pictures
+        images = [(golden / "datasets/roots" / record["image"]).read_bytes()] if "image" in record else []
+        assert list(sample.images) == images
         if "conv_q" in record:
             symbol = record["connect_sym"]
             answers = record["conv_a"].split(symbol)
             questions = record["conv_q"].split(symbol)[: len(answers)]
-            turns = render(sample.record, len(pictures), lambda n: n - 1).turns
+            turns = render(sample.record, len(images), lambda n: n - 1).turns
             assert turns == tuple(zip(questions, answers, strict=True))
         else:
-            drawn = outcomes(sample.record, len(pictures))
+            drawn = outcomes(sample.record, len(images))
             variants = {(v["instruction_input"], v["answer"]): v["probability"] for v in record["variants"]}
             assert {turn: float(share) for turn, share in drawn.items()} == pytest.approx(variants, abs=1e-9)
 
@@ -146,7 +146,7 @@ def test_map_dataset(map_name: str, golden: Path, root: Path, tmp_path: Path) ->
 def test_img2dataset_shards(shard_name: str, golden: Path, tmp_path: Path) -> None:
     """The shards as downloaded: same samples in the same order with the same captions.
 
-    Deliberate deviations: pictures other than .jpg are used, the .txt member is not looked at, and a shard that does
+    Deliberate deviations: images other than .jpg are used, the .txt member is not looked at, and a shard that does
     not exist is an error at the start.
     """
     reference = expected(golden, shard_name)
@@ -172,7 +172,7 @@ def test_img2dataset_shards(shard_name: str, golden: Path, tmp_path: Path) -> No
 
 
 def usable(sample: object) -> bool:
-    """As the loader decides: readable, a caption of the right type, a picture that decodes."""
+    """As the loader decides: readable, a caption of the right type, an image that decodes."""
     try:
         render(sample.record, 1, lambda n: 0)
         Image.open(io.BytesIO(sample.images[0])).convert("RGB")
@@ -181,8 +181,8 @@ def usable(sample: object) -> bool:
     return True
 
 
-def picture_of(content: object, folder: Path) -> Path:
-    """The one picture that the entries name, by its file name or its number."""
+def image_of(content: object, folder: Path) -> Path:
+    """The one image that the entries name, by its file name or its number."""
     numbers = {int(digits) for digits in re.findall(r"\d+", json.dumps(content))}
     known = sorted(path for path in folder.iterdir() if path.stat().st_size)
     return next((path for path in known if int(path.stem.rpartition("_")[2]) in numbers), known[0])
@@ -192,9 +192,9 @@ def test_oddities(oddity: dict, golden: Path, tmp_path: Path) -> None:
     """Malformed annotations never crash: a sample, a skipped entry, or an error that says what is wrong."""
     name, content = oddity["dataset"], oddity["content"]
     files = [file for file in DATASETS[name].files if Path(file).suffix in (".json", ".p")]
-    pictures = next((Path(f) for f in DATASETS[name].files if not Path(f).suffix), Path("coco/train2014"))
-    (tmp_path / pictures / "folder.jpg").mkdir(parents=True)
-    shutil.copy(picture_of(content, golden / "datasets/roots/_coco/train2014"), tmp_path / pictures)
+    images = next((Path(f) for f in DATASETS[name].files if not Path(f).suffix), Path("coco/train2014"))
+    (tmp_path / images / "folder.jpg").mkdir(parents=True)
+    shutil.copy(image_of(content, golden / "datasets/roots/_coco/train2014"), tmp_path / images)
     for file in files:
         path = tmp_path / file
         path.parent.mkdir(parents=True, exist_ok=True)

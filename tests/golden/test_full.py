@@ -1,4 +1,4 @@
-"""The whole model on every reference case, its layout packed: picture embeddings, loss, gradients, greedy tokens."""
+"""The whole model on every reference case, its layout packed: image embeddings, loss, gradients, greedy tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +40,7 @@ def folder_of(golden: Path, name: str) -> Path:
 
 
 def pixels(expected: dict[str, Tensor]) -> Tensor | None:
-    """`[N, 3, S, S]`; several pictures a sample are stored as `[B, N, 3, S, S]`."""
+    """`[N, 3, S, S]`; several images a sample are stored as `[B, N, 3, S, S]`."""
     image = expected.get("image")
     return None if image is None else image.flatten(0, -4)
 
@@ -129,8 +129,8 @@ def losses_of(case: dict, folder: Path, path: Path, batch_size: int) -> Iterator
     choices = [
         Choice(question, [image], c) for question, image, c in zip(case["texts"], images, candidates, strict=True)
     ]
-    with pytest.MonkeyPatch.context() as patch:  # the reference's pictures are normalised tensors
-        patch.setattr("tinygptv_ds.generate.candidates.to_pixels", lambda picture, _: picture.numpy())
+    with pytest.MonkeyPatch.context() as patch:  # the reference's images are normalised tensors
+        patch.setattr("tinygptv_ds.generate.candidates.to_pixels", lambda image, _: image.numpy())
         yield from candidate_losses(model, processor, choices, text, batch_size=batch_size)
 
 

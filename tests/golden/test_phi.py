@@ -74,9 +74,9 @@ def padded_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def gradients_of(folder: Path, case: str, expected: dict) -> dict:
-    """In a file beside the case or in the case's own."""
-    beside = folder / f"{case}_grads.safetensors"
-    return expected | (tensors(beside) if beside.is_file() else {})
+    """In a file next to the case or in the case's own."""
+    adjacent = folder / f"{case}_grads.safetensors"
+    return expected | (tensors(adjacent) if adjacent.is_file() else {})
 
 
 def test_padded(golden: Path, model: TinyGPTVForConditionalGeneration, phi_case: str) -> None:

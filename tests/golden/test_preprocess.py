@@ -1,4 +1,4 @@
-"""Pixels of every picture mode and size, uint8 until the device and then normalised, against the original's floats."""
+"""Pixels of every image mode and size, uint8 until the device and then normalised, against the original's floats."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tinygptv_ds.models.tinygptv import IMAGE_MEAN, IMAGE_STD, TinyGPTVForCondit
 from tinygptv_ds.processing.image import to_pixels
 
 
-def test_pictures(golden: Path) -> None:
+def test_images(golden: Path) -> None:
     folder = golden / "preprocess"
     known = json.loads((folder / "expected.json").read_bytes())
     expected = load_file(folder / "expected.safetensors")

@@ -12,7 +12,7 @@ from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence, prompt_ids
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, Rendered
 
-IMAGE = -1  # stands for a row of a picture; no token has this id
+IMAGE = -1  # stands for a row of an image; no token has this id
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def turns(case: dict[str, Any], number: int) -> tuple[tuple[str | None, str], ..
     return ((None if question is None else question[number], samples["answer"][number]),)
 
 
-def pictures(case: dict[str, Any], number: int) -> int:
+def images(case: dict[str, Any], number: int) -> int:
     if not case["has_image"]:
         return 0
     return case["samples"].get("length", [1] * (number + 1))[number]
@@ -59,34 +59,34 @@ def test_training_rows(training_case: Path, tokenizer: PreTrainedTokenizerBase) 
     with safe_open(training_case.with_suffix(".safetensors"), framework="np") as file:
         attended, targets = file.get_tensor("attention_mask"), file.get_tensor("targets")
     image = ImageTokens(IMAGE, case["query_rows_per_image"])
-    first_picture = holes = 0
+    first_image = holes = 0
     for number, layout in enumerate(case["layout"]):
-        count = pictures(case, number)
+        count = images(case, number)
         rendered = Rendered(turns(case, number))
         ours = build_sequence(rendered, count, tokenizer, settings(case), image, draw=lambda n: 0)
         kept = [t for t, item in enumerate(layout) if item != "pad" and attended[number, t]]
         holes += sum(item != "pad" for item in layout) - len(kept)
         assert ours.position_ids.tolist() == kept
-        assert in_words(ours, image, first_picture) == [layout[t] for t in kept]
+        assert in_words(ours, image, first_image) == [layout[t] for t in kept]
         assert ours.labels.tolist() == [targets[number, t] for t in kept]
         assert all(targets[number, t] == IGNORE for t in range(len(layout)) if t not in kept)
-        first_picture += count
+        first_image += count
     assert holes == case["attention_holes"]
 
 
-def in_words(sequence: Sequence, image: ImageTokens, first_picture: int) -> list[int | dict[str, int]]:
-    """A row as the reference writes it: token ids, and {image, row} where a picture stands."""
+def in_words(sequence: Sequence, image: ImageTokens, first_image: int) -> list[int | dict[str, int]]:
+    """A row as the reference writes it: token ids, and {image, row} where an image stands."""
     items: list[int | dict[str, int]] = sequence.input_ids.tolist()
     for row, index in zip(sequence.image_rows, sequence.image_index, strict=True):
         assert items[row] == IMAGE
-        picture, query = divmod(int(index), image.count)
-        items[row] = {"image": first_picture + picture, "row": query}
+        number, query = divmod(int(index), image.count)
+        items[row] = {"image": first_image + number, "row": query}
     assert IMAGE not in items
     return items
 
 
 def test_prompts_of_inference(prompt_case: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Without a begin token, and with the strings as they are."""
+    """Without a BOS token, and with the strings as they are."""
     case = read(prompt_case)
     image = ImageTokens(IMAGE, case["query_rows_per_image"])
     for text, layout in zip(case["texts"], case["layout"], strict=True):

@@ -1,4 +1,4 @@
-"""Small benchmarks as they are distributed, with made-up pictures, in the layout of docs/evaluation.md."""
+"""Small benchmarks as they are distributed, with made-up images, in the layout of docs/evaluation.md."""
 
 import io
 import json
@@ -11,8 +11,8 @@ from PIL import Image
 PEOPLE = ["red"] * 9 + ["blue"]
 
 
-def picture(path: Path, size: tuple[int, int] = (40, 30), colour: int = 90) -> Path:
-    """A plain picture, in the format that the name says."""
+def image(path: Path, size: tuple[int, int] = (40, 30), colour: int = 90) -> Path:
+    """A plain image, in the format that the name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, colour).save(path)
     return path
@@ -71,7 +71,7 @@ def all_of_vqa(root: Path) -> Path:
         "okvqa/okvqa_images/000000000040.jpg",
         "okvqa/okvqa_images/COCO_val2014_000000000041.jpg",
     ):
-        picture(root / path)
+        image(root / path)
     return root
 
 

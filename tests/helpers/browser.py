@@ -1,4 +1,4 @@
-"""Chromium without a window, on the demo's page: for its tests, and for its picture in the README."""
+"""Chromium without a window, on the demo's page: for its tests, and for its image in the README."""
 
 import io
 import shutil
@@ -32,7 +32,7 @@ _SETTLING = 300  # of what is seen nowhere on the page
 
 @contextmanager
 def visited(url: str, *, width: int = 1280, height: int = 900, scale: float = 1) -> Iterator[tuple["Page", list[str]]]:
-    """The demo's page, ready for a picture, and the addresses of all that it asks for."""
+    """The demo's page, ready for an image, and the addresses of all that it asks for."""
     from playwright.sync_api import expect, sync_playwright
 
     expect.set_options(timeout=_PATIENCE)
@@ -43,25 +43,25 @@ def visited(url: str, *, width: int = 1280, height: int = 900, scale: float = 1)
         page.set_default_timeout(_PATIENCE)
         page.on("request", lambda request: asked.append(request.url))
         page.goto(url)
-        page.wait_for_selector("#picture input[type=file]", state="attached")
-        page.wait_for_selector("#picture canvas")
+        page.wait_for_selector("#image input[type=file]", state="attached")
+        page.wait_for_selector("#image canvas")
         try:
             yield page, asked
         finally:
             browser.close()
 
 
-def upload(page: "Page", picture: bytes) -> None:
+def upload(page: "Page", image: bytes) -> None:
     """Put a PNG into the editor, and wait until it is there."""
-    file = {"name": "picture.png", "mimeType": "image/png", "buffer": picture}
-    with another_picture(page):
-        page.set_input_files("#picture input[type=file]", files=[file])
+    file = {"name": "image.png", "mimeType": "image/png", "buffer": image}
+    with another_image(page):
+        page.set_input_files("#image input[type=file]", files=[file])
 
 
 @contextmanager
-def another_picture(page: "Page") -> Iterator[None]:
-    """Wait until the editor shows a picture of another size: its zoom, of which it makes a text, has changed."""
-    zoom = "() => document.querySelector('#picture').innerText.match(/\\d+%/)[0]"
+def another_image(page: "Page") -> Iterator[None]:
+    """Wait until the editor shows an image of another size: its zoom, of which it makes a text, has changed."""
+    zoom = "() => document.querySelector('#image').innerText.match(/\\d+%/)[0]"
     before = page.evaluate(zoom)
     yield
     page.wait_for_function(f"before => ({zoom})() != before", arg=before)
@@ -70,7 +70,7 @@ def another_picture(page: "Page") -> Iterator[None]:
 
 def paint(page: "Page", start: tuple[float, float], end: tuple[float, float]) -> None:
     """A stroke with the brush between two places of the editor's canvas, from 0 to 1."""
-    canvas = page.locator("#picture canvas").first.bounding_box()
+    canvas = page.locator("#image canvas").first.bounding_box()
     points = [(canvas["x"] + x * canvas["width"], canvas["y"] + y * canvas["height"]) for x, y in (start, end)]
     page.mouse.move(*points[0])
     page.mouse.down()
@@ -92,7 +92,7 @@ def ask(page: "Page", task: str, words: str | None = None) -> None:
 
 
 def drawn(page: "Page", number: int = -1) -> Image.Image:
-    """A picture of the chat, the last one unless told otherwise."""
-    pictures = page.locator("#chat .image-container img")
-    address = pictures.nth(number if number >= 0 else pictures.count() + number).get_attribute("src")
+    """An image of the chat, the last one unless told otherwise."""
+    images = page.locator("#chat .image-container img")
+    address = images.nth(number if number >= 0 else images.count() + number).get_attribute("src")
     return Image.open(io.BytesIO(page.request.get(address).body())).convert("RGB")

@@ -134,7 +134,7 @@ def pack(attention_mask: Tensor, labels: Tensor) -> Packed:
 
 
 def pack_layout(case: dict, attention_mask: Tensor, labels: Tensor, image_token: int) -> Packed:
-    """As `pack`, with token ids and picture rows from the layout that the reference wrote down."""
+    """As `pack`, with token ids and image rows from the layout that the reference wrote down."""
     packed = pack(attention_mask, labels)
     flat = [
         item

@@ -69,7 +69,7 @@ def run(
         options: further options of the stage.
         json_file: for `--deepspeed_config`.
         ok: whether it has to succeed.
-        meanwhile: called beside it with the process id of the command.
+        meanwhile: called next to it with the process id of the command.
     """
     given = ["--recipe", str(recipe), "--run-dir", str(folder), "--deepspeed_config", str(json_file), *options]
     code, output = _finish([*command, *given], timeout=150, meanwhile=meanwhile)
@@ -78,7 +78,7 @@ def run(
 
 
 def images_of_each_rank(recipe: Path, ranks: int) -> list[list[int]]:
-    """For every micro-batch of every step, how many samples with a picture each rank has."""
+    """For every micro-batch of every step, how many samples with an image each rank has."""
     from tinygptv_ds.data.stream.plan import Planner, open_stream
 
     loaded = load_recipe(recipe)

@@ -83,8 +83,8 @@ def _blip2() -> dict[str, torch.Tensor]:
     return state
 
 
-def pictures(count: int, seed: int = 0) -> list[bytes]:
-    """Encoded random pictures of unequal sizes."""
+def encoded_images(count: int, seed: int = 0) -> list[bytes]:
+    """Encoded random images of unequal sizes."""
     import io
 
     import numpy as np
@@ -101,7 +101,7 @@ def pictures(count: int, seed: int = 0) -> list[bytes]:
 
 
 def samples(kind: str, count: int, seed: int = 0) -> list[PreparedSample]:
-    """`count` samples with one picture ("caption", "vqa"), none ("text"), two ("pair") or several turns ("chat")."""
+    """`count` samples with one image ("caption", "vqa"), none ("text"), two ("pair") or several turns ("chat")."""
     rng = random.Random(seed)
     words = ["red", "bus", "left", "the", "what", "colour"]
 
@@ -109,7 +109,7 @@ def samples(kind: str, count: int, seed: int = 0) -> list[PreparedSample]:
         return " ".join(rng.choice(words) for _ in range(rng.randint(1, 8)))
 
     made = []
-    for number, picture in enumerate(pictures(count, seed)):
+    for number, image in enumerate(encoded_images(count, seed)):
         record: dict[str, Any] = {"pool": "vqa", "text": phrase(), "answer": phrase(), "clean": ["text", "answer"]}
         if kind == "caption":
             record = {"caption": phrase()}
@@ -117,7 +117,7 @@ def samples(kind: str, count: int, seed: int = 0) -> list[PreparedSample]:
             record = {"conversation": [[phrase(), phrase()] for _ in range(3)]}
         if kind == "text":
             record = {"pool": None, "text": phrase(), "answer": phrase()}
-        images = {"text": (), "pair": (picture, picture)}.get(kind, (picture,))
+        images = {"text": (), "pair": (image, image)}.get(kind, (image,))
         made.append(PreparedSample(f"{number:06d}", record, images))
     return made
 

@@ -45,7 +45,7 @@ class Host:
         return [int(pid) for pid in told.stdout.split()]
 
     def strays(self, patience: float = 5.0) -> list[str]:
-        """The command lines of what runs on it beside sshd, after a moment."""
+        """The command lines of what runs on it next to sshd, after a moment."""
         until = time.monotonic() + patience
         while (left := self._beside_sshd()) and time.monotonic() < until:
             time.sleep(0.1)

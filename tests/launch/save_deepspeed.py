@@ -1,4 +1,4 @@
-"""Stage 4 as its script has it, ending with a checkpoint in DeepSpeed's own format beside the run's model/."""
+"""Stage 4 as its script has it, ending with a checkpoint in DeepSpeed's own format next to the run's model/."""
 
 from collections.abc import Sequence
 from pathlib import Path

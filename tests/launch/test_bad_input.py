@@ -24,7 +24,7 @@ def test_weights_that_do_not_fit(recipe_file: Callable[..., Path], tmp_path: Pat
     """Found only after the ranks have met: the worst place for a mistake."""
     stored = tmp_path / "projection.safetensors"
     save_file({"llama_proj.weight": torch.zeros(16, 32), "llama_proj.bias": torch.zeros(16)}, stored)
-    recipe = recipe_file(model__init_from=str(stored), model__fresh_parts=["llama_proj2", "norms", "lora"])
+    recipe = recipe_file(model__init_from=str(stored), model__allow_missing=["llama_proj2", "norms", "lora"])
     done = run(bash_form(4), recipe, tmp_path / "run", ok=False)
     assert done.code == 2, done.output
     assert str(stored) in error_of(done)
@@ -38,7 +38,7 @@ def test_too_many_unreadable_samples(recipe_file: Callable[..., Path], tmp_path:
     with ShardWriter(shards, 8) as writer:
         for number in range(8):
             record = json.dumps({"text": "what ?", "answer": "that"}).encode()
-            writer.write(f"key{number}", {"jpg": b"no picture", "json": record} if number % 2 else {"json": record})
+            writer.write(f"key{number}", {"jpg": b"no image", "json": record} if number % 2 else {"json": record})
         writer.finish()
     recipe = recipe_file(data__datasets=[{"name": "vqa", "shards": str(shards)}])
     done = ended(recipe, tmp_path / "run", code=2)

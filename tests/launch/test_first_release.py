@@ -49,7 +49,7 @@ def test_its_q_former(recipe_file: Callable[..., Path], tmp_path: Path, monkeypa
     # The next stage from the checkpoint, which holds only what this one trains.
     loaded = load_recipe(recipe, [f"model.init_from={checkpoint}"])
     model = build_model(loaded.model, loaded.text, frozen_dtype=torch.float32)
-    assert model.beside_base.keys() == qformer.keys()
+    assert model.frozen_updates.keys() == qformer.keys()
     main(["convert", str(checkpoint), "--out", str(tmp_path / "converted.safetensors")])
     assert qformer.keys() <= load_file(tmp_path / "converted.safetensors").keys()
     v0.unlink()

@@ -36,7 +36,7 @@ class Place(NamedTuple):
 def place(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("same")
     raw = tiny.recipe(weights, shards, train__steps_per_epoch=STEPS, train__checkpoint_every=3)
-    raw["data"]["datasets"][1]["weight"] = 12  # text: micro-batches without a picture are common
+    raw["data"]["datasets"][1]["weight"] = 12  # text: micro-batches without an image are common
     return Place(folder, tiny.write_recipe(folder / "recipe.yaml", raw))
 
 
@@ -70,7 +70,7 @@ def same(ours: Written, theirs: Written, first: int = 0, **tolerance: float) -> 
         torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-3, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_some_micro_batch_has_no_picture_on_one_rank_alone(place: Place) -> None:
+def test_some_micro_batch_has_no_image_on_one_rank_alone(place: Place) -> None:
     """What ZeRO-2 fails over and ZeRO-3 hangs over, where the ranks' calls differ."""
     counts = images_of_each_rank(place.recipe, ranks=2)
     assert any(min(ranks) == 0 < max(ranks) for ranks in counts)
@@ -132,7 +132,7 @@ def test_from_features_two_ranks_zero_2(place: Place, zero_2: Run, features: str
 
 
 def test_from_features_two_ranks_zero_3(place: Place, zero_3: Run, features: str) -> None:
-    """No rank runs the ViT, those without a picture neither; the panel of answers sees features too."""
+    """No rank runs the ViT, those without an image neither; the panel of answers sees features too."""
     done = ended(place.recipe, place.folder / "features3", ZERO_3, features, ranks=2)
     equal(done, zero_3)
     told = [re.findall(r"(sample \d at step 6: .*)", (each.folder / "log.txt").read_text()) for each in (done, zero_3)]

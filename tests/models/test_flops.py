@@ -39,9 +39,9 @@ def without_kernels(costs: Costs, config: TinyGPTVConfig, vision_passes: int) ->
     """The same without the attention of Phi and the ViT; the Q-Former's is made of products."""
     text, vision = config.text_config, config.vision_config
     rows = (vision.image_size // vision.patch_size) ** 2 + 1
-    picture = 4 * rows**2 * vision.hidden_size * vision.num_hidden_layers * vision_passes
+    image = 4 * rows**2 * vision.hidden_size * vision.num_hidden_layers * vision_passes
     half = 6 * text.hidden_size * text.num_hidden_layers
-    return Costs(costs.token - half, costs.square - half, costs.target, costs.picture - picture)
+    return Costs(costs.token - half, costs.square - half, costs.target, costs.image - image)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def without_kernels(costs: Costs, config: TinyGPTVConfig, vision_passes: int) ->
 def test_as_torch_counts(
     parts: tuple[Part, ...], lora_r: int, vision_passes: int, raw_recipe: Callable[..., dict[str, Any]]
 ) -> None:
-    """Of a whole step with pictures, texts and conversations: every product, forward and backward, and none else."""
+    """Of a whole step with images, texts and conversations: every product, forward and backward, and none else."""
     raw = raw_recipe(model__lora_r=lora_r, train__batch_size=24, train__micro_batch_size=24)
     recipe = build_recipe(raw, "test")
     model = build_model(recipe.model, recipe.text, frozen_dtype=torch.float32).train()
     trained = train_only(model, *parts)
     batch = MicroBatches(open_stream(recipe), open_tokens(recipe, model.config), rank=0, world_size=1)[0, 0].batch
-    assert len(batch.pixel_values) >= model._fewest_pictures()  # no black ones are added
+    assert len(batch.pixel_values) >= model._fewest_images()  # no black ones are added
     costs = without_kernels(step_costs(model.config, trained), model.config, vision_passes)
     assert costs.of(Work(*_work(batch))) == products(model, model_inputs(batch))
 

@@ -122,8 +122,8 @@ def test_a_skipped_position_is_a_token_nobody_attends_to(model: TinyGPTVForCondi
     assert not torch.allclose(model(**inputs).token_losses, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_some_rows_of_a_picture(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
-    """A prompt cut inside a picture keeps its first rows, and the next picture is not shifted."""
+def test_some_rows_of_a_image(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
+    """A prompt cut inside an image keeps its first rows, and the next image is not shifted."""
     inputs = packed([[IMAGE, IMAGE, 7, 8], [IMAGE, IMAGE, IMAGE, 9]])
     index = torch.tensor([0, 1, 3, 4, 5])
     cut = model(pixel_values=pixels, image_index=index, **inputs).token_losses
@@ -132,7 +132,7 @@ def test_some_rows_of_a_picture(model: TinyGPTVForConditionalGeneration, pixels:
 
 
 @pytest.mark.parametrize("always_run_vision", [False, True])
-def test_without_a_picture_projections_get_a_zero(
+def test_without_a_image_projections_get_a_zero(
     model: TinyGPTVForConditionalGeneration, always_run_vision: bool
 ) -> None:
     model.always_run_vision = always_run_vision
@@ -180,13 +180,13 @@ def test_generation_uses_the_cache_rightly(model: TinyGPTVForConditionalGenerati
         assert out[i, 6:].tolist() == ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("pictures", [1, 3])
-def test_pictures_without_places_are_no_silent_loss(
-    model: TinyGPTVForConditionalGeneration, pixels: Tensor, pictures: int
+@pytest.mark.parametrize("images", [1, 3])
+def test_images_without_places_are_no_silent_loss(
+    model: TinyGPTVForConditionalGeneration, pixels: Tensor, images: int
 ) -> None:
     ids = torch.tensor([[1, *[IMAGE] * QUERIES, 2, *[IMAGE] * QUERIES, 3]])
-    given = torch.cat([pixels, pixels])[:pictures]
-    with pytest.raises(ValueError, match=f"give {pictures * QUERIES} rows, but input_ids has {2 * QUERIES} places"):
+    given = torch.cat([pixels, pixels])[:images]
+    with pytest.raises(ValueError, match=f"give {images * QUERIES} rows, but input_ids has {2 * QUERIES} places"):
         model(ids, pixel_values=given)
 
 

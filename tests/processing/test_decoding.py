@@ -17,9 +17,9 @@ FLOWER = load_sample_images().images[1]
 SIDES = st.one_of(st.integers(1, 40), st.integers(1, 427))
 
 
-def encoded(picture: Image.Image, **options: object) -> bytes:
+def encoded(image: Image.Image, **options: object) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "JPEG", **options)
+    image.save(out, "JPEG", **options)
     return out.getvalue()
 
 
@@ -81,7 +81,7 @@ OTHERS = {
     "comment": with_stray_bytes(encoded(part(50, 40))),
     "bytes after the end": encoded(part(50, 40)) + b"more",
     "no end": encoded(part(50, 40))[:-2],
-    "two pictures": encoded(part(50, 40)) + encoded(part(20, 20)),
+    "two images": encoded(part(50, 40)) + encoded(part(20, 20)),
 }
 
 

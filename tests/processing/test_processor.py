@@ -30,15 +30,15 @@ def test_the_row_of_training(processor: TinyGPTVProcessor) -> None:
     rendered = Rendered(((QUESTION, "red"),))
     row = build_sequence(rendered, 1, processor.tokenizer, TEXT, IMAGE, lambda n: 0)
     prompt = prompt_text(rendered, 1, TEXT, lambda n: 0)
-    (picture,) = tiny.pictures(1)
-    inputs = processor([[picture]], [prompt], begin_token=True)
+    (image,) = tiny.encoded_images(1)
+    inputs = processor([[image]], [prompt], add_bos_token=True)
     assert inputs["input_ids"][0].tolist() == row.input_ids[row.labels == -100].tolist()
-    assert (inputs["pixel_values"].numpy() == to_pixels(picture, tiny.IMAGE_SIZE)[None]).all()
-    assert processor([[picture]], [prompt])["input_ids"].shape[1] == inputs["input_ids"].shape[1] - 1
+    assert (inputs["pixel_values"].numpy() == to_pixels(image, tiny.IMAGE_SIZE)[None]).all()
+    assert processor([[image]], [prompt])["input_ids"].shape[1] == inputs["input_ids"].shape[1] - 1
 
 
 def test_padding_stands_on_the_left(processor: TinyGPTVProcessor) -> None:
-    first, second = tiny.pictures(2)
+    first, second = tiny.encoded_images(2)
     prompts = [QUESTION, "the bus", QUESTION * 2]
     inputs = processor([[first], [], [second, first]], prompts)
     for number, prompt in enumerate(prompts):
@@ -46,16 +46,16 @@ def test_padding_stands_on_the_left(processor: TinyGPTVProcessor) -> None:
         assert mask.sort().values.equal(mask)
         alone = processor([[[first], [], [second, first]][number]], [prompt])
         assert inputs["input_ids"][number][mask.bool()].tolist() == alone["input_ids"][0].tolist()
-    expected = np.stack([to_pixels(picture, tiny.IMAGE_SIZE) for picture in (first, second, first)])
+    expected = np.stack([to_pixels(image, tiny.IMAGE_SIZE) for image in (first, second, first)])
     assert (inputs["pixel_values"].numpy() == expected).all()
     assert "pixel_values" not in processor([[]], ["the bus"])
 
 
-def test_pictures_must_match(processor: TinyGPTVProcessor) -> None:
+def test_images_must_match(processor: TinyGPTVProcessor) -> None:
     with pytest.raises(DataError, match="1 times"):
         processor([[]], [QUESTION])
     with pytest.raises(DataError, match="decoded"):
-        processor([[b"no picture"]], [QUESTION])
+        processor([[b"no image"]], [QUESTION])
 
 
 @pytest.mark.parametrize(
@@ -74,9 +74,9 @@ def test_answers_end_at_the_end_symbol(answer: str, stop: str, expected: str, pr
     assert processor.answers(torch.tensor([[*ids, end, end]], dtype=torch.long), stop) == [expected]
 
 
-def test_pictures_as_transformers_takes_them(processor: TinyGPTVProcessor, tmp_path: Path) -> None:
-    """One picture, a flat list and paths are dealt out by the placeholders."""
-    first, second = tiny.pictures(2)
+def test_images_as_transformers_takes_them(processor: TinyGPTVProcessor, tmp_path: Path) -> None:
+    """One image, a flat list and paths are dealt out by the placeholders."""
+    first, second = tiny.encoded_images(2)
     (tmp_path / "first.png").write_bytes(first)
     prompts = [QUESTION * 2, "the bus", QUESTION]
     nested = processor([[first, second], [], [first]], prompts)
@@ -85,9 +85,9 @@ def test_pictures_as_transformers_takes_them(processor: TinyGPTVProcessor, tmp_p
     assert all(nested[name].equal(flat[name]) for name in nested)
     alone = processor(tmp_path / "first.png", QUESTION)
     assert alone["pixel_values"].equal(nested["pixel_values"][:1])
-    with pytest.raises(DataError, match="hold 3 times <ImageHere>, but there are 2 pictures"):
+    with pytest.raises(DataError, match="hold 3 times <ImageHere>, but there are 2 images"):
         processor([first, second], prompts)
-    with pytest.raises(DataError, match="2 lists of pictures for 3 prompts"):
+    with pytest.raises(DataError, match="2 lists of images for 3 prompts"):
         processor([[first], [second]], prompts)
 
 
@@ -102,6 +102,6 @@ def test_saved_and_loaded(processor: TinyGPTVProcessor, tmp_path: Path) -> None:
     again = TinyGPTVProcessor.from_pretrained(tmp_path)
     for name in ("image_size", "num_query_tokens", "image_token_id", "prompt_template", "end_sym"):
         assert getattr(again, name) == getattr(processor, name)
-    (picture,) = tiny.pictures(1)
-    ours, theirs = processor(picture, QUESTION), again(picture, QUESTION)
+    (image,) = tiny.encoded_images(1)
+    ours, theirs = processor(image, QUESTION), again(image, QUESTION)
     assert all(ours[name].equal(theirs[name]) for name in ours)

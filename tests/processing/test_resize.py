@@ -15,7 +15,7 @@ SIZES = st.sampled_from([1, 14, 28, 84, 224, 448])
 BICUBIC = Image.Resampling.BICUBIC
 
 
-def picture(height: int, width: int, kind: str, seed: int) -> np.ndarray:
+def image(height: int, width: int, kind: str, seed: int) -> np.ndarray:
     """uint8 `[H, W, 3]`: "noise", or "edges", black and white, which overshoot most."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -40,7 +40,7 @@ def by_pillow(pixels: np.ndarray, size: int) -> np.ndarray:
 @settings(max_examples=150, deadline=None)
 @given(SIDES, SIDES, SIZES, st.sampled_from(["noise", "edges"]), st.integers(0, 99))
 def test_every_value_is_pillows(height: int, width: int, size: int, kind: str, seed: int) -> None:
-    pixels = picture(height, width, kind, seed)
+    pixels = image(height, width, kind, seed)
     ours = resize(packed(pixels), size)
     assert (ours.dtype, ours.shape, ours.flags.c_contiguous) == (np.uint8, (3, size, size), True)
     assert np.array_equal(ours, by_pillow(pixels, size))
@@ -52,14 +52,14 @@ def test_the_order_of_the_axes_is_pillow_13s(width: int) -> None:
     """Around the height from which on it goes along the height first."""
     turn = max(28, 28 + 2 * (width - 28))
     for height in (turn - 1, turn, turn + 1, turn + 2):
-        pixels = picture(height, width, "edges", height)
+        pixels = image(height, width, "edges", height)
         expected = np.asarray(Image.fromarray(pixels).resize((28, 28), BICUBIC)).transpose(2, 0, 1)
         assert np.array_equal(resize(packed(pixels), 28), expected)
 
 
 def test_the_order_of_the_axes_counts() -> None:
     """Otherwise the test above would pass with any."""
-    pixels = picture(100, 28 + 7, "edges", 0)
+    pixels = image(100, 28 + 7, "edges", 0)
     other = Image.fromarray(pixels).resize((28, 100), BICUBIC).resize((28, 28), BICUBIC)
     assert not np.array_equal(resize(packed(pixels), 28), np.asarray(other).transpose(2, 0, 1))
 

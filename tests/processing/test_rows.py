@@ -16,7 +16,7 @@ BOS = 0
 
 
 class Letters:
-    """A tokenizer whose tokens are characters; the begin token is written as \\0."""
+    """A tokenizer whose tokens are characters; the BOS token is written as \\0."""
 
     bos_token_id = BOS
 
@@ -35,13 +35,13 @@ def first(n: int) -> int:
 
 
 @settings(max_examples=200, deadline=None)
-@given(turns=TURNS, pictures=st.integers(0, 3), max_txt=st.integers(1, 60), max_context=st.integers(1, 60))
-def test_any_row(turns: list[tuple[str, str]], pictures: int, max_txt: int, max_context: int) -> None:
-    """One begin token, in front; targets are what stands there; positions rise; pictures come in order and whole."""
+@given(turns=TURNS, images=st.integers(0, 3), max_txt=st.integers(1, 60), max_context=st.integers(1, 60))
+def test_any_row(turns: list[tuple[str, str]], images: int, max_txt: int, max_context: int) -> None:
+    """One BOS token, in front; targets are what stands there; positions rise; images come in order and whole."""
     (question, answer), *later = turns
-    turns = [(IMAGE_PLACEHOLDER * pictures + question, answer), *later]
+    turns = [(IMAGE_PLACEHOLDER * images + question, answer), *later]
     text = TextSection(prompt_template="<{}>", end_sym="#", max_txt_len=max_txt, max_context_len=max_context)
-    row = build_sequence(Rendered(tuple(turns)), pictures, LETTERS, text, IMAGE, first)
+    row = build_sequence(Rendered(tuple(turns)), images, LETTERS, text, IMAGE, first)
     assert row.input_ids[0] == BOS and (row.input_ids[1:] != BOS).all()
     learnt = row.labels != IGNORE
     assert (row.labels[learnt] == row.input_ids[learnt]).all()
@@ -49,10 +49,10 @@ def test_any_row(turns: list[tuple[str, str]], pictures: int, max_txt: int, max_
     assert row.position_ids[0] == 0 and (np.diff(row.position_ids) >= 1).all()
     assert (row.input_ids[row.image_rows] == IMAGE.token_id).all()
     assert (row.image_index == np.arange((row.input_ids == IMAGE.token_id).sum())).all()
-    prompt = 1 + 2 + pictures * IMAGE.count + len(question)
-    prompt = min(prompt, 1 + max_context) if pictures else prompt
+    prompt = 1 + 2 + images * IMAGE.count + len(question)
+    prompt = min(prompt, 1 + max_context) if images else prompt
     assert row.position_ids[-1] < prompt + max_txt
-    # Skipped positions are the begin tokens of later questions within the length.
+    # Skipped positions are the BOS tokens of later questions within the length.
     spoken = "".join(chr(t) for t in row.labels[learnt])
     assert "".join(answer + "#" for _, answer in turns).startswith(spoken)
 
@@ -66,8 +66,8 @@ def test_a_conversation_letter_by_letter() -> None:
     assert "".join(chr(t) if t != IGNORE else "." for t in row.labels) == "....ab#...cd"
 
 
-def test_a_picture_cut_by_the_context_length() -> None:
-    """The rows that are left are the picture's first."""
+def test_a_image_cut_by_the_context_length() -> None:
+    """The rows that are left are the image's first."""
     text = TextSection(max_context_len=6, end_sym="#")
     row = build_sequence(Rendered(((f"ab{IMAGE_PLACEHOLDER}cd", "x"),)), 1, LETTERS, text, IMAGE, first)
     assert row.input_ids.tolist() == [BOS, *map(ord, "ab"), -1, -1, -1, -1, *map(ord, "x#")]
@@ -79,7 +79,7 @@ def test_a_picture_cut_by_the_context_length() -> None:
     assert "".join(map(chr, row.input_ids)) == "\0abcdefghx#"
 
 
-def test_a_bare_caption_is_its_picture_alone() -> None:
+def test_a_bare_caption_is_its_image_alone() -> None:
     row = build_sequence(Rendered(((None, "xy"),)), 1, LETTERS, TextSection(end_sym="\n"), IMAGE, first)
     assert row.input_ids.tolist() == [BOS, -1, -1, -1, -1, *map(ord, "xy\n")]
     assert row.labels.tolist() == [IGNORE] * 5 + [*map(ord, "xy\n")]
@@ -100,11 +100,11 @@ def test_braces_of_a_question_stay() -> None:
     assert wrap(None, "{}") == "{}"
 
 
-@pytest.mark.parametrize(("prompt", "pictures"), [("no place", 1), (IMAGE_PLACEHOLDER, 0), (IMAGE_PLACEHOLDER, 2)])
-def test_placeholders_must_match(prompt: str, pictures: int) -> None:
+@pytest.mark.parametrize(("prompt", "images"), [("no place", 1), (IMAGE_PLACEHOLDER, 0), (IMAGE_PLACEHOLDER, 2)])
+def test_placeholders_must_match(prompt: str, images: int) -> None:
     found = prompt.count(IMAGE_PLACEHOLDER)
-    with pytest.raises(DataError, match=rf"holds {found} times {IMAGE_PLACEHOLDER}, but there are {pictures} picture"):
-        prompt_ids(LETTERS, prompt, pictures, IMAGE)
+    with pytest.raises(DataError, match=rf"holds {found} times {IMAGE_PLACEHOLDER}, but there are {images} image"):
+        prompt_ids(LETTERS, prompt, images, IMAGE)
 
 
 def test_empty_texts_have_no_tokens() -> None:

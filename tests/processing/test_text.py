@@ -41,7 +41,7 @@ def test_clean_caption_twice_is_once(text: str) -> None:
 
 
 def test_prompts_are_usable() -> None:
-    """Every entry has at most one slot, the stage-3 prompts one picture each, and no spaces got lost in YAML."""
+    """Every entry has at most one slot, the stage-3 prompts one image each, and no spaces got lost in YAML."""
     pools = load_prompts().pools
     assert {name: len(entries) for name, entries in pools.items()} == {
         "vqa": 2,
@@ -70,7 +70,7 @@ def test_caption_is_cleaned_unless_the_record_or_the_caller_says_no() -> None:
     assert render({"caption": "A."}, 1, last, clean=False).turns == ((None, "A."),)
 
 
-def test_single_turn_with_picture_and_without() -> None:
+def test_single_turn_with_image_and_without() -> None:
     record = {"pool": "vqa", "text": "IS {} it?", "answer": "Yes.", "clean": ["text", "answer"]}
     first = render(record, 1, lambda n: 0)
     assert first.turns == (("<Img><ImageHere></Img> [vqa] is {} it? ", "yes"),)
@@ -101,7 +101,7 @@ def test_conversation_wraps_the_first_question_only() -> None:
     assert cleaned == ((f"{IMAGE_TAG} q1 ", "a1"), ("q2 ", "a2"))
 
 
-def test_several_pictures() -> None:
+def test_several_images() -> None:
     record = {"pool": None, "text": "which?", "answer": "both"}
     assert render(record, 2, last).turns == ((f"{IMAGE_TAG}{IMAGE_TAG} which? ", "both"),)
     record = {"pool": None, "text": f"{IMAGE_TAG} or {IMAGE_TAG}?", "answer": "both", "raw": True}
@@ -118,7 +118,7 @@ def test_several_pictures() -> None:
         ({"text": {"a": 1}, "answer": "x"}, "'text' must be a list, not dict"),
         ({"text": "a", "answer": "x", "clean": ["anser"]}, "not 'anser'"),
         ({"text": "a", "answer": "x", "clean": "text"}, "'clean' must be a list"),
-        ({"text": f"{IMAGE_PLACEHOLDER}?", "answer": "x"}, "2 times '<ImageHere>', but the sample has 1 picture"),
+        ({"text": f"{IMAGE_PLACEHOLDER}?", "answer": "x"}, "2 times '<ImageHere>', but the sample has 1 image"),
         ({"text": "a", "answer": "x", "raw": True}, "0 times"),
         ({"conversation": []}, "'conversation' is empty"),
         ({"conversation": [["q", None]]}, "no answered question"),

@@ -19,7 +19,7 @@ RAW = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven questions, of which the second batch of two has no picture at all."""
+    """Seven questions, of which the second batch of two has no image at all."""
     made = tiny.samples("vqa", 7)
     made[2:4] = tiny.samples("text", 4)[2:]
     return tiny.write_shards(tmp_path_factory.mktemp("held_out") / "vqa", made)
@@ -66,9 +66,9 @@ def test_files_are_checked_before_anything_loads(recipe_file: Callable[..., Path
         parse_job(["--run-dir", str(tmp_path / "run")], recipe_file(evaluation=section))
 
 
-def test_an_unreadable_picture_stops_before_the_first_step(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_unreadable_image_stops_before_the_first_step(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     root = benchmark_files.all_of_vqa(tmp_path / "root")
-    (root / "gqa/gqa_images/n1.jpg").write_bytes(b"no picture")
+    (root / "gqa/gqa_images/n1.jpg").write_bytes(b"no image")
     recipe = recipe_file(evaluation={"benchmarks": [{"kind": "gqa", "root": str(root)}], "batch_size": 1})
     run = forked.ended(recipe, tmp_path / "run", code=2, ranks=2)
     assert "gqa, question 201: " in run.output and "step 1/" not in run.output

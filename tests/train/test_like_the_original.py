@@ -57,7 +57,7 @@ def test_the_loss_of_a_step(reduction: str) -> None:
 
 
 def prompts_by_step(raw: dict[str, Any], tmp_path: Path) -> list[set[tuple[int, ...]]]:
-    """What stands before the answers of each step, begin token and picture included."""
+    """What stands before the answers of each step, BOS token and image included."""
     recipe = build_recipe(raw, "test")
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
     tokens = Tokens(tokenizer, recipe.text, ImageTokens(len(tokenizer) + 4, tiny.QUERIES), tiny.IMAGE_SIZE)
@@ -105,7 +105,7 @@ def test_the_prompts_of_stage_3_are_the_published_ones() -> None:
     assert list(load_prompts()["stage3"]) == [
         f"{IMAGE_TAG} Describe this image in detail.",
         f"{IMAGE_TAG} Take a look at this image and describe what you notice.",
-        f"{IMAGE_TAG} Please provide a detailed description of the picture.",
+        f"{IMAGE_TAG} Please provide a detailed description of the image.",
         f"{IMAGE_TAG} Could you describe the contents of this image for me?",
     ]
 
@@ -131,7 +131,7 @@ def test_stage_4_rises_as_published_and_says_so(
 
 
 def test_inputs_on_which_the_original_raises(weights: Path) -> None:
-    """Pictures at either end of a prompt, turns without a template: all are rows like any other."""
+    """Images at either end of a prompt, turns without a template: all are rows like any other."""
     tokenizer = AutoTokenizer.from_pretrained(weights / "phi")
     image = ImageTokens(len(tokenizer) + 4, tiny.QUERIES)
     for prompt in (IMAGE_PLACEHOLDER, f"{IMAGE_PLACEHOLDER} what ?", f"what ? {IMAGE_PLACEHOLDER}"):
@@ -140,7 +140,7 @@ def test_inputs_on_which_the_original_raises(weights: Path) -> None:
     turns = Rendered(((f"{IMAGE_PLACEHOLDER} what ?", "a"), ("where ?", "b")))
     row = build_sequence(turns, 1, tokenizer, TextSection(prompt_template=None), image, lambda _: 0)
     assert (row.labels != -100).sum() > 0
-    # A template but no instruction: the picture alone is the prompt.
+    # A template but no instruction: the image alone is the prompt.
     bare = build_sequence(
         Rendered(((None, "a"),)), 1, tokenizer, TextSection(prompt_template="[INST] {} [/INST]"), image, lambda _: 0
     )

@@ -151,7 +151,7 @@ def chosen(raw: dict[str, Any], count: int) -> list[Shown]:
 
 def test_the_panel_takes_datasets_by_turns(raw_recipe: Callable[..., dict[str, Any]]) -> None:
     panel = chosen(raw_recipe(), 6)
-    assert [shown.sample.pictures for shown in panel] == [1, 0, 1, 2, 1, 0]  # vqa, text, chat, pair, vqa, text
+    assert [shown.sample.images for shown in panel] == [1, 0, 1, 2, 1, 0]  # vqa, text, chat, pair, vqa, text
     assert [shown.prompt.count("<ImageHere>") for shown in panel] == [1, 0, 1, 2, 1, 0]
     assert all(shown.prompt.startswith("[INST] ") and shown.truth for shown in panel)
     again = chosen(raw_recipe(), 6)

@@ -73,7 +73,7 @@ def test_the_newest_is_taken(job: MakeJob) -> None:
 
 
 def test_none_is_taken_where_none_is_whole(job: MakeJob) -> None:
-    """Beginning anew over what could not be read would hide that weeks are lost."""
+    """Beginning again over what could not be read would hide that weeks are lost."""
     (write(job(), 1) / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoint\(s\) in .* is whole"):
         chosen(job())

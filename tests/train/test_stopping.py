@@ -1,4 +1,4 @@
-"""What a run is stopped by beside a signal of its own, and a console that is gone by the time it says so."""
+"""What a run is stopped by next to a signal of its own, and a console that is gone by the time it says so."""
 
 import os
 import signal

@@ -49,7 +49,7 @@ def add(sums: Sums, step: int, batch: SimpleNamespace, losses: list[float], skip
 
 
 def test_sums_are_means_over_tokens() -> None:
-    """A dataset's loss is the mean over its target tokens, the total that over all; reading starts anew."""
+    """A dataset's loss is the mean over its target tokens, the total that over all; reading starts again."""
     sums = Sums(engine(), ["a", "b", "c"])
     first = micro([3, 2], [0, 1, 3], [0, 0, 1], [ref(0, "a"), ref(1, "b")])
     add(sums, 4, first, [1.0, 2.0, 7.0])
@@ -62,7 +62,7 @@ def test_sums_are_means_over_tokens() -> None:
     assert totals.steps[2][0] == 6 and math.isnan(totals.steps[2][1]) and totals.steps[2][2] == 0
     assert totals.samples == {"a": 2, "b": 1, "c": 0}
     assert totals.skipped == {"corrupt_image": 1, "too_long": 2}
-    assert totals.work == Work(tokens=10, squares=9 + 4 + 16 + 1, targets=4, pictures=3)
+    assert totals.work == Work(tokens=10, squares=9 + 4 + 16 + 1, targets=4, images=3)
     assert totals.ranks == [RankTimes(0.5, 0.25)]
     (left, right) = totals.recent[0].sample_losses()
     assert left == (ref(0, "a"), 3.0, 2) and right == (ref(1, "b"), 7.0, 1)
@@ -77,14 +77,14 @@ def test_ranks_are_told_apart() -> None:
 
 
 def totals(ranks: list[RankTimes]) -> Totals:
-    work = Work(tokens=1000, squares=20_000, targets=300, pictures=8)
+    work = Work(tokens=1000, squares=20_000, targets=300, images=8)
     steps = [(0, 2.0, 150), (1, 2.0, 150)]
     return Totals(2.0, {"a": 2.0}, steps, {"a": 12, "b": 4}, {"too_long": 3}, work, ranks, [])
 
 
 def test_rates() -> None:
     ranks = [RankTimes(0.1, 1.0), RankTimes(1.5, 0.9)]
-    costs = Costs(token=1e9, square=1e6, target=2e9, picture=1e11)
+    costs = Costs(token=1e9, square=1e6, target=2e9, image=1e11)
     found = rates(totals(ranks), 4.0, costs, peak=1e12)
     operations = 1e12 + 2e10 + 6e11 + 8e11
     assert found == pytest.approx(

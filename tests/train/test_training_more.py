@@ -86,7 +86,7 @@ def test_rates_by_part(built: Callable[..., Any]) -> None:
 
 
 def test_text_alone_gives_every_part_a_gradient_of_zero(built: Callable[..., Any]) -> None:
-    """Without it, ZeRO-2 fails and ZeRO-3 hangs where another rank has a picture."""
+    """Without it, ZeRO-2 fails and ZeRO-3 hangs where another rank has an image."""
     recipe, model = built("projections", "norms", "lora", "qformer", "vit", data__only=["text"])
     model.always_run_vision = True
     output = model.train()(**inputs(recipe, model))
@@ -129,9 +129,9 @@ def test_the_result_holds_all_that_learnt_and_goes_on(built: Callable[..., Any],
 
     recipe, model = built("projections", model__init_from=str(tmp_path / "first"))
     assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
-    model.beside_base |= frozen_learnt(model)  # as the engine does
+    model.frozen_updates |= frozen_learnt(model)  # as the engine does
     trained = {name: p.detach() * 2 for name, p in model.named_parameters() if p.requires_grad}
-    save_trained(model.beside_base | trained, model.config, tmp_path / "second/model", provenance_of(recipe))
+    save_trained(model.frozen_updates | trained, model.config, tmp_path / "second/model", provenance_of(recipe))
     found = resolve(tmp_path / "second").weights()
     for name, value in values.items():
         assert torch.equal(found[name].read(), 2 * value if projections(name) else value), name

@@ -64,11 +64,11 @@ def test_phi_of_the_first_remote_code_in_transformers(tmp_path: Path, values: di
 
 
 def test_phi_from_one_file(tmp_path: Path, values: dict[str, Tensor]) -> None:
-    """Its config.json is looked for beside it."""
+    """Its config.json is looked for next to it."""
     source = save_phi(tmp_path / "phi", phi_state(values, "split")) / "model.safetensors"
     assert_same(load_file(convert(source, tmp_path / "out") / "model.safetensors"), phi_state(values, "fused"))
     (tmp_path / "phi/config.json").unlink()
-    with pytest.raises(WeightsError, match=r"config\.json: .*belongs to the weights beside it"):
+    with pytest.raises(WeightsError, match=r"config\.json: .*belongs to the weights next to it"):
         convert(source, tmp_path / "again")
 
 
@@ -105,7 +105,7 @@ def test_eva_vit(tmp_path: Path, values: dict[str, Tensor]) -> None:
     larger = load_file(convert(tmp_path / "eva_vit_g.pth", tmp_path / "larger", "--image-size", "56"))
     assert torch.equal(larger.pop("pos_embed"), interpolate_pos_embed(used.pop("pos_embed"), 16))
     assert_same(larger, used)
-    with pytest.raises(WeightsError, match="patches of 14 pixels do not tile a picture of 30"):
+    with pytest.raises(WeightsError, match="patches of 14 pixels do not tile an image of 30"):
         convert(tmp_path / "eva_vit_g.pth", tmp_path / "x", "--image-size", "30")
 
 
@@ -173,7 +173,7 @@ def test_an_interrupted_conversion_leaves_nothing(
 def test_half_a_file_is_refused(tmp_path: Path, values: dict[str, Tensor]) -> None:
     state = phi_state(values, "split")
     state.pop("model.layers.1.self_attn.k_proj.weight")
-    with pytest.raises(WeightsError, match=r"k_proj\.weight missing beside"):
+    with pytest.raises(WeightsError, match=r"k_proj\.weight missing next to"):
         convert(save_phi(tmp_path / "phi", state), tmp_path / "out")
     state = blip2_state(values)
     state.pop("Qformer.bert.encoder.layer.2.output_query.dense.bias")
@@ -189,7 +189,7 @@ def test_sizes_are_those_of_the_configuration(tmp_path: Path, values: dict[str, 
     for name, wrong in changes.items():
         (folder / "config.json").write_text(json.dumps(PHI | {name: wrong}))
         with pytest.raises(
-            WeightsError, match=rf"config\.json: {name} is {wrong}, but the weights beside it .* {PHI[name]}"
+            WeightsError, match=rf"config\.json: {name} is {wrong}, but the weights next to it .* {PHI[name]}"
         ):
             convert(folder, tmp_path / "out")
     (folder / "config.json").write_text(json.dumps(PHI | {"num_attention_heads": 5}))

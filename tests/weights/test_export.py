@@ -228,7 +228,7 @@ def test_the_language_model_alone(
     tmp_path: Path,
     layout: str,
 ) -> None:
-    """Named as model.phi, with the projections beside, it is the whole model again, LoRA in its weights."""
+    """Named as model.phi, with the projections next to, it is the whole model again, LoRA in its weights."""
     out = export(run, tmp_path / "out", "--to", "phi", "--layout", layout, "--dtype", "fp32")
     names = load_file(out / "model.safetensors").keys()
     assert any("query_key_value" in name for name in names) is (layout == "fused")
@@ -241,7 +241,7 @@ def test_the_language_model_alone(
 
 
 def test_transformers_own_phi_takes_the_split_layout(run: Path, tmp_path: Path) -> None:
-    """All but the norm that it has not; the README beside says what that means."""
+    """All but the norm that it has not; the README next to says what that means."""
     out = export(run, tmp_path / "out", "--to", "phi", "--dtype", "fp32")
     _, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"]

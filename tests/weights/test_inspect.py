@@ -65,7 +65,7 @@ def test_a_file_of_the_original(tmp_path: Path, trained: dict[str, Tensor]) -> N
     assert report.stage == "2 or 3 or 4 (LoRA; what the three train is alike)"
     assert (report.lora_r, report.lora_targets) == (3, ["dense", "query_key_value"])
     assert (report.qformer, report.released, report.ignored) == (False, None, [BUFFER])
-    assert report.beside == ["optimizer", "epoch 3", "config"]
+    assert report.adjacent == ["optimizer", "epoch 3", "config"]
     assert set(report.parts) == {"llama_proj", "llama_proj2", "norms of Phi", "LoRA"}
     assert_whole(report, len(trained))
 

@@ -105,7 +105,7 @@ def test_stage_1_to_2(
     """Without LoRA in the file the model gets its own, which changes nothing yet, and says so."""
     without = {name: tensor for name, tensor in trained.items() if not lora(name)}
     save_trained(without, tiny_config(lora_r=0), tmp_path / "run/model", {"stage": 1})
-    section = base(lora_r=3, init_from=str(tmp_path / "run"), fresh_parts=["lora"])
+    section = base(lora_r=3, init_from=str(tmp_path / "run"), allow_missing=["lora"])
     with caplog.at_level(logging.INFO, logger="tinygptv_ds"):
         model = build_model(section, TextSection(), frozen_dtype=torch.float32)
     assert_loaded(model, without)
@@ -123,8 +123,8 @@ def test_v0_q_former(base: Callable[..., ModelSection], tmp_path: Path, values: 
     section = base(lora_r=3, init_from=str(tmp_path / "stage4.pth"))
     model = build_model(section, TextSection(), frozen_dtype=torch.float32)
     assert_loaded(model, trained | qformer)
-    assert model.beside_base.keys() == qformer.keys()
-    assert all(torch.equal(model.beside_base[name], tensor) for name, tensor in qformer.items())
+    assert model.frozen_updates.keys() == qformer.keys()
+    assert all(torch.equal(model.frozen_updates[name], tensor) for name, tensor in qformer.items())
 
 
 SPELLINGS = {
@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("part", "named"),
     [
-        ("lora", r"holds no LoRA: it is of stage 1, .* --set 'model\.fresh_parts=\[lora\]'"),
+        ("lora", r"holds no LoRA: it is of stage 1, .* --set 'model\.allow_missing=\[lora\]'"),
         ("norms", r"holds no trained norms, without which Phi answers 'the the the'"),
         ("llama_proj2", "holds no second projection"),
     ],
@@ -289,7 +289,7 @@ def test_an_unfinished_run_is_refused(tmp_path: Path, fresh: Callable) -> None:
         load_trained(fresh(), tmp_path / "nowhere")
 
 
-def test_a_damaged_recipe_beside_a_checkpoint_is_named(tmp_path: Path, trained: dict, fresh: Callable) -> None:
+def test_a_damaged_adjacent_recipe_a_checkpoint_is_named(tmp_path: Path, trained: dict, fresh: Callable) -> None:
     """It would tell what else belongs to the model."""
     folder = tmp_path / "checkpoints/step-00000001"
     folder.mkdir(parents=True)

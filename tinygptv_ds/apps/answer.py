@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tinygptv_ds.apps.answer_files import Answered
-from tinygptv_ds.apps.question_file import Line, QuestionFile, read_pictures
+from tinygptv_ds.apps.question_file import Line, QuestionFile, read_images
 from tinygptv_ds.distributed import Ranks, ranks_from_env, together, wait_for_all
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.files import sha256
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
     from tinygptv_ds.processing.processor import TinyGPTVProcessor
 
-_READERS = 4  # threads that read, fetch and decode pictures meanwhile
+_READERS = 4  # threads that read, fetch and decode images meanwhile
 _SHOWN = 5
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -44,7 +44,7 @@ class Work:
         template: the words around a question.
         generation: settings.
         batch_size: questions at once.
-        allow_private: fetch pictures from private addresses.
+        allow_private: fetch images from private addresses.
     """
 
     model: TinyGPTVForConditionalGeneration
@@ -84,11 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="the same lines, each with its answer or an error"
     )
-    group.add_argument("--image-root", type=Path, metavar="DIR", help="where pictures lie (default: beside the input)")
+    group.add_argument("--image-root", type=Path, metavar="DIR", help="where images lie (default: next to the input)")
     group.add_argument("--answer-field", default="answer", metavar="NAME", help="(default: %(default)s)")
     group.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at once (default: 8)")
     group.add_argument("--strict", action="store_true", help="end at the first line that cannot be answered")
-    group.add_argument("--allow-private", action="store_true", help="fetch pictures from private addresses, too")
+    group.add_argument("--allow-private", action="store_true", help="fetch images from private addresses, too")
     add_generation_arguments(parser)
 
 
@@ -146,7 +146,7 @@ def _job(args: argparse.Namespace, generation: Generation) -> dict[str, Any]:
     path = args.model.resolve()
     folder = path / "model" if (path / "model").is_dir() else path  # of a run
     files = [path] if path.is_file() else sorted(file for kind in _WEIGHTS for file in folder.glob(f"*{kind}"))
-    options = ("bits", "quantize_vision", "dtype", "device", "merge_lora", "template", "begin_token", "set")
+    options = ("bits", "quantize_vision", "dtype", "device", "merge_lora", "template", "add_bos_token", "set")
     return {
         "input": sha256(args.input),
         "model": str(path),
@@ -222,20 +222,20 @@ def _batches(lines: Sequence[Line], work: Work) -> Iterator[list[Asked]]:
 
 
 def _ready(line: Line, work: Work) -> Asked:
-    """Read and decode the pictures and word the prompt; what is wrong with the line is kept with it."""
+    """Read and decode the images and word the prompt; what is wrong with the line is kept with it."""
     from tinygptv_ds.generate.generate import prompt_row
     from tinygptv_ds.processing.image import to_pixels
 
     try:
         if line.problem:
             raise DataError(line.problem)
-        encoded = read_pictures(line, allow_private=work.allow_private)
+        encoded = read_images(line, allow_private=work.allow_private)
         pixels = []
-        for number, picture in enumerate(encoded, 1):
+        for number, image in enumerate(encoded, 1):
             try:
-                pixels.append(to_pixels(picture, work.processor.image_size))
+                pixels.append(to_pixels(image, work.processor.image_size))
             except DataError as error:
-                raise DataError(f"picture {number} of {len(encoded)}: {error}") from None
+                raise DataError(f"image {number} of {len(encoded)}: {error}") from None
         prompt = _prompt(line, pixels, work.template)
         prompt_row(work.model, work.processor, prompt, len(pixels), work.generation.max_new_tokens)
     except DataError as error:
@@ -243,9 +243,9 @@ def _ready(line: Line, work: Work) -> Asked:
     return Asked(line, prompt, pixels)
 
 
-def _prompt(line: Line, pictures: Sequence, template: Template) -> Prompt:
+def _prompt(line: Line, images: Sequence, template: Template) -> Prompt:
     talk = Conversation(template)
-    waiting = pictures
+    waiting = images
     for question, answer in line.history:
         talk.ask(question, waiting)
         talk.answered(answer)

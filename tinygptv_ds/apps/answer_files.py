@@ -46,7 +46,7 @@ class Answered:
         if differing:
             raise ConfigError(
                 f"{self.folder} holds answers of a job that differs in {', '.join(differing)}; repeat that job's "
-                "command to go on, remove the folder to begin anew, or choose another --output"
+                "command to go on, remove the folder to begin again, or choose another --output"
             )
 
     def done(self) -> set[int]:

@@ -1,4 +1,4 @@
-"""`python -m tinygptv_ds chat MODEL`: a conversation about pictures in the terminal."""
+"""`python -m tinygptv_ds chat MODEL`: a conversation about images in the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tinygptv_ds.apps.fetch_image import fetch_picture, is_url
+from tinygptv_ds.apps.fetch_image import fetch_image, is_url
 from tinygptv_ds.errors import DataError, TinyGPTVError
 from tinygptv_ds.files import cache_home
 from tinygptv_ds.generate.model_args import add_model_arguments, check_model_arguments, load_from
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from tinygptv_ds.processing.processor import TinyGPTVProcessor
 
 _HELP = """\
-/image PATH|URL   a picture for the next question; further ones may follow
-/reset            forget the conversation and its pictures
+/image PATH|URL   an image for the next question; further ones may follow
+/reset            forget the conversation and its images
 /prompt           the last prompt to the letter, and how long it is
 /help             this list
 /quit             leave (or Ctrl-D; Ctrl-C ends an answer)
@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Questions may also be piped in, one a line, with the same commands (/help)."
     add_model_arguments(parser)
     parser.add_argument(
-        "--image", action="append", default=[], metavar="PATH|URL", help="a picture to begin with (repeatable)"
+        "--image", action="append", default=[], metavar="PATH|URL", help="an image to begin with (repeatable)"
     )
-    parser.add_argument("--allow-private", action="store_true", help="fetch pictures from private addresses, too")
+    parser.add_argument("--allow-private", action="store_true", help="fetch images from private addresses, too")
     add_generation_arguments(parser)
 
 
@@ -48,34 +48,34 @@ def run(args: argparse.Namespace) -> None:
     """Load, then ask and answer until the input ends."""
     check_model_arguments(args)
     generation = generation_from(args)
-    pictures = [open_picture(source, args.allow_private) for source in args.image]
+    images = [load_image(source, args.allow_private) for source in args.image]
     model, processor, template = load_from(args)
     dtype = str(model.dtype).removeprefix("torch.")
     about = f"{args.bits} bit, {dtype}" if args.bits < 16 else dtype
     print(f"{args.model}: {about} on {model.device}, template {template.name}; /help", file=sys.stderr, flush=True)
-    chat = Chat(model, processor, Conversation(template), generation, args.show_prompt, args.allow_private, pictures)
+    chat = Chat(model, processor, Conversation(template), generation, args.show_prompt, args.allow_private, images)
     for line in _typed() if sys.stdin.isatty() else sys.stdin:
         if not chat.take(line):
             return
 
 
-def open_picture(source: str, allow_private: bool = False) -> Image.Image:
-    """A picture by path or URL, decoded to RGB.
+def load_image(source: str, allow_private: bool = False) -> Image.Image:
+    """An image by path or URL, decoded to RGB.
 
     Raises:
-        DataError: it is not there or no picture; says which.
+        DataError: it is not there or no image; says which.
     """
     from tinygptv_ds.processing.image import open_image
 
     if is_url(source):
-        encoded = fetch_picture(source, allow_private=allow_private)
+        encoded = fetch_image(source, allow_private=allow_private)
         try:
             return open_image(encoded)
         except DataError as error:
             raise DataError(f"{source}: {error}") from None
     path = Path(source).expanduser()
     if not path.is_file():
-        raise DataError(f"{source}: no such picture; correct the path")
+        raise DataError(f"{source}: no such image; correct the path")
     return open_image(path)
 
 
@@ -89,8 +89,8 @@ class Chat:
         conversation: what has been said.
         generation: settings.
         show_prompt: print every prompt before its answer.
-        allow_private: fetch pictures from private addresses.
-        waiting: pictures for the next question.
+        allow_private: fetch images from private addresses.
+        waiting: images for the next question.
         prompt: the last one.
     """
 
@@ -108,7 +108,7 @@ class Chat:
         line = line.strip()
         word, _, rest = line.partition(" ")
         commands: dict[str, Callable[[], object]] = {
-            "/image": lambda: self._add_picture(rest.strip()),
+            "/image": lambda: self._add_image(rest.strip()),
             "/reset": self._reset,
             "/prompt": self._print_prompt,
             "/help": lambda: print(_HELP),
@@ -130,12 +130,12 @@ class Chat:
         sys.stdout.flush()
         return True
 
-    def _add_picture(self, source: str) -> None:
+    def _add_image(self, source: str) -> None:
         if not source:
             raise DataError("/image wants a path or a URL")
-        picture = open_picture(source, self.allow_private)
-        self.waiting.append(picture)
-        print(f"({source}: {picture.width} x {picture.height} pixels, goes with the next question)")
+        image = load_image(source, self.allow_private)
+        self.waiting.append(image)
+        print(f"({source}: {image.width} x {image.height} pixels, goes with the next question)")
 
     def _reset(self) -> None:
         self.conversation = Conversation(self.conversation.template)
@@ -147,7 +147,7 @@ class Chat:
             raise DataError("nothing has been asked yet")
         from tinygptv_ds.generate.generate import describe
 
-        print(describe(self.prompt, self.processor, len(self.conversation.pictures)))
+        print(describe(self.prompt, self.processor, len(self.conversation.images)))
 
     def _answer(self, question: str) -> None:
         from tinygptv_ds.generate.generate import stream
@@ -159,7 +159,7 @@ class Chat:
         seed = self.generation.seed  # with one seed for all turns, every turn would draw alike
         turn = self.generation if seed is None else replace(self.generation, seed=seed + len(talk.turns) - 1)
         try:
-            answer = stream(self.model, self.processor, self.prompt, talk.pictures, turn)
+            answer = stream(self.model, self.processor, self.prompt, talk.images, turn)
         except BaseException:
             talk.take_back()
             raise

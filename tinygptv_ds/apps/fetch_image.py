@@ -1,4 +1,4 @@
-"""Pictures from the web that somebody else's question names: no private address, no endless or huge download. No torch.
+"""Images from the web that somebody else's question names: no private address, no endless or huge download. No torch.
 
 The address that was checked is the one that is connected to, so that a name cannot point elsewhere a moment later. No
 proxy is used, since behind one nobody here knows what is connected to.
@@ -26,10 +26,10 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses inside IPv6 ones
 _SAFE = "%/:=&?~+!$,;'@()*[]"  # of a path and a query
 
 
-def fetch_picture(
+def fetch_image(
     url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, allow_private: bool = False
 ) -> bytes:
-    """The bytes behind a URL; whether they are a picture shows when they are decoded (processing/images.py).
+    """The bytes behind a URL; whether they are an image shows when they are decoded (processing/images.py).
 
     Args:
         url: http or https.
@@ -72,7 +72,7 @@ def checked_url(url: str) -> SplitResult:
     except ValueError as error:
         raise DataError(f"{shown(url)}: no URL: {error}") from None
     if parts.scheme not in _PORTS or not host:
-        raise DataError(f"{shown(url)}: a picture's URL begins with http:// or https:// and names a host")
+        raise DataError(f"{shown(url)}: an image's URL begins with http:// or https:// and names a host")
     if any(ord(character) < 33 or ord(character) == 127 for character in url):
         raise DataError(f"{shown(url)}: a URL holds no white space; write %20")
     return parts

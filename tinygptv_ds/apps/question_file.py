@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinygptv_ds.apps.fetch_image import checked_url, fetch_picture, is_url
+from tinygptv_ds.apps.fetch_image import checked_url, fetch_image, is_url
 from tinygptv_ds.data.shards.index import load_index
 from tinygptv_ds.data.shards.reader import ShardReader
 from tinygptv_ds.errors import DataError
 
-_ENCODED_LIMIT = 1_000_000_000  # bytes of a picture's file; larger ones are none
+_ENCODED_LIMIT = 1_000_000_000  # bytes of an image's file; larger ones are none
 
 
 @dataclass(frozen=True)
 class InShard:
-    """All pictures of one sample: the tar, the sample's key, and which one of the tar it is."""
+    """All images of one sample: the tar, the sample's key, and which one of the tar it is."""
 
     tar: Path
     key: str
@@ -41,8 +41,8 @@ class Line:
         where: file and line, for messages.
         fields: all of its fields.
         question: what is asked now.
-        history: earlier questions and answers; the pictures belong to the first.
-        pictures: files, URLs, and places in shards, in order.
+        history: earlier questions and answers; the images belong to the first.
+        images: files, URLs, and places in shards, in order.
         problem: why it cannot be answered; "" if nothing is known against it.
     """
 
@@ -51,21 +51,21 @@ class Line:
     fields: dict[str, Any]
     question: str = ""
     history: tuple[tuple[str, str], ...] = ()
-    pictures: tuple[Path | str | InShard, ...] = ()
+    images: tuple[Path | str | InShard, ...] = ()
     problem: str = ""
 
     @property
     def weight(self) -> tuple[int, int]:
         """Orders lines by how long their prompts are."""
-        return len(self.pictures), len(self.question) + sum(len(q) + len(a) for q, a in self.history)
+        return len(self.images), len(self.question) + sum(len(q) + len(a) for q, a in self.history)
 
 
 class QuestionFile:
-    """Reads lines and the pictures that they name.
+    """Reads lines and the images that they name.
 
     Args:
         path: JSON lines.
-        root: where pictures and shards lie; nothing outside it is read.
+        root: where images and shards lie; nothing outside it is read.
         reserved: fields that the answers will get, which a line must not have.
     """
 
@@ -108,12 +108,12 @@ class QuestionFile:
             if taken is not None:
                 raise DataError(f"has a field {taken!r}, which the answers get; rename it, or see --answer-field")
             history = _history(fields)
-            return Line(index, where, fields, _question(fields), history, tuple(self._pictures(fields)))
+            return Line(index, where, fields, _question(fields), history, tuple(self._images(fields)))
         except (DataError, ValueError, RecursionError) as error:
             why = str(error) if isinstance(error, DataError) else f"no JSON: {error}"
             return Line(index, where, fields, problem=why)
 
-    def _pictures(self, fields: dict[str, Any]) -> Iterator[Path | str | InShard]:
+    def _images(self, fields: dict[str, Any]) -> Iterator[Path | str | InShard]:
         if "image" in fields and "images" in fields:
             raise DataError("has both 'image' and 'images'; one of them is enough")
         given = fields.get("images", [fields["image"]] if fields.get("image") is not None else [])
@@ -123,12 +123,12 @@ class QuestionFile:
             if isinstance(source, dict):
                 yield self._in_shard(source)
             elif not isinstance(source, str) or not source:
-                raise DataError(f"a picture must be a path, a URL, or {{'shard': ..., 'key': ...}}, not {source!r}")
+                raise DataError(f"an image must be a path, a URL, or {{'shard': ..., 'key': ...}}, not {source!r}")
             elif is_url(source):
                 checked_url(source)
                 yield source
             else:
-                yield self._inside(source, "picture")
+                yield self._inside(source, "image")
 
     def _inside(self, name: str, what: str) -> Path:
         """A file below the root. Links that lie there may lead elsewhere; `..` and other folders may not."""
@@ -142,13 +142,13 @@ class QuestionFile:
     def _in_shard(self, source: dict[str, Any]) -> InShard:
         tar, key = source.get("shard"), source.get("key")
         if not isinstance(tar, str) or not isinstance(key, str) or len(source) > 2:
-            raise DataError(f"a picture in a shard is {{'shard': 'PATH.tar', 'key': 'KEY'}}, not {source!r}")
+            raise DataError(f"an image in a shard is {{'shard': 'PATH.tar', 'key': 'KEY'}}, not {source!r}")
         path = self._inside(tar, "shard")
         if path not in self._keys:
             index = load_index(path)
             self._keys[path] = {index.key(i): i for i in range(len(index)) if index.lengths[i, 0]}
         if key not in self._keys[path]:
-            raise DataError(f"{path} holds no sample {key!r} with a picture")
+            raise DataError(f"{path} holds no sample {key!r} with an image")
         return InShard(path, key, self._keys[path][key])
 
 
@@ -157,18 +157,18 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100
 
 
-def read_pictures(line: Line, *, allow_private: bool = False) -> list[bytes]:
-    """The encoded pictures of a line; errors name the one that is wrong.
+def read_images(line: Line, *, allow_private: bool = False) -> list[bytes]:
+    """The encoded images of a line; errors name the one that is wrong.
 
     Raises:
         DataError: one cannot be read or fetched.
     """
     found: list[bytes] = []
-    for source in line.pictures:
+    for source in line.images:
         if isinstance(source, InShard):
             found += ShardReader(max_open=1).read(source.tar, source.index).images  # threads cannot share one
         elif isinstance(source, str):
-            found.append(fetch_picture(source, allow_private=allow_private))
+            found.append(fetch_image(source, allow_private=allow_private))
         else:
             found.append(_read_file(source))
     return found

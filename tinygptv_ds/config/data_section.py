@@ -40,7 +40,7 @@ class DataSection:
         homogeneous: every step holds one dataset, drawn by weight; in the original each rank draws one for itself.
         validation: datasets for the validation loss and the panel of generated answers; empty: no validation loss,
             and the panel shows the training sets' first samples.
-        num_workers: loader processes per rank, whatever the number of datasets, and no more than the rank has cores;
+        num_workers: dataloader workers per rank, whatever the number of datasets, and no more than the rank has cores;
             0 loads in the training process.
         shuffle_shards: samples are shuffled within windows of this many shards.
         validation_share: of every training dataset, this share (the last samples of each shard) is kept from training
@@ -53,10 +53,10 @@ class DataSection:
         decoding: "exact" gives the original's pixels; "fast" decodes JPEGs of twice the input size or more at a
             part of theirs, which moves pixels by 1 to 3 of 255 on average. Training only: inference and evaluation are
             always exact.
-        read_timeout_seconds: a micro-batch that a loader process has not given after so long: the process counts as
-            hung, is killed and begun anew; more than the slowest fetch of a remote shard takes. 0: no limit.
+        read_timeout_seconds: a micro-batch that a dataloader worker has not given after so long: the process counts as
+            hung, is killed and begun again; more than the slowest fetch of a remote shard takes. 0: no limit.
         features: folder that `python -m tinygptv_ds features` wrote for these datasets: they are read from there, with
-            the outputs of ViT and Q-Former in place of pictures; None reads pictures.
+            the outputs of ViT and Q-Former in place of images; None reads images.
     """
 
     datasets: list[DatasetSection]

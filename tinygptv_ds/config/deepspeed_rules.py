@@ -145,6 +145,6 @@ def _check_offload(config: dict[str, Any], zero: dict[str, Any], source: str) ->
         raise ConfigError(f"{source}: zero_optimization.offload_optimizer.ratio needs stage 3, not {stage}")
     if optimizer.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise ConfigError(
-            f'{source}: beside zero_optimization.offload_optimizer write "zero_force_ds_cpu_optimizer": false: the '
+            f'{source}: next to zero_optimization.offload_optimizer write "zero_force_ds_cpu_optimizer": false: the '
             "optimizer here is torch's AdamW; DeepSpeed's own would be compiled at the first start"
         )

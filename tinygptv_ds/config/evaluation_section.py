@@ -57,7 +57,7 @@ class ScoredSection:
         template: "training" asks in the recipe's own template, "benchmark" in that of the published scripts, A, B and C
             in those of docs/inference.md; anything else is a template itself, with {} for the question. null: training
             for held-out shards, else benchmark.
-        begin_token: start prompts with the begin token, as training does; the published scripts do not.
+        add_bos_token: start prompts with the BOS token, as training does; the published scripts do not.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class ScoredSection:
     split: str | None = None
     name: str | None = None
     template: str | None = None
-    begin_token: bool = False
+    add_bos_token: bool = False
 
     def __post_init__(self) -> None:
         kinds = (*HELD_OUT, *SPLITS)

@@ -38,7 +38,7 @@ class ModelSection:
         qformer: `blip2_pretrained_flant5xxl.pth`, or a file of its names and other sizes.
         init_from: trained weights of an earlier stage (a run directory, its `model/`, or a `.pth` of the original);
             None: the projections start random.
-        fresh_parts: of llama_proj, llama_proj2, norms and lora, those that `init_from` may be without, and that then
+        allow_missing: of llama_proj, llama_proj2, norms and lora, those that `init_from` may be without, and that then
             start from their initial values; what is not listed must be there.
         image_size: side of the square input in pixels; position embeddings are interpolated to it.
         eva_vit_depth: blocks used of the ViT (the published file holds one more than is used).
@@ -62,7 +62,7 @@ class ModelSection:
     eva_vit: str
     qformer: str
     init_from: str | None = None
-    fresh_parts: list[str] = field(default_factory=list)
+    allow_missing: list[str] = field(default_factory=list)
     image_size: int = 224
     eva_vit_depth: int = 39
     eva_vit_heads: int = 16
@@ -82,8 +82,8 @@ class ModelSection:
         require(self.lora_r >= 0, "model.lora_r must be 0 (no LoRA) or a positive rank")
         require(0 <= self.lora_dropout < 1, "model.lora_dropout must lie in [0, 1)")
         parts = ("llama_proj", "llama_proj2", "norms", "lora")
-        odd = [part for part in self.fresh_parts if part not in parts]
-        require(not odd, f"model.fresh_parts: unknown {odd}; the parts that a stage trains are {', '.join(parts)}")
+        odd = [part for part in self.allow_missing if part not in parts]
+        require(not odd, f"model.allow_missing: unknown {odd}; the parts that a stage trains are {', '.join(parts)}")
         if self.train is not None:
             require(bool(self.train), "model.train is empty; null trains what the stage trains as published")
             _check_parts("model.train", self.train)
@@ -183,7 +183,7 @@ class TrainSection:
     Attributes:
         batch_size: samples of one optimizer step, over all ranks and accumulation steps.
         micro_batch_size: samples of one forward pass on one rank; null where `max_tokens` is given.
-        max_tokens: instead of it: as many samples as have about this many tokens together, picture rows included. A
+        max_tokens: instead of it: as many samples as have about this many tokens together, image rows included. A
             longer sample is left out and counted.
         cycles: runs in a row, each with a fresh optimizer and schedule, from the weights of the one before; samples go
             on. The published stage 1 was run 17 times.
@@ -193,7 +193,7 @@ class TrainSection:
             mean over each micro-batch.
         log_every: steps between log lines.
         sample_every: steps between panels of generated answers; 0: only at the end.
-        sample_count: pictures in a panel.
+        sample_count: images in a panel.
         validate_every: steps between validation losses, on `data.validation` or what `data.validation_share` holds
             back; 0: only at the end.
         validation_samples: samples of each dataset that they are measured on, the same each time.
@@ -320,7 +320,7 @@ class Recipe:
         require(
             not limit or read < limit,
             f"data.read_timeout_seconds ({read:g}) must lie below train.step_minutes ({limit:g} s), so that a loader "
-            "process that hangs is begun anew before the run ends",
+            "process that hangs is begun again before the run ends",
         )
         steps, o = self.train.steps_per_cycle, self.optimizer
         require(

@@ -63,7 +63,7 @@ def table(rows: Sequence[Row], ranks: int, backend: str) -> Iterator[Finding]:
     yield Finding(
         "a ZeRO-2 step",
         f"{GRADIENTS_MB} MB of gradients (45.3 M parameters, fp32) are added up once a micro-batch: {seconds:.2f} s, "
-        "beside the backward pass where overlap_comm is on; gathering the new weights sends half as much, once a step",
+        "next to the backward pass where overlap_comm is on; gathering the new weights sends half as much, once a step",
         "slower than a link of 10 Gbit/s: see the interface above and NCCL_DEBUG=INFO; else fewer, larger micro-batches"
         if slow
         else None,

@@ -196,8 +196,8 @@ def launcher() -> Finding:
     on_path = shutil.which("deepspeed")
     if on_path:
         return Finding("launcher", on_path)
-    beside = Path(sys.executable).parent / "deepspeed"
-    remedy = f"export PATH={beside.parent}:$PATH" if beside.is_file() else SETUP
+    adjacent = Path(sys.executable).parent / "deepspeed"
+    remedy = f"export PATH={adjacent.parent}:$PATH" if adjacent.is_file() else SETUP
     return Finding("launcher", "deepspeed is not on PATH", remedy, blocks=True)
 
 

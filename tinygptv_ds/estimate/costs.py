@@ -22,12 +22,12 @@ class MeanSample:
     """What a sample holds on average.
 
     Attributes:
-        pictures: how many.
-        tokens: rows in Phi, those of pictures included.
+        images: how many.
+        tokens: rows in Phi, those of images included.
         targets: of them, those that are learnt.
     """
 
-    pictures: float
+    images: float
     tokens: float
     targets: float
 
@@ -63,7 +63,7 @@ def sample_operations(
         from_features: the outputs of ViT and Q-Former are read, not computed.
     """
     learns = {part: part in trained for part in _UPSTREAM}
-    pictures = 0.0 if from_features else sample.pictures
+    images = 0.0 if from_features else sample.images
     before_projections = learns["vit"] or learns["qformer"]
     before_phi = before_projections or learns["projections"]
     into_phi = before_phi or learns["llm"] or learns["norms"] or learns["lora"]
@@ -73,11 +73,9 @@ def sample_operations(
     head = 2 * sample.targets * sizes.phi.width * sizes.vocabulary
     blocks = _counted(sizes.phi.layers * linear, into_phi, learns["llm"], sizes.phi.layers * attention)
     return {
-        "vit": _scaled(_vit(sizes, learns["vit"]), pictures),
-        "qformer": _scaled(_qformer(sizes, learns["vit"], learns["qformer"]), pictures),
-        "projections": _scaled(
-            _counted(_projections(sizes), before_projections, learns["projections"]), sample.pictures
-        ),
+        "vit": _scaled(_vit(sizes, learns["vit"]), images),
+        "qformer": _scaled(_qformer(sizes, learns["vit"], learns["qformer"]), images),
+        "projections": _scaled(_counted(_projections(sizes), before_projections, learns["projections"]), sample.images),
         "lora": _counted(_lora(sizes, sample.tokens), into_phi, learns["lora"]),
         "phi": Operations(blocks.forward, blocks.backward + recompute.backward),
         "head": _counted(head, into_phi, learns["llm"]),

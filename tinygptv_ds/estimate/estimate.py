@@ -42,7 +42,7 @@ class Disk:
     Attributes:
         shards: of all datasets, or of the samples of the run at an assumed size.
         shards_measured: which of the two.
-        features: of as many pictures, in bf16.
+        features: of as many images, in bf16.
         checkpoint: one; weights and two moments in fp32.
         checkpoints: those that are kept, and the one being written.
         model: the result.
@@ -124,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"between the GPUs: {', '.join(link.name for link in LINKS)}, GB/s to each side, or all (default)",
     )
     parser.add_argument("--node", type=int, default=8, metavar="N", help="GPUs of a node (default: %(default)s)")
-    parser.add_argument("--tokens", type=float, metavar="N", help="tokens of a sample, its pictures' rows included")
+    parser.add_argument("--tokens", type=float, metavar="N", help="tokens of a sample, its images' rows included")
     parser.add_argument("--targets", type=float, metavar="N", help="of them, those that are learnt")
     parser.add_argument("--json", action="store_true", help="print it for machines")
 
@@ -212,7 +212,7 @@ def _disk(recipe: Recipe, sizes: Sizes, data: DataFacts, learning: int) -> Disk:
     return Disk(
         shards=samples * ASSUMED_SAMPLE_BYTES if data.shard_bytes is None else data.shard_bytes,
         shards_measured=data.shard_bytes is not None,
-        features=samples * data.sample.pictures * sizes.queries * sizes.qformer.width * 2,
+        features=samples * data.sample.images * sizes.queries * sizes.qformer.width * 2,
         checkpoint=one,
         checkpoints=one * (train.keep_checkpoints + 1),
         model=4 * learning,

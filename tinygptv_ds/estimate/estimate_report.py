@@ -47,7 +47,7 @@ def _parameters(found: Estimate) -> list[str]:
 def _memory(found: Estimate, cards: list[Card]) -> list[str]:
     sample = found.data.sample
     head = (
-        f"GiB on one GPU, micro-batch {found.micro_batch:.3g} samples of {sample.pictures:.3g} picture(s), "
+        f"GiB on one GPU, micro-batch {found.micro_batch:.3g} samples of {sample.images:.3g} image(s), "
         f"{sample.tokens:.0f} tokens, {sample.targets:.0f} of them learnt ({found.data.source})"
     )
     names = [column.replace("context_and_margin", "context") for column in _COLUMNS]

@@ -82,7 +82,7 @@ def model_layers(sizes: Sizes) -> Layer:
 
 
 def without_vision(root: Layer) -> Layer:
-    """The same where features are read in place of pictures: what belongs to ViT and Q-Former does not run."""
+    """The same where features are read in place of images: what belongs to ViT and Q-Former does not run."""
     kept = tuple(weight for weight in root.weights if weight.part not in ("vit", "qformer"))
     unseen = ("visual_encoder.", "ln_vision", "qformer")
     return Layer(root.name, kept, tuple(layer for layer in root.inner if not layer.name.startswith(unseen)))

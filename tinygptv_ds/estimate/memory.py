@@ -123,14 +123,14 @@ def _activations(sizes: Sizes, trained: Collection[str], batch: MicroBatch) -> f
     kept = (1 - batch.checkpointed) * whole + batch.checkpointed * 2 * width
     one_again = whole if batch.checkpointed else 0.0
     phi = rows * (sizes.phi.layers * kept + one_again)
-    pictures = 0.0 if batch.from_features else batch.samples * batch.sample.pictures
-    vision = pictures * _vision_bytes(sizes, trained)
+    images = 0.0 if batch.from_features else batch.samples * batch.sample.images
+    vision = images * _vision_bytes(sizes, trained)
     learns = {"vit", "qformer"} & set(trained)
     return phi + vision if learns else max(phi, vision)  # a frozen vision path has passed before Phi begins
 
 
 def _vision_bytes(sizes: Sizes, trained: Collection[str]) -> float:
-    """Of one picture: what is kept where ViT or Q-Former learn, else what the widest block has in hand."""
+    """Of one image: what is kept where ViT or Q-Former learn, else what the widest block has in hand."""
     vit, qformer = sizes.vit, sizes.qformer
     in_hand = sizes.patches * 2 * (4 * vit.width + 2 * vit.mlp)
     kept_vit = sizes.patches * vit.layers * _GENERIC_ROW * vit.width if "vit" in trained else in_hand

@@ -13,7 +13,7 @@ from tinygptv_ds.data.stream.plan import OpenStream, Planner, open_stream
 from tinygptv_ds.estimate.costs import MeanSample
 
 _SAMPLES = 2000  # that are looked at
-# Where the data are not here: one picture, and lengths that the published datasets have about.
+# Where the data are not here: one image, and lengths that the published datasets have about.
 ASSUMED = {
     1: MeanSample(1, 48, 15),
     2: MeanSample(1, 48, 15),

@@ -1,4 +1,4 @@
-"""What a step's traffic takes beside its computing, and so how well a run scales. No torch."""
+"""What a step's traffic takes next to its computing, and so how well a run scales. No torch."""
 
 from __future__ import annotations
 

@@ -30,11 +30,11 @@ class Sizes:
 
     Attributes:
         vit: EVA ViT-g.
-        qformer: the Q-Former; it looks at the picture in every second block.
+        qformer: the Q-Former; it looks at the image in every second block.
         phi: Phi-2.
         image_size: pixels.
         patch: pixels.
-        queries: rows of a picture in the sequence.
+        queries: rows of an image in the sequence.
         proj_hidden: width between the projections.
         head_dim: of Phi.
         vocabulary: of Phi.
@@ -56,12 +56,12 @@ class Sizes:
 
     @property
     def patches(self) -> int:
-        """Rows of a picture in the ViT, the class token included."""
+        """Rows of an image in the ViT, the class token included."""
         return (self.image_size // self.patch) ** 2 + 1
 
     @property
     def crossings(self) -> int:
-        """Blocks of the Q-Former that look at the picture."""
+        """Blocks of the Q-Former that look at the image."""
         return -(-self.qformer.layers // 2)
 
     @property

@@ -26,7 +26,7 @@ class AnswerLog:
     """
 
     def __init__(self, folder: Path, rank: int, asked: Sequence[str]) -> None:
-        """`asked`: for each question all that its answer depends on, beside the settings."""
+        """`asked`: for each question all that its answer depends on, next to the settings."""
         self._hashes = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in asked]
         self._answers: dict[int, Answer] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def refuse_others(folder: Path, settings: Mapping[str, Any]) -> None:
     if names:
         both = [f"{name}: {json.dumps(there.get(name))} there, {json.dumps(settings.get(name))} here" for name in names]
         raise ConfigError(
-            f"{folder} holds answers that were made otherwise ({'; '.join(both)}): --fresh starts anew and removes "
+            f"{folder} holds answers that were made otherwise ({'; '.join(both)}): --fresh starts again and removes "
             "them, or choose another --out"
         )
 

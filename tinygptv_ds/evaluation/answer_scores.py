@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from tinygptv_ds.evaluation.vqa_accuracy import vqa_accuracy
 
-EVALUATION = "###Human: {}###Assistant: "  # {} stands for the picture's tag, a space and the words
+EVALUATION = "###Human: {}###Assistant: "  # {} stands for the image's tag, a space and the words
 EVALUATION_TEMPLATE = EVALUATION.replace("{}", "<Img><ImageHere></Img> {question}")
 SHORT_ANSWER = "[vqa] Based on the image, respond to this question with a short answer: {}"
 

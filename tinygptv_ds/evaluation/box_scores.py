@@ -1,4 +1,4 @@
-"""Boxes in answers: `{<x1><y1><x2><y2>}`, integers in per cent of the picture's width and height (MiniGPT-v2).
+"""Boxes in answers: `{<x1><y1><x2><y2>}`, integers in per cent of the image's width and height (MiniGPT-v2).
 
 `counts_as_hit` is the score of RefCOCO, RefCOCO+ and RefCOCOg, right by default and as TinyGPT-V's script computes it
 with `compat`.
@@ -78,9 +78,9 @@ def counts_as_hit(
     Args:
         answer: as generated.
         truth: (x, y, width, height) in pixels.
-        width: of the picture in pixels.
+        width: of the image in pixels.
         height: likewise.
-        resolution: how many steps of the answer's numbers span the picture.
+        resolution: how many steps of the answer's numbers span the image.
         any_form: look for the numbers in an answer that does not start with a box too. The original does so in the
             fifth round of asking again.
         compat: as the original, whose exception on more than four numbers makes a miss of every answer with a digit

@@ -1,4 +1,4 @@
-"""Results for people: files, a Markdown table beside published numbers, scalars on TensorBoard."""
+"""Results for people: files, a Markdown table next to published numbers, scalars on TensorBoard."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def line_of(result: Mapping[str, Any]) -> str:
 
 
 def markdown(results: Sequence[Mapping[str, Any]], published: Mapping[str, Any]) -> str:
-    """A page: the strict and compat scores of these results beside the published ones, then all counts.
+    """A page: the strict and compat scores of these results next to the published ones, then all counts.
 
     Args:
         results: of one model.
@@ -38,11 +38,11 @@ def markdown(results: Sequence[Mapping[str, Any]], published: Mapping[str, Any])
     """
     names = [result["benchmark"] for result in results]
     page = [f"# {results[0]['model']}", f"Checkpoint `{results[0]['checkpoint']}`, step {results[0]['step']}."]
-    beside = [(row["model"], {name: row["scores"][name] for name in names if name in row["scores"]})
+    adjacent = [(row["model"], {name: row["scores"][name] for name in names if name in row["scores"]})
               for row in published["rows"]]  # fmt: skip
-    compared = [name for name in names if any(name in scores for _, scores in beside)]
+    compared = [name for name in names if any(name in scores for _, scores in adjacent)]
     if compared:
-        rows: list[Row] = [(model, scores) for model, scores in beside if scores]
+        rows: list[Row] = [(model, scores) for model, scores in adjacent if scores]
         for rule in ("strict", "compat"):
             ours = {result["benchmark"]: result[rule] for result in results if rule in result}
             rows.append((f"**this model, {rule}**", ours))

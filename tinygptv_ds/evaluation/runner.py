@@ -31,7 +31,7 @@ class Asker:
     Args:
         model: in evaluation mode.
         processor: its own.
-        settings: batch size, lengths, begin token.
+        settings: batch size, lengths, BOS token.
         ranks: who this process is. Each asks its share of the batches, whose questions are the same for any number of
             ranks.
         in_step: every rank makes the same number of forward passes, as it must under ZeRO-3.
@@ -59,7 +59,7 @@ class Asker:
             bar: show how far rank 0 is with its share.
 
         Raises:
-            DataError: a picture cannot be read or decoded; names the question.
+            DataError: an image cannot be read or decoded; names the question.
         """
         batches = share(len(task.questions), self._settings.batch_size, self._ranks)
         mine = [batch for batch in batches if batch is not None]
@@ -100,33 +100,33 @@ class Asker:
 
     def _answer(self, task: Task, wording: Wording, batch: range) -> list[Answer]:
         questions = [task.questions[number] for number in batch]
-        pictures = [question.pictures() for question in questions]
+        images = [question.images() for question in questions]
         prompts = [wording.prompt(question) for question in questions]
         try:
             if questions[0].choices:
-                return self._losses(questions, prompts, pictures, wording.choice_end)
+                return self._losses(questions, prompts, images, wording.choice_end)
             return list(
                 answers(
                     self._model,
                     self._processor,
-                    list(zip(prompts, pictures, strict=True)),
+                    list(zip(prompts, images, strict=True)),
                     stop=wording.stop,
                     max_new_tokens=self._settings.max_new_tokens,
                     batch_size=len(batch),
-                    begin_token=self._settings.begin_token,
+                    add_bos_token=self._settings.add_bos_token,
                     in_step=self._in_step,
                 )
             )
         except DataError as error:
-            raise _named(task, questions, pictures, error) from error
+            raise _named(task, questions, images, error) from error
 
     def _losses(
-        self, questions: Sequence[Question], prompts: Sequence[str], pictures: Sequence, end: str
+        self, questions: Sequence[Question], prompts: Sequence[str], images: Sequence, end: str
     ) -> list[list[float]]:
         """The mean loss of each choice of each question."""
         choices = [
             Choice(prompt, seen, question.choices)
-            for prompt, seen, question in zip(prompts, pictures, questions, strict=True)
+            for prompt, seen, question in zip(prompts, images, questions, strict=True)
         ]
         text = TextSection(end_sym=end, max_txt_len=_CHOICE_TOKENS, max_context_len=_PROMPT_TOKENS)
         found = candidate_losses(self._model, self._processor, choices, text, batch_size=len(choices))
@@ -140,33 +140,33 @@ def share(count: int, batch_size: int, ranks: Ranks) -> list[range | None]:
     return mine + [None] * (-(-len(batches) // ranks.world_size) - len(mine))
 
 
-def check_pictures(task: Task, image_size: int, batch_size: int, ranks: Ranks) -> None:
-    """Decode each picture once on some rank, so that none stops a training later. To be called on all ranks.
+def check_images(task: Task, image_size: int, batch_size: int, ranks: Ranks) -> None:
+    """Decode each image once on some rank, so that none stops a training later. To be called on all ranks.
 
     Raises:
-        DataError: pictures cannot be used; names the first of every rank, on all ranks.
+        DataError: images cannot be used; names the first of every rank, on all ranks.
     """
     problem = None
     try:
         for batch in share(len(task.questions), batch_size, ranks):
             for question in (task.questions[number] for number in batch or ()):
-                _decode(task, question, question.pictures(), image_size)
+                _decode(task, question, question.images(), image_size)
     except DataError as error:
         problem = str(error)
     _raise(_of_all(problem, ranks))
 
 
-def _decode(task: Task, question: Question, pictures: Iterable, image_size: int) -> None:
+def _decode(task: Task, question: Question, images: Iterable, image_size: int) -> None:
     try:
-        for picture in pictures:
-            to_pixels(picture, image_size)
+        for image in images:
+            to_pixels(image, image_size)
     except DataError as error:
         raise DataError(f"{task.name}, question {question.key}: {error}") from error
 
 
-def _named(task: Task, questions: Sequence[Question], pictures: Sequence, error: DataError) -> DataError:
+def _named(task: Task, questions: Sequence[Question], images: Sequence, error: DataError) -> DataError:
     """The error with the question that it is about."""
-    for question, seen in zip(questions, pictures, strict=True):
+    for question, seen in zip(questions, images, strict=True):
         try:
             _decode(task, question, seen, image_size=32)
         except DataError as named:

@@ -40,7 +40,7 @@ def single_line(answer: str) -> str:
 
 
 def remove_punctuation(answer: str) -> str:
-    """Without punctuation: made spaces, or left out where it stands beside a space or the answer has a 1,000.
+    """Without punctuation: made spaces, or left out where it stands next to a space or the answer has a 1,000.
 
     Periods go where no digit follows. Apostrophes, `%`, `$`, `&`, `:` and the like stay.
     """

@@ -23,13 +23,13 @@ class Settings:
         max_new_tokens: of an answer at most.
         batch_size: questions that one rank asks at once. Questions share a batch by their number alone, so answers do
             not depend on the number of ranks.
-        begin_token: start prompts with the begin token, as in training.
+        add_bos_token: start prompts with the BOS token, as in training.
     """
 
     template: str | None = None
     max_new_tokens: int = 20
     batch_size: int = 32
-    begin_token: bool = False
+    add_bos_token: bool = False
 
     def __post_init__(self) -> None:
         check_template(self.template)
@@ -42,7 +42,7 @@ class Wording:
     """How one benchmark is worded for one model.
 
     Attributes:
-        template: with `{}` for pictures and words; None: no wrap.
+        template: with `{}` for images and words; None: no wrap.
         ours: whether words stand in it as in training, with a space behind them.
         end: what ends an answer.
         stop: where generation stops; "" at the end token alone.
@@ -56,8 +56,8 @@ class Wording:
     choice_end: str
 
     def prompt(self, question: Question) -> str:
-        """The whole prompt, with a placeholder for each picture."""
-        tags = IMAGE_TAG * question.picture_count
+        """The whole prompt, with a placeholder for each image."""
+        tags = IMAGE_TAG * question.image_count
         if not tags:
             return wrap(self.template, question.text)
         return wrap(self.template, f"{tags} {question.text}" + (" " if self.ours else ""))

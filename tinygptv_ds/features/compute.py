@@ -1,4 +1,4 @@
-"""`python -m tinygptv_ds features`: pictures through a frozen ViT and Q-Former once, for training from the outputs."""
+"""`python -m tinygptv_ds features`: images through a frozen ViT and Q-Former once, for training from the outputs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Work:
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures in pixels."""
+        """Side of the images in pixels."""
         return self.made_with["image_size"]
 
 
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what the training will compute in; auto: bf16 on a GPU, fp32 without, as stages do by themselves",
     )
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode pictures (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode images (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -113,7 +113,7 @@ def _load_vision(recipe: Recipe, args: argparse.Namespace, ranks: Ranks) -> Work
     dtype = args.dtype if args.dtype != "auto" else "bf16" if on_gpu else "fp32"
     vision = build_vision(recipe.model, recipe.text, frozen_dtype=DTYPES[dtype])
     facts = vision_facts(vision, dtype)
-    LOGGER.info("ViT and Q-Former on %s in %s, pictures of %d pixels", device, dtype, facts["image_size"])
+    LOGGER.info("ViT and Q-Former on %s in %s, images of %d pixels", device, dtype, facts["image_size"])
     workers = min(args.workers, cores_per_rank(ranks))
     return Work(vision.to(device), facts, args.batch_size, workers, ranks, recipe.data)
 
@@ -141,11 +141,11 @@ def _make(section: DatasetSection, folder: Path, work: Work) -> None:
 def _encode(name: str, shards: list[tuple[Shard, int, Path]], work: Work) -> None:
     """Write the tars of this rank that are not there; each comes as (source, samples, tar)."""
     from tinygptv_ds.features.encode import write_features
-    from tinygptv_ds.features.image_chunks import PictureChunks
+    from tinygptv_ds.features.image_chunks import ImageChunks
 
     left = [shard for shard in shards if not shard[2].is_file()]
     total, to_do = (sum(count for _, count, _ in part) for part in (shards, left))
-    chunks = PictureChunks(
+    chunks = ImageChunks(
         [s for s, _, _ in left], [c for _, c, _ in left], work.batch_size, work.image_size, open_cache(work.data)
     )
     skipped: Counter[str] = Counter()
@@ -162,7 +162,7 @@ def _encode(name: str, shards: list[tuple[Shard, int, Path]], work: Work) -> Non
 
 
 def _begin(folder: Path, notes: FeatureNotes) -> None:
-    """See that what the folder holds is of the same work, and note what that is; a torn tar is made anew.
+    """See that what the folder holds is of the same work, and note what that is; a torn tar is made again.
 
     Raises:
         DataError: it holds features of another vision path or other shards.
@@ -178,7 +178,7 @@ def _begin(folder: Path, notes: FeatureNotes) -> None:
         for number, size in enumerate(there.shard_bytes):
             tar = folder / tar_name(number)
             if tar.is_file() and tar.stat().st_size != size:
-                LOGGER.warning("%s is torn and made anew", tar)
+                LOGGER.warning("%s is torn and made again", tar)
                 tar.unlink()
     write_notes(folder, notes)
 

@@ -1,4 +1,4 @@
-"""Runs the vision path over the pictures of shards and writes its outputs as shards of features."""
+"""Runs the vision path over the images of shards and writes its outputs as shards of features."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils.data import DataLoader
 from tinygptv_ds.data.shards.index import build_index
 from tinygptv_ds.data.shards.writer import add_sample, new_archive
 from tinygptv_ds.dtypes import DTYPES
-from tinygptv_ds.features.image_chunks import PictureChunks, Slot
+from tinygptv_ds.features.image_chunks import ImageChunks, Slot
 from tinygptv_ds.files import whole_file
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 
 
 def write_features(
     vision: TinyGPTVForConditionalGeneration,
-    chunks: PictureChunks,
+    chunks: ImageChunks,
     outs: list[Path],
     *,
     dtype: str,
@@ -35,7 +35,7 @@ def write_features(
         chunks: the samples.
         outs: the tars to write, in the order of those that are read.
         dtype: what matrix products run in and features are stored in.
-        workers: processes that decode pictures meanwhile; 0 decodes here.
+        workers: processes that decode images meanwhile; 0 decodes here.
         done: called with the slots of each chunk that is written.
     """
     device = vision.query_tokens.device

@@ -1,8 +1,8 @@
-"""Features in place of pictures: what a frozen ViT and Q-Former made of each, in shards beside the text. No torch.
+"""Features in place of images: what a frozen ViT and Q-Former made of each, in shards next to the text. No torch.
 
 `ROOT/<dataset>/` has as many tars as the dataset, with the same keys in the same order, so that the order of the stream
-and every random draw are those of training from pictures. A sample holds its `.json` byte for byte and, for each
-picture, `.fp32`, `.bf16` or `.fp16` (`.0.fp32`, `.1.fp32`, ... where there are several): `[queries, width]`, little
+and every random draw are those of training from images. A sample holds its `.json` byte for byte and, for each
+image, `.fp32`, `.bf16` or `.fp16` (`.0.fp32`, `.1.fp32`, ... where there are several): `[queries, width]`, little
 endian. One that cannot be used holds `.skipped.json` with the reason. `features.json` tells what the features were made
 with and from.
 """
@@ -30,7 +30,7 @@ HOW = "python -m tinygptv_ds features RECIPE --out DIR"
 
 @dataclass(frozen=True)
 class FeatureShape:
-    """How the features of one picture lie in their member.
+    """How the features of one image lie in their member.
 
     Attributes:
         dtype: "fp32", "bf16" or "fp16".
@@ -44,7 +44,7 @@ class FeatureShape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one picture's features."""
+        """Bytes of one image's features."""
         return self.queries * self.width * FEATURE_BYTES[self.dtype]
 
 
@@ -89,13 +89,13 @@ def refuse_stale(folder: Path, here: Mapping[str, Any]) -> None:
     """See that the features of a dataset are those that this vision path would make.
 
     Raises:
-        DataError: they are not; says in what they differ and how to make them anew.
+        DataError: they are not; says in what they differ and how to make them again.
     """
     differing = differences(read_notes(folder).made_with, here)
     if differing:
         raise DataError(
             f"{folder} holds stale features: they differ from what this recipe's vision path gives in "
-            f"{', '.join(differing)}. Make them anew in another folder: {HOW}"
+            f"{', '.join(differing)}. Make them again in another folder: {HOW}"
         )
 
 
@@ -142,7 +142,7 @@ def read_notes(folder: Path) -> FeatureNotes:
     try:
         raw = json.loads(path.read_bytes())
         if raw.pop("format") != FORMAT:
-            raise DataError(f"{path} is of another version of this program; make the features anew: {HOW}")
+            raise DataError(f"{path} is of another version of this program; make the features again: {HOW}")
         written = raw.pop("fingerprint")
         notes = FeatureNotes(**raw)
         if written != fingerprint(notes.made_with):
@@ -150,7 +150,7 @@ def read_notes(folder: Path) -> FeatureNotes:
     except FileNotFoundError:
         raise DataError(f"{folder} holds no features (no {NOTES}); make them with {HOW}") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error}); make the features anew: {HOW}") from None
+        raise DataError(f"{path} is damaged ({error}); make the features again: {HOW}") from None
     return notes
 
 
@@ -166,7 +166,7 @@ def _size(tar: Shard) -> int | None:
 
 
 def _same_sources(section: DatasetSection, folder: Path, notes: FeatureNotes, allow_pipe: bool) -> None:
-    """The pictures may have been removed to save space; where they are, they must be the same."""
+    """The images may have been removed to save space; where they are, they must be the same."""
     try:
         tars = expand_shards(section.shards, allow_pipe=allow_pipe)
     except DataError:
@@ -178,5 +178,5 @@ def _same_sources(section: DatasetSection, folder: Path, notes: FeatureNotes, al
         what = f"{odd} is another" if odd else f"there are {len(here)} shards instead of {len(there)}"
         raise DataError(
             f"dataset {section.name}: {section.shards} is not what {folder} was made from ({what}); make the features "
-            f"anew: {HOW}"
+            f"again: {HOW}"
         )

@@ -1,4 +1,4 @@
-"""Samples of shards in pixels and without a draw, in order and a chunk at a time, from loader processes."""
+"""Samples of shards in pixels and without a draw, in order and a chunk at a time, from dataloader workers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Slot:
 
     Attributes:
         key: of the sample.
-        members: by suffix, what is kept beside the features: `json` as it is, and `skipped.json` where it is unusable.
+        members: by suffix, what is kept next to the features: `json` as it is, and `skipped.json` where it is unusable.
         pixels: uint8 `[n, 3, S, S]`.
         skipped: why it is unusable, in one word; None where it is not.
     """
@@ -36,14 +36,14 @@ class Slot:
     skipped: str | None = None
 
 
-class PictureChunks(Dataset):
+class ImageChunks(Dataset):
     """Number n to (which of the tars, first sample, slots): the samples of all tars in order, no chunk over two tars.
 
     Args:
         tars: the shards.
         counts: samples of each.
         size: samples of a chunk.
-        image_size: side of the square pictures.
+        image_size: side of the square images.
         cache: where remote shards are fetched to.
     """
 
@@ -65,17 +65,17 @@ class PictureChunks(Dataset):
 
 
 def load_slot(reader: ShardReader, tar: Shard, index: int, image_size: int) -> Slot:
-    """Decode the pictures of one sample; of one that cannot be used the reason is kept.
+    """Decode the images of one sample; of one that cannot be used the reason is kept.
 
     Raises:
         DataError: the storage failed.
     """
-    key, record, pictures = reader.stored(tar, index)
+    key, record, image_count = reader.stored(tar, index)
     members = {} if record is None else {"json": record}
     none = np.zeros((0, 3, image_size, image_size), dtype=np.uint8)
 
     def skipped(reason: str, message: str) -> Slot:
-        note = json.dumps({"reason": reason, "message": message, "pictures": pictures}).encode()
+        note = json.dumps({"reason": reason, "message": message, "images": image_count}).encode()
         return Slot(key, {**members, SKIPPED: note}, none, reason)
 
     try:

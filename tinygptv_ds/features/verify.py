@@ -18,7 +18,7 @@ def check_features(model: TinyGPTVForConditionalGeneration, job: Job) -> None:
 
     Raises:
         ConfigError: the vision path learns, so that features would be wrong after the first step.
-        DataError: features are stale; says in what they differ and how to make them anew.
+        DataError: features are stale; says in what they differ and how to make them again.
     """
     data = job.recipe.data
     if data.features is None:

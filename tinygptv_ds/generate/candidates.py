@@ -12,7 +12,7 @@ from torch import Tensor
 from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.image import to_pixels
-from tinygptv_ds.processing.processor import Picture, TinyGPTVProcessor
+from tinygptv_ds.processing.processor import Image, TinyGPTVProcessor
 from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
 from tinygptv_ds.processing.sequence import Sequence as Row
 from tinygptv_ds.processing.text import Rendered
@@ -20,10 +20,10 @@ from tinygptv_ds.processing.text import Rendered
 
 @dataclass(frozen=True)
 class Choice:
-    """A question with its pictures and the answers to choose from, one at least."""
+    """A question with its images and the answers to choose from, one at least."""
 
     question: str
-    pictures: Sequence[Picture]
+    images: Sequence[Image]
     candidates: Sequence[str]
 
 
@@ -55,22 +55,24 @@ def candidate_losses(
         processor: its own.
         choices: questions with `<ImageHere>`, as they stand before the template.
         text: template, end symbol and lengths.
-        batch_size: questions at once; a picture is looked at once for all candidates.
+        batch_size: questions at once; an image is looked at once for all candidates.
 
     Raises:
-        DataError: placeholders and pictures do not match, or a picture cannot be decoded.
+        DataError: placeholders and images do not match, or an image cannot be decoded.
     """
-    image = ImageTokens(processor.image_token_id, processor.num_query_tokens)
+    image_tokens = ImageTokens(processor.image_token_id, processor.num_query_tokens)
     for first in range(0, len(choices), batch_size):
         chunk = choices[first : first + batch_size]
         rows, places = [], []
-        pictures = np.cumsum([0, *(len(choice.pictures) for choice in chunk)])
-        for choice, picture in zip(chunk, pictures, strict=False):
+        offsets = np.cumsum([0, *(len(choice.images) for choice in chunk)])
+        for choice, offset in zip(chunk, offsets, strict=False):
             for candidate in choice.candidates:
                 turn = Rendered(((choice.question, candidate),))
-                rows.append(build_sequence(turn, len(choice.pictures), processor.tokenizer, text, image, lambda _: 0))
-                places.append(picture * image.count)
-        pixels = [to_pixels(picture, processor.image_size) for choice in chunk for picture in choice.pictures]
+                rows.append(
+                    build_sequence(turn, len(choice.images), processor.tokenizer, text, image_tokens, lambda _: 0)
+                )
+                places.append(offset * image_tokens.count)
+        pixels = [to_pixels(image, processor.image_size) for choice in chunk for image in choice.images]
         means, tokens = _losses(model, rows, places, np.stack(pixels) if pixels else None)
         counts = [len(choice.candidates) for choice in chunk]
         yield from map(CandidateLosses, means.split(counts), tokens.split(counts))
@@ -97,7 +99,7 @@ def batch_means(losses: Sequence[CandidateLosses]) -> Tensor:
 def _losses(
     model: TinyGPTVForConditionalGeneration, rows: Sequence[Row], places: Sequence[int], pixels: np.ndarray | None
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss and number of targets of each row, `[rows]` both; `places` is where each one's picture rows begin."""
+    """Mean loss and number of targets of each row, `[rows]` both; `places` is where each one's image rows begin."""
     lengths = [len(row) for row in rows]
     starts = np.cumsum([0, *lengths])
     labels = np.concatenate([row.labels for row in rows])

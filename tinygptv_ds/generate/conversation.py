@@ -12,15 +12,15 @@ from tinygptv_ds.generate.model_args import load_from
 from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.generate.templates import Conversation, Prompt, Template
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.processor import Picture, TinyGPTVProcessor
+from tinygptv_ds.processing.processor import Image, TinyGPTVProcessor
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with its pictures, and its answer unless that is wanted."""
+    """A question with its images, and its answer unless that is wanted."""
 
     question: str
-    pictures: Sequence[Picture] = ()
+    images: Sequence[Image] = ()
     answer: str | None = None
 
 
@@ -42,15 +42,15 @@ class Answerer:
     name: str
     show_prompts: bool = False
 
-    def prompt(self, turns: Sequence[Turn], system: str | None = None) -> tuple[Prompt, list[Picture]]:
-        """The prompt for the last turn's answer, and all pictures.
+    def prompt(self, turns: Sequence[Turn], system: str | None = None) -> tuple[Prompt, list[Image]]:
+        """The prompt for the last turn's answer, and all images.
 
         Args:
             turns: at least one; all but the last with an answer.
             system: stands in the place of what the template says before everything.
 
         Raises:
-            DataError: the template has no such place, or a question places another number of pictures than it has.
+            DataError: the template has no such place, or a question places another number of images than it has.
         """
         template = self.template
         if system is not None:
@@ -61,29 +61,29 @@ class Answerer:
             template = replace(template, system=system)
         conversation = Conversation(template)
         for turn in turns:
-            prompt = conversation.ask(turn.question, turn.pictures)
+            prompt = conversation.ask(turn.question, turn.images)
             if turn.answer is not None:
                 conversation.answered(turn.answer)
-        return prompt, conversation.pictures
+        return prompt, conversation.images
 
-    def prompt_tokens(self, prompt: Prompt, pictures: Sequence[Picture]) -> int:
-        """How long it is, pictures included.
+    def prompt_tokens(self, prompt: Prompt, images: Sequence[Image]) -> int:
+        """How long it is, images included.
 
         Raises:
             DataError: too long for an answer of a single token.
         """
-        return len(prompt_row(self.model, self.processor, prompt, len(pictures), 1))
+        return len(prompt_row(self.model, self.processor, prompt, len(images), 1))
 
     @property
     def context(self) -> int:
         """Tokens of prompt and answer together, at most."""
         return self.model.config.text_config.max_position_embeddings
 
-    def stream(self, prompt: Prompt, pictures: Sequence[Picture], generation: Generation) -> Answer:
+    def stream(self, prompt: Prompt, images: Sequence[Image], generation: Generation) -> Answer:
         """The answer as it comes; errors as of `generate.stream`."""
         if self.show_prompts:
-            print(f"prompt ({self.prompt_tokens(prompt, pictures)} tokens): {prompt.text!r}", flush=True)
-        return stream(self.model, self.processor, prompt, pictures, generation)
+            print(f"prompt ({self.prompt_tokens(prompt, images)} tokens): {prompt.text!r}", flush=True)
+        return stream(self.model, self.processor, prompt, images, generation)
 
 
 def open_answerer(args: argparse.Namespace, name: str | None = None) -> Answerer:

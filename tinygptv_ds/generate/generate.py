@@ -1,9 +1,9 @@
-"""From prompts with pictures to answers: in batches, or as a stream of text.
+"""From prompts with images to answers: in batches, or as a stream of text.
 
 model, processor = load_model(Path("my_model"))
 conversation = Conversation(choose_template(None, processor.prompt_template, processor.end_sym))
 prompt = conversation.ask("[vqa] what is it?", ["cat.jpg"])
-for piece in stream(model, processor, prompt, conversation.pictures, Generation(max_new_tokens=50)):
+for piece in stream(model, processor, prompt, conversation.images, Generation(max_new_tokens=50)):
     print(piece, end="", flush=True)
 """
 
@@ -26,11 +26,11 @@ from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.generate.stopping import Shown, StopAtText, StopWhenTold, cut
 from tinygptv_ds.generate.templates import Prompt
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.processor import Picture, TinyGPTVProcessor
+from tinygptv_ds.processing.processor import Image, TinyGPTVProcessor
 
 __all__ = ["Answer", "answers", "describe", "load_model", "prompt_row", "stream"]
 
-Question = tuple[str | Prompt, Sequence[Picture]]  # a prompt with `<ImageHere>` and its pictures
+Question = tuple[str | Prompt, Sequence[Image]]  # a prompt with `<ImageHere>` and its images
 
 
 def answers(
@@ -41,7 +41,7 @@ def answers(
     stop: str | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
-    begin_token: bool = False,
+    add_bos_token: bool = False,
     generation: Generation | None = None,
     numbers: Sequence[int] | None = None,
     in_step: bool = False,
@@ -51,25 +51,25 @@ def answers(
     Args:
         model: from `load_model`.
         processor: from `load_model`.
-        questions: whole prompts with `<ImageHere>`, and their pictures.
+        questions: whole prompts with `<ImageHere>`, and their images.
         stop: ends an answer; the text before it is kept. "###" in stages 3 and 4, "" for the end token alone. None:
             what `generation` says.
         max_new_tokens: at most (default: what `generation` says).
         batch_size: prompts at once.
-        begin_token: put the begin token in front of prompts that are plain text, as in training.
+        add_bos_token: put the BOS token in front of prompts that are plain text, as in training.
         generation: all other settings (default: greedy, 20 tokens).
         numbers: which question each is, where that is not its place here; draws depend on it.
         in_step: every rank generates as often and as long, as ranks of ZeRO-3 must, which gather weights together.
 
     Raises:
-        DataError: placeholders and pictures do not match, a picture cannot be decoded, or a prompt is too long.
+        DataError: placeholders and images do not match, an image cannot be decoded, or a prompt is too long.
     """
     generation = generation or Generation(max_new_tokens=20)
     if max_new_tokens is not None:
         generation = replace(generation, max_new_tokens=max_new_tokens)
     if stop is not None:
         generation = replace(generation, stop=(stop,) if stop else ())
-    asked = [(as_prompt(prompt, processor, begin_token), pictures) for prompt, pictures in questions]
+    asked = [(as_prompt(prompt, processor, add_bos_token), images) for prompt, images in questions]
     seeds = row_seeds(generation.seed, range(len(asked)) if numbers is None else numbers)
     for first in range(0, len(asked), batch_size):
         chunk = slice(first, first + batch_size)
@@ -82,10 +82,10 @@ def stream(
     model: TinyGPTVForConditionalGeneration,
     processor: TinyGPTVProcessor,
     prompt: str | Prompt,
-    pictures: Sequence[Picture] = (),
+    images: Sequence[Image] = (),
     generation: Generation | None = None,
     *,
-    begin_token: bool = False,
+    add_bos_token: bool = False,
 ) -> Answer:
     """One answer in pieces of text as it is generated; with beams in one piece.
 
@@ -96,53 +96,53 @@ def stream(
         model: from `load_model`; one answer at a time is generated on it.
         processor: from `load_model`.
         prompt: a whole prompt with `<ImageHere>`.
-        pictures: one for each `<ImageHere>`.
+        images: one for each `<ImageHere>`.
         generation: settings (default: greedy).
-        begin_token: put the begin token in front of a prompt that is plain text, as in training.
+        add_bos_token: put the BOS token in front of a prompt that is plain text, as in training.
 
     Raises:
-        DataError: placeholders and pictures do not match, a picture cannot be decoded, or the prompt is too long.
+        DataError: placeholders and images do not match, an image cannot be decoded, or the prompt is too long.
     """
     generation = generation or Generation()
-    question = (as_prompt(prompt, processor, begin_token), pictures)
+    question = (as_prompt(prompt, processor, add_bos_token), images)
     return Answer(_Batch(model, processor, [question], generation, row_seeds(generation.seed, [0])))
 
 
-def as_prompt(prompt: str | Prompt, processor: TinyGPTVProcessor, begin_token: bool) -> Prompt:
+def as_prompt(prompt: str | Prompt, processor: TinyGPTVProcessor, add_bos_token: bool) -> Prompt:
     """Plain text as a prompt of one part that the checkpoint's end symbol stops."""
-    return Prompt((prompt,), begin_token, (processor.end_sym,)) if isinstance(prompt, str) else prompt
+    return Prompt((prompt,), add_bos_token, (processor.end_sym,)) if isinstance(prompt, str) else prompt
 
 
 def prompt_row(
     model: TinyGPTVForConditionalGeneration,
     processor: TinyGPTVProcessor,
     prompt: Prompt,
-    pictures: int,
+    images: int,
     new_tokens: int,
 ) -> list[int]:
     """Token ids of a prompt.
 
     Raises:
-        DataError: placeholders and pictures do not match, or the prompt with its answer exceeds the model's context.
+        DataError: placeholders and images do not match, or the prompt with its answer exceeds the model's context.
     """
-    row = processor.row(prompt.parts, pictures, begin_token=prompt.begin_token)
+    row = processor.row(prompt.parts, images, add_bos_token=prompt.add_bos_token)
     context = model.config.text_config.max_position_embeddings
     if len(row) + new_tokens > context:
         raise DataError(
-            f"the prompt of {len(row)} tokens ({pictures * processor.num_query_tokens} of them for {pictures} "
-            f"picture(s)) and an answer of up to {new_tokens} exceed the model's {context}; shorten the prompt, "
+            f"the prompt of {len(row)} tokens ({images * processor.num_query_tokens} of them for {images} "
+            f"image(s)) and an answer of up to {new_tokens} exceed the model's {context}; shorten the prompt, "
             "begin a new conversation, or lower max_new_tokens"
         )
     if not row:
-        raise DataError("the prompt is empty; give it words or a picture")
+        raise DataError("the prompt is empty; give it words or an image")
     return row
 
 
-def describe(prompt: Prompt, processor: TinyGPTVProcessor, pictures: int) -> str:
+def describe(prompt: Prompt, processor: TinyGPTVProcessor, images: int) -> str:
     """A prompt to the letter, its length in tokens, and what ends the answer."""
-    tokens = len(processor.row(prompt.parts, pictures, begin_token=prompt.begin_token))
-    begin = ", begin token in front" if prompt.begin_token else ""
-    seen = f", {pictures * processor.num_query_tokens} of them for {pictures} picture(s)" if pictures else ""
+    tokens = len(processor.row(prompt.parts, images, add_bos_token=prompt.add_bos_token))
+    begin = ", BOS token in front" if prompt.add_bos_token else ""
+    seen = f", {images * processor.num_query_tokens} of them for {images} image(s)" if images else ""
     stops = " ".join(map(repr, prompt.stop))
     return f"--- prompt: {tokens} tokens{seen}{begin}; stops at {stops}\n{prompt.text}\n---"
 
@@ -154,15 +154,15 @@ class _Batch:
         self,
         model: TinyGPTVForConditionalGeneration,
         processor: TinyGPTVProcessor,
-        asked: Sequence[tuple[Prompt, Sequence[Picture]]],
+        asked: Sequence[tuple[Prompt, Sequence[Image]]],
         generation: Generation,
         seeds: Sequence[int],
         *,
         in_step: bool = False,
     ) -> None:
         rows = [prompt_row(model, processor, p, len(seen), generation.max_new_tokens) for p, seen in asked]
-        pixels = processor.pixels([picture for _, pictures in asked for picture in pictures])
-        if in_step and pixels is None:  # the others' may have pictures: the ViT has to run here too
+        pixels = processor.pixels([image for _, images in asked for image in images])
+        if in_step and pixels is None:  # the others' may have images: the ViT has to run here too
             pixels = torch.zeros(0, 3, processor.image_size, processor.image_size, dtype=torch.uint8)
         inputs = {name: tensor.to(model.device) for name, tensor in processor.pad(rows).items()}
         with torch.no_grad():
@@ -181,7 +181,7 @@ class _Batch:
         steps = LogitsProcessorList()
         if (
             wanted.repetition_penalty != 1
-        ):  # from embeddings, so it sees what is new alone: no word or picture asked about
+        ):  # from embeddings, so it sees what is new alone: no word or image asked about
             steps.append(RepetitionPenaltyLogitsProcessor(wanted.repetition_penalty))
         if wanted.samples and not beams:
             steps.extend(drawn(wanted, self.seeds, self.model.device))
@@ -222,7 +222,7 @@ class Answer:
     """An answer under way, to be iterated over once.
 
     Attributes:
-        prompt_tokens: tokens of the prompt, pictures included.
+        prompt_tokens: tokens of the prompt, images included.
         new_tokens: so far.
         finish: why it ended: "stop" (end token or stop), "length" (max_new_tokens), "closed"; "" while it goes on.
     """

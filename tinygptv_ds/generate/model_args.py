@@ -48,9 +48,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "trained), or a text with {} for the question (default: training; A where that used none, as in stages 1, 2)",
     )
     group.add_argument(
-        "--begin-token",
+        "--add-bos-token",
         action=argparse.BooleanOptionalAction,
-        help="begin prompts with the begin token (default: with the training's template and with texts of one's own)",
+        help="begin prompts with the BOS token (default: with the training's template and with texts of one's own)",
     )
     group.add_argument("--show-prompt", action="store_true", help="print each prompt to the letter, and how long it is")
 
@@ -93,6 +93,6 @@ def load_from(
         overrides=args.set,
     )
     template = choose_template(args.template, processor.prompt_template, processor.end_sym)
-    if args.begin_token is not None:
-        template = replace(template, begin_token=args.begin_token)
+    if args.add_bos_token is not None:
+        template = replace(template, add_bos_token=args.add_bos_token)
     return model, processor, template

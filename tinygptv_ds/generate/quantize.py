@@ -52,7 +52,7 @@ def quantized_linear(
         )
     layer.weight = weight.to(device)  # is quantised by this
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    layer.eval()  # in training mode it quantises its weight anew each time
+    layer.eval()  # in training mode it quantises its weight again each time
     if device.type == "cpu":
         with torch.no_grad():  # on a CPU it puts its weight into another order when first used: better one by one
             layer(torch.zeros(1, width_in, dtype=dtype))

@@ -1,7 +1,7 @@
 """How questions are put to the model: the templates of the original and of the training. No torch.
 
 A prompt is a list of parts. Those of a training template are tokenised each by itself, as the training did; the
-original tokenises its conversations as one text between pictures.
+original tokenises its conversations as one text between images.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _SYSTEM = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is put to the model, its pictures apart.
+    """What is put to the model, its images apart.
 
     Attributes:
-        parts: texts with `<ImageHere>` for each picture, each tokenised by itself.
-        begin_token: whether the begin token stands in front.
+        parts: texts with `<ImageHere>` for each image, each tokenised by itself.
+        add_bos_token: whether the BOS token stands in front.
         stop: texts that end the answer.
     """
 
     parts: tuple[str, ...]
-    begin_token: bool = False
+    add_bos_token: bool = False
     stop: tuple[str, ...] = ("###",)
 
     @property
@@ -49,9 +49,9 @@ class Template:
         system: in front of the whole, followed by `before`; a system message takes its place.
         before: in front of the first question.
         after_answer: behind each answer of the history.
-        begin_token: whether the begin token stands in front.
+        add_bos_token: whether the BOS token stands in front.
         stop: texts that end an answer.
-        padded: a question beside pictures has a space behind it, as in training.
+        padded: a question next to images has a space behind it, as in training.
         in_parts: every question and answer is tokenised by itself, as in training.
     """
 
@@ -60,7 +60,7 @@ class Template:
     system: str = ""
     before: str = ""
     after_answer: str = ""
-    begin_token: bool = False
+    add_bos_token: bool = False
     stop: tuple[str, ...] = ("###",)
     padded: bool = False
     in_parts: bool = False
@@ -68,7 +68,7 @@ class Template:
     def prompt(self, turns: Sequence[tuple[str, str | None]]) -> Prompt:
         """The prompt of a conversation of (question, answer) whose last answer is wanted, or None.
 
-        Questions hold their `<ImageHere>`, see `with_pictures`.
+        Questions hold their `<ImageHere>`, see `with_images`.
         """
         opening = self.system + self.before
         parts = [opening] if opening else []
@@ -76,29 +76,29 @@ class Template:
             parts.append(self.question.replace("{}", question, 1))
             if number + 1 < len(turns):
                 parts.append(f"{answer}{self.after_answer}")
-        return Prompt(tuple(parts) if self.in_parts else ("".join(parts),), self.begin_token, self.stop)
+        return Prompt(tuple(parts) if self.in_parts else ("".join(parts),), self.add_bos_token, self.stop)
 
-    def with_pictures(self, question: str, pictures: int, *, beside: bool = False) -> str:
-        """A question behind its pictures, unless it places them itself by `<ImageHere>`.
+    def with_images(self, question: str, images: int, *, adjacent: bool = False) -> str:
+        """A question behind its images, unless it places them itself by `<ImageHere>`.
 
         Args:
             question: its words.
-            pictures: how many come with it.
-            beside: whether the conversation has pictures already.
+            images: how many come with it.
+            next to: whether the conversation has images already.
 
         Raises:
             DataError: it holds another number of `<ImageHere>`.
         """
         placed = question.count(IMAGE_PLACEHOLDER)
-        if placed not in (0, pictures):
+        if placed not in (0, images):
             raise DataError(
-                f"the question holds {placed} times {IMAGE_PLACEHOLDER}, but comes with {pictures} picture(s); leave "
-                "it out, or write it once per picture"
+                f"the question holds {placed} times {IMAGE_PLACEHOLDER}, but comes with {images} image(s); leave "
+                "it out, or write it once per image"
             )
         if placed:
             return question
-        padding = " " if self.padded and (pictures or beside) else ""
-        return f"{IMAGE_TAG * pictures} {question}{padding}" if pictures else question + padding
+        padding = " " if self.padded and (images or adjacent) else ""
+        return f"{IMAGE_TAG * images} {question}{padding}" if images else question + padding
 
 
 TEMPLATES = {
@@ -115,7 +115,7 @@ def training_template(question: str | None, end_sym: str) -> Template:
         TRAINING,
         "{}" if question is None else question,
         after_answer=end_sym,
-        begin_token=True,
+        add_bos_token=True,
         stop=(end_sym,),
         padded=True,
         in_parts=True,
@@ -159,30 +159,30 @@ def check_template(wanted: str | None) -> None:
 
 @dataclass
 class Conversation:
-    """A conversation with pictures: questions go in, prompts come out, answers are written back.
+    """A conversation with images: questions go in, prompts come out, answers are written back.
 
     Attributes:
         template: the words around them.
-        turns: (question with its picture tags, answer); the last answer is None while it is awaited.
-        pictures: all of them, in the order of their places.
+        turns: (question with its image tags, answer); the last answer is None while it is awaited.
+        images: all of them, in the order of their places.
     """
 
     template: Template
     turns: list[tuple[str, str | None]] = field(default_factory=list)
-    pictures: list = field(default_factory=list)
+    images: list = field(default_factory=list)
 
-    def ask(self, question: str, pictures: Sequence = ()) -> Prompt:
-        """Put the next question, behind `pictures`; the prompt goes to the model with `self.pictures`.
+    def ask(self, question: str, images: Sequence = ()) -> Prompt:
+        """Put the next question, behind `images`; the prompt goes to the model with `self.images`.
 
         A question that was not answered is taken back first.
 
         Raises:
-            DataError: the question holds another number of `<ImageHere>` than pictures.
+            DataError: the question holds another number of `<ImageHere>` than images.
         """
         self.take_back()
-        worded = self.template.with_pictures(question, len(pictures), beside=bool(self.pictures))
+        worded = self.template.with_images(question, len(images), adjacent=bool(self.images))
         self.turns.append((worded, None))
-        self.pictures.extend(pictures)
+        self.images.extend(images)
         return self.template.prompt(self.turns)
 
     def answered(self, answer: str) -> None:
@@ -191,8 +191,8 @@ class Conversation:
         self.turns[-1] = (question, answer.replace(IMAGE_PLACEHOLDER, ""))
 
     def take_back(self) -> None:
-        """Forget a question that was not answered, with its pictures."""
+        """Forget a question that was not answered, with its images."""
         if self.turns and self.turns[-1][1] is None:
             question, _ = self.turns.pop()
             count = question.count(IMAGE_PLACEHOLDER)
-            del self.pictures[len(self.pictures) - count :]
+            del self.images[len(self.images) - count :]

@@ -2,7 +2,7 @@
 
 Frozen parts are counted as what they cost: a frozen layer passes the gradient on, which is as much work as its forward
 pass, but has no weight gradient; what lies before everything that learns has no backward pass; with features in place
-of pictures ViT and Q-Former cost nothing. The head runs on labelled rows only, attention is causal inside each sample.
+of images ViT and Q-Former cost nothing. The head runs on labelled rows only, attention is causal inside each sample.
 A multiply-add is two operations. Norms, softmax, activations and the optimizer are left out, as is usual for MFU.
 """
 
@@ -48,16 +48,16 @@ class Work:
     """What of a batch decides its cost.
 
     Attributes:
-        tokens: rows of the language model, those of pictures included.
+        tokens: rows of the language model, those of images included.
         squares: sum over the samples of their lengths' squares.
         targets: labelled rows.
-        pictures: how many.
+        images: how many.
     """
 
     tokens: float = 0.0
     squares: float = 0.0
     targets: float = 0.0
-    pictures: float = 0.0
+    images: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Costs:
     token: float
     square: float
     target: float
-    picture: float
+    image: float
 
     def of(self, work: Work) -> float:
         """Operations of a step."""
@@ -75,7 +75,7 @@ class Costs:
             self.token * work.tokens,
             self.square * work.squares,
             self.target * work.targets,
-            self.picture * work.pictures,
+            self.image * work.images,
         )
         return sum(parts)
 
@@ -95,7 +95,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear layer, per row. `learns`: its weight has a gradient; `rank`: of the LoRA beside it, which learns."""
+    """A linear layer, per row. `learns`: its weight has a gradient; `rank`: of the LoRA next to it, which learns."""
 
     inputs: int
     outputs: int
@@ -118,7 +118,7 @@ def step_costs(config: Any, trained: Collection[str], *, from_features: bool = F
         config: a `TinyGPTVConfig`, or anything with its fields.
         trained: canonical names of the trained parameters. Gradients are taken to pass through all of Phi: the
             projections or something in the first block learn.
-        from_features: pictures come as the Q-Former's outputs.
+        from_features: images come as the Q-Former's outputs.
         recompute: count Phi's blocks once more, as gradient checkpointing runs them. MFU leaves this out: the work is
             no more useful for being done twice.
     """
@@ -133,8 +133,8 @@ def step_costs(config: Any, trained: Collection[str], *, from_features: bool = F
     if recompute:
         token, pair = token + forward, pair + attention
     head = _Linear(text.hidden_size, text.vocab_size, "language_model.lm_head.weight" in trained)
-    picture = _projections(config, trained) + (0.0 if from_features else _vision(config, trained))
-    return Costs(token + pair / 2, pair / 2, 2 * head.forward + head.weight_gradients, picture)
+    image = _projections(config, trained) + (0.0 if from_features else _vision(config, trained))
+    return Costs(token + pair / 2, pair / 2, 2 * head.forward + head.weight_gradients, image)
 
 
 def phi_linears(width: int, inner: int) -> dict[str, tuple[int, int]]:
@@ -159,7 +159,7 @@ def _block(config: Any, layer: int, trained: frozenset[str]) -> list[_Linear]:
 
 
 def _projections(config: Any, trained: frozenset[str]) -> float:
-    """Per picture. The second passes its gradient on where the first learns, the first where the vision path does."""
+    """Per image. The second passes its gradient on where the first learns, the first where the vision path does."""
     vision = any(name.startswith(("visual_encoder.", "ln_vision.", "query_tokens", "qformer.")) for name in trained)
     first = _Linear(config.qformer_config.hidden_size, config.proj_hidden_size, "llama_proj.weight" in trained)
     second = _Linear(config.proj_hidden_size, config.text_config.hidden_size, "llama_proj2.weight" in trained)
@@ -169,7 +169,7 @@ def _projections(config: Any, trained: frozenset[str]) -> float:
 
 
 def _vision(config: Any, trained: frozenset[str]) -> float:
-    """Per picture. A part with anything trained costs three times its forward pass, one behind such a part twice."""
+    """Per image. A part with anything trained costs three times its forward pass, one behind such a part twice."""
     vit = any(name.startswith(("visual_encoder.", "ln_vision.")) for name in trained)
     qformer = any(name.startswith(("query_tokens", "qformer.")) for name in trained)
     embedding = patch_embedding(config) * (2 if vit else 1)  # pixels have no gradient
@@ -183,13 +183,13 @@ def _patches(config: Any) -> int:
 
 
 def patch_embedding(config: Any) -> float:
-    """Operations that make rows of one picture's patches."""
+    """Operations that make rows of one image's patches."""
     vision = config.vision_config
     return 2.0 * (_patches(config) - 1) * 3 * vision.patch_size**2 * vision.hidden_size
 
 
 def vit_blocks(config: Any) -> Forward:
-    """One picture through the ViT's blocks."""
+    """One image through the ViT's blocks."""
     vision, rows = config.vision_config, _patches(config)
     width, inner = vision.hidden_size, vision.intermediate_size
     layers = vision.num_hidden_layers
@@ -197,7 +197,7 @@ def vit_blocks(config: Any) -> Forward:
 
 
 def qformer_blocks(config: Any) -> Forward:
-    """One picture through the Q-Former, whose every n-th block looks at it."""
+    """One image through the Q-Former, whose every n-th block looks at it."""
     qformer, rows, queries = config.qformer_config, _patches(config), config.num_query_tokens
     width, inner, seen = qformer.hidden_size, qformer.intermediate_size, qformer.encoder_hidden_size
     layers = qformer.num_hidden_layers

@@ -1,6 +1,6 @@
 """LoRA on a linear layer, as peft computes it (Hu et al. 2021, arXiv 2106.09685).
 
-The base weight keeps its own name beside `lora_A.weight` and `lora_B.weight`: these are the names of the released
+The base weight keeps its own name next to `lora_A.weight` and `lora_B.weight`: these are the names of the released
 TinyGPT-V checkpoints (peft 0.2.0). On the fused qkv layer one A is shared by queries, keys and values.
 """
 

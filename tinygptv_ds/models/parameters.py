@@ -20,7 +20,7 @@ _NORM_WEIGHTS = re.compile(
 
 
 def vision(name: str) -> bool:
-    """What looks at a picture before the projections: ViT, its norm, query tokens and Q-Former."""
+    """What looks at an image before the projections: ViT, its norm, query tokens and Q-Former."""
     return vit(name) or qformer(name)
 
 

@@ -26,7 +26,7 @@ RMS_NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer of one forward pass needs beside the hidden states.
+    """What every layer of one forward pass needs next to the hidden states.
 
     Attributes:
         cos: `[..., rotary dims]` of each position, for the rotary embedding.

@@ -1,4 +1,4 @@
-"""TinyGPT-V: pictures through a frozen ViT and Q-Former, two linear projections, and Phi with norms and LoRA.
+"""TinyGPT-V: images through a frozen ViT and Q-Former, two linear projections, and Phi with norms and LoRA.
 
 One model, two ways in. Training feeds packed rows (`cu_seqlens`), samples end to end without padding; generation feeds
 padded `[batch, length]` rows with an `attention_mask` and a cache. Both agree.
@@ -44,7 +44,7 @@ class PackedOutput(NamedTuple):
     Attributes:
         token_losses: fp32 `[K]`, cross entropy of each target token, in the order of the batch's `target_rows`.
         anchor: a zero that depends on the projections, to be added to the loss: so every rank has a gradient for every
-            trained parameter, and all ranks' backward passes begin alike, whether a micro-batch has pictures or not.
+            trained parameter, and all ranks' backward passes begin alike, whether a micro-batch has images or not.
     """
 
     token_losses: Tensor
@@ -77,7 +77,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = PhiForCausalLM(config)
         self.attention = "auto"
         self.always_run_vision = False
-        self.beside_base: dict[str, Tensor] = {}  # frozen weights that are not those of the base models' files
+        self.frozen_updates: dict[str, Tensor] = {}  # frozen weights that are not those of the base models' files
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -140,19 +140,19 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
         """ViT and Q-Former: `[N, 3, S, S]` (uint8, or normalised floats) to `[N, queries, Q-Former width]`.
 
-        On a CPU in fp32 a picture gives the same bits in any batch, with any number of threads (seen for widths that
+        On a CPU in fp32 an image gives the same bits in any batch, with any number of threads (seen for widths that
         32 divides, 1 to 16 threads).
         """
         count = len(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
             pixels = self.normalize(pixel_values).to(self.visual_encoder.patch_embed.proj.weight.dtype)
-            pixels = F.pad(pixels, (0, 0) * 3 + (0, max(0, self._fewest_pictures() - count)))
+            pixels = F.pad(pixels, (0, 0) * 3 + (0, max(0, self._fewest_images() - count)))
             patches = self.ln_vision(self.visual_encoder.forward_features(pixels))
             queries = self.query_tokens.expand(len(patches), -1, -1)
             return self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state[:count]
 
-    def _fewest_pictures(self) -> int:
-        """Tiny models need more than one picture to give the products of the vision path `_FEWEST_ROWS`."""
+    def _fewest_images(self) -> int:
+        """Tiny models need more than one image to give the products of the vision path `_FEWEST_ROWS`."""
         vision = self.config.vision_config
         rows = min(self.config.num_query_tokens, (vision.image_size // vision.patch_size) ** 2)
         return -(-_FEWEST_ROWS // rows)
@@ -164,10 +164,10 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _image_embeds(
         self, pixel_values: Tensor | None, image_features: Tensor | None, device: torch.device
     ) -> tuple[Tensor, bool]:
-        """Projected pictures `[N, queries, width]`, and whether they are real.
+        """Projected images `[N, queries, width]`, and whether they are real.
 
-        Without a picture, zeros pass through the projections all the same, and with `always_run_vision` (under ZeRO-3,
-        or where ViT or Q-Former learn) a black picture through the ViT: every rank must take part in the same gathers
+        Without an image, zeros pass through the projections all the same, and with `always_run_vision` (under ZeRO-3,
+        or where ViT or Q-Former learn) a black image through the ViT: every rank must take part in the same gathers
         and reductions, in the same order. So no weight is touched before its turn either, not even for its device:
         under ZeRO-3 that gathers it. With features, were there none in this batch, no rank runs the ViT.
         """
@@ -208,13 +208,13 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 `[T]` packed or `[B, L]` padded; image positions hold `config.image_token_id`.
-            pixel_values: `[N, 3, S, S]`, uint8 or normalised; pictures in the order of their places.
+            pixel_values: `[N, 3, S, S]`, uint8 or normalised; images in the order of their places.
             image_features: `[N, queries, Q-Former width]` instead of pixels; N may be 0.
             position_ids: int64, shape of `input_ids`; may skip.
             cu_seqlens: int32 `[samples + 1]`.
             max_seqlen: longest sample.
-            image_rows: int64 `[R]`, packed only: where rows of pictures go.
-            image_index: int64 `[R]`, packed only: which of the N * queries picture rows go there; None: all, in order.
+            image_rows: int64 `[R]`, packed only: where rows of images go.
+            image_index: int64 `[R]`, packed only: which of the N * queries image rows go there; None: all, in order.
             target_rows: int64 `[K]`, packed only: rows whose output predicts a target.
             targets: int64 `[K]`: the tokens to predict.
             attention_mask: `[B, keys]`, 1 for real positions.
@@ -225,7 +225,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             embed_only: padded only: end with the embeddings `[B, L, W]`; see `embed`.
 
         Raises:
-            ValueError: padded: `input_ids` has places for another number of pictures.
+            ValueError: padded: `input_ids` has places for another number of images.
         """
         if cu_seqlens is not None:
             return self._forward_packed(
@@ -246,7 +246,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def embed(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
     ) -> Tensor:
-        """`[B, L]` with pictures as in `forward` to `[B, L, W]`: what `generate` takes as `inputs_embeds`.
+        """`[B, L]` with images as in `forward` to `[B, L, W]`: what `generate` takes as `inputs_embeds`.
 
         By way of `forward`, since ZeRO-3 gathers weights for nothing else.
         """
@@ -260,7 +260,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         place = input_ids == self.config.image_token_id
         rows, places = len(images) * self.config.num_query_tokens if real else 0, int(place.sum())
         if rows != places:
-            raise ValueError(f"the pictures give {rows} rows, but input_ids has {places} places for them")
+            raise ValueError(f"the images give {rows} rows, but input_ids has {places} places for them")
         return embeds.masked_scatter(place.unsqueeze(-1), images.to(embeds.dtype))
 
     def _forward_packed(
@@ -281,7 +281,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             rows = image_embeds.flatten(0, 1).to(x.dtype)
             x = x.index_copy(0, image_rows, rows if image_index is None else rows[image_index])
         else:
-            # The first block's input has a gradient with a picture, so without one too: else ZeRO-3 lets that block's
+            # The first block's input has a gradient with an image, so without one too: else ZeRO-3 lets that block's
             # weights go at other times on this rank, and from then on the ranks gather different ones together.
             x = x + anchor.to(x.dtype)
         backend = choose_backend(self.attention, x.device, _compute_dtype(x))
@@ -317,13 +317,13 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **given: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Each row as often as there are beams; its pictures together, where transformers would repeat each alone."""
+        """Each row as often as there are beams; its images together, where transformers would repeat each alone."""
         seen = {name: given.pop(name) for name in ("pixel_values", "image_features") if given.get(name) is not None}
         rows, expanded = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **given)
         if expand_size > 1 and seen:
             places = (input_ids == self.config.image_token_id).sum(1) // self.config.num_query_tokens
-            for name, pictures in seen.items():
-                of_rows = pictures.split(places.tolist())
+            for name, images in seen.items():
+                of_rows = images.split(places.tolist())
                 seen[name] = torch.cat([torch.cat([row] * expand_size) for row in of_rows])
         return rows, expanded | seen
 
@@ -337,7 +337,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_features: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """The inputs of the next step: the whole prompt with its pictures first, then one new token."""
+        """The inputs of the next step: the whole prompt with its images first, then one new token."""
         past = cache.get_seq_length() if cache is not None else 0
         step: dict[str, Any] = {"cache": cache, "attention_mask": attention_mask}
         if past == 0 and inputs_embeds is not None:

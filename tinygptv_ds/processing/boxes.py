@@ -1,4 +1,4 @@
-"""Boxes in texts: `{<x1><y1><x2><y2>}`, integers in per cent of the picture's width and height (MiniGPT-v2)."""
+"""Boxes in texts: `{<x1><y1><x2><y2>}`, integers in per cent of the image's width and height (MiniGPT-v2)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 Box = tuple[float, float, float, float]
 
-_SIDE = r"<(-?\d{1,4})>"  # a box may stick out of its picture
+_SIDE = r"<(-?\d{1,4})>"  # a box may stick out of its image
 _BOX = re.compile(r"\{" + _SIDE * 4 + r"\}")
 
 
@@ -26,7 +26,7 @@ def find_boxes(text: str) -> list[FoundBox]:
 
 
 def pixel_box(numbers: Sequence[float], width: float, height: float, resolution: float = 100) -> Box:
-    """Four numbers, of which `resolution` span the picture, as (x1, y1, x2, y2) in pixels.
+    """Four numbers, of which `resolution` span the image, as (x1, y1, x2, y2) in pixels.
 
     Raises:
         ValueError: other than four numbers.

@@ -1,4 +1,4 @@
-"""Encoded pictures to uint8 pixels, exactly as the original's transform sees them.
+"""Encoded images to uint8 pixels, exactly as the original's transform sees them.
 
 RGB, resized to a square bicubically without keeping the aspect ratio. The original goes on to floats and normalises;
 here pixels stay uint8 until they are on the device (`TinyGPTVForConditionalGeneration.normalize`).
@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from tinygptv_ds.errors import DataError
 
 MAX_PIXELS = 100_000_000
-# No others: some of Pillow's readers start programs (EPS), and all of them would be tried on what is no picture.
+# No others: some of Pillow's readers start programs (EPS), and all of them would be tried on what is no image.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 Source = bytes | str | Path | Image.Image  # encoded, a path, or decoded
@@ -30,13 +30,13 @@ def open_image(source: Source) -> Image.Image:
     """Decode to RGB (alpha dropped, EXIF rotation ignored).
 
     Raises:
-        DataError: not a picture, cut short, or above 100 megapixels by its header.
+        DataError: not an image, cut short, or above 100 megapixels by its header.
     """
     with _refusals(source):
         return _open(source)[0].convert("RGB")
 
 
-def picture_size(source: Source) -> tuple[int, int]:
+def read_image_size(source: Source) -> tuple[int, int]:
     """Width and height by the header, before anything is decoded; errors as in `open_image`."""
     with _refusals(source):
         return _open(source)[0].size
@@ -46,12 +46,12 @@ def to_pixels(source: Source, image_size: int, decoding: str = "exact") -> np.nd
     """uint8 `[3, image_size, image_size]`; errors as in `open_image`.
 
     Args:
-        source: the picture.
+        source: the image.
         image_size: side of the result.
         decoding: "exact": what Pillow gives. "fast": JPEGs of at least twice `image_size` are decoded at a half or less
             and then resized; photos move by 1 to 3 of 255 on average, fine stripes by more.
     """
-    from tinygptv_ds.processing.resize import resize  # numba takes its time, and who only opens pictures needs none
+    from tinygptv_ds.processing.resize import resize  # numba takes its time, and who only opens images needs none
 
     with _refusals(source):
         image, encoded = _open(source)
@@ -65,7 +65,7 @@ def to_pixels(source: Source, image_size: int, decoding: str = "exact") -> np.nd
 
 @contextmanager
 def _refusals(source: Source) -> Iterator[None]:
-    """Whatever goes wrong with a picture is a DataError; Pillow's readers raise nearly everything."""
+    """Whatever goes wrong with an image is a DataError; Pillow's readers raise nearly everything."""
     try:
         yield
     except DataError:
@@ -74,17 +74,17 @@ def _refusals(source: Source) -> Iterator[None]:
         name = f"{source}: " if isinstance(source, str | Path) else ""
         alien = isinstance(error, UnidentifiedImageError)
         why = f"it is none of {', '.join(FORMATS)}" if alien else str(error) or type(error).__name__
-        raise DataError(f"{name}the picture cannot be decoded: {why}") from error
+        raise DataError(f"{name}the image cannot be decoded: {why}") from error
 
 
 def _open(source: Source) -> tuple[Image.Image, bytes | None]:
-    """The picture, with nothing but its header read, and its bytes where it is not decoded yet."""
+    """The image, with nothing but its header read, and its bytes where it is not decoded yet."""
     if isinstance(source, Image.Image):
         return source, None
     encoded = source if isinstance(source, bytes) else Path(source).read_bytes()
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise DataError(f"a picture of {image.width} x {image.height} pixels is refused (limit {MAX_PIXELS:,})")
+        raise DataError(f"an image of {image.width} x {image.height} pixels is refused (limit {MAX_PIXELS:,})")
     return image, encoded
 
 

@@ -22,7 +22,7 @@ def estimate_tokens(text: str) -> int:
 
 
 def text_lengths(record: dict[str, Any]) -> tuple[int, int]:
-    """(tokens of the first question, tokens of all that follows), estimated; pictures and templates not counted.
+    """(tokens of the first question, tokens of all that follows), estimated; images and templates not counted.
 
     Where training draws among several texts, their mean counts. A record that cannot be used counts as empty.
     """

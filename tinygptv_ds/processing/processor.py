@@ -1,4 +1,4 @@
-"""Prompts and pictures to model inputs for inference; the same tokens and pixels as in training."""
+"""Prompts and images to model inputs for inference; the same tokens and pixels as in training."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tinygptv_ds.processing.image import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens, check_placeholders, prompt_ids, tokenize, wrap
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
 
-Picture = bytes | str | Path | Image.Image | np.ndarray  # encoded, a path, decoded, or as `to_pixels` gives it
+ImageInput = bytes | str | Path | Image.Image | np.ndarray  # encoded, a path, decoded, or as `to_pixels` gives it
 
 
 class TinyGPTVProcessor(ProcessorMixin):
-    """Turns prompts with `<ImageHere>` and their pictures into padded inputs for `generate`, and tokens into answers.
+    """Turns prompts with `<ImageHere>` and their images into padded inputs for `generate`, and tokens into answers.
 
     It is saved with an exported model, and `AutoProcessor` loads it from there.
 
     Args:
         tokenizer: Phi's.
-        image_size: side of the square pictures.
-        num_query_tokens: rows a picture takes in the sequence.
+        image_size: side of the square images.
+        num_query_tokens: rows an image takes in the sequence.
         image_token_id: the id that stands at these.
         prompt_template: how a question was wrapped in training, with `{}` for the question; None: no wrap.
         end_sym: what ended every answer in training.
@@ -66,47 +66,47 @@ class TinyGPTVProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
+        images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None = None,
         text: str | Sequence[str] = (),
         *,
-        begin_token: bool = False,
+        add_bos_token: bool = False,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         """Left-padded inputs for a batch of prompts.
 
         Args:
-            images: the pictures of each prompt; a flat list is dealt out by the placeholders.
-            text: prompts, each with as many `<ImageHere>` as it has pictures; see `prompt`.
-            begin_token: put the begin token in front, as in training. The original does not at inference.
+            images: the images of each prompt; a flat list is dealt out by the placeholders.
+            text: prompts, each with as many `<ImageHere>` as it has images; see `prompt`.
+            add_bos_token: put the BOS token in front, as in training. The original does not at inference.
             return_tensors: "pt", the only kind there is.
 
         Returns:
             `input_ids` and `attention_mask`, int64 `[B, L]`, and `pixel_values`, uint8 `[N, 3, S, S]`, where there is
-            any picture.
+            any image.
 
         Raises:
-            DataError: placeholders and pictures do not match, or a picture cannot be decoded.
+            DataError: placeholders and images do not match, or an image cannot be decoded.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' is supported")
         prompts = [text] if isinstance(text, str) else list(text)
         dealt = _deal(images, prompts)
-        inputs = self.token_rows(prompts, [len(pictures) for pictures in dealt], begin_token=begin_token)
-        pixels = self.pixels([picture for pictures in dealt for picture in pictures])
+        inputs = self.token_rows(prompts, [len(group) for group in dealt], add_bos_token=add_bos_token)
+        pixels = self.pixels([image for group in dealt for image in group])
         if pixels is not None:
             inputs["pixel_values"] = pixels
         return BatchFeature(inputs)
 
-    def token_rows(self, prompts: Sequence[str], pictures: Sequence[int], *, begin_token: bool) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask` of `__call__`, given how many pictures each prompt has."""
-        pairs = zip(prompts, pictures, strict=True)
-        return self.pad([self.row((prompt,), count, begin_token=begin_token) for prompt, count in pairs])
+    def token_rows(self, prompts: Sequence[str], images: Sequence[int], *, add_bos_token: bool) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` of `__call__`, given how many images each prompt has."""
+        pairs = zip(prompts, images, strict=True)
+        return self.pad([self.row((prompt,), count, add_bos_token=add_bos_token) for prompt, count in pairs])
 
-    def row(self, parts: Sequence[str], pictures: int, *, begin_token: bool) -> list[int]:
+    def row(self, parts: Sequence[str], num_images: int, *, add_bos_token: bool) -> list[int]:
         """Token ids of one prompt, whose parts are tokenised each by itself; errors as in `__call__`."""
         tokens = ImageTokens(self.image_token_id, self.num_query_tokens)
-        check_placeholders("".join(parts), pictures)
-        ids = [self.tokenizer.bos_token_id] if begin_token else []
+        check_placeholders("".join(parts), num_images)
+        ids = [self.tokenizer.bos_token_id] if add_bos_token else []
         for part in parts:
             ids += prompt_ids(self.tokenizer, part, part.count(IMAGE_PLACEHOLDER), tokens)
         return ids
@@ -120,15 +120,15 @@ class TinyGPTVProcessor(ProcessorMixin):
             "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
         }
 
-    def pixels(self, pictures: Sequence[Picture]) -> Tensor | None:
-        """uint8 `[N, 3, S, S]`, None where there is no picture; errors as in `__call__`."""
-        if not pictures:
+    def pixels(self, images: Sequence[ImageInput]) -> Tensor | None:
+        """uint8 `[N, 3, S, S]`, None where there is no image; errors as in `__call__`."""
+        if not images:
             return None
         size = self.image_size
-        return torch.from_numpy(np.stack([p if isinstance(p, np.ndarray) else to_pixels(p, size) for p in pictures]))
+        return torch.from_numpy(np.stack([p if isinstance(p, np.ndarray) else to_pixels(p, size) for p in images]))
 
     def prompt(self, question: str, num_images: int = 1) -> str:
-        """A question as the training worded it: behind its pictures, inside the template."""
+        """A question as the training worded it: behind its images, inside the template."""
         words = f"{IMAGE_TAG * num_images} {question} " if num_images else question
         return wrap(self.prompt_template, words)
 
@@ -150,18 +150,16 @@ class TinyGPTVProcessor(ProcessorMixin):
 
 
 def _deal(
-    images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None, prompts: Sequence[str]
-) -> list[list[Picture]]:
-    """The pictures of each prompt."""
-    given = [] if images is None else [images] if isinstance(images, Picture) else list(images)
-    if any(not isinstance(each, Picture) for each in given):
+    images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None, prompts: Sequence[str]
+) -> list[list[ImageInput]]:
+    """The images of each prompt."""
+    given = [] if images is None else [images] if isinstance(images, ImageInput) else list(images)
+    if any(not isinstance(each, ImageInput) for each in given):
         if len(given) != len(prompts):
-            raise DataError(f"{len(given)} lists of pictures for {len(prompts)} prompts; give one list a prompt")
-        return [[each] if isinstance(each, Picture) else list(each) for each in given]
+            raise DataError(f"{len(given)} lists of images for {len(prompts)} prompts; give one list a prompt")
+        return [[each] if isinstance(each, ImageInput) else list(each) for each in given]
     counts = [prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts]
     if sum(counts) != len(given):
-        raise DataError(
-            f"the prompts hold {sum(counts)} times {IMAGE_PLACEHOLDER}, but there are {len(given)} pictures"
-        )
+        raise DataError(f"the prompts hold {sum(counts)} times {IMAGE_PLACEHOLDER}, but there are {len(given)} images")
     remaining = iter(given)
     return [[next(remaining) for _ in range(count)] for count in counts]

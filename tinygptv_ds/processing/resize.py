@@ -1,11 +1,11 @@
-"""Pillow's bicubic resize of RGB pictures, value for value, in a quarter of its time.
+"""Pillow's bicubic resize of RGB images, value for value, in a quarter of its time.
 
 Pillow weighs with 22-bit fixed-point numbers, first along one axis, then along the other, rounding to 8 bits in between
 (its src/libImaging/Resample.c). So does this, compiled by numba. torch's uint8 resize weighs with 16 bits, as
-Pillow-SIMD does, and differs by 1 or 2 in some values of nearly every picture.
+Pillow-SIMD does, and differs by 1 or 2 in some values of nearly every image.
 
 The order of the axes is that of Pillow 13, whatever Pillow is installed: up to 12 it went along the width first always,
-which gives other values for pictures much higher than wide.
+which gives other values for images much higher than wide.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numba import njit
 
 _BITS = 22
 _HALF = 1 << (_BITS - 1)
-_STRIP = 64  # rows of a picture that fit into a core's cache, turned
+_STRIP = 64  # rows of an image that fit into a core's cache, turned
 
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """From the words of a sample to token ids, labels and positions, laid out as TinyGPT-V was trained.
 
-A training row is `BOS | prompt with 32 rows per picture | answer + end_sym`, learnt from the answer on. In a
+A training row is `BOS | prompt with 32 rows per image | answer + end_sym`, learnt from the answer on. In a
 conversation every later question follows as a BOS that nothing attends to (the original's attention hole) and the
 wrapped question: here that BOS is left out and its position skipped, which is the same.
 """
@@ -22,7 +22,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """How a picture stands in a row: `count` times the id `token_id`."""
+    """How an image stands in a row: `count` times the id `token_id`."""
 
     token_id: int
     count: int
@@ -37,7 +37,7 @@ class Sequence:
         labels: int64 `[T]`, -100 where nothing is learnt.
         position_ids: int64 `[T]`, from 0; may skip.
         image_rows: int64 `[R]`, positions of the image tokens in the row.
-        image_index: int64 `[R]`, which row of the sample's pictures (picture * count + row) stands there.
+        image_index: int64 `[R]`, which row of the sample's images (image * count + row) stands there.
     """
 
     input_ids: np.ndarray
@@ -61,9 +61,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def prompt_text(rendered: Rendered, num_images: int, text: TextSection, draw: Draw) -> str:
-    """The first question as it stands in the row, wrapped, with a placeholder for each picture.
+    """The first question as it stands in the row, wrapped, with a placeholder for each image.
 
-    A bare caption is asked for with an entry of the recipe's prompt pool, or by its picture alone.
+    A bare caption is asked for with an entry of the recipe's prompt pool, or by its image alone.
     """
     question = rendered.turns[0][0]
     if question is not None:
@@ -78,7 +78,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, num_images: int,
     """Token ids of a prompt; the text around each placeholder is tokenised by itself, as in the original.
 
     Raises:
-        DataError: the prompt does not hold one placeholder per picture.
+        DataError: the prompt does not hold one placeholder per image.
     """
     check_placeholders(prompt, num_images)
     pieces = prompt.split(IMAGE_PLACEHOLDER)
@@ -89,7 +89,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, num_images: int,
 
 
 def check_placeholders(prompt: str, num_images: int) -> None:
-    """See that a prompt holds one placeholder per picture.
+    """See that a prompt holds one placeholder per image.
 
     Raises:
         DataError: it does not.
@@ -97,8 +97,7 @@ def check_placeholders(prompt: str, num_images: int) -> None:
     found = prompt.count(IMAGE_PLACEHOLDER)
     if found != num_images:
         raise DataError(
-            f"the prompt holds {found} times {IMAGE_PLACEHOLDER}, but there are {num_images} picture(s): "
-            f"{prompt[:200]!r}"
+            f"the prompt holds {found} times {IMAGE_PLACEHOLDER}, but there are {num_images} image(s): {prompt[:200]!r}"
         )
 
 
@@ -114,14 +113,14 @@ def build_sequence(
 
     Args:
         rendered: its turns.
-        num_images: pictures stored with it.
-        tokenizer: Phi's; its begin token is also the end and padding token.
+        num_images: images stored with it.
+        tokenizer: Phi's; its BOS token is also the end and padding token.
         text: template, end symbol and lengths of the recipe.
-        image: how pictures stand in the row.
+        image: how images stand in the row.
         draw: gives a uniform integer below n, for the prompt pool.
 
     Raises:
-        DataError: placeholders and pictures do not match.
+        DataError: placeholders and images do not match.
     """
     bos = tokenizer.bos_token_id
     prompt = prompt_ids(tokenizer, prompt_text(rendered, num_images, text, draw), num_images, image)

@@ -41,7 +41,7 @@ class Prompts:
 class Rendered:
     """One sample as (question, answer) turns.
 
-    The first question is the whole instruction, picture tags included; it is None for a bare caption.
+    The first question is the whole instruction, image tags included; it is None for a bare caption.
     """
 
     turns: tuple[tuple[str | None, str], ...]
@@ -73,7 +73,7 @@ def clean_caption(text: str, max_words: int = 50) -> str:
 def render(record: dict[str, Any], num_images: int, draw: Draw, *, clean: bool = True) -> Rendered:
     """Make the random choices of a record and put it into words.
 
-    `num_images` is the number of pictures stored with the sample. `draw` is called in a fixed order (text, pool entry,
+    `num_images` is the number of images stored with the sample. `draw` is called in a fixed order (text, pool entry,
     answer) even where there is one choice only, so a record's outcome depends on nothing but the numbers drawn.
     `clean=False` leaves every text as it is stored.
 
@@ -129,7 +129,7 @@ def _conversation(record: dict[str, Any], num_images: int, clean: bool) -> list[
 
 
 def _with_images(instruction: str, record: dict[str, Any], num_images: int) -> str:
-    """Put the picture tags in front and a space behind. ``raw`` records and text alone are left as they are."""
+    """Put the image tags in front and a space behind. ``raw`` records and text alone are left as they are."""
     if record.get("raw") or num_images == 0:
         return instruction
     return f"{IMAGE_TAG * num_images} {instruction} "
@@ -139,8 +139,8 @@ def _check_placeholders(turns: list[tuple[str | None, str]], num_images: int) ->
     found = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns if question is not None)
     if turns[0][0] is not None and found != num_images:
         raise DataError(
-            f"the questions hold {found} times {IMAGE_PLACEHOLDER!r}, but the sample has {num_images} picture(s); "
-            f"leave it out of the text, or set 'raw': true and place one per picture"
+            f"the questions hold {found} times {IMAGE_PLACEHOLDER!r}, but the sample has {num_images} image(s); "
+            f"leave it out of the text, or set 'raw': true and place one per image"
         )
 
 

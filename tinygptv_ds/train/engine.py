@@ -30,7 +30,7 @@ from tinygptv_ds.train.liveness.progress import BACKWARD, FORWARD, Progress, fir
 from tinygptv_ds.train.liveness.watchdog import Watchdog
 from tinygptv_ds.train.loss_scale import LossScale
 from tinygptv_ds.train.metrics.stopwatch import Stopwatch
-from tinygptv_ds.train.setup.broadcast import found_by_rank_0
+from tinygptv_ds.train.setup.broadcast import broadcast_from_rank0
 from tinygptv_ds.train.setup.job import Job
 from tinygptv_ds.train.setup.run_dir import note_run, start_run_dir
 
@@ -57,7 +57,7 @@ def start_distributed(job: Job) -> Watchdog:
     backend = get_accelerator().communication_backend_name() if not on_cpu else "gloo"
     with _quiet_stdout(job.ranks.rank):
         deepspeed.init_distributed(dist_backend=backend, timeout=first_group_timeout(job.recipe.train), verbose=False)
-    log_file = found_by_rank_0(job.ranks, lambda: str(start_run_dir(job)))
+    log_file = broadcast_from_rank0(job.ranks, lambda: str(start_run_dir(job)))
     set_up_logging(job.ranks.rank, Path(log_file))
     torch.manual_seed(job.recipe.seed)
     torch.distributed.barrier()
@@ -102,7 +102,7 @@ class Engine:
         first_step: where the run goes on.
         saver: makes the run's checkpoints.
         progress: what a watchdog is told of this rank.
-        stuck: writes the stacks of loader processes that hang; None: nobody watches.
+        stuck: writes the stacks of dataloader workers that hang; None: nobody watches.
         skipped_before: optimizer steps left out before a resumption.
         forward_clock: times this rank's forward passes.
         job: recipe, JSON, run directory and ranks.
@@ -114,7 +114,7 @@ class Engine:
         self.device = torch.device(get_accelerator().current_device_name())
         model.always_run_vision = job.zero_stage == 3 or not model.vision_is_frozen
         model.attention = job.recipe.model.attention
-        model.beside_base |= frozen_learnt(model)
+        model.frozen_updates |= frozen_learnt(model)
         model.train()
         backend = choose_backend(model.attention, self.device, DTYPES[job.precision])
         LOGGER.info("attention: %s, gradient checkpointing: %s", backend, job.recipe.model.gradient_checkpointing)
@@ -226,7 +226,7 @@ class Engine:
         return kept
 
     def save_deepspeed(self, folder: Path, tag: str, state: dict) -> None:
-        """Write DeepSpeed's own checkpoint of what was trained, `state` beside it. To be called on all ranks."""
+        """Write DeepSpeed's own checkpoint of what was trained, `state` next to it. To be called on all ranks."""
         with _quiet_stdout(1):
             self.deepspeed.save_checkpoint(
                 str(folder), tag=tag, client_state={"tinygptv_ds": state}, exclude_frozen_parameters=True
@@ -295,7 +295,7 @@ def start_engine(
     from tinygptv_ds.train.setup.dry_run import finish_dry_run
 
     facts = facts_of(job.recipe, stream) if job.ranks.is_main else {}
-    chosen = found_by_rank_0(job.ranks, lambda: resume.choose_checkpoint(job, facts))
+    chosen = broadcast_from_rank0(job.ranks, lambda: resume.choose_checkpoint(job, facts))
     if job.ranks.is_main:
         note_run(job)
     checkpoint = None if chosen is None else resume.open_checkpoint(Path(chosen))

@@ -1,4 +1,4 @@
-"""Batches on their way to the device, beside the computing that is still under way there."""
+"""Batches on their way to the device, next to the computing that is still under way there."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from tinygptv_ds.weights.layouts.eva import eva_config, eva_source
 from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, in_layer, phi_source
 from tinygptv_ds.weights.layouts.phi_config import phi_config
 from tinygptv_ds.weights.source import Source, check_weights, copy_weights
-from tinygptv_ds.weights.trained import beside_base, fitting_source
+from tinygptv_ds.weights.trained import fitting_source, frozen_updates
 
 
 def build_model(
@@ -46,7 +46,7 @@ def build_model(
     config = model_config(section, text)
     trained = None
     if section.init_from is not None:
-        trained = fitting_source(meta_model(config), Path(section.init_from), section.fresh_parts)
+        trained = fitting_source(meta_model(config), Path(section.init_from), section.allow_missing)
     parts = [PARTS[name] for name in section.train or ()]
     model = assemble(config, base_paths(section), trained, frozen_dtype=frozen_dtype, learning=parts)
     model.attention = section.attention
@@ -66,7 +66,7 @@ def build_vision(
     model = meta_model(config).to(frozen_dtype)
     trained = None
     if section.init_from is not None:
-        trained = fitting_source(model, Path(section.init_from), section.fresh_parts)
+        trained = fitting_source(model, Path(section.init_from), section.allow_missing)
     sources = _sources(_shapes(model), config, base_paths(section), trained)
     model.language_model = model.llama_proj = model.llama_proj2 = None
     model.to_empty(device="cpu")
@@ -154,7 +154,7 @@ def assemble(
         LOGGER.info("%s: %d tensors loaded, %d ignored", source.path, len(source.weights), len(source.ignored))
     _initialise(model, {name for source in sources for name in source.weights})
     if trained is not None:
-        model.beside_base = {name: trained.weights[name].read() for name in beside_base(trained)}
+        model.frozen_updates = {name: trained.weights[name].read() for name in frozen_updates(trained)}
     return model.eval()
 
 
@@ -211,7 +211,7 @@ def _set_special_tokens(phi: PhiConfig, folder: Path) -> int:
     if largest >= image_token:
         raise WeightsError(
             f"{folder}: the tokenizer uses ids up to {largest} of a vocabulary of {phi.vocab_size}, whose last row "
-            "must be free to stand for pictures; use a Phi whose embedding has a spare row, as Phi-2's has"
+            "must be free to stand for images; use a Phi whose embedding has a spare row, as Phi-2's has"
         )
     return image_token
 

@@ -18,7 +18,7 @@ WEIGHTS = "trained.safetensors"
 PROVENANCE = "provenance.json"
 RECIPE = "recipe.yaml"
 STATE = "state.safetensors"
-_BESIDE = {WEIGHTS: PROVENANCE, STATE: "state.json"}  # with which a file is more than a file
+_SIBLINGS = {WEIGHTS: PROVENANCE, STATE: "state.json"}  # with which a file is more than a file
 KINDS = {
     "phi": "Phi",
     "eva_vit": "EVA ViT",
@@ -44,7 +44,7 @@ class Opened:
         kind: a key of `KINDS`.
         files: the files that hold the weights.
         stored: tensors by the file's own names.
-        folder: the folder of a run or a model with its notes beside, else None.
+        folder: the folder of a run or a model with its notes next to, else None.
         notes: what else is there: of a `.pth` all but "model"; of a folder its provenance.json or state.json.
         ignored: names that are there and of no use.
         of_one_stage: whether this holds no more than its stage trains, as checkpoints do.
@@ -73,7 +73,7 @@ def open_any(path: Path) -> Opened:
         WeightsError: nothing is there, it is damaged, or it is none of these.
     """
     path = Path(path)
-    if path.is_file() and path.name in (WEIGHTS, STATE) and (path.parent / _BESIDE[path.name]).is_file():
+    if path.is_file() and path.name in (WEIGHTS, STATE) and (path.parent / _SIBLINGS[path.name]).is_file():
         return open_any(path.parent)
     if path.is_file():
         _refuse_broken(path)

@@ -67,7 +67,7 @@ class Report:
         lora_r: LoRA's rank, 0 without.
         lora_targets: the linear layers that have it.
         qformer: whether a Q-Former is inside.
-        beside: what else the file holds (optimizer, epoch, ...).
+        next to: what else the file holds (optimizer, epoch, ...).
         parts: sizes of the model's parts.
         matched: canonical names that a complete file has too, in the same shape.
         missing: those that are not there.
@@ -87,7 +87,7 @@ class Report:
     lora_r: int = 0
     lora_targets: list[str] = field(default_factory=list)
     qformer: bool = False
-    beside: list[str] = field(default_factory=list)
+    adjacent: list[str] = field(default_factory=list)
     parts: dict[str, Part] = field(default_factory=dict)
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -106,7 +106,7 @@ class Report:
             ("layout", self.layout),
             ("LoRA", f"rank {self.lora_r} on {', '.join(self.lora_targets)}" if self.lora_r else "none"),
             ("Q-Former", "inside" if self.qformer else "not inside"),
-            ("beside", ", ".join(self.beside) or None),
+            ("adjacent", ", ".join(self.adjacent) or None),
             *(("sha256", f"{digest}  {name}") for name, digest in self.files.items()),
             ("parameters", f"{sum(part.values for part in self.parts.values()):,}"),
             *(("", f"{part.values:>15,}  {name} ({', '.join(part.dtypes)})") for name, part in self.parts.items()),
@@ -153,7 +153,7 @@ def inspect(path: Path) -> Report:
         lora_r=lora_rank(source.shapes),
         lora_targets=sorted({n.split(".lora_A.")[0].rpartition(".")[2] for n in source.weights if ".lora_A." in n}),
         qformer=any(name.startswith("qformer.") for name in source.weights),
-        beside=_beside(opened),
+        adjacent=_siblings(opened),
         parts=_parts(source),
         ignored=sorted(source.ignored),
     )
@@ -185,7 +185,7 @@ def _layout(opened: Opened) -> str | None:
     return spelling(opened.stored) if opened.kind in ("trained", "projection", "model") else None
 
 
-def _beside(opened: Opened) -> list[str]:
+def _siblings(opened: Opened) -> list[str]:
     simple = {key: value for key, value in opened.notes.items() if isinstance(value, int | float | str)}
     return [f"{key} {simple[key]}" if key in simple else key for key in opened.notes]
 

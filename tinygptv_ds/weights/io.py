@@ -46,7 +46,7 @@ class Stored:
     Attributes:
         shape: its shape, known without reading it.
         dtype: its dtype, likewise.
-        read: reads it; each call reads anew.
+        read: reads it; each call reads again.
         read_flat: reads the values from one flat index up to another, where that can be had for less.
     """
 
@@ -90,7 +90,7 @@ def open_weights(path: Path) -> dict[str, Stored]:
 
 
 def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """The tensors of one file as in `open_weights`, and what a PyTorch file holds beside "model"."""
+    """The tensors of one file as in `open_weights`, and what a PyTorch file holds next to "model"."""
     if is_safetensors(path):
         return _open_safetensors(path), {}
     content = open_torch(path)
@@ -135,7 +135,7 @@ def open_torch(path: Path, known: Sequence[tuple[Any, str]] = ()) -> object:
 
     Args:
         path: the file.
-        known: (stand-in, "module.name") of harmless classes that may occur beside tensors and plain containers; the
+        known: (stand-in, "module.name") of harmless classes that may occur next to tensors and plain containers; the
             stand-in is put in their place, so that no foreign code is imported.
 
     Raises:
@@ -191,7 +191,7 @@ def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise WeightsError(f"{path}: {error.strerror or error}; it belongs to the weights beside it") from None
+        raise WeightsError(f"{path}: {error.strerror or error}; it belongs to the weights next to it") from None
     except ValueError as error:
         raise WeightsError(f"{path}: no JSON ({error}); fetch the file again") from None
     if not isinstance(content, dict):
@@ -206,7 +206,7 @@ def _shards(index: Path) -> list[Path]:
     names = sorted({str(name) for name in weight_map.values()})
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise WeightsError(f"{index}: shards must lie beside it, not at {listing(outside)}")
+        raise WeightsError(f"{index}: shards must lie next to it, not at {listing(outside)}")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise WeightsError(f"{index.parent}: {listing(missing)} missing; fetch all the shards that {index.name} names")

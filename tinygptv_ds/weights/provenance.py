@@ -1,4 +1,4 @@
-"""Where weights come from: the notes beside a run's `model/` and beside everything that is exported."""
+"""Where weights come from: the notes next to a run's `model/` and next to everything that is exported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.files import sha256
 from tinygptv_ds.weights.detect import PROVENANCE
 from tinygptv_ds.weights.io import weight_files
-from tinygptv_ds.weights.trained import beside_base
+from tinygptv_ds.weights.trained import frozen_updates
 
 if TYPE_CHECKING:
     from tinygptv_ds.weights.resolve import Resolved
@@ -40,7 +40,7 @@ def hashed(resolved: Resolved) -> dict[str, Any]:
     notes = provenance_of(resolved.recipe)
     for part, path in resolved.base.items():
         notes["base"][part]["files"] = hashes(weight_files(path))
-    return notes | {"trained": hashes(resolved.opened.files), "beside_base": beside_base(resolved.trained)}
+    return notes | {"trained": hashes(resolved.opened.files), "frozen_updates": frozen_updates(resolved.trained)}
 
 
 def shareable(resolved: Resolved) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tinygptv_ds.weights.guess_stage import guess_stage
 from tinygptv_ds.weights.io import Stored
 from tinygptv_ds.weights.provenance import size_of
 from tinygptv_ds.weights.source import Source
-from tinygptv_ds.weights.trained import check_fit, recipe_beside, trained_source, whole_source
+from tinygptv_ds.weights.trained import adjacent_recipe, check_fit, trained_source, whole_source
 
 STAGES = Path(__file__).resolve().parents[2] / "stages"
 
@@ -102,9 +102,9 @@ def _recipe_of(opened: Opened, overrides: Sequence[str]) -> Recipe:
     noted = opened.notes.get("recipe")
     if isinstance(noted, dict) and isinstance(noted.get("model"), dict):  # a checkpoint notes hashes alone
         return build_recipe(apply_overrides(noted, overrides), f"{opened.folder}/provenance.json")
-    beside = recipe_beside(opened, overrides)
-    if beside is not None:
-        return beside
+    adjacent = adjacent_recipe(opened, overrides)
+    if adjacent is not None:
+        return adjacent
     guess = guess_stage(opened, trained_source(opened))
     if len(guess.stages) > 1:
         raise WeightsError(

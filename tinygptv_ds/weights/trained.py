@@ -37,7 +37,7 @@ _ABSENT = {
 }
 
 
-def load_trained(model: nn.Module | Mapping[str, Tensor], path: Path, fresh_parts: Collection[str] = ()) -> set[str]:
+def load_trained(model: nn.Module | Mapping[str, Tensor], path: Path, allow_missing: Collection[str] = ()) -> set[str]:
     """Copy the trained weights of an earlier stage into a model.
 
     Projections, norms and, where the model has it, LoRA must all be there; other weights (the Q-Former that the first
@@ -46,7 +46,7 @@ def load_trained(model: nn.Module | Mapping[str, Tensor], path: Path, fresh_part
     Args:
         model: the model, or its parameters by canonical name.
         path: anything that `open_any` opens.
-        fresh_parts: of `PARTS`, those that the file may be without; they keep the values that they have.
+        allow_missing: of `PARTS`, those that the file may be without; they keep the values that they have.
 
     Returns:
         The canonical names that were loaded.
@@ -54,27 +54,27 @@ def load_trained(model: nn.Module | Mapping[str, Tensor], path: Path, fresh_part
     Raises:
         WeightsError: a key is missing, unknown or of another shape, or LoRA does not fit the model's.
     """
-    source = fitting_source(model, path, fresh_parts)
+    source = fitting_source(model, path, allow_missing)
     copy_weights(_parameters(model), source.weights)
     return set(source.weights)
 
 
-def fitting_source(model: nn.Module | Mapping[str, Tensor], path: Path, fresh_parts: Collection[str] = ()) -> Source:
+def fitting_source(model: nn.Module | Mapping[str, Tensor], path: Path, allow_missing: Collection[str] = ()) -> Source:
     """The weights that `load_trained` would load, checked against the model but not read yet."""
     opened = open_any(Path(path))
     source = whole_source(opened, init_from_of(opened))
-    check_fit(model, opened, source, fresh_parts)
+    check_fit(model, opened, source, allow_missing)
     return source
 
 
 def check_fit(
-    model: nn.Module | Mapping[str, Tensor], opened: Opened, source: Source, fresh_parts: Collection[str] = ()
+    model: nn.Module | Mapping[str, Tensor], opened: Opened, source: Source, allow_missing: Collection[str] = ()
 ) -> None:
     """See that trained weights are those of this model; arguments and errors as of `load_trained`."""
     config = getattr(model, "config", None)
     if config is not None and config.lora_r:
         _check_lora_scale(config, opened)
-    _check_trained({name: tuple(target.shape) for name, target in _parameters(model).items()}, source, fresh_parts)
+    _check_trained({name: tuple(target.shape) for name, target in _parameters(model).items()}, source, allow_missing)
 
 
 def trained_source(opened: Opened) -> Source:
@@ -97,8 +97,8 @@ def trained_source(opened: Opened) -> Source:
             f"{opened.path} is an exported model with LoRA merged into its base, from which a stage cannot go on; name "
             "the run that it comes from, or export it with --to adapter or --keep-lora"
         )
-    beside = set(opened.notes.get("beside_base", ()))
-    wanted = {name for name in source.weights if learnt(name) or name in beside}
+    adjacent = set(opened.notes.get("frozen_updates", ()))
+    wanted = {name for name in source.weights if learnt(name) or name in adjacent}
     base = sorted(source.weights.keys() - wanted)
     return Source(opened.path, {n: t for n, t in source.weights.items() if n in wanted}, base)
 
@@ -128,7 +128,7 @@ def whole_source(opened: Opened, init_from: str | None) -> Source:
     return Source(source.path, added | source.weights, source.ignored)
 
 
-def recipe_beside(opened: Opened, overrides: Sequence[str] = ()) -> Recipe | None:
+def adjacent_recipe(opened: Opened, overrides: Sequence[str] = ()) -> Recipe | None:
     """The recipe of the run that a checkpoint lies in, with `overrides` as of `--set`; None where there is none.
 
     Raises:
@@ -140,12 +140,12 @@ def recipe_beside(opened: Opened, overrides: Sequence[str] = ()) -> Recipe | Non
 
 
 def init_from_of(opened: Opened) -> str | None:
-    """What the stage of a checkpoint began from, by the recipe beside it."""
-    recipe = recipe_beside(opened)
+    """What the stage of a checkpoint began from, by the recipe next to it."""
+    recipe = adjacent_recipe(opened)
     return None if recipe is None else recipe.model.init_from
 
 
-def beside_base(source: Source) -> list[str]:
+def frozen_updates(source: Source) -> list[str]:
     """What trained weights hold of the parts that come from the base models otherwise: they replace theirs."""
     return [name for name in source.weights if not learnt(name)]
 
@@ -159,14 +159,14 @@ def _parameters(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]
     return dict(model.named_parameters()) if isinstance(model, nn.Module) else model
 
 
-def _check_trained(shapes: Mapping[str, tuple[int, ...]], source: Source, fresh_parts: Collection[str]) -> None:
+def _check_trained(shapes: Mapping[str, tuple[int, ...]], source: Source, allow_missing: Collection[str]) -> None:
     given = source.weights.keys()
     _check_lora_rank(shapes, source)
     required: set[str] = set()
     for part, belongs in PARTS.items():
         wanted = set(filter(belongs, shapes))
         if wanted and not any(map(belongs, given)):
-            if part not in fresh_parts:
+            if part not in allow_missing:
                 raise WeightsError(_without(part, source))
             LOGGER.info("%s holds no %s, which starts afresh", source.path, part)
             continue
@@ -181,10 +181,10 @@ def _check_trained(shapes: Mapping[str, tuple[int, ...]], source: Source, fresh_
 def _without(part: str, source: Source) -> str:
     if source.weights.keys() <= {"llama_proj.weight", "llama_proj.bias"}:
         told = "llama_proj alone, as MiniGPT-4's files do: a start for stage 1, in which all else starts afresh"
-        return f"{source.path} holds {told} (--set 'model.fresh_parts=[llama_proj2, norms, lora]')"
+        return f"{source.path} holds {told} (--set 'model.allow_missing=[llama_proj2, norms, lora]')"
     return (
         f"{source.path} holds no {_ABSENT[part]}, or let that part start from its initial values with "
-        f"--set 'model.fresh_parts=[{part}]'"
+        f"--set 'model.allow_missing=[{part}]'"
     )
 
 
@@ -233,5 +233,5 @@ def _trained_alpha(opened: Opened) -> float | None:
     if opened.folder is not None and (opened.folder / "config.json").is_file():
         config = read_json(opened.folder / "config.json")
         return config.get("lora_alpha") if config.get("lora_r") else None
-    recipe = recipe_beside(opened)
+    recipe = adjacent_recipe(opened)
     return recipe.model.lora_alpha if recipe is not None and recipe.model.lora_r else None

@@ -29,32 +29,32 @@ RAW = Callable[..., dict[str, Any]]
 FILE = Callable[..., Path]
 
 
-def picture(size: tuple[int, int] = (40, 30)) -> bytes:
+def image(size: tuple[int, int] = (40, 30)) -> bytes:
     out = io.BytesIO()
     Image.radial_gradient("L").resize(size).convert("RGB").save(out, "JPEG")
     return out.getvalue()
 
 
 def write(folder: Path, changes: dict[int, dict[str, bytes]], count: int = 10) -> Path:
-    """`count` samples with a picture in shards of five, some with other members."""
+    """`count` samples with an image in shards of five, some with other members."""
     with ShardWriter(folder, 5) as writer:
         for number in range(count):
             record = {"text": "what", "answer": f"a {number}"}
-            good = {"jpg": picture(), "json": json.dumps(record).encode()}
+            good = {"jpg": image(), "json": json.dumps(record).encode()}
             writer.write(f"{number:04d}", changes.get(number, good))
     return folder
 
 
 def answered(record: dict[str, Any], **members: bytes) -> dict[str, bytes]:
-    return {**(members or {"jpg": picture()}), "json": json.dumps(record).encode()}
+    return {**(members or {"jpg": image()}), "json": json.dumps(record).encode()}
 
 
 BROKEN = {
-    1: {"jpg": picture(), "json": b"{"},
-    2: answered({"caption": "a cat"}, txt=b"no picture"),
-    3: answered({"text": "<ImageHere> twice", "answer": "x", "raw": True}, txt=b"no picture"),
+    1: {"jpg": image(), "json": b"{"},
+    2: answered({"caption": "a cat"}, txt=b"no image"),
+    3: answered({"text": "<ImageHere> twice", "answer": "x", "raw": True}, txt=b"no image"),
     4: answered({"text": "what"}),
-    6: answered({"text": "what", "answer": "x"}, jpg=picture()[:300]),
+    6: answered({"text": "what", "answer": "x"}, jpg=image()[:300]),
     7: answered({"text": "what", "answer": " "}),
     8: answered({"text": "long", "answer": "y" * 500}),
 }
@@ -99,7 +99,7 @@ def test_broken_samples_are_named_and_counted(
         ("0007", "empty_answer", "00001.tar"),
     ]
     assert "<ImageHere>" in tally["broken"][2]["message"]
-    assert (tally["pictures"], tally["missing_pictures"], tally["corrupt_pictures"]) == (8, 1, 1)
+    assert (tally["images"], tally["missing_images"], tally["corrupt_images"]) == (8, 1, 1)
     assert tally["longest_text"] > 500 and tally["longest_sample"].endswith("sample 0008")
     printed = capsys.readouterr().out
     assert (
@@ -261,14 +261,14 @@ def test_the_mixture_is_what_the_stream_gives(raw_recipe: RAW, recipe_file: FILE
 
 @pytest.fixture
 def gqa_root(tmp_path: Path) -> Path:
-    """Eight questions, two of them about a picture that is not there."""
+    """Eight questions, two of them about an image that is not there."""
     folder = tmp_path / "root/gqa"
     folder.mkdir(parents=True)
     entries = [{"image": f"{n}.jpg", "question": "q", "answer": "a"} for n in (0, 1, 9, 2, 3, 9)]
     (folder / "train_balanced_questions.json").write_text(json.dumps([*entries, {"image": "0.jpg"}, entries[0]]))
     (folder / "images").mkdir()
     for number in range(4):
-        (folder / f"images/{number}.jpg").write_bytes(picture())
+        (folder / f"images/{number}.jpg").write_bytes(image())
     return tmp_path / "root"
 
 
@@ -278,11 +278,11 @@ def test_own_files_below_a_root(
     recipe = recipe_file(data__datasets=[{"name": "gqa", "shards": str(tmp_path / "none")}])
     sources = of("gqa", checked(recipe, tmp_path, "--root", gqa_root)[0])["sources"]
     assert sources["files"] == {"gqa/train_balanced_questions.json": True, "gqa/images": True}
-    assert (sources["entries"], sources["all_entries"], sources["missing_pictures"]) == (8, True, 2)
+    assert (sources["entries"], sources["all_entries"], sources["missing_images"]) == (8, True, 2)
     assert sources["first_missing"].endswith("9.jpg does not exist") and sources["unusable"] == {"missing_field": 1}
-    assert "of all 8 annotation entries, 2 (25.00 %) lack their picture" in capsys.readouterr().out
+    assert "of all 8 annotation entries, 2 (25.00 %) lack their image" in capsys.readouterr().out
     sources = of("gqa", checked(recipe, tmp_path, "--root", gqa_root, "--samples", 3)[0])["sources"]
-    assert (sources["entries"], sources["all_entries"], sources["missing_pictures"]) == (3, False, 1)
+    assert (sources["entries"], sources["all_entries"], sources["missing_images"]) == (3, False, 1)
     (gqa_root / "gqa/train_balanced_questions.json").write_text("{")
     sources = of("gqa", checked(recipe, tmp_path, "--root", gqa_root)[0])["sources"]
     assert "is no JSON" in sources["problem"]

@@ -9,7 +9,7 @@ from helpers import tiny
 from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.checks.preview_samples import CUT, LEARNT, PICTURE, PROMPT, TURN, Piece, Preview
+from tinygptv_ds.data.checks.preview_samples import CUT, IMAGE, LEARNT, PROMPT, TURN, Piece, Preview
 from tinygptv_ds.data.checks.preview_text import first_of_each, marked
 from tinygptv_ds.data.loader.dataset import Tokens
 from tinygptv_ds.data.stream.plan import OpenStream, open_stream
@@ -55,8 +55,8 @@ def test_one_that_cannot_be_read_is_passed_over(raw_recipe: RAW, tmp_path: Path)
 def test_marks() -> None:
     pieces = [
         Piece("[INST] ", PROMPT, 0),
-        Piece("picture 1: 3 tokens", PICTURE, 1, picture=0),
-        Piece("picture 2: 3 tokens", PICTURE, 4, picture=1),
+        Piece("image 1: 3 tokens", IMAGE, 1, image=0),
+        Piece("image 2: 3 tokens", IMAGE, 4, image=1),
         Piece("what", PROMPT, 7),
         Piece("a", LEARNT, 8),
         Piece(" bus\n", LEARNT, 9),
@@ -64,5 +64,5 @@ def test_marks() -> None:
         Piece("and", PROMPT, 10),
         Piece(" then", CUT, 11),
     ]
-    expected = "[INST] [picture 1: 3 tokens][picture 2: 3 tokens]what<<a bus\\n>> [next turn] and~~ then~~"
+    expected = "[INST] [image 1: 3 tokens][image 2: 3 tokens]what<<a bus\\n>> [next turn] and~~ then~~"
     assert marked(pieces) == expected

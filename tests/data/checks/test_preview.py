@@ -42,8 +42,8 @@ class Card:
     """One sample of a page, read back from its HTML."""
 
     spans: list[tuple[str, str]] = field(default_factory=list)  # classes, text
-    pictures: list[np.ndarray] = field(default_factory=list)  # [S, S, 3]
-    boxes: list[tuple[int, str, tuple[float, ...]]] = field(default_factory=list)  # picture, class, x y width height
+    images: list[np.ndarray] = field(default_factory=list)  # [S, S, 3]
+    boxes: list[tuple[int, str, tuple[float, ...]]] = field(default_factory=list)  # image, class, x y width height
     text: str = ""
 
     def words(self, kind: str) -> str:
@@ -69,10 +69,10 @@ class Page(HTMLParser):
             self.cards.append(Card())
         elif tag == "img":
             encoded = given["src"].removeprefix("data:image/png;base64,")
-            self.cards[-1].pictures.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))))
+            self.cards[-1].images.append(np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)))))
         elif tag == "rect" and "halo" not in self._classes:
             sides = tuple(float(given[name]) for name in ("x", "y", "width", "height"))
-            self.cards[-1].boxes.append((len(self.cards[-1].pictures) - 1, self._classes.removeprefix("on "), sides))
+            self.cards[-1].boxes.append((len(self.cards[-1].images) - 1, self._classes.removeprefix("on "), sides))
 
     def handle_endtag(self, tag: str) -> None:
         self._classes = ""
@@ -111,10 +111,10 @@ def decode(raw: dict[str, Any], ids: np.ndarray) -> str:
 
 
 def data(folder: Path, *samples: tuple[dict[str, Any], int]) -> list[dict[str, str]]:
-    """A dataset of these records with so many pictures each, as the recipe's `data.datasets`."""
+    """A dataset of these records with so many images each, as the recipe's `data.datasets`."""
     made = [
-        PreparedSample(f"{number:06d}", record, tuple(tiny.pictures(pictures, seed=number)))
-        for number, (record, pictures) in enumerate(samples)
+        PreparedSample(f"{number:06d}", record, tuple(tiny.encoded_images(images, seed=number)))
+        for number, (record, images) in enumerate(samples)
     ]
     return [{"name": "d", "shards": str(tiny.write_shards(folder, made))}]
 
@@ -134,11 +134,11 @@ def test_the_page_is_what_training_reads(raw_recipe: RAW, recipe_file: FILE, tmp
         words = ~learnt & (row.input_ids != -1)
         assert card.words("learnt") == decode(raw_recipe(), row.labels[learnt])
         assert card.words("prompt") == decode(raw_recipe(), row.input_ids[words])
-        pictures = [f"picture {n + 1}: {tiny.QUERIES} tokens" for n in range(len(sample.pixels))]
-        assert [text for classes, text in card.spans if "picture" in classes] == pictures
+        images = [f"image {n + 1}: {tiny.QUERIES} tokens" for n in range(len(sample.pixels))]
+        assert [text for classes, text in card.spans if "image" in classes] == images
         assert f"{len(row)} tokens, {learnt.sum()} learnt" in card.text and not card.words("cut")
-        assert len(card.pictures) == len(sample.pixels)
-        for ours, theirs in zip(card.pictures, sample.pixels, strict=True):
+        assert len(card.images) == len(sample.pixels)
+        for ours, theirs in zip(card.images, sample.pixels, strict=True):
             assert np.array_equal(ours, theirs.transpose(1, 2, 0))
         where = f"step {sample.ref.position // 8}, position {sample.ref.position}, epoch {sample.ref.epoch}"
         assert where in card.text and f"{sample.ref.shard:05d}.tar: " in card.text and sample.ref.dataset in card.text
@@ -172,7 +172,7 @@ def test_what_is_cut_off_is_seen_as_cut(raw_recipe: RAW, max_txt_len: int, max_c
         assert (full.position_ids[kinds != CUT] >= kept.position_ids).all()
         assert kinds[kinds != CUT].tolist() == [PROMPT if label == IGNORE else LEARNT for label in kept.labels]
         assert shown.counts[CUT] == len(full) - len(kept)
-        everything = "".join(piece.text for piece in shown.pieces if piece.picture is None)
+        everything = "".join(piece.text for piece in shown.pieces if piece.image is None)
         assert everything == tokens.tokenizer.decode(full.input_ids[full.input_ids != -1].tolist())
         cut += shown.counts[CUT]
     assert (cut > 0) == (max_txt_len < 500 or max_context_len < 3800)
@@ -209,13 +209,13 @@ def test_boxes_have_the_colour_of_their_words(recipe_file: FILE, tmp_path: Path)
     assert one in card.words("prompt") and card.words("learnt") == f"{two}<delim>{out} not {one}\\n\n"
 
 
-def test_boxes_lie_on_the_picture_before_them(recipe_file: FILE, tmp_path: Path) -> None:
-    """And not at all where there is no picture, or where the limit cuts them off."""
+def test_boxes_lie_on_the_image_before_them(recipe_file: FILE, tmp_path: Path) -> None:
+    """And not at all where there is no image, or where the limit cuts them off."""
     box, tag = "{<1><2><3><4>}", "<Img><ImageHere></Img>"
     text = f"{tag} {box} and {tag} {box}"
     datasets = data(tmp_path / "d", ({"text": text, "answer": "x", "raw": True}, 2))
     (card,) = page(recipe_file(data__datasets=datasets), tmp_path, "--count", 1).cards
-    assert [picture for picture, _, _ in card.boxes] == [0, 1]
+    assert [image for image, _, _ in card.boxes] == [0, 1]
     datasets = data(tmp_path / "e", ({"text": box, "answer": "x"}, 0))
     (card,) = page(recipe_file(data__datasets=datasets), tmp_path, "--count", 1).cards
     assert card.boxes == [] and box in card.words("prompt") and not card.words("box")
@@ -265,7 +265,9 @@ def test_left_out_samples_stand_in_their_place_with_the_reason(
     with ShardWriter(tmp_path / "d") as writer:
         for number in range(4):
             record = b"{" if number == 1 else json.dumps({"text": "q", "answer": "a"}).encode()
-            writer.write(f"{number:03d}", {"json": record, "jpg": b"none" if number == 2 else tiny.pictures(1)[0]})
+            writer.write(
+                f"{number:03d}", {"json": record, "jpg": b"none" if number == 2 else tiny.encoded_images(1)[0]}
+            )
     datasets = [{"name": "d", "shards": str(tmp_path / "d")}]
     recipe = recipe_file(data__datasets=datasets)
     shown = page(recipe, tmp_path, "--count", 4).cards
@@ -287,14 +289,14 @@ def test_one_dataset_alone(raw_recipe: RAW, recipe_file: FILE, tmp_path: Path) -
         assert f"position {ref.position}," in card.text
 
 
-def test_the_picture_has_pictures_boxes_and_colours(recipe_file: FILE, tmp_path: Path) -> None:
+def test_the_image_has_images_boxes_and_colours(recipe_file: FILE, tmp_path: Path) -> None:
     """The pixels of the sample and the outline of its box stand on the page."""
     datasets = data(tmp_path / "d", ({"text": "where", "answer": "{<25><25><75><75>}"}, 1))
     out = tmp_path / "page.PNG"
     verbs.call(verb, recipe_file(data__datasets=datasets), "--out", out, "--count", 1)
     pixels = np.asarray(Image.open(out).convert("RGB"))
     (card,) = page(recipe_file(data__datasets=datasets), tmp_path, "--count", 1).cards
-    corner = card.pictures[0][:4, :4].repeat(8, 0).repeat(8, 1)  # 28 pixels are shown eight times as large
+    corner = card.images[0][:4, :4].repeat(8, 0).repeat(8, 1)  # 28 pixels are shown eight times as large
     top = next(
         y for y in range(len(pixels) - 32) if np.array_equal(pixels[y : y + 32, 2 * EDGE : 2 * EDGE + 32], corner)
     )

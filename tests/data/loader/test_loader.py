@@ -120,7 +120,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def write(folder: Path, changes: dict[int, dict[str, bytes]]) -> Path:
-    """Eight samples with a picture, some members replaced."""
+    """Eight samples with an image, some members replaced."""
     folder.mkdir()
     with ShardWriter(folder, 4) as writer:
         for number in range(8):
@@ -178,7 +178,7 @@ def test_decoding_is_the_recipes(raw_recipe: RAW, tmp_path: Path) -> None:
 def test_a_placeholder_mismatch_is_explained(raw_recipe: RAW, tmp_path: Path) -> None:
     shards = write(tmp_path / "bad", {0: BAD["bad_record"]})
     messages = [s.message for item in load(only(raw_recipe, shards)) for s in item.skipped]
-    assert messages and all("2 times '<ImageHere>', but the sample has 1 picture" in message for message in messages)
+    assert messages and all("2 times '<ImageHere>', but the sample has 1 image" in message for message in messages)
 
 
 def test_an_empty_caption_teaches_nothing(raw_recipe: RAW, tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_sample_above_max_tokens_drops_out(mixed: dict[str, Any], raw_recipe: 
 
 
 def test_a_micro_batch_without_a_sample(raw_recipe: RAW, tmp_path: Path) -> None:
-    """A lone begin token without a target: every rank still makes the same calls."""
+    """A lone BOS token without a target: every rank still makes the same calls."""
     shards = write(tmp_path / "bad", dict.fromkeys(range(8), BAD["corrupt_image"]))
     raw = only(raw_recipe, shards, batch_size=2, micro_batch_size=1)
     _, tokens = stream_of(raw)
@@ -238,14 +238,14 @@ def row(ids: list[int], labels: list[int], images: list[int]) -> Sequence:
 
 
 def test_collate() -> None:
-    """Rows, pictures and targets of each sample move by what stands before it."""
+    """Rows, images and targets of each sample move by what stands before it."""
     none = np.zeros((0, 3, 1, 1), dtype=np.uint8)
-    pictures = np.arange(3 * 12, dtype=np.uint8).reshape(3, 3, 2, 2)
+    images = np.arange(3 * 12, dtype=np.uint8).reshape(3, 3, 2, 2)
     made = [
-        Sample(SampleRef(0, "b", 0, 0, 0), row([9, 7, 7, 1, 2], [IGNORE, IGNORE, IGNORE, 1, 2], [1, 2]), pictures[:1]),
+        Sample(SampleRef(0, "b", 0, 0, 0), row([9, 7, 7, 1, 2], [IGNORE, IGNORE, IGNORE, 1, 2], [1, 2]), images[:1]),
         Sample(SampleRef(1, "a", 0, 0, 1), row([9, 3], [IGNORE, 3], []), none),
-        # its second picture is cut after the first row
-        Sample(SampleRef(2, "b", 0, 0, 2), row([9, 7, 7, 7, 4], [IGNORE] * 4 + [4], [1, 2, 3]), pictures[1:]),
+        # its second image is cut after the first row
+        Sample(SampleRef(2, "b", 0, 0, 2), row([9, 7, 7, 7, 4], [IGNORE] * 4 + [4], [1, 2, 3]), images[1:]),
     ]
     batch = collate(made, ["a", "b"], queries=2, image_size=2, bos=9)
     assert batch.input_ids.tolist() == [9, 7, 7, 1, 2, 9, 3, 9, 7, 7, 7, 4]
@@ -255,7 +255,7 @@ def test_collate() -> None:
     assert batch.targets.tolist() == [1, 2, 3, 4]
     assert batch.target_rows.tolist() == [2, 3, 5, 10]  # the row before each target, never of another sample
     assert batch.target_dataset.tolist() == [1, 1, 0, 1]
-    assert torch.equal(batch.pixel_values, torch.from_numpy(pictures))
+    assert torch.equal(batch.pixel_values, torch.from_numpy(images))
     assert [ref.position for ref in batch.sample_ids] == [0, 1, 2]
 
 

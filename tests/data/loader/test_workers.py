@@ -1,4 +1,4 @@
-"""Loader processes that are lost, seen from the process that they load for."""
+"""Dataloader workers that are lost, seen from the process that they load for."""
 
 import contextlib
 import os
@@ -41,7 +41,7 @@ def test_a_loss_is_told_where_its_batch_is_wanted() -> None:
     while process.is_alive() and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.1)
-    with pytest.raises(WorkersLostError, match=r"loader process 1 of 1 \(process \d+\) was killed by SIGKILL, most"):
+    with pytest.raises(WorkersLostError, match=r"dataloader worker 1 of 1 \(process \d+\) was killed by SIGKILL, most"):
         pool.next()
 
 

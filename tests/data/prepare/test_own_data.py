@@ -1,4 +1,4 @@
-"""A user's own data: LLaVA's format, JSON lines, captions in a table; and how pictures are stored."""
+"""A user's own data: LLaVA's format, JSON lines, captions in a table; and how images are stored."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tinygptv_ds.data.prepare.prepare import prepare, write_samples
-from tinygptv_ds.data.prepare.stored_images import Encoding, stored_picture
+from tinygptv_ds.data.prepare.stored_images import Encoding, stored_image
 from tinygptv_ds.data.sets.common import PreparedSample
 from tinygptv_ds.data.shards.index import sample_count
 from tinygptv_ds.data.shards.reader import RawSample, ShardReader
@@ -18,7 +18,7 @@ from tinygptv_ds.processing.image import open_image
 from tinygptv_ds.processing.text import IMAGE_TAG, render
 
 
-def picture(kind: str = "JPEG", size: tuple[int, int] = (8, 6), mode: str = "RGB") -> bytes:
+def image(kind: str = "JPEG", size: tuple[int, int] = (8, 6), mode: str = "RGB") -> bytes:
     out = io.BytesIO()
     Image.linear_gradient("L").resize(size).convert(mode).save(out, kind)
     return out.getvalue()
@@ -65,14 +65,14 @@ TURNS = [
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "root/sub").mkdir(parents=True)
-    (tmp_path / "root/a.jpg").write_bytes(picture())
-    (tmp_path / "root/sub/b.png").write_bytes(picture("PNG"))
+    (tmp_path / "root/a.jpg").write_bytes(image())
+    (tmp_path / "root/sub/b.png").write_bytes(image("PNG"))
     return tmp_path / "root"
 
 
 @pytest.mark.parametrize("lines", [False, True])
 def test_llava(lines: bool, root: Path, tmp_path: Path) -> None:
-    """Pictures where their marks are, texts to the letter, items of all kinds mixed; as a list or one a line."""
+    """Images where their marks are, texts to the letter, items of all kinds mixed; as a list or one a line."""
     if lines:
         (root / "mine.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
     else:
@@ -81,12 +81,12 @@ def test_llava(lines: bool, root: Path, tmp_path: Path) -> None:
     found = read_all(tmp_path / "out")
     assert [turns(sample) for sample in found] == TURNS
     assert [sample.record["id"] for sample in found] == list("abcdefgh")
-    assert found[4].images == (picture(), picture("PNG"))
+    assert found[4].images == (image(), image("PNG"))
     assert (report.samples, report.skipped) == (8, {})
 
 
 def test_llava_elsewhere(root: Path, tmp_path: Path) -> None:
-    """The annotations and the pictures in folders of their own, pictures as links."""
+    """The annotations and the images in folders of their own, images as links."""
     (tmp_path / "links").mkdir()
     (tmp_path / "links/a.jpg").symlink_to(root / "a.jpg")
     (tmp_path / "links/sub").symlink_to(root / "sub")
@@ -105,10 +105,10 @@ def test_llava_says_which_entry(root: Path, tmp_path: Path) -> None:
         ({"id": 1}, "missing_field", "mine.json: entry 0 (id 1): has no 'conversations'"),
         ({"conversations": [{"from": "human"}]}, "missing_field", "mine.json: entry 1: has no 'value'"),
         ({"conversations": talk("<image>", "a")}, "bad_record", "entry 2: the questions hold <image> 1 time(s) for 0"),
-        ({"image": "a.jpg", "conversations": talk("<image><image>", "a")}, "bad_record", "2 time(s) for 1 picture(s)"),
+        ({"image": "a.jpg", "conversations": talk("<image><image>", "a")}, "bad_record", "2 time(s) for 1 image(s)"),
         ({"conversations": talk("q", "a")[::-1]}, "bad_record", "turn 0 is from 'gpt'"),
         ("text", "bad_record", "mine.json: entry 5: "),
-        ({"image": "/a.jpg", "conversations": conversations}, "outside_root", "entry 6: picture path '/a.jpg'"),
+        ({"image": "/a.jpg", "conversations": conversations}, "outside_root", "entry 6: image path '/a.jpg'"),
         ({"image": "gone.jpg", "conversations": conversations}, "missing_image", "mine.json: entry 7: "),
         ({"image": 3, "conversations": conversations}, "bad_record", "entry 8: TypeError"),
         ({"conversations": []}, "bad_record", "entry 9: field 'conversation' is empty"),
@@ -152,11 +152,11 @@ def test_caption_table(name: str, text: str, root: Path, tmp_path: Path) -> None
     prepare("caption-folder", root, tmp_path / "out")
     found = read_all(tmp_path / "out")
     assert [turns(sample) for sample in found] == [((None, "One, Two"),), ((None, "Three\nlines"),)]
-    assert [sample.images for sample in found] == [(picture(),), (picture("PNG"),)]
+    assert [sample.images for sample in found] == [(image(),), (image("PNG"),)]
     (tmp_path / "elsewhere").mkdir()
     table = (root / name).rename(tmp_path / name)
     prepare("caption_folder", tmp_path / "elsewhere", tmp_path / "two", annotations=table, image_root=root)
-    assert [sample.images for sample in read_all(tmp_path / "two")] == [(picture(),), (picture("PNG"),)]
+    assert [sample.images for sample in read_all(tmp_path / "two")] == [(image(),), (image("PNG"),)]
 
 
 def test_broken_rows(root: Path, tmp_path: Path) -> None:
@@ -208,22 +208,22 @@ def test_options_that_do_not_fit(root: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 
-def test_larger_pictures_are_scaled_down_others_stay() -> None:
-    small, large = picture("PNG", (50, 20)), picture("PNG", (200, 101))
-    assert stored_picture(small, Encoding(max_side=50)) == ("png", small)
-    suffix, data = stored_picture(large, Encoding(max_side=50))
+def test_larger_images_are_scaled_down_others_stay() -> None:
+    small, large = image("PNG", (50, 20)), image("PNG", (200, 101))
+    assert stored_image(small, Encoding(max_side=50)) == ("png", small)
+    suffix, data = stored_image(large, Encoding(max_side=50))
     opened = Image.open(io.BytesIO(data))
     assert (suffix, opened.format, opened.size, opened.mode) == ("jpg", "JPEG", (50, 25), "RGB")
-    assert Image.open(io.BytesIO(stored_picture(picture(size=(1000, 1)), Encoding(10))[1])).size == (10, 1)
+    assert Image.open(io.BytesIO(stored_image(image(size=(1000, 1)), Encoding(10))[1])).size == (10, 1)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_scaled_pictures_show_the_same(kind: str) -> None:
-    data = picture(kind, (640, 480))
-    scaled = open_image(stored_picture(data, Encoding(max_side=64))[1])
+def test_scaled_images_show_the_same(kind: str) -> None:
+    data = image(kind, (640, 480))
+    scaled = open_image(stored_image(data, Encoding(max_side=64))[1])
     reference = open_image(data).resize((64, 48), Image.Resampling.BOX)
     worst = max(abs(a - b) for a, b in zip(scaled.tobytes(), reference.tobytes(), strict=True))
     assert worst <= 6
@@ -232,18 +232,18 @@ def test_scaled_pictures_show_the_same(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "mode"), [("PNG", "P"), ("PNG", "RGBA"), ("PNG", "I;16"), ("JPEG", "CMYK"), ("GIF", "L")]
 )
-def test_quality_makes_every_picture_a_jpeg(kind: str, mode: str) -> None:
+def test_quality_makes_every_image_a_jpeg(kind: str, mode: str) -> None:
     """As training would see it: RGB, without alpha."""
-    data = picture(kind, (32, 32), mode)
-    suffix, stored = stored_picture(data, Encoding(jpeg_quality=100))
+    data = image(kind, (32, 32), mode)
+    suffix, stored = stored_image(data, Encoding(jpeg_quality=100))
     assert (suffix, Image.open(io.BytesIO(stored)).format) == ("jpg", "JPEG")
     pairs = zip(open_image(stored).tobytes(), open_image(data).tobytes(), strict=True)
     assert max(abs(a - b) for a, b in pairs) <= 4
-    assert len(stored_picture(data, Encoding(jpeg_quality=20))[1]) < len(stored)
+    assert len(stored_image(data, Encoding(jpeg_quality=20))[1]) < len(stored)
 
 
-def test_a_cut_picture_is_stored_as_it_is_but_cannot_be_encoded_anew(tmp_path: Path) -> None:
-    whole = picture(size=(300, 300))
+def test_a_cut_image_is_stored_as_it_is_but_cannot_be_encoded_anew(tmp_path: Path) -> None:
+    whole = image(size=(300, 300))
     record = {"pool": None, "text": "q", "answer": "a"}
     samples = [PreparedSample("a", record, (whole[:-500],)), PreparedSample("b", record, (whole,))]
     options = {"samples_per_shard": 9, "total": None, "settings": {}}
@@ -253,12 +253,12 @@ def test_a_cut_picture_is_stored_as_it_is_but_cannot_be_encoded_anew(tmp_path: P
     assert report.settings == {"samples_per_shard": 9, "max_side": 100}
 
 
-def test_boxes_are_those_of_the_picture_before_it_was_scaled(tmp_path: Path) -> None:
+def test_boxes_are_those_of_the_image_before_it_was_scaled(tmp_path: Path) -> None:
     """In per cent, so they stay true."""
     folder = tmp_path / "root/refcoco_annotations/refcoco"
     folder.mkdir(parents=True)
     (tmp_path / "root/coco/train2014").mkdir(parents=True)
-    (tmp_path / "root/coco/train2014/COCO_train2014_000000000009.jpg").write_bytes(picture(size=(640, 427)))
+    (tmp_path / "root/coco/train2014/COCO_train2014_000000000009.jpg").write_bytes(image(size=(640, 427)))
     (folder / "instances.json").write_text(json.dumps({"annotations": [{"id": 1, "bbox": [33.3, 20, 300, 200]}]}))
     ref = {"ref_id": 5, "ann_id": 1, "image_id": 9, "split": "train", "sentences": [{"raw": "the cat"}]}
     (folder / "refs(unc).p").write_bytes(pickle.dumps([ref], protocol=2))
@@ -290,7 +290,7 @@ EXPRESSIONS = [  # as MiniGPT-v2's files have them
 def test_refer(tmp_path: Path) -> None:
     """Words as they are, the box relative to the size that the file tells, a sample for each sentence."""
     (tmp_path / "coco").mkdir()
-    (tmp_path / "coco/COCO_train2014_000000581563.jpg").write_bytes(picture())
+    (tmp_path / "coco/COCO_train2014_000000581563.jpg").write_bytes(image())
     (tmp_path / "refcoco_testB.json").write_text(json.dumps(EXPRESSIONS))
     places = {"annotations": tmp_path / "refcoco_testB.json", "image_root": tmp_path / "coco"}
     report = prepare("refer", tmp_path, tmp_path / "out", **places)

@@ -24,19 +24,19 @@ from tinygptv_ds.data.shards.index import load_index, sample_count
 from tinygptv_ds.data.shards.writer import expand_shards
 from tinygptv_ds.errors import DataError
 
-PICTURES = 6  # more than are remembered, so that each is read or encoded again
+IMAGES = 6  # more than are remembered, so that each is read or encoded again
 
 
 def make_root(root: Path, count: int, side: int = 40) -> Path:
-    """`count` questions about a few pictures; every seventh picture is missing."""
+    """`count` questions about a few images; every seventh image is missing."""
     root.mkdir()
     rng = random.Random(0)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         out = io.BytesIO()
         Image.frombytes("RGB", (side, side), rng.randbytes(side * side * 3)).save(out, "JPEG")
         (root / f"{number}.jpg").write_bytes(out.getvalue())
     entries = [
-        {"image": "gone.jpg" if n % 7 == 3 else f"{n % PICTURES}.jpg", "question": "q", "answer": str(n)}
+        {"image": "gone.jpg" if n % 7 == 3 else f"{n % IMAGES}.jpg", "question": "q", "answer": str(n)}
         for n in range(count)
     ]
     (root / "data.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -33,7 +33,7 @@ def test_samples_are_a_function_of_their_arguments(name):
 
 
 @pytest.mark.parametrize("name", digits.DIGIT_SETS)
-def test_every_record_renders_with_its_picture(name):
+def test_every_record_renders_with_its_image(name):
     rng = random.Random(0)
     for sample in digits.samples(name, "test", 20, seed=0):
         turns = render(sample.record, len(sample.images), rng.randrange).turns
@@ -141,7 +141,7 @@ def test_chance_is_the_share_of_each_types_most_frequent_answer():
     assert digits.refer_chance([{"answer": "{<10><10><20><20>}"}] * 3) == 1.0
 
 
-def test_arithmetic_in_texts_without_pictures_is_right():
+def test_arithmetic_in_texts_without_images_is_right():
     value = digits.VALUES.index
     for sample in itertools.islice(digits.samples("digits_text", "train", 200, seed=0), 200):
         assert sample.images == ()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tinygptv_ds.data.prepare import prepare as prepare_module
 from tinygptv_ds.data.prepare.prepare import add_arguments, prepare, run, write_samples
-from tinygptv_ds.data.prepare.prepare import prepare as prepare_module
 from tinygptv_ds.data.sets import DATASETS, PreparedSample, Skipped, how_to_get
 from tinygptv_ds.data.sets.common import SkipEntry, box_string, inside
 from tinygptv_ds.data.sets.refcoco import load_refs
@@ -22,7 +22,7 @@ from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import IMAGE_TAG, render
 
 
-def picture(kind: str = "JPEG", size: tuple[int, int] = (8, 6)) -> bytes:
+def image(kind: str = "JPEG", size: tuple[int, int] = (8, 6)) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", size).save(out, kind)
     return out.getvalue()
@@ -100,7 +100,7 @@ def test_paths_that_leave_the_root_are_refused(name: str, tmp_path: Path) -> Non
     root = lines(tmp_path / "root", good, {"image": name, **good}, {"image": ["a.jpg", name], **good})
     report = prepare("jsonl", root, tmp_path / "out")
     assert (report.samples, report.skipped) == (1, {"outside_root": 2})
-    assert report.skipped_entries[0]["detail"].startswith("data.jsonl:2: picture path")
+    assert report.skipped_entries[0]["detail"].startswith("data.jsonl:2: image path")
 
 
 def test_paths_inside_the_root_may_wind(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_jsonl(tmp_path: Path) -> None:
         tmp_path / "root",
         {"image": "a.jpg", "question": "Q?", "answer": "A.", "id": 7},
         {"image": "a.jpg", "instruction": "<image>\nDo it", "answer": ["x", "y"]},
-        {"question": "no picture", "answer": "a"},
+        {"question": "no image", "answer": "a"},
         {"image": ["a.jpg", "b/c.png"], "question": "<image> or <image>?", "answer": "both"},
         {"image": ["a.jpg", "b/c.png"], "question": "which?", "answer": "both"},
         {
@@ -209,22 +209,22 @@ def test_jsonl(tmp_path: Path) -> None:
         {"image": "a.jpg", "caption": "A Caption."},
     )
     (root / "b").mkdir()
-    (root / "a.jpg").write_bytes(picture("PNG"))
-    (root / "b/c.png").write_bytes(picture("JPEG"))
+    (root / "a.jpg").write_bytes(image("PNG"))
+    (root / "b/c.png").write_bytes(image("JPEG"))
     report = prepare("jsonl", root, tmp_path / "out")
     found = read_all(tmp_path / "out")
     turns = [render(s.record, len(s.images), lambda n: n - 1).turns for s in found]
     assert turns == [
         ((f"{IMAGE_TAG} Q? ", "A."),),
         ((f"{IMAGE_TAG} Do it ", "y"),),
-        (("no picture", "a"),),
+        (("no image", "a"),),
         ((f"{IMAGE_TAG} or {IMAGE_TAG}?", "both"),),
         ((f"{IMAGE_TAG}{IMAGE_TAG} which? ", "both"),),
         ((f"{IMAGE_TAG} Q1 ", "A1"), ("Q2 ", "A2")),
         ((None, "A Caption."),),
     ]
     assert found[0].record["id"] == 7
-    assert found[3].images == (picture("PNG"), picture("JPEG"))
+    assert found[3].images == (image("PNG"), image("JPEG"))
     assert (report.samples, report.skipped) == (7, {})
 
 
@@ -245,7 +245,7 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path) -> None:
         {"conversations": [{"from": "gpt", "value": "first"}]},
         "",
     )
-    (root / "a.jpg").write_bytes(picture())
+    (root / "a.jpg").write_bytes(image())
     (root / "empty.jpg").touch()
     (root / "page.jpg").write_text("<html>")
     (root / "folder.jpg").mkdir()
@@ -263,7 +263,7 @@ def test_caption_folder(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     for name in ("b.jpg", "a.PNG", "sub/c.webp"):
-        (root / name).write_bytes(picture())
+        (root / name).write_bytes(image())
     (root / "b.txt").write_text(" One Dog.\n")
     (root / "sub/c.txt").write_text("é", encoding="utf-8")
     report = prepare("caption-folder", root, tmp_path / "out")
@@ -276,21 +276,21 @@ def test_caption_folder(tmp_path: Path) -> None:
 
 def entries(count: int) -> Iterator[PreparedSample]:
     for i in range(count):
-        yield PreparedSample(f"{i:04d}", {"pool": None, "text": "q", "answer": str(i)}, (picture(),))
+        yield PreparedSample(f"{i:04d}", {"pool": None, "text": "q", "answer": str(i)}, (image(),))
 
 
-def test_pictures_are_stored_as_they_are_and_named_by_content(tmp_path: Path) -> None:
+def test_images_are_stored_as_they_are_and_named_by_content(tmp_path: Path) -> None:
     kinds = {"JPEG": "jpg", "PNG": "png", "GIF": "gif", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
     record = {"pool": None, "text": "q", "answer": "a"}
-    samples = [PreparedSample(kind, record, (picture(kind),)) for kind in kinds]
-    samples.append(PreparedSample("ICO", record, (picture("ICO", (32, 32)),)))  # older Pillows write no smaller icon
+    samples = [PreparedSample(kind, record, (image(kind),)) for kind in kinds]
+    samples.append(PreparedSample("ICO", record, (image("ICO", (32, 32)),)))  # older Pillows write no smaller icon
     report = write_samples(samples, tmp_path, samples_per_shard=9, total=None, settings={})
-    assert [sample.images for sample in read_all(tmp_path)] == [(picture(kind),) for kind in kinds]
+    assert [sample.images for sample in read_all(tmp_path)] == [(image(kind),) for kind in kinds]
     assert report.skipped == {"unsupported_image": 1}
 
 
-def test_huge_pictures_are_refused_from_their_header(tmp_path: Path) -> None:
-    bomb = bytearray(picture("PNG"))
+def test_huge_images_are_refused_from_their_header(tmp_path: Path) -> None:
+    bomb = bytearray(image("PNG"))
     bomb[16:24] = (50_000).to_bytes(4, "big") * 2
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
     samples = [*entries(1), PreparedSample("bomb", {"pool": None, "text": "q", "answer": "a"}, (bytes(bomb),))]

@@ -214,7 +214,7 @@ def test_the_same_shard_after_a_kill(server: TarServer, folder: Path) -> None:
 
 
 def test_a_lock_is_free_although_a_forked_child_lives_on(folder: Path) -> None:
-    """A loader process started while a thread fetches has the lock file open, too."""
+    """A dataloader worker started while a thread fetches has the lock file open, too."""
     folder.mkdir()
     with locked(folder / "0.lock") as first:
         child = start(time.sleep, 20)

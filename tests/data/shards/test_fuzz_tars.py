@@ -48,7 +48,7 @@ def shard(dialect: int) -> bytes:
         long = "n" * (150 if dialect != tarfile.USTAR_FORMAT else 90)
         for name in ("a", "b/c.d/e", long):
             record = json.dumps({"pool": "vqa", "answer": "yes", "text": name[:20], "bbox": [1, 2.5]}).encode()
-            for suffix, data in (("json", record), ("jpg", b"picture" * 90)):
+            for suffix, data in (("json", record), ("jpg", b"image" * 90)):
                 info = tarfile.TarInfo(f"{name}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -196,7 +196,7 @@ def test_mutated_tars(tmp_path: Path) -> None:
 
 
 def test_mutated_indexes(tmp_path: Path) -> None:
-    """Damage is noticed and the index built anew; one forged with right checksums gives errors at most."""
+    """Damage is noticed and the index built again; one forged with right checksums gives errors at most."""
     rng = random.Random(1)
     tar, index = tmp_path / "0.tar", tmp_path / "0.tar.idx"
     tar.write_bytes(shard(tarfile.GNU_FORMAT))

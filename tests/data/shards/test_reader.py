@@ -33,10 +33,10 @@ def test_reads_any_sample_in_any_order(tmp_path: Path) -> None:
         assert reader.read_record(tars[i // 4], i % 4) == (sample.key, sample.record)
 
 
-def test_pictures_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_images_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     """The tar holds 10 before 2."""
-    pictures = {f"{i}.png": bytes([i]) for i in range(12)}
-    (tar,) = shard(tmp_path, {"json": RECORD, "txt": b"x", "npy": b"x", **pictures}, {"json": RECORD})
+    images = {f"{i}.png": bytes([i]) for i in range(12)}
+    (tar,) = shard(tmp_path, {"json": RECORD, "txt": b"x", "npy": b"x", **images}, {"json": RECORD})
     assert ShardReader().read(tar, 0).images == tuple(bytes([i]) for i in range(12))
     assert ShardReader().read(tar, 1).images == ()
 
@@ -61,7 +61,7 @@ def test_bad_samples_are_named_and_counted(members: dict, reason: str, tmp_path:
         ShardReader().read(tar, 1)
     assert caught.value.reason == reason
     assert isinstance(caught.value, DataError)
-    again = pickle.loads(pickle.dumps(caught.value))  # how a loader process hands it over
+    again = pickle.loads(pickle.dumps(caught.value))  # how a dataloader worker hands it over
     assert (again.reason, str(again)) == (reason, str(caught.value))
 
 
@@ -116,7 +116,7 @@ def test_failing_storage_is_tried_again_and_then_skipped(tmp_path: Path, monkeyp
 
 
 def test_a_stale_file_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a network file system wants it, once it has been served anew; what cannot pass is not tried again."""
+    """As a network file system wants it, once it has been served again; what cannot pass is not tried again."""
     (tar,) = shard(tmp_path, {"json": RECORD}, {"json": RECORD})
     reader, waits, stale, pread = ShardReader(), [], [], os.pread
     assert reader.read(tar, 0).key == "k0"

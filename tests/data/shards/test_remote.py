@@ -171,11 +171,11 @@ def test_an_index_is_had_without_its_tar(server: TarServer, cache: ShardCache) -
     assert [cache.index(first).key(1), cache.index(second).key(1)] == ["k1", "k4"]
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_a_replaced_shard_is_noticed(beside: bool, server: TarServer, cache: ShardCache) -> None:
-    """Of the same size, as tars often are, so that the index that was left beside it seems to fit."""
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_a_replaced_shard_is_noticed(adjacent: bool, server: TarServer, cache: ShardCache) -> None:
+    """Of the same size, as tars often are, so that the index that was left next to it seems to fit."""
     shard = shards_of(server)[0]
-    if not beside:
+    if not adjacent:
         drop_indexes(server)
     assert cache.counts([shard]) == [SAMPLES]
     for path in cache._folder.glob("*.tar"):
@@ -199,7 +199,7 @@ def _first_answer(shard: RemoteShard, cache: ShardCache, result: Any) -> None:
 
 
 def test_a_forked_process_fetches_as_well(server: TarServer, cache: ShardCache) -> None:
-    """Loader processes are forked from one that has fetched."""
+    """Dataloader workers are forked from one that has fetched."""
     shards = shards_of(server)
     assert answers(shards[:1], cache) == EXPECTED[:SAMPLES]
     context = multiprocessing.get_context("fork")
@@ -317,7 +317,7 @@ def test_the_recipe_says_where_and_how_much(server: TarServer, raw_recipe: Calla
     datasets = [{"name": "remote", "shards": f"{server.url}/{{00000..00003}}.tar"}]
     raw = raw_recipe(data__datasets=datasets, data__cache_dir=str(tmp_path / "here"), data__cache_gb=1e-5)
     stream = open_stream(build_recipe(raw, "recipe"))
-    assert len(list((tmp_path / "here").glob("*.beside"))) == SHARDS
+    assert len(list((tmp_path / "here").glob("*.adjacent"))) == SHARDS
     with pytest.raises(DataError, match=r"cache may hold 1e-05 GB; raise data.cache_gb"):
         stream.cache.open(stream.shards["remote"][0])
     with pytest.raises(ConfigError, match="cache_gb must be positive"):

@@ -130,7 +130,7 @@ def test_count_needs_the_first_bytes_only(tmp_path: Path) -> None:
     index = tmp_path / "0.tar.idx"
     index.write_bytes(index.read_bytes()[:64])
     assert sample_count(tar) == 9
-    assert len(load_index(tar)) == 9  # the torn one is built anew
+    assert len(load_index(tar)) == 9  # the torn one is built again
     assert index.stat().st_size > 64
 
 
@@ -184,14 +184,14 @@ def test_many_shards_are_indexed_by_processes(tmp_path: Path, monkeypatch: pytes
 # ---- broken tars -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["inside the last picture", "inside the last record", "in a header", "no end mark"])
+@pytest.mark.parametrize("part", ["inside the last image", "inside the last record", "in a header", "no end mark"])
 def test_torn_tar_gives_the_complete_samples_and_a_warning(
     part: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tar = make_tar(tmp_path / "0.tar", samples(5))
     last = load_index(tar).members(4)
     cut = {
-        "inside the last picture": last[0].offset + 100,
+        "inside the last image": last[0].offset + 100,
         "inside the last record": last[1].offset + 100,
         "in a header": last[0].offset - 100,
         "no end mark": last[1].offset - 512,

@@ -63,7 +63,7 @@ def test_spread_evens_out(weights: list[int], bins: int) -> None:
 
 @pytest.mark.parametrize(("world", "per_rank"), [(8, 16), (64, 8), (512, 64)])
 def test_the_slowest_rank_is_near_the_mean(world: int, per_rank: int) -> None:
-    """Lengths as in stage 4: short answers, long conversations, some without a picture. By turns it is far off."""
+    """Lengths as in stage 4: short answers, long conversations, some without an image. By turns it is far off."""
     rng = np.random.default_rng(world)
     n = world * per_rank
     tokens = rng.choice([40, 60, 90, 160, 400], n, p=[0.3, 0.3, 0.2, 0.15, 0.05]) * rng.uniform(0.7, 1.3, n)
@@ -84,9 +84,9 @@ def test_ranks_are_alike_within_each_micro_batch() -> None:
 
 
 def test_estimate_counts_rows_as_they_are_laid_out() -> None:
-    """Begin token, picture rows, question, answer with its end; cut where the recipe cuts."""
+    """BOS token, image rows, question, answer with its end; cut where the recipe cuts."""
     text = TextSection(prompt_template=None, end_sym="###", max_txt_len=20, max_context_len=100)
-    estimate = Estimate(text, picture_cost=50.0)
+    estimate = Estimate(text, image_cost=50.0)
     lengths = np.array([[1, 0, 9], [0, 10, 5], [1, 30, 400], [9, 500, 1]], dtype=np.uint16)
     assert estimate.tokens(lengths).tolist() == [1 + 32 + 10, 1 + 10 + 6, 1 + 62 + 20, 1 + 100 + 2]
     assert (estimate.cost(lengths) - estimate.tokens(lengths)).tolist() == [50, 0, 50, 450]

@@ -61,7 +61,7 @@ def test_every_sample_once_an_epoch(raw_recipe: RAW, batch_size: int, share: flo
 
 
 def test_held_out_samples_are_the_last_of_each_shard(raw_recipe: RAW) -> None:
-    """Neighbours often share a picture, so those held out lie together."""
+    """Neighbours often share an image, so those held out lie together."""
     raw = raw_recipe(data__validation_share=0.4)  # 12 samples in shards of 5, 5 and 2
     found = {
         held_out: {(ref.shard, ref.index) for s in range(20) for ref in opened(raw, held_out=held_out).order.step(s)}

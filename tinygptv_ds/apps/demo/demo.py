@@ -1,4 +1,4 @@
-"""The command `demo`: a page on which one talks with the model about a picture."""
+"""The command `demo`: a page on which one talks with the model about an image."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def replying(args: argparse.Namespace) -> tuple[Reply, str]:
     answerer = open_answerer(args)
 
     def reply(
-        turns: Sequence[tuple[str, str]], question: str, picture: Image.Image | None, generation: Generation
+        turns: Sequence[tuple[str, str]], question: str, image: Image.Image | None, generation: Generation
     ) -> Iterator[str]:
-        pictures = [] if picture is None else [picture]
+        images = [] if image is None else [image]
         asked = [Turn(said, answer=answer) for said, answer in turns] + [Turn(question)]
-        asked[0] = Turn(asked[0].question, pictures, asked[0].answer)
+        asked[0] = Turn(asked[0].question, images, asked[0].answer)
         prompt, seen = answerer.prompt(asked)
         yield from answerer.stream(prompt, seen, generation)
 

@@ -1,4 +1,4 @@
-"""Boxes and their phrases drawn on a picture, as the original's demo, MiniGPT-v2's, does it, with Pillow alone."""
+"""Boxes and their phrases drawn on an image, as the original's demo, MiniGPT-v2's, does it, with Pillow alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tinygptv_ds.apps.demo.grounding import GRID, Region
 from tinygptv_ds.evaluation.box_scores import iou
 from tinygptv_ds.processing.boxes import Box, pixel_box
 
-WIDTH = 500  # pixels of a drawn picture
+WIDTH = 500  # pixels of a drawn image
 _MOST_HEIGHT = 2000  # a strip is drawn narrower than WIDTH
 LINE = 2
 _FONT_SIZE = 15  # letters as high as OpenCV's complex font at 0.5
@@ -44,15 +44,15 @@ def colour(number: int) -> tuple[int, int, int]:
     return COLOURS[number % len(COLOURS)]
 
 
-def draw_regions(picture: Image.Image, regions: Sequence[Region]) -> Image.Image:
-    """A copy of the picture, 500 pixels wide, with every region's boxes in its colour and its phrase at each.
+def draw_regions(image: Image.Image, regions: Sequence[Region]) -> Image.Image:
+    """A copy of the image, 500 pixels wide, with every region's boxes in its colour and its phrase at each.
 
     A label stands above its box, or inside where there is no room, and moves down (at the lower edge: up) to where it
-    covers no other. Boxes may stick out of the picture; what is outside is not drawn.
+    covers no other. Boxes may stick out of the image; what is outside is not drawn.
     """
-    scale = min(WIDTH / picture.width, _MOST_HEIGHT / picture.height)
-    size = max(1, int(picture.width * scale)), max(1, int(picture.height * scale))
-    drawn = picture.convert("RGB").resize(size)
+    scale = min(WIDTH / image.width, _MOST_HEIGHT / image.height)
+    size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
+    drawn = image.convert("RGB").resize(size)
     font = ImageFont.load_default(_FONT_SIZE)
     placed: list[tuple[str, Box]] = []
     for number, region in enumerate(regions):
@@ -87,7 +87,7 @@ def _label(
     top = _free_row(area, drawn.height, [taken for _, taken in placed])
     area = (left, top, left + width, top + height)
     placed.append((text, area))
-    mark = height // 2 + _SPACE  # a strip of the colour, then white, half of the picture seen through both
+    mark = height // 2 + _SPACE  # a strip of the colour, then white, half of the image seen through both
     _blend(drawn, (left, top, left + mark, top + height), ink)
     _blend(drawn, (left + mark, top, left + width, top + height), (255, 255, 255))
     ImageDraw.Draw(drawn).text((left + mark + _SPACE, top + _SPACE), text, fill=(0, 0, 0), font=font)

@@ -1,4 +1,4 @@
-"""Made-up pictures for the demo's examples: a street, and scenes of handwritten digits as the quick start trains on."""
+"""Made-up images for the demo's examples: a street, and scenes of handwritten digits as the quick start trains on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SCALE = 4
 
 
 def examples() -> list[tuple[Image.Image, str]]:
-    """Pictures and what to ask about them."""
+    """Images and what to ask about them."""
     from tinygptv_ds.data.sets.digits import random_scene  # scikit-learn takes its time
 
     digits = [Image.fromarray(random_scene(random.Random(seed), "test").pixels) for seed in _DIGITS]

@@ -13,11 +13,11 @@ from PIL import Image
 
 from tinygptv_ds.processing.boxes import Box, find_boxes
 
-GRID = 100  # steps that span a picture
+GRID = 100  # steps that span an image
 
 _PHRASE = re.compile(r"<p>(.*?)\}(?!<)")  # up to a brace that no <delim> follows
 _INTEGER = re.compile(r"-?\d+")
-_MOST_DIGITS = 4  # a longer number is none of a picture
+_MOST_DIGITS = 4  # a longer number is none of an image
 _MARKED = re.compile(r"<p>(.*?)</p>")
 _DELIMITER = re.compile(r"\s*<delim>")
 

@@ -1,4 +1,4 @@
-"""The demo's page: a picture, on which one can paint, beside a chat, and the answer's boxes drawn on the picture."""
+"""The demo's page: an image, on which one can paint, next to a chat, and the answer's boxes drawn on the image."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ TASKS = {
     "Detection": "[detection] ",
 }
 HINTS = {
-    "Chat": "Ask anything about the picture.",
+    "Chat": "Ask anything about the image.",
     "VQA": "A short answer to a question: [vqa] what colour is the bus?",
-    "Caption": "One line about the whole picture.",
-    "Grounding": "A description in which each thing is marked on the picture.",
+    "Caption": "One line about the whole image.",
+    "Grounding": "A description in which each thing is marked on the image.",
     "Refer": "Where is it? Name a thing: [refer] the red bus",
-    "Identify": "Paint over a thing in the picture, then send.",
+    "Identify": "Paint over a thing in the image, then send.",
     "Detection": "Every one of a kind: [detection] bus",
 }
 WAITING = 16  # questions in the queue; further ones are told to come back
@@ -57,15 +57,15 @@ button[title=Share] {display: none}
 """
 
 
-# (turns so far, question, picture or None, settings) -> the answer in pieces
+# (turns so far, question, image or None, settings) -> the answer in pieces
 Reply = Callable[[Sequence[tuple[str, str]], str, Image.Image | None, Generation], Iterator[str]]
 
 
 @dataclass
 class Talk:
-    """One visitor's conversation about one picture, which is known by its hash."""
+    """One visitor's conversation about one image, which is known by its hash."""
 
-    picture: bytes = b""
+    image: bytes = b""
     turns: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -83,7 +83,7 @@ def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
         talk = gr.State(Talk())
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=480):
-                picture = _editor()
+                image = _editor()
                 settings = _sliders(defaults)
                 samples = examples()
                 offered = _table(samples)
@@ -99,14 +99,14 @@ def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
                     reset = gr.Button("Reset", min_width=80, elem_id="reset")
 
         task.input(lambda chosen: gr.Textbox(TASKS[chosen], placeholder=HINTS[chosen]), task, words, queue=False)
-        # The editor keeps its picture when it is given another one, unless it is emptied first.
-        offered.click(lambda: None, None, picture, show_progress="hidden").then(
+        # The editor keeps its image when it is given another one, unless it is emptied first.
+        offered.click(lambda: None, None, image, show_progress="hidden").then(
             lambda number: (*samples[number], [], Talk()),
             offered,
-            [picture, words, chat, talk],
+            [image, words, chat, talk],
             show_progress="hidden",
         )
-        given, shown = [words, picture, chat, talk, *settings], [words, chat, talk]
+        given, shown = [words, image, chat, talk, *settings], [words, chat, talk]
         asked = gr.on(
             [send.click, words.submit],
             _asking(reply, defaults),
@@ -119,9 +119,7 @@ def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
         # First an end, then the emptying: the other way round a late piece of the answer could undo it.
         ended = reset.click(None, cancels=[asked], queue=False)
         ended.then(lambda: ([], Talk()), None, [chat, talk], queue=False)
-        picture.upload(
-            _another_picture, [picture, talk], [chat, talk], show_progress="hidden", trigger_mode="always_last"
-        )
+        image.upload(_another_image, [image, talk], [chat, talk], show_progress="hidden", trigger_mode="always_last")
     return page.queue(max_size=WAITING, api_open=False)
 
 
@@ -154,19 +152,19 @@ def _editor() -> gr.ImageEditor:
     return gr.ImageEditor(
         type="pil",
         format="png",
-        label="Picture",
+        label="Image",
         sources=("upload", "clipboard"),
         brush=gr.Brush(default_size=10, colors=["rgb(230, 25, 75)"], color_mode="fixed"),
         transforms=(),
         layers=False,
         height=440,
-        elem_id="picture",
+        elem_id="image",
     )
 
 
 def _table(samples: list[tuple[Image.Image, str]]) -> gr.Dataset:
     """The examples; a click gives the number of a row."""
-    columns = [gr.Image(visible=False, label="Picture"), gr.Textbox(visible=False, label="Question")]
+    columns = [gr.Image(visible=False, label="Image"), gr.Textbox(visible=False, label="Question")]
     return gr.Dataset(label="Examples", components=columns, samples=samples, type="index", elem_id="examples")
 
 
@@ -177,7 +175,7 @@ def _chat() -> gr.Chatbot:
         buttons=["copy"],
         render_markdown=False,  # what people and models say is shown as it is
         feedback_options=None,
-        placeholder="Upload a picture, or take one of the examples, and ask.",
+        placeholder="Upload an image, or take one of the examples, and ask.",
         elem_id="chat",
     )
 
@@ -197,42 +195,42 @@ def _asking(reply: Reply, defaults: Generation) -> Callable[..., Iterator[tuple[
     def ask(
         words: str, editor: dict[str, Any] | None, chat: list[Any], talk: Talk, *sliders: float
     ) -> Iterator[tuple[Any, ...]]:
-        picture, mask = opened(editor)
+        image, mask = opened(editor)
         question = with_painted_box(words, mask).strip()
         if not question:
             raise gr.Error("There is no question.", print_exception=False)
-        if _key(picture) != talk.picture:  # another picture is another conversation
-            chat, talk = [], Talk(_key(picture))
-        chat = [*chat, *_question(question, picture), _said("assistant", "")]
+        if _key(image) != talk.image:  # another image is another conversation
+            chat, talk = [], Talk(_key(image))
+        chat = [*chat, *_question(question, image), _said("assistant", "")]
         names = [name for name, *_ in _SLIDERS]
         settings = replace(defaults, **dict(zip(names, sliders, strict=True)))
         answer = ""
         yield "", chat, talk
         try:
-            for piece in reply(talk.turns, question, picture, settings):
+            for piece in reply(talk.turns, question, image, settings):
                 answer += piece
                 chat[-1] = _said("assistant", answer)
                 yield "", chat, talk
         except TinyGPTVError as error:
             raise gr.Error(str(error), print_exception=False) from None
         talk.turns.append((question, answer))
-        yield "", [*chat[:-1], *_answer(answer, picture)], talk
+        yield "", [*chat[:-1], *_answer(answer, image)], talk
 
     return ask
 
 
-def _another_picture(editor: dict[str, Any] | None, talk: Talk) -> tuple[Any, Any]:
-    """An empty conversation, unless it is about this picture: an example's counts as uploaded a moment late."""
-    picture, _ = opened(editor)
-    return (gr.skip(), gr.skip()) if _key(picture) == talk.picture else ([], Talk(_key(picture)))
+def _another_image(editor: dict[str, Any] | None, talk: Talk) -> tuple[Any, Any]:
+    """An empty conversation, unless it is about this image: an example's counts as uploaded a moment late."""
+    image, _ = opened(editor)
+    return (gr.skip(), gr.skip()) if _key(image) == talk.image else ([], Talk(_key(image)))
 
 
-def _key(picture: Image.Image | None) -> bytes:
-    return b"" if picture is None else hashlib.sha256(picture.tobytes() + str(picture.size).encode()).digest()
+def _key(image: Image.Image | None) -> bytes:
+    return b"" if image is None else hashlib.sha256(image.tobytes() + str(image.size).encode()).digest()
 
 
 def opened(editor: dict[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
-    """The picture in RGB and the mask of what is painted on it, each None where there is none."""
+    """The image in RGB and the mask of what is painted on it, each None where there is none."""
     if editor is None or editor["background"] is None:
         return None, None
     masks = [layer.getchannel("A") for layer in editor["layers"] if layer.getbbox()]
@@ -242,17 +240,17 @@ def opened(editor: dict[str, Any] | None) -> tuple[Image.Image | None, Image.Ima
     return editor["background"].convert("RGB"), mask if masks else None
 
 
-def _question(question: str, picture: Image.Image | None) -> list[dict[str, Any]]:
+def _question(question: str, image: Image.Image | None) -> list[dict[str, Any]]:
     """The question, and the box in it where it is to be identified."""
     said = [_said("user", question)]
     regions = find_regions(question) if "[identify]" in question else []
-    return said + ([_said("user", _drawn(picture, regions))] if picture and regions else [])
+    return said + ([_said("user", _drawn(image, regions))] if image and regions else [])
 
 
-def _answer(answer: str, picture: Image.Image | None) -> list[dict[str, Any]]:
-    """The answer with its phrases in the colours of their boxes, and these on the picture."""
+def _answer(answer: str, image: Image.Image | None) -> list[dict[str, Any]]:
+    """The answer with its phrases in the colours of their boxes, and these on the image."""
     regions = find_regions(answer)
-    if not regions or not picture:
+    if not regions or not image:
         return [_said("assistant", answer or "(no answer)")]
     text = "".join(
         html.escape(text) if number is None else f'<b style="color: rgb{colour(number)}">{html.escape(text)}</b>'
@@ -260,7 +258,7 @@ def _answer(answer: str, picture: Image.Image | None) -> list[dict[str, Any]]:
     )
     return [
         _said("assistant", gr.HTML(f'<span style="white-space: pre-wrap">{text}</span>')),
-        _said("assistant", _drawn(picture, regions)),
+        _said("assistant", _drawn(image, regions)),
     ]
 
 
@@ -268,6 +266,6 @@ def _said(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _drawn(picture: Image.Image, regions: list[Region]) -> dict[str, str]:
-    """A file in gradio's folder for such, written once; gradio would write a component's picture at every piece."""
-    return {"path": save_pil_to_cache(draw_regions(picture, regions), utils.get_upload_folder(), format="png")}
+def _drawn(image: Image.Image, regions: list[Region]) -> dict[str, str]:
+    """A file in gradio's folder for such, written once; gradio would write a component's image at every piece."""
+    return {"path": save_pil_to_cache(draw_regions(image, regions), utils.get_upload_folder(), format="png")}

@@ -21,7 +21,7 @@ class Prepared:
     """A request that is ready to be answered."""
 
     prompt: Prompt
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     generation: Generation
     prompt_tokens: int
 
@@ -35,21 +35,21 @@ class Finish:
 
 
 def prepare(
-    answerer: Answerer, request: ChatRequest, pictures: Sequence[Sequence[Image.Image]], defaults: Generation, most: int
+    answerer: Answerer, request: ChatRequest, images: Sequence[Sequence[Image.Image]], defaults: Generation, most: int
 ) -> Prepared:
     """See that the model can take a request.
 
     Args:
         answerer: the model.
         request: checked.
-        pictures: those of each message.
+        images: those of each message.
         defaults: what the request does not say.
         most: tokens that a request may ask for.
 
     Raises:
         Refused: the prompt does not fit, or cannot be made.
     """
-    system, turns = _turns(request, pictures)
+    system, turns = _turns(request, images)
     try:
         prompt, seen = answerer.prompt(turns, system)
         length = answerer.prompt_tokens(prompt, seen)
@@ -76,14 +76,14 @@ def prepare(
 
 def answer(answerer: Answerer, prepared: Prepared) -> Iterator[str | Finish]:
     """The pieces of text, then how it ended; closing this ends the generation."""
-    under_way: Answer = answerer.stream(prepared.prompt, prepared.pictures, prepared.generation)
+    under_way: Answer = answerer.stream(prepared.prompt, prepared.images, prepared.generation)
     yield from under_way
     yield Finish(under_way.finish, under_way.new_tokens)
 
 
-def _turns(request: ChatRequest, pictures: Sequence[Sequence[Image.Image]]) -> tuple[str | None, list[Turn]]:
+def _turns(request: ChatRequest, images: Sequence[Sequence[Image.Image]]) -> tuple[str | None, list[Turn]]:
     """The system message, and each question with the answer that follows it."""
-    messages = list(zip(request.messages, pictures, strict=True))
+    messages = list(zip(request.messages, images, strict=True))
     system = messages.pop(0)[0].text if messages[0][0].role in ("system", "developer") else None
     questions, answers = messages[::2], [message.text for message, _ in messages[1::2]]
     padded = [*answers, None]

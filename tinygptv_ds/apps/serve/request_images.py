@@ -1,4 +1,4 @@
-"""The pictures of a request: from `data:` URLs or fetched, checked, and made as small as the model sees them."""
+"""The images of a request: from `data:` URLs or fetched, checked, and made as small as the model sees them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from tinygptv_ds.apps.fetch_image import fetch_picture
+from tinygptv_ds.apps.fetch_image import fetch_image
 from tinygptv_ds.apps.serve.api_errors import Refused
 from tinygptv_ds.apps.serve.request_schema import ChatRequest
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.image import picture_size, to_pixels
+from tinygptv_ds.processing.image import read_image_size, to_pixels
 
 
 @dataclass(frozen=True)
-class PictureLimits:
-    """What pictures a request may have.
+class ImageLimits:
+    """What images a request may have.
 
     Attributes:
         count: in all of its messages.
@@ -33,11 +33,11 @@ class PictureLimits:
     fetch: bool = True
 
 
-async def load_pictures(request: ChatRequest, side: int, limits: PictureLimits) -> list[list[Image.Image]]:
-    """The pictures of each message, `side` pixels square, with the pixels that the model would make of them.
+async def load_images(request: ChatRequest, side: int, limits: ImageLimits) -> list[list[Image.Image]]:
+    """The images of each message, `side` pixels square, with the pixels that the model would make of them.
 
     Raises:
-        Refused: too many, or one of them is too large, no picture, or not to be had.
+        Refused: too many, or one of them is too large, no image, or not to be had.
     """
     places = [
         (number, f"messages[{number}].content[{at}].image_url.url", part.image_url.url)
@@ -46,37 +46,37 @@ async def load_pictures(request: ChatRequest, side: int, limits: PictureLimits) 
         if part.type == "image_url"
     ]
     if len(places) > limits.count:
-        raise Refused(f"{len(places)} pictures; at most {limits.count} may come with a request", param="messages")
+        raise Refused(f"{len(places)} images; at most {limits.count} may come with a request", param="messages")
     loaded: list[list[Image.Image]] = [[] for _ in request.messages]
     for number, param, url in places:
         loaded[number].append(await asyncio.to_thread(_load, url, param, side, limits))
     return loaded
 
 
-def _load(url: str, param: str, side: int, limits: PictureLimits) -> Image.Image:
+def _load(url: str, param: str, side: int, limits: ImageLimits) -> Image.Image:
     try:
         encoded = _decoded(url, limits) if url[:5].lower() == "data:" else _fetched(url, limits)
-        width, height = picture_size(encoded)
+        width, height = read_image_size(encoded)
         if width * height > limits.pixels:
-            raise DataError(f"a picture of {width} x {height} pixels is above the limit of {limits.pixels:,}")
+            raise DataError(f"an image of {width} x {height} pixels is above the limit of {limits.pixels:,}")
         return Image.fromarray(to_pixels(encoded, side).transpose(1, 2, 0))
     except DataError as error:
         raise Refused(str(error), param=param, code="invalid_image") from None
 
 
-def _decoded(url: str, limits: PictureLimits) -> bytes:
+def _decoded(url: str, limits: ImageLimits) -> bytes:
     head, comma, data = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise DataError("a data URL must look like data:image/jpeg;base64,...")
     if len(data) // 4 * 3 > limits.bytes + 2:
-        raise DataError(f"the picture is larger than {limits.bytes:,} bytes")
+        raise DataError(f"the image is larger than {limits.bytes:,} bytes")
     try:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
         raise DataError(f"the data URL holds no base64: {error}") from None
 
 
-def _fetched(url: str, limits: PictureLimits) -> bytes:
+def _fetched(url: str, limits: ImageLimits) -> bytes:
     if not limits.fetch:
-        raise DataError("this server fetches no pictures; send a data URL")
-    return fetch_picture(url, max_bytes=limits.bytes)
+        raise DataError("this server fetches no images; send a data URL")
+    return fetch_image(url, max_bytes=limits.bytes)

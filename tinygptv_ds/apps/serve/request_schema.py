@@ -33,14 +33,14 @@ class TextPart(_Strict):
 
 
 class ImageURL(_Strict):
-    """Where a picture is: a `data:` URL or one of http(s)."""
+    """Where an image is: a `data:` URL or one of http(s)."""
 
     url: str
-    detail: Literal["auto"] = "auto"  # pictures have one size
+    detail: Literal["auto"] = "auto"  # images have one size
 
 
 class ImagePart(_Strict):
-    """A picture."""
+    """An image."""
 
     type: Literal["image_url"]
     image_url: ImageURL
@@ -67,7 +67,7 @@ class Message(_Strict):
 
     @property
     def urls(self) -> list[str]:
-        """The turn's pictures, in order."""
+        """The turn's images, in order."""
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
 
 
@@ -176,13 +176,13 @@ def _name(path: tuple[int | str, ...]) -> str:
 
 
 def _check_turns(messages: list[Message]) -> None:
-    """A system message or none, then user and assistant in turn, a user last; pictures with the user alone."""
+    """A system message or none, then user and assistant in turn, a user last; images with the user alone."""
     turns = messages[messages[0].role in ("system", "developer") :]
     first = len(messages) - len(turns)
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if message.urls and message.role != "user":
-            raise Refused(f"{where}: only the user may send pictures", param=f"{where}.content")
+            raise Refused(f"{where}: only the user may send images", param=f"{where}.content")
         if number < first:
             continue
         expected = ("user", "assistant")[(number - first) % 2]

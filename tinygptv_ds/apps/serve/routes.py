@@ -22,7 +22,7 @@ from starlette.types import Send
 
 from tinygptv_ds.apps.serve.api_errors import Refused
 from tinygptv_ds.apps.serve.completion import Finish, answer, prepare
-from tinygptv_ds.apps.serve.request_images import PictureLimits, load_pictures
+from tinygptv_ds.apps.serve.request_images import ImageLimits, load_images
 from tinygptv_ds.apps.serve.request_schema import parse_request
 from tinygptv_ds.apps.serve.worker import Worker
 from tinygptv_ds.generate.conversation import Answerer
@@ -38,16 +38,16 @@ class Limits:
     """What a client may ask for.
 
     Attributes:
-        body_bytes: of a request, pictures in `data:` URLs included.
+        body_bytes: of a request, images in `data:` URLs included.
         new_tokens: of an answer.
         waiting: requests that may wait for their turn.
-        pictures: what each picture may be.
+        images: what each image may be.
     """
 
     body_bytes: int
     new_tokens: int
     waiting: int
-    pictures: PictureLimits
+    images: ImageLimits
 
 
 def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key: str | None = None) -> Starlette:
@@ -67,8 +67,8 @@ def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key:
         if asked.model != answerer.name:
             message = f"the model {asked.model!r} is not here; this server has {answerer.name!r}"
             raise Refused(message, status=404, param="model", code="model_not_found")
-        pictures = await load_pictures(asked, answerer.processor.image_size, limits.pictures)
-        prepared = await asyncio.to_thread(prepare, answerer, asked, pictures, defaults, limits.new_tokens)
+        images = await load_images(asked, answerer.processor.image_size, limits.images)
+        prepared = await asyncio.to_thread(prepare, answerer, asked, images, defaults, limits.new_tokens)
         pieces = worker.run(lambda: answer(answerer, prepared))
         reply = _Reply(answerer.name, prepared.prompt_tokens)
         if not asked.stream:

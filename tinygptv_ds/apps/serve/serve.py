@@ -1,4 +1,4 @@
-"""The command `serve`: a server of OpenAI's chat API, with pictures and streams."""
+"""The command `serve`: a server of OpenAI's chat API, with images and streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinygptv_ds.log import set_up_logging
 KEY_VARIABLE = "TINYGPTV_API_KEY"
 _MB = 1_000_000
 _SHUTDOWN_SECONDS = 5  # for answers under way
-_CONNECTIONS = 32  # beside those that wait: further ones get a 503
+_CONNECTIONS = 32  # next to those that wait: further ones get a 503
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,14 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits")
     for option, default, what in (
         ("--most-new-tokens", 1024, "tokens that a request may ask for"),
-        ("--most-pictures", 8, "pictures of a request"),
-        ("--most-picture-mb", 20, "MB of a picture as it is encoded"),
-        ("--most-megapixels", 40, "million pixels of a picture"),
+        ("--most-images", 8, "images of a request"),
+        ("--most-image-mb", 20, "MB of an image as it is encoded"),
+        ("--most-megapixels", 40, "million pixels of an image"),
         ("--most-body-mb", 64, "MB of a request"),
         ("--most-waiting", 16, "requests that wait while one is answered"),
     ):
         limits.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
-    limits.add_argument("--no-fetch", action="store_true", help="take pictures from data URLs alone")
+    limits.add_argument("--no-fetch", action="store_true", help="take images from data URLs alone")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         WeightsError: there is no model.
     """
     defaults = check_serving_arguments(args, "starlette", "uvicorn", "pydantic")
-    for option in ("most_new_tokens", "most_pictures", "most_picture_mb", "most_megapixels", "most_body_mb"):
+    for option in ("most_new_tokens", "most_images", "most_image_mb", "most_megapixels", "most_body_mb"):
         require(getattr(args, option) >= 1, f"--{option.replace('_', '-')} must be at least 1")
     require(args.most_waiting >= 0, "--most-waiting must be at least 0")
     api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
@@ -53,14 +53,14 @@ def run(args: argparse.Namespace) -> None:
 
     import uvicorn
 
-    from tinygptv_ds.apps.serve.request_images import PictureLimits
+    from tinygptv_ds.apps.serve.request_images import ImageLimits
     from tinygptv_ds.apps.serve.routes import Limits, build_app
     from tinygptv_ds.generate.conversation import open_answerer
 
-    pictures = PictureLimits(
-        args.most_pictures, args.most_picture_mb * _MB, args.most_megapixels * _MB, fetch=not args.no_fetch
+    images = ImageLimits(
+        args.most_images, args.most_image_mb * _MB, args.most_megapixels * _MB, fetch=not args.no_fetch
     )
-    limits = Limits(args.most_body_mb * _MB, args.most_new_tokens, args.most_waiting, pictures)
+    limits = Limits(args.most_body_mb * _MB, args.most_new_tokens, args.most_waiting, images)
     answerer = open_answerer(args, args.model_name)
     app = build_app(answerer, defaults, limits, api_key)
     config = uvicorn.Config(

@@ -12,7 +12,7 @@ from tinygptv_ds.data.checks.recipe_check import Check
 from tinygptv_ds.data.checks.sample_check import Tally
 from tinygptv_ds.data.checks.source_check import Sources
 
-_FOUND = ("shards", "samples", "bytes", "looked at", "unusable", "bad pictures", "longest text")
+_FOUND = ("shards", "samples", "bytes", "looked at", "unusable", "bad images", "longest text")
 _SHARES = ("weight", "share", "of the cycle", "samples an epoch", "epochs in a pass", "epochs in the run")
 
 
@@ -41,7 +41,7 @@ def _found(found: DatasetCheck) -> tuple[str, ...]:
         _size(found.bytes),
         f"{tally.looked_at:,}",
         _share(sum(tally.unusable.values()), tally.looked_at),
-        _share(tally.missing_pictures + tally.corrupt_pictures, tally.pictures),
+        _share(tally.missing_images + tally.corrupt_images, tally.images),
         f"{tally.longest_text:,}",
     )
 
@@ -85,7 +85,7 @@ def _sources(sources: Sources) -> Iterator[str]:
         yield f"  {sources.problem}"
     elif sources.entries:
         amount = f"{'all' if sources.all_entries else 'the first'} {sources.entries:,} annotation entries"
-        yield f"  of {amount}, {_share(sources.missing_pictures, sources.entries)} lack their picture"
+        yield f"  of {amount}, {_share(sources.missing_images, sources.entries)} lack their image"
         if sources.first_missing:
             yield f"    first: {sources.first_missing}"
         if sources.unusable:

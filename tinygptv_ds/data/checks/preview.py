@@ -15,7 +15,7 @@ from tinygptv_ds.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from tinygptv_ds.data.loader.dataset import Tokens
 
-QUERIES = 32  # rows of a picture that BLIP-2's Q-Former gives
+QUERIES = 32  # rows of an image that BLIP-2's Q-Former gives
 COUNT = 12
 FORMS = (".html", ".png")
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=QUERIES,
         metavar="N",
-        help="tokens of a picture, which the Q-Former's weights decide (default: %(default)s, the published ones)",
+        help="tokens of an image, which the Q-Former's weights decide (default: %(default)s, the published ones)",
     )
 
 
@@ -85,7 +85,7 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
 
 
 def _open_tokens(recipe: Recipe, queries: int) -> Tokens:
-    """The tokenizer beside Phi's weights. Pictures get an id that no word has."""
+    """The tokenizer next to Phi's weights. Images get an id that no word has."""
     from transformers import AutoTokenizer
 
     from tinygptv_ds.data.loader.dataset import Tokens

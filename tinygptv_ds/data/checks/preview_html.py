@@ -12,13 +12,13 @@ import numpy as np
 from PIL import Image
 
 from tinygptv_ds.config.recipe import Recipe
-from tinygptv_ds.data.checks.preview_samples import CUT, LEARNT, PICTURE, PROMPT, TURN, Piece, Preview
+from tinygptv_ds.data.checks.preview_samples import CUT, IMAGE, LEARNT, PROMPT, TURN, Piece, Preview
 from tinygptv_ds.files import whole_file
 from tinygptv_ds.processing.boxes import Box
 
 LIGHT = ("#c02020", "#1668c0", "#a05a00", "#7a2fb0", "#0a7f7f", "#b8257f", "#556b00", "#4a4a9c")
 DARK = ("#ff8a80", "#82b8ff", "#ffb74d", "#d5a6ff", "#5ed6d0", "#ff94cf", "#c5d95a", "#b0b0ff")
-SHOWN_AT_LEAST = 224  # pixels: smaller pictures are shown enlarged
+SHOWN_AT_LEAST = 224  # pixels: smaller images are shown enlarged
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #f6f6f4; --card: #fff; --ink: #1c1c1a; --faint: #6b6b66; --line: #dcdcd6;
@@ -37,19 +37,19 @@ main { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%%,
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem; min-width: 0 }
 article h2 { font-size: 1rem; margin: 0 } .where { color: var(--faint); font-size: .82rem; margin: .1rem 0 .6rem;
   overflow-wrap: anywhere }
-.pictures { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .6rem }
+.images { display: flex; flex-wrap: wrap; gap: .5rem; margin-bottom: .6rem }
 figure { position: relative; margin: 0; max-width: 100%%; aspect-ratio: 1 } figure img { display: block; width: 100%%;
   height: 100%%; image-rendering: pixelated }
 figure svg { position: absolute; inset: 0; width: 100%%; height: 100%%; overflow: visible }
 rect { fill: none; stroke-width: 2px; vector-effect: non-scaling-stroke }
 rect.halo { stroke: #fff; stroke-width: 5px; opacity: .75 }
 .row { margin: 0; font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
-.prompt, .learnt, .cut, .picture { padding: .15em 0; border-radius: 2px }
+.prompt, .learnt, .cut, .image { padding: .15em 0; border-radius: 2px }
 .prompt { background: var(--prompt) } .prompt.odd { background: var(--prompt2) }
 .learnt { background: var(--learnt); border-bottom: 2px solid var(--learnt-line) }
 .learnt.odd { background: var(--learnt2) }
 .cut { background: var(--cut); color: var(--cut-ink); text-decoration: line-through }
-.picture { border: 1px dashed var(--faint); padding: .1em .4em; color: var(--faint) }
+.image { border: 1px dashed var(--faint); padding: .1em .4em; color: var(--faint) }
 .turn { display: block; height: .5em }
 .box { font-weight: 700 }
 .skipped { border-color: var(--cut-ink) } .reason { color: var(--cut-ink); margin: 0; overflow-wrap: anywhere }
@@ -72,7 +72,7 @@ def write_html(out: Path, previews: Sequence[Preview], *, title: str, recipe: Re
 <h1>{escape(title)}</h1>
 <p>{escape(summary(recipe, source))}</p>
 <p class="legend"><span class="prompt">read</span><span class="learnt">learnt</span><span class="cut">cut off by
-text.max_txt_len or text.max_context_len</span><span class="picture">a picture's tokens</span>shades tell tokens apart;
+text.max_txt_len or text.max_context_len</span><span class="image">an image's tokens</span>shades tell tokens apart;
 boxes have the colour of their words</p>
 </header>
 <main>
@@ -90,7 +90,7 @@ def summary(recipe: Recipe, source: str) -> str:
     text = recipe.text
     return (
         f"{source}: seed {recipe.seed}, steps of {recipe.train.batch_size} samples, "
-        f"pictures of {recipe.model.image_size} x {recipe.model.image_size} pixels, "
+        f"images of {recipe.model.image_size} x {recipe.model.image_size} pixels, "
         f"at most {text.max_context_len} tokens of prompt and {text.max_txt_len} of answers"
     )
 
@@ -125,18 +125,18 @@ def _card(preview: Preview) -> str:
             f'<article class="skipped">\n{head}</p>\n<p class="reason"><strong>left out: {reason}</strong><br>{message}'
             "</p>\n</article>"
         )
-    pictures = "".join(_picture(preview, number, pixels) for number, pixels in enumerate(preview.pictures))
+    images = "".join(_image(preview, number, pixels) for number, pixels in enumerate(preview.images))
     words = "".join(_words(preview.pieces))
     return (
-        f'<article>\n{head}<br>{amounts(preview)}</p>\n<div class="pictures">{pictures}</div>\n'
+        f'<article>\n{head}<br>{amounts(preview)}</p>\n<div class="images">{images}</div>\n'
         f'<p class="row">{words}</p>\n</article>'
     )
 
 
-def _picture(preview: Preview, number: int, pixels: np.ndarray) -> str:
+def _image(preview: Preview, number: int, pixels: np.ndarray) -> str:
     side = pixels.shape[1]
-    rects = "".join(_rect(n, box) for n, (picture, box) in enumerate(preview.boxes) if picture == number)
-    label = escape(f"picture {number + 1} of {preview.key}")
+    rects = "".join(_rect(n, box) for n, (image, box) in enumerate(preview.boxes) if image == number)
+    label = escape(f"image {number + 1} of {preview.key}")
     return (
         f'<figure style="width: {side * enlargement(side)}px"><img src="data:image/png;base64,{_png(pixels)}" '
         f'width="{side}" height="{side}" alt="{label}">'
@@ -150,7 +150,7 @@ def enlargement(side: int) -> int:
 
 
 def _rect(number: int, box: Box) -> str:
-    """A box in per cent, on a light halo that sets it off from the picture."""
+    """A box in per cent, on a light halo that sets it off from the image."""
     x1, y1, x2, y2 = box
     left, top, width, height = min(x1, x2), min(y1, y2), abs(x2 - x1), abs(y2 - y1)
     place = f'x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}"'
@@ -173,7 +173,7 @@ def _words(pieces: Sequence[Piece]) -> Iterator[str]:
             yield '<span class="turn"></span>'
             continue
         classes = [piece.kind]
-        classes += ["odd"] if piece.kind != PICTURE and piece.token % 2 else []
+        classes += ["odd"] if piece.kind != IMAGE and piece.token % 2 else []
         classes += ["box", _box_class(piece.box)] if piece.box is not None else []
         yield f'<span class="{" ".join(classes)}">{escape(visible(piece.text))}</span>'
 

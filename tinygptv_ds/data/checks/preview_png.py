@@ -1,4 +1,4 @@
-"""A page of previews as one picture: a grid of cards."""
+"""A page of previews as one image: a grid of cards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.checks.preview_html import LIGHT, amounts, enlargement, place, summary, visible
-from tinygptv_ds.data.checks.preview_samples import CUT, LEARNT, PICTURE, PROMPT, TURN, Piece, Preview
+from tinygptv_ds.data.checks.preview_samples import CUT, IMAGE, LEARNT, PROMPT, TURN, Piece, Preview
 from tinygptv_ds.files import whole_file
 from tinygptv_ds.processing.boxes import pixel_box
 
@@ -23,9 +23,9 @@ _GROUNDS = {
     PROMPT: ("#f0f0ec", "#e5e5df"),
     LEARNT: ("#d5efd3", "#c2e5c0"),
     CUT: ("#fbe3e0", "#fbe3e0"),
-    PICTURE: ("#ffffff", "#ffffff"),
+    IMAGE: ("#ffffff", "#ffffff"),
 }
-_INKS = {CUT: _RED, _ALERT: _RED, PICTURE: _FAINT, _NOTE: _FAINT}
+_INKS = {CUT: _RED, _ALERT: _RED, IMAGE: _FAINT, _NOTE: _FAINT}
 
 
 class Word(NamedTuple):
@@ -56,14 +56,14 @@ def write_png(out: Path, previews: Sequence[Preview], *, title: str, recipe: Rec
 
 
 def _legend() -> Iterator[Piece]:
-    for kind, text in ((PROMPT, "read"), (LEARNT, "learnt"), (CUT, "cut off"), (PICTURE, "a picture's tokens")):
+    for kind, text in ((PROMPT, "read"), (LEARNT, "learnt"), (CUT, "cut off"), (IMAGE, "an image's tokens")):
         yield Piece(text, kind, 0)
         yield Piece("   ", _PLAIN, 0)
     yield Piece("shades tell tokens apart; boxes have the colour of their words", _PLAIN, 0)
 
 
 def _card(preview: Preview) -> Image.Image:
-    """One sample on white: what it is, its pictures, its words."""
+    """One sample on white: what it is, its images, its words."""
     note = f"{place(preview)}\n{preview.shard}: {preview.key}\n"
     note += "" if preview.skipped else amounts(preview)
     head = _laid_out([Piece(f"{preview.ref.dataset}\n", _PLAIN, 0), Piece(note, _NOTE, 0)], WIDTH)
@@ -71,40 +71,40 @@ def _card(preview: Preview) -> Image.Image:
     if preview.skipped:
         pieces = [Piece("left out: {}\n{}".format(*preview.skipped), _ALERT, 0)]
     words = _laid_out(pieces, WIDTH)
-    pictures = [_picture(preview, number) for number in range(len(preview.pictures))]
-    places = _places(pictures, top=EDGE + _height(head) + EDGE // 2)
+    images = [_image(preview, number) for number in range(len(preview.images))]
+    places = _places(images, top=EDGE + _height(head) + EDGE // 2)
     below = max((y + side for _, y, side in places), default=_height(head)) + EDGE
     card = Image.new("RGB", (WIDTH + 2 * EDGE, below + _height(words) + EDGE), "white")
     draw = ImageDraw.Draw(card)
     _write(draw, head, EDGE, EDGE)
-    for (x, y, _), picture in zip(places, pictures, strict=True):
-        card.paste(picture, (x, y))
+    for (x, y, _), image in zip(places, images, strict=True):
+        card.paste(image, (x, y))
     _write(draw, words, EDGE, below)
     return card
 
 
-def _picture(preview: Preview, number: int) -> Image.Image:
-    """A picture with its boxes, small ones enlarged, those that are too wide for a card made to fit."""
-    picture = Image.fromarray(preview.pictures[number].transpose(1, 2, 0))
-    side = min(WIDTH, picture.width * enlargement(picture.width))
-    picture = picture.resize((side, side), Image.Resampling.NEAREST if side > picture.width else Image.Resampling.BOX)
-    draw = ImageDraw.Draw(picture)
+def _image(preview: Preview, number: int) -> Image.Image:
+    """An image with its boxes, small ones enlarged, those that are too wide for a card made to fit."""
+    image = Image.fromarray(preview.images[number].transpose(1, 2, 0))
+    side = min(WIDTH, image.width * enlargement(image.width))
+    image = image.resize((side, side), Image.Resampling.NEAREST if side > image.width else Image.Resampling.BOX)
+    draw = ImageDraw.Draw(image)
     for colour, (of, box) in enumerate(preview.boxes):
         if of == number:
             x1, y1, x2, y2 = pixel_box(box, side - 1, side - 1)
             corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
             draw.rectangle(corners, outline="white", width=4)
             draw.rectangle(corners, outline=LIGHT[colour % len(LIGHT)], width=2)
-    return picture
+    return image
 
 
-def _places(pictures: Sequence[Image.Image], top: int) -> list[tuple[int, int, int]]:
-    """(x, y, side) of a card's pictures, side by side as far as they fit; all have one size."""
-    if not pictures:
+def _places(images: Sequence[Image.Image], top: int) -> list[tuple[int, int, int]]:
+    """(x, y, side) of a card's images, side by side as far as they fit; all have one size."""
+    if not images:
         return []
-    side = pictures[0].width
+    side = images[0].width
     across = max(1, (WIDTH + EDGE) // (side + EDGE))
-    spots = [divmod(number, across) for number in range(len(pictures))]
+    spots = [divmod(number, across) for number in range(len(images))]
     return [(EDGE + column * (side + EDGE), top + row * (side + EDGE), side) for row, column in spots]
 
 

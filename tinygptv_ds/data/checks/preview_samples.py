@@ -1,4 +1,4 @@
-"""Samples as the model will see them: their tokens with what is learnt and what is cut off, pictures and boxes."""
+"""Samples as the model will see them: their tokens with what is learnt and what is cut off, images and boxes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.processing.boxes import Box, FoundBox, find_boxes
 from tinygptv_ds.processing.sequence import IGNORE, Sequence
 
-PROMPT, LEARNT, CUT, PICTURE, TURN = "prompt", "learnt", "cut", "picture", "turn"
+PROMPT, LEARNT, CUT, IMAGE, TURN = "prompt", "learnt", "cut", "image", "turn"
 _READ = (PROMPT, LEARNT)
 _ENDLESS = 1 << 40  # tokens
 _TORN = "\ufffd"  # what the decoder gives for a part of a character
@@ -28,18 +28,18 @@ class Piece:
 
     Attributes:
         text: what they say.
-        kind: "prompt" (read), "learnt", "cut" (behind a limit of the recipe), "picture" (the rows of one picture), or
+        kind: "prompt" (read), "learnt", "cut" (behind a limit of the recipe), "image" (the rows of one image), or
             "turn" (no text: a later question begins).
         token: number of the token in the row; pieces of one token share it.
         box: number of the box in `Preview.boxes` that they belong to.
-        picture: number of the picture that they stand for.
+        image: number of the image that they stand for.
     """
 
     text: str
     kind: str
     token: int
     box: int | None = None
-    picture: int | None = None
+    image: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Preview:
         shard: the tar.
         key: its key there.
         pieces: its row, cut tokens included.
-        counts: tokens by kind: "prompt" with those of pictures, "learnt" and "cut".
-        pictures: uint8 `[3, S, S]` each, as the model gets them.
-        boxes: (number of the picture, box in per cent of it) of each box that the model reads or learns.
+        counts: tokens by kind: "prompt" with those of images, "learnt" and "cut".
+        images: uint8 `[3, S, S]` each, as the model gets them.
+        boxes: (number of the image, box in per cent of it) of each box that the model reads or learns.
         skipped: where training leaves the sample out: one word, and the whole message.
     """
 
@@ -64,7 +64,7 @@ class Preview:
     key: str
     pieces: list[Piece] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
-    pictures: list[np.ndarray] = field(default_factory=list)
+    images: list[np.ndarray] = field(default_factory=list)
     boxes: list[tuple[int, Box]] = field(default_factory=list)
     skipped: tuple[str, str] | None = None
 
@@ -109,7 +109,7 @@ def kinds_of(kept: Sequence, answers: Sequence, whole: Sequence, max_context_len
         kept: the row that is trained on, whose labels say what is learnt.
         answers: the same row with the answers uncut, of which `kept` is the beginning.
         whole: the row with the prompt uncut, too.
-        max_context_len: where the prompt was cut, not counting the begin token.
+        max_context_len: where the prompt was cut, not counting the BOS token.
     """
     kinds = np.full(len(whole), CUT, dtype="<U6")
     lost = len(whole) - len(answers)
@@ -119,24 +119,24 @@ def kinds_of(kept: Sequence, answers: Sequence, whole: Sequence, max_context_len
 
 
 def _pieces(row: Sequence, kinds: np.ndarray, tokens: Tokens) -> list[Piece]:
-    """The row in words, token by token; the rows of a picture are one piece."""
-    picture_of = dict(zip(row.image_rows.tolist(), (row.image_index // tokens.image.count).tolist(), strict=True))
+    """The row in words, token by token; the rows of an image are one piece."""
+    image_of = dict(zip(row.image_rows.tolist(), (row.image_index // tokens.image.count).tolist(), strict=True))
     starts = np.flatnonzero(np.diff(row.position_ids) > 1) + 1  # a skipped position: a later question begins
     turn_of = np.searchsorted(starts, np.arange(len(row)), side="right").tolist()
     pieces: list[Piece] = []
     turn_before = 0
-    alike = groupby(range(len(row)), lambda i: (turn_of[i], picture_of.get(i), str(kinds[i])))
-    for (turn, picture, kind), group in alike:
+    alike = groupby(range(len(row)), lambda i: (turn_of[i], image_of.get(i), str(kinds[i])))
+    for (turn, image, kind), group in alike:
         where = list(group)
         if turn != turn_before:
             pieces.append(Piece("", TURN, where[0]))
             turn_before = turn
-        if picture is None:
+        if image is None:
             pieces += _words([(i, int(row.input_ids[i])) for i in where], kind, tokens)
         else:
             cut = " cut off" if kind == CUT else ""
-            text = f"picture {picture + 1}: {len(where)} tokens{cut}"
-            pieces.append(Piece(text, CUT if cut else PICTURE, where[0], picture=picture))
+            text = f"image {image + 1}: {len(where)} tokens{cut}"
+            pieces.append(Piece(text, CUT if cut else IMAGE, where[0], image=image))
     return pieces
 
 
@@ -151,23 +151,23 @@ def _words(ids: list[tuple[int, int]], kind: str, tokens: Tokens) -> Iterator[Pi
             waiting = []
 
 
-def _with_boxes(pieces: list[Piece], pictures: int) -> tuple[list[Piece], list[tuple[int, Box]]]:
-    """The pieces split where boxes begin and end, and these boxes; each lies on the picture before it in the row."""
-    found = find_boxes("".join(piece.text for piece in pieces if piece.kind in _READ)) if pictures else []
+def _with_boxes(pieces: list[Piece], images: int) -> tuple[list[Piece], list[tuple[int, Box]]]:
+    """The pieces split where boxes begin and end, and these boxes; each lies on the image before it in the row."""
+    found = find_boxes("".join(piece.text for piece in pieces if piece.kind in _READ)) if images else []
     boxes: list[tuple[int, Box]] = []
     number_of: dict[FoundBox, int] = {}
     marked: list[Piece] = []
-    place = picture = 0
+    place = image = 0
     for piece in pieces:
-        picture = picture if piece.picture is None else piece.picture
+        image = image if piece.image is None else piece.image
         if piece.kind not in _READ:
             marked.append(piece)
             continue
         here = [box for box in found if box.start < place + len(piece.text) and place < box.end]
         for box in here:
             if box not in number_of:
-                boxes += [(picture, box.box)] if (picture, box.box) not in boxes else []
-                number_of[box] = boxes.index((picture, box.box))
+                boxes += [(image, box.box)] if (image, box.box) not in boxes else []
+                number_of[box] = boxes.index((image, box.box))
         marked += _split(piece, place, {box: number_of[box] for box in here})
         place += len(piece.text)
     return marked, boxes

@@ -1,4 +1,4 @@
-"""Looking at a dataset's samples as training would: read, put into words, pictures decoded. What breaks is counted."""
+"""Looking at a dataset's samples as training would: read, put into words, images decoded. What breaks is counted."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Tally:
     Attributes:
         looked_at: samples.
         unusable: samples that drop out of training, by reason.
-        pictures: pictures that the records ask for, as far as known.
-        missing_pictures: samples whose picture is not in the shard.
-        corrupt_pictures: pictures that cannot be decoded.
+        images: images that the records ask for, as far as known.
+        missing_images: samples whose image is not in the shard.
+        corrupt_images: images that cannot be decoded.
         longest_text: characters of all turns of the longest sample.
         longest_sample: which one that is.
         broken: the first unusable samples.
@@ -57,9 +57,9 @@ class Tally:
 
     looked_at: int = 0
     unusable: dict[str, int] = field(default_factory=dict)
-    pictures: int = 0
-    missing_pictures: int = 0
-    corrupt_pictures: int = 0
+    images: int = 0
+    missing_images: int = 0
+    corrupt_images: int = 0
     longest_text: int = 0
     longest_sample: str | None = None
     broken: list[Broken] = field(default_factory=list)
@@ -74,7 +74,7 @@ class Tally:
         """Count in what was found in later samples."""
         if other.longest_text > self.longest_text:
             self.longest_text, self.longest_sample = other.longest_text, other.longest_sample
-        for name in ("looked_at", "pictures", "missing_pictures", "corrupt_pictures"):
+        for name in ("looked_at", "images", "missing_images", "corrupt_images"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.unusable = dict(Counter(self.unusable) + Counter(other.unusable))
         self.broken = (self.broken + other.broken)[:LISTED]
@@ -154,8 +154,8 @@ def check_chunk(chunk: Chunk) -> Tally:
             _check(tally, reader, chunk, index)
         except SampleError as error:
             tally.unusable[error.reason] = tally.unusable.get(error.reason, 0) + 1
-            tally.missing_pictures += error.reason == "missing_image"
-            tally.pictures += error.reason == "missing_image"
+            tally.missing_images += error.reason == "missing_image"
+            tally.images += error.reason == "missing_image"
             if len(tally.broken) < LISTED:
                 tally.broken.append(Broken(str(chunk.tar), reader.key(chunk.tar, index), error.reason, str(error)))
     reader.close()
@@ -167,8 +167,8 @@ def _check(tally: Tally, reader: ShardReader, chunk: Chunk, index: int) -> None:
     raw = reader.read(chunk.tar, index)
     where = f"{chunk.tar}: sample {raw.key}"
     corrupt = list(_corrupt(raw))
-    tally.pictures += len(raw.images)
-    tally.corrupt_pictures += len(corrupt)
+    tally.images += len(raw.images)
+    tally.corrupt_images += len(corrupt)
     # the random choices of the first epoch
     draw = sample_rng(chunk.seed, SampleRef(0, chunk.section.name, 0, chunk.shard, index))
     _measure(tally, in_words(raw, draw, clean=chunk.section.clean, where=where), where)

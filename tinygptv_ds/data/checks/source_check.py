@@ -21,7 +21,7 @@ class Sources:
         files: the files and folders that it needs below the root, and whether each is there.
         entries: annotation entries that were looked at.
         all_entries: whether these are all there are.
-        missing_pictures: entries with a picture that does not exist.
+        missing_images: entries with an image that does not exist.
         first_missing: the first of these.
         unusable: other entries that give no sample, by reason.
         problem: why the annotations could not be read.
@@ -30,7 +30,7 @@ class Sources:
     files: dict[str, bool]
     entries: int = 0
     all_entries: bool = False
-    missing_pictures: int = 0
+    missing_images: int = 0
     first_missing: str | None = None
     unusable: dict[str, int] = field(default_factory=dict)
     problem: str | None = None
@@ -45,7 +45,7 @@ def check_sources(name: str, root: Path, limit: int | None) -> Sources | None:
     if entry is None or entry.samples is None:
         return None
     sources = Sources({file: any(root.glob(file)) for file in entry.files})
-    if all(there for file, there in sources.files.items() if Path(file).suffix):  # pictures are folders
+    if all(there for file, there in sources.files.items() if Path(file).suffix):  # images are folders
         try:
             entries = iter(tqdm(entry.samples(root), f"{name} below {root}", unit="entry", disable=None))
             for found in islice(entries, limit):
@@ -58,15 +58,15 @@ def check_sources(name: str, root: Path, limit: int | None) -> Sources | None:
 
 def _count(sources: Sources, entry: Entry) -> None:
     sources.entries += 1
-    missing = _missing_picture(entry)
+    missing = _missing_image(entry)
     if missing is not None:
-        sources.missing_pictures += 1
+        sources.missing_images += 1
         sources.first_missing = sources.first_missing or missing
     elif isinstance(entry, Skipped):
         sources.unusable[entry.reason] = sources.unusable.get(entry.reason, 0) + 1
 
 
-def _missing_picture(entry: Entry) -> str | None:
+def _missing_image(entry: Entry) -> str | None:
     if isinstance(entry, Skipped):
         return entry.detail if entry.reason == "missing_image" else None
     away = (image for image in entry.images if isinstance(image, Path) and not image.exists())

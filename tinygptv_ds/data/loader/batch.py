@@ -31,7 +31,7 @@ class Sample:
     features: Tensor | None = None
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """How many it has."""
         return len(self.pixels if self.features is None else self.features)
 
@@ -46,8 +46,8 @@ class Batch:
         cu_seqlens: int32 `[samples + 1]`.
         max_seqlen: longest sample.
         pixel_values: uint8 `[N, 3, S, S]`; N may be 0, and is where there are features.
-        image_rows: int64 `[R]`: rows of `input_ids` that hold picture rows.
-        image_index: int64 `[R]`: which of the N * queries picture rows goes there.
+        image_rows: int64 `[R]`: rows of `input_ids` that hold image rows.
+        image_index: int64 `[R]`: which of the N * queries image rows goes there.
         target_rows: int64 `[K]`: rows whose output predicts a target, the one before each labelled token.
         targets: int64 `[K]`: the labelled tokens.
         target_dataset: int64 `[K]`: number of the dataset each target comes from.
@@ -96,21 +96,21 @@ def collate(
 ) -> Batch:
     """Pack samples end to end.
 
-    Where all samples of a micro-batch dropped out, a single begin token without a target stands in, so that every rank
+    Where all samples of a micro-batch dropped out, a single BOS token without a target stands in, so that every rank
     still makes the same calls.
 
     Args:
         samples: in stream order.
         datasets: names of the mixture's datasets, in the order in which losses are reported.
-        queries: rows of a picture.
-        image_size: side of the pictures, for a batch without any.
-        bos: id of the begin token.
+        queries: rows of an image.
+        image_size: side of the images, for a batch without any.
+        bos: id of the BOS token.
         no_features: `[0, queries, width]`, for a batch without any; None where samples come in pixels.
     """
     rows = [sample.sequence for sample in samples] or [_lone_token(bos)]
     lengths = [len(row) for row in rows]
     starts = np.cumsum([0, *lengths])
-    pictures = np.cumsum([0, *(sample.pictures for sample in samples)])
+    images = np.cumsum([0, *(sample.images for sample in samples)])
     labels = np.concatenate([row.labels for row in rows])
     learnt = np.flatnonzero(labels != IGNORE)
     dataset = np.array([datasets.index(sample.ref.dataset) for sample in samples] or [0], dtype=np.int64)
@@ -123,7 +123,7 @@ def collate(
         "pixel_values": np.concatenate(pixels) if pixels else empty,
         "image_rows": np.concatenate([row.image_rows + start for row, start in zip(rows, starts, strict=False)]),
         "image_index": np.concatenate(
-            [row.image_index + first * queries for row, first in zip(rows, pictures, strict=False)]
+            [row.image_index + first * queries for row, first in zip(rows, images, strict=False)]
         ),
         "target_rows": learnt - 1,  # the first token of a sample is never learnt, so the row before is its own
         "targets": labels[learnt],

@@ -1,4 +1,4 @@
-"""The steps of one rank, micro-batch by micro-batch, from loader processes.
+"""The steps of one rank, micro-batch by micro-batch, from dataloader workers.
 
 A map from (step, number) to a micro-batch, read in order: whatever the number of workers, the batches are the same.
 A sample that cannot be used drops out of its step and is reported; nothing else moves.
@@ -33,13 +33,13 @@ from tinygptv_ds.processing.image import to_pixels
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence
 
 log = logging.getLogger(__name__)
-_LOSSES, _WITHIN = 3, 100  # loader processes may be lost so many times within so many steps
+_LOSSES, _WITHIN = 3, 100  # dataloader workers may be lost so many times within so many steps
 _NO_PIXELS = np.zeros((0, 3, 1, 1), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What turns words and pictures into a row: tokenizer, text section, picture rows, pictures' size and decoding."""
+    """What turns words and images into a row: tokenizer, text section, image rows, images' size and decoding."""
 
     tokenizer: PreTrainedTokenizerBase
     text: TextSection
@@ -49,7 +49,7 @@ class Tokens:
 
 
 def open_tokens(recipe: Recipe, config: PretrainedConfig) -> Tokens:
-    """The tokenizer beside Phi's weights, and what the model's configuration says of pictures."""
+    """The tokenizer next to Phi's weights, and what the model's configuration says of images."""
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi, local_files_only=True, trust_remote_code=False)
     image = ImageTokens(config.image_token_id, config.num_query_tokens)
     return Tokens(tokenizer, recipe.text, image, config.vision_config.image_size, recipe.data.decoding)
@@ -78,7 +78,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Draft:
-    """A sample whose pictures are not decoded yet; `where` names shard and key in messages."""
+    """A sample whose images are not decoded yet; `where` names shard and key in messages."""
 
     ref: SampleRef
     where: str
@@ -87,7 +87,7 @@ class Draft:
 
 
 def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Sample:
-    """Read, draw, tokenise and decode one sample, or take the features of its pictures.
+    """Read, draw, tokenise and decode one sample, or take the features of its images.
 
     Raises:
         SampleError: the sample cannot be used; names shard and key.
@@ -124,14 +124,14 @@ def decode_sample(draft: Draft, tokens: Tokens, features: FeatureShape | None) -
 
 
 def _stack(pixels: list[np.ndarray]) -> np.ndarray:
-    """uint8 `[n, 3, S, S]`; a single picture, which is the rule, is not copied."""
+    """uint8 `[n, 3, S, S]`; a single image, which is the rule, is not copied."""
     if len(pixels) == 1:
         return pixels[0][None]
     return np.stack(pixels) if pixels else _NO_PIXELS
 
 
 def _features(members: Seq[bytes], shape: FeatureShape, where: str) -> Tensor:
-    """`[pictures, queries, width]` from what the shard holds."""
+    """`[images, queries, width]` from what the shard holds."""
     odd = [len(data) for data in members if len(data) != shape.nbytes]
     if odd:
         raise SampleError("torn_features", f"{where}: features of {odd[0]} bytes instead of {shape.nbytes}")
@@ -170,7 +170,7 @@ class MicroBatches(Dataset):
         step, number = place
         skipped: list[Skipped] = []
         drafts, samples = [], []
-        # All words, then all pictures: by turns, each would push the other's code out of the core's caches.
+        # All words, then all images: by turns, each would push the other's code out of the core's caches.
         for ref in self._planner.plan(step).micro_batch(number, self._rank):
             with _counted(ref, skipped):
                 drafts.append(draft_sample(self._stream, self._reader, ref, self._tokens))
@@ -209,20 +209,20 @@ def load_steps(
 ) -> Iterator[list[Loaded]]:
     """The micro-batches of steps `first` to `last` - 1, a list for each step.
 
-    Loader processes that are killed or hang are begun anew at the step that is awaited: a batch is a function of its
+    Dataloader workers that are killed or hang are begun again at the step that is awaited: a batch is a function of its
     place, so that nothing is lost or comes twice.
 
     Args:
         dataset: this rank's.
         first: 0, or where a resumed run goes on.
         last: where the run ends.
-        num_workers: loader processes; 0 loads in this process.
+        num_workers: dataloader workers; 0 loads in this process.
         pin_memory: for a GPU.
-        read_seconds: one micro-batch may take at most from a loader process; 0: no limit.
-        stuck: called before loader processes that hang are killed.
+        read_seconds: one micro-batch may take at most from a dataloader worker; 0: no limit.
+        stuck: called before dataloader workers that hang are killed.
 
     Raises:
-        DataError: loader processes were lost again and again.
+        DataError: dataloader workers were lost again and again.
     """
     lost_at: deque[int] = deque(maxlen=_LOSSES)
     step = first
@@ -251,7 +251,7 @@ def _steps(
     read_seconds: float,
     stuck: Stuck | None,
 ) -> Iterator[list[Loaded]]:
-    """As `load_steps`, as long as the loader processes live; raises WorkersLostError."""
+    """As `load_steps`, as long as the dataloader workers live; raises WorkersLostError."""
     counts: deque[int] = deque()
 
     def places() -> Iterator[tuple[int, int]]:

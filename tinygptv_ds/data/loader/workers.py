@@ -1,4 +1,4 @@
-"""Loader processes that may be killed or hang: what happened is told, so that others can begin at the same place.
+"""Dataloader workers that may be killed or hang: what happened is told, so that others can begin at the same place.
 
 The private corners of torch's DataLoader are kept here.
 """
@@ -32,7 +32,7 @@ Stuck = Callable[[Sequence[BaseProcess], str], None]
 
 
 class WorkersLostError(Exception):
-    """A loader process was killed or hung; none of its pool is left. The message says which, and what to look at."""
+    """A dataloader worker was killed or hung; none of its pool is left. The message says which, and what to look at."""
 
 
 class Workers:
@@ -121,7 +121,7 @@ class Workers:
         return WorkersLostError(said)
 
     def _named(self, number: int) -> str:
-        return f"loader process {number + 1} of {len(self._processes)} (process {self._processes[number].pid})"
+        return f"dataloader worker {number + 1} of {len(self._processes)} (process {self._processes[number].pid})"
 
 
 def _kill(processes: Sequence[BaseProcess]) -> None:

@@ -1,1 +1,1 @@
-"""What stands behind ``prepare``: pictures, one shard from its entries, processes, the output folder, the report."""
+"""What stands behind ``prepare``: images, one shard from its entries, processes, the output folder, the report."""

@@ -187,14 +187,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="your own JSON, JSON lines or table, if not in --root",
     )
-    parser.add_argument("--image-root", type=Path, metavar="DIR", help="where your own pictures lie, if not in --root")
+    parser.add_argument("--image-root", type=Path, metavar="DIR", help="where your own images lie, if not in --root")
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="use only the first entries")
     parser.add_argument(
-        "--max-side", type=int, metavar="PIXELS", help="scale larger pictures down to this; others stay as they are"
+        "--max-side", type=int, metavar="PIXELS", help="scale larger images down to this; others stay as they are"
     )
     parser.add_argument(
-        "--jpeg-quality", type=int, metavar="Q", help="store every picture as JPEG of this quality, 1 to 100"
+        "--jpeg-quality", type=int, metavar="Q", help="store every image as JPEG of this quality, 1 to 100"
     )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help="processes; default: one a core (%(default)s here)")
@@ -216,4 +216,4 @@ def run(args: argparse.Namespace) -> None:
     for name, report in reports.items():
         print(f"{name}: {report}" + (" (was already there)" if report.reused else ""))
         if report.skipped:
-            print("  report.json beside the shards lists the skipped entries")
+            print("  report.json next to the shards lists the skipped entries")

@@ -37,7 +37,7 @@ class Part:
             self.skipped_entries.append({"key": entry.key, "reason": entry.reason, "detail": entry.detail})
 
     def is_whole(self, out: Path) -> bool:
-        """Whether the shard lies in `out` as it was written; a lost index is built anew."""
+        """Whether the shard lies in `out` as it was written; a lost index is built again."""
         if self.shard is None:
             return self.samples == 0
         tar = out / self.shard
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass
 class Report:
-    """What a preparation made; kept as report.json beside the shards.
+    """What a preparation made; kept as report.json next to the shards.
 
     `skipped` counts entries that could not be used by reason, `missing_fields` those that lack a field by its name,
     `skipped_entries` names the first thousand. `reused` is True if the shards were already there.

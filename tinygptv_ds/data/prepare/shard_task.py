@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinygptv_ds.data.prepare.prepare_report import Part, file_state, load_part, save
-from tinygptv_ds.data.prepare.stored_images import Encoding, stored_picture
+from tinygptv_ds.data.prepare.stored_images import Encoding, stored_image
 from tinygptv_ds.data.sets.common import Entry, PreparedSample, SkipEntry, Skipped
 from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.errors import DataError
@@ -29,7 +29,7 @@ class Chunk:
         return self.out / f".{self.number:05d}.part"
 
     def digest(self) -> str:
-        """The hash of all that the shard is made of, but for the pictures in their files."""
+        """The hash of all that the shard is made of, but for the images in their files."""
         digest = hashlib.sha256(repr(self.encoding).encode())
         for entry in self.entries:
             digest.update(repr(entry).encode(errors="backslashreplace"))
@@ -77,17 +77,17 @@ def _write(writer: ShardWriter, entry: Entry, encoding: Encoding, part: Part) ->
 
 
 def _members(sample: PreparedSample, encoding: Encoding) -> dict[str, bytes]:
-    """The sample's files by suffix. Raises SkipEntry if a picture or the record cannot be used."""
+    """The sample's files by suffix. Raises SkipEntry if an image or the record cannot be used."""
     try:
         render(sample.record, len(sample.images), lambda n: n - 1)
     except DataError as error:
         raise SkipEntry("bad_record", str(error)) from error
     if "caption" in sample.record and not sample.images:
-        raise SkipEntry("bad_record", "a caption without a picture")
-    pictures = [stored_picture(image, encoding) for image in sample.images]
-    if len(pictures) == 1:
-        members = dict(pictures)
+        raise SkipEntry("bad_record", "a caption without an image")
+    stored = [stored_image(image, encoding) for image in sample.images]
+    if len(stored) == 1:
+        members = dict(stored)
     else:
-        members = {f"{number}.{suffix}": data for number, (suffix, data) in enumerate(pictures)}
+        members = {f"{number}.{suffix}": data for number, (suffix, data) in enumerate(stored)}
     members["json"] = json.dumps(sample.record, ensure_ascii=False).encode("utf-8", "backslashreplace")
     return members

@@ -1,4 +1,4 @@
-"""Pictures on their way into a shard: as they are, or scaled down and encoded anew."""
+"""Images on their way into a shard: as they are, or scaled down and encoded again."""
 
 import io
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ from pathlib import Path
 
 from PIL import Image
 
-from tinygptv_ds.data.sets.common import SkipEntry, check_pixels, picture_errors
+from tinygptv_ds.data.sets.common import SkipEntry, check_pixels, image_errors
 from tinygptv_ds.errors import DataError
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
-_QUALITY = 95  # where a picture must be encoded anew and no quality is asked for
+_QUALITY = 95  # where an image must be encoded again and no quality is asked for
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures are stored: byte for byte as they are, unless one of these is set.
+    """How images are stored: byte for byte as they are, unless one of these is set.
 
-    `max_side`, in pixels: pictures with a longer side are scaled down to it, keeping their aspect, and stored as JPEG.
-    `jpeg_quality`, 1 to 100: every picture is stored as JPEG of this quality. Raises DataError for other values.
+    `max_side`, in pixels: images with a longer side are scaled down to it, keeping their aspect, and stored as JPEG.
+    `jpeg_quality`, 1 to 100: every image is stored as JPEG of this quality. Raises DataError for other values.
     """
 
     max_side: int | None = None
@@ -32,14 +32,14 @@ class Encoding:
             raise DataError(f"jpeg_quality must be from 1 to 100, not {self.jpeg_quality}")
 
 
-@lru_cache(maxsize=4)  # neighbouring entries often share a picture
-def stored_picture(image: Path | bytes, encoding: Encoding) -> tuple[str, bytes]:
-    """(suffix, bytes) to store. Of a picture that stays as it is only the header is looked at.
+@lru_cache(maxsize=4)  # neighbouring entries often share an image
+def stored_image(image: Path | bytes, encoding: Encoding) -> tuple[str, bytes]:
+    """(suffix, bytes) to store. Of an image that stays as it is only the header is looked at.
 
-    Raises SkipEntry if it is missing, no picture, of a format that is not read, or above 100 megapixels.
+    Raises SkipEntry if it is missing, no image, of a format that is not read, or above 100 megapixels.
     """
-    where = image if isinstance(image, Path) else "picture"
-    with picture_errors(where):
+    where = image if isinstance(image, Path) else "image"
+    with image_errors(where):
         data = image.read_bytes() if isinstance(image, Path) else image
         with Image.open(io.BytesIO(data)) as opened:
             kind = check_pixels(opened).format
@@ -52,13 +52,13 @@ def stored_picture(image: Path | bytes, encoding: Encoding) -> tuple[str, bytes]
 
 
 def _jpeg(opened: Image.Image, max_side: int | None, quality: int) -> bytes:
-    """The RGB picture that training sees (alpha dropped, EXIF rotation ignored), without colour subsampling."""
+    """The RGB image that training sees (alpha dropped, EXIF rotation ignored), without colour subsampling."""
     if max_side is not None:
         width, height = (max(1, round(side * max_side / max(opened.size))) for side in opened.size)
         opened.draft("RGB", (2 * width, 2 * height))  # a large JPEG is decoded at a fraction of its size
-        picture = opened.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        rgb = opened.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     else:
-        picture = opened.convert("RGB")
+        rgb = opened.convert("RGB")
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=quality, subsampling=0)
+    rgb.save(out, "JPEG", quality=quality, subsampling=0)
     return out.getvalue()

@@ -31,7 +31,7 @@ def finished(out: Path, settings: dict[str, Any]) -> Report | None:
     _check_settings(out, report.settings, settings)
     lost = [name for name in report.shards if not (out / name).is_file()]
     if lost:
-        raise DataError(f"{out}: {lost[0]} is gone since it was made; remove the folder to make it anew")
+        raise DataError(f"{out}: {lost[0]} is gone since it was made; remove the folder to make it again")
     _tidy(out, report)  # in case it was interrupted just before
     log.info("%s: reused, it was made with the same settings", out)
     report.reused = True
@@ -87,7 +87,7 @@ def _tidy(out: Path, report: Report) -> None:
 def _part(path: Path) -> Part:
     part = load_part(path)
     if part is None:
-        raise DataError(f"{path}: is gone or damaged since it was written; the same command makes it anew")
+        raise DataError(f"{path}: is gone or damaged since it was written; the same command makes it again")
     return part
 
 

@@ -29,7 +29,7 @@ class Dataset:
     own: bool = False
 
 
-_COCO = "pictures: COCO 2014 train2014.zip from cocodataset.org"
+_COCO = "images: COCO 2014 train2014.zip from cocodataset.org"
 _LLAVA = f"LLaVA-Instruct-150K (Hugging Face liuhaotian/LLaVA-Instruct-150K); {_COCO}"
 _REFCOCO = f"REFER annotations (github.com/lichengunc/refer); {_COCO}"
 _FLICKR = (
@@ -86,7 +86,7 @@ DATASETS: dict[str, Dataset] = {
     "refvg": Dataset(
         refvg.refvg,
         tuple(f"{refvg.FOLDER}/{n}" for n in ("image_data.json", "region_descriptions.json", "VG_100K", "VG_100K_2")),
-        "Visual Genome (homes.cs.washington.edu/~ranjay/visualgenome): pictures parts 1 and 2, region descriptions",
+        "Visual Genome (homes.cs.washington.edu/~ranjay/visualgenome): images parts 1 and 2, region descriptions",
     ),
     "flickr_grounded_caption": _flickr(flickr.flickr_grounded_caption, "groundedcaption.json"),
     "flickr_CaptionToPhrase": _flickr(flickr.flickr_caption_to_phrase, "captiontobbox.json"),
@@ -99,7 +99,7 @@ DATASETS: dict[str, Dataset] = {
     "textcaps_caption": Dataset(
         captions.textcaps_caption,
         ("textcaps/TextCaps_0.1_train.json", "textcaps/train_images"),
-        "TextCaps 0.1 and the TextVQA training pictures (textvqa.org)",
+        "TextCaps 0.1 and the TextVQA training images (textvqa.org)",
     ),
     "refcoco": _refcoco("refcoco", "unc"),
     "refcocop": _refcoco("refcoco+", "unc"),
@@ -113,7 +113,7 @@ DATASETS: dict[str, Dataset] = {
     "gqa": Dataset(
         vqa.gqa,
         ("gqa/train_balanced_questions.json", "gqa/images"),
-        "GQA (cs.stanford.edu/people/dorarad/gqa): pictures, and the questions there or as LAVIS lists them",
+        "GQA (cs.stanford.edu/people/dorarad/gqa): images, and the questions there or as LAVIS lists them",
     ),
     "ocrvqa": Dataset(ocrvqa.ocrvqa, ("ocrvqa/dataset.json", "ocrvqa/images"), "OCR-VQA (ocr-vqa.github.io)"),
     # held-out expressions, for eval/refer.py
@@ -125,13 +125,13 @@ DATASETS: dict[str, Dataset] = {
     ),
     # your own
     "llava": Dataset(
-        jsonl.llava, ("*.json*",), "your own conversations in LLaVA's format beside your pictures", own=True
+        jsonl.llava, ("*.json*",), "your own conversations in LLaVA's format next to your images", own=True
     ),
-    "jsonl": Dataset(jsonl.jsonl, ("*.jsonl",), "your own JSON lines beside your pictures", own=True),
+    "jsonl": Dataset(jsonl.jsonl, ("*.jsonl",), "your own JSON lines next to your images", own=True),
     "caption-folder": Dataset(
         caption_folder.caption_folder,
         (),
-        "your own pictures, each with its caption in a .txt beside it, or in a table with columns file_name, caption",
+        "your own images, each with its caption in a .txt next to it, or in a table with columns file_name, caption",
         optional=("*.csv", "*.tsv"),
         own=True,
     ),

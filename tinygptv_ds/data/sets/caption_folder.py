@@ -1,4 +1,4 @@
-"""A user's own pictures with captions: a text file beside each, or one table."""
+"""A user's own images with captions: a text file next to each, or one table."""
 
 import csv
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from tinygptv_ds.data.sets.common import Built, Entry, Samples, SkipEntry, insid
 from tinygptv_ds.data.sets.jsonl import count_lines
 from tinygptv_ds.errors import DataError
 
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _FILE_COLUMNS = ("file_name", "filename", "file", "image_path", "image", "filepath", "path")
 _CAPTION_COLUMNS = ("caption", "text")
 
@@ -25,10 +25,10 @@ class Row(NamedTuple):
 
 
 def caption_folder(root: Path, annotations: Path | None = None, image_root: Path | None = None) -> Iterator[Entry]:
-    """Pictures and captions of the table `annotations`, or of the only ``*.csv`` or ``*.tsv`` in `root`; without one,
-    every picture below `root` with the caption in the text file of its name (``a.jpg``, ``a.txt``).
+    """Images and captions of the table `annotations`, or of the only ``*.csv`` or ``*.tsv`` in `root`; without one,
+    every image below `root` with the caption in the text file of its name (``a.jpg``, ``a.txt``).
 
-    The paths of a table start from `image_root` or `root`, which without a table is the folder of the pictures.
+    The paths of a table start from `image_root` or `root`, which without a table is the folder of the images.
     """
     tables = [annotations] if annotations else sorted([*root.glob("*.csv"), *root.glob("*.tsv")])
     if len(tables) > 1:
@@ -38,23 +38,23 @@ def caption_folder(root: Path, annotations: Path | None = None, image_root: Path
 
 
 def _text_files(root: Path) -> Iterator[Entry]:
-    pictures = sorted(path for path in root.rglob("*") if path.suffix.lower() in _PICTURES)
-    if not pictures:
-        raise DataError(f"{root}: holds neither a table of captions (.csv, .tsv) nor pictures ({', '.join(_PICTURES)})")
+    images = sorted(path for path in root.rglob("*") if path.suffix.lower() in _IMAGES)
+    if not images:
+        raise DataError(f"{root}: holds neither a table of captions (.csv, .tsv) nor images ({', '.join(_IMAGES)})")
 
-    def build(picture: Path) -> Built:
+    def build(image: Path) -> Built:
         try:
-            caption = picture.with_suffix(".txt").read_text(encoding="utf-8").strip()
+            caption = image.with_suffix(".txt").read_text(encoding="utf-8").strip()
         except FileNotFoundError:
-            raise SkipEntry("missing_caption", f"no {picture.with_suffix('.txt').name} beside the picture") from None
+            raise SkipEntry("missing_caption", f"no {image.with_suffix('.txt').name} next to the image") from None
         except OSError as error:
-            raise SkipEntry("unreadable_caption", f"{picture.with_suffix('.txt').name}: {error.strerror}") from error
-        return {"caption": caption, "clean": [], "id": str(picture.relative_to(root))}, [picture]
+            raise SkipEntry("unreadable_caption", f"{image.with_suffix('.txt').name}: {error.strerror}") from error
+        return {"caption": caption, "clean": [], "id": str(image.relative_to(root))}, [image]
 
-    return Samples(pictures, build, where=lambda _, picture: str(picture))
+    return Samples(images, build, where=lambda _, image: str(image))
 
 
-def _table(table: Path, pictures: Path) -> Iterator[Entry]:
+def _table(table: Path, images: Path) -> Iterator[Entry]:
     header = next(iter(_rows(table)), Row(1, {})).cells
     file_column, caption_column = _column(table, header, _FILE_COLUMNS), _column(table, header, _CAPTION_COLUMNS)
 
@@ -63,7 +63,7 @@ def _table(table: Path, pictures: Path) -> Iterator[Entry]:
         if absent:
             raise KeyError(absent[0])
         name, caption = row.cells[file_column], row.cells[caption_column]
-        return {"caption": caption, "clean": [], "id": name}, [inside(pictures, name)]
+        return {"caption": caption, "clean": [], "id": name}, [inside(images, name)]
 
     total = count_lines(table) - 1
     return Samples(_rows(table), build, total=total, where=lambda _, row: f"{table.name}: row up to line {row.line}")

@@ -1,4 +1,4 @@
-"""What the dataset adapters share: the samples they yield, safe paths, pictures, boxes."""
+"""What the dataset adapters share: the samples they yield, safe paths, images, boxes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ COCO = "coco/train2014"
 class PreparedSample:
     """One sample on its way into a shard.
 
-    `key` is unique in its dataset, `record` as processing/text.py reads it, `images` the encoded pictures or where they
+    `key` is unique in its dataset, `record` as processing/text.py reads it, `images` the encoded images or where they
     lie. `where` tells people which entry of the source it is.
     """
 
@@ -51,7 +51,7 @@ class SkipEntry(Exception):
 
 
 Entry = PreparedSample | Skipped
-# record and pictures of a sample, or None for an entry that does not belong to the training set
+# record and images of a sample, or None for an entry that does not belong to the training set
 Built = tuple[dict[str, Any], Sequence[Path | bytes]] | None
 
 
@@ -141,38 +141,38 @@ def inside(root: Path, *names: object) -> Path:
     """The path of `names` under `root`. Raises SkipEntry where an annotation would lead out of it."""
     relative = Path(os.path.normpath(Path(*map(str, names))))
     if relative.is_absolute() or relative.parts[:1] == ("..",) or "\0" in str(relative):
-        raise SkipEntry("outside_root", f"picture path {str(relative)!r} leads out of {root}, below which it must stay")
+        raise SkipEntry("outside_root", f"image path {str(relative)!r} leads out of {root}, below which it must stay")
     return root / relative
 
 
-def coco_picture(root: Path, image_id: object) -> Path:
-    """The training picture of COCO 2014 with the (already padded) id."""
+def coco_image(root: Path, image_id: object) -> Path:
+    """The training image of COCO 2014 with the (already padded) id."""
     return inside(root, COCO, f"COCO_train2014_{image_id}.jpg")
 
 
 @lru_cache(maxsize=64)
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels from the header. Raises SkipEntry if the picture is missing or none."""
-    with picture_errors(path), Image.open(path) as image:
+def read_image_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels from the header. Raises SkipEntry if the image is missing or none."""
+    with image_errors(path), Image.open(path) as image:
         return check_pixels(image).size
 
 
 def check_pixels(image: Image.Image) -> Image.Image:
-    """The opened picture, of which only the header has been read. Raises DecompressionBombError if it is too large."""
+    """The opened image, of which only the header has been read. Raises DecompressionBombError if it is too large."""
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels (limit {MAX_PIXELS:,})")
     return image
 
 
 @contextmanager
-def picture_errors(where: object) -> Iterator[None]:
-    """What is wrong with the picture `where`, as SkipEntry."""
+def image_errors(where: object) -> Iterator[None]:
+    """What is wrong with the image `where`, as SkipEntry."""
     try:
         yield
     except FileNotFoundError as error:
         raise SkipEntry("missing_image", f"{where} does not exist") from error
     except UnidentifiedImageError as error:
-        raise SkipEntry("not_an_image", f"{where} is no picture") from error
+        raise SkipEntry("not_an_image", f"{where} is no image") from error
     except Image.DecompressionBombError as error:
         raise SkipEntry("too_large_image", f"{where}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:
@@ -180,10 +180,10 @@ def picture_errors(where: object) -> Iterator[None]:
 
 
 def box_string(box: Sequence[float], size: tuple[int, int]) -> str:
-    """Box [x, y, width, height] in pixels -> ``{<x1><y1><x2><y2>}`` in whole per cent of a picture (width, height).
+    """Box [x, y, width, height] in pixels -> ``{<x1><y1><x2><y2>}`` in whole per cent of an image (width, height).
 
     MiniGPT-v2's arithmetic, whose order of operations decides the last digit: divide, multiply, cut off towards zero.
-    Boxes that stick out of the picture are not clamped.
+    Boxes that stick out of the image are not clamped.
     """
     x, y, width, height = box
     edges = (x / size[0] * 100, y / size[1] * 100, (x + width) / size[0] * 100, (y + height) / size[1] * 100)

@@ -1,6 +1,6 @@
 """The embedded datasets: scenes of real handwritten digits, whose contents are known exactly.
 
-A scene is an 84 x 84 picture with a 3 x 3 grid of cells. One to four handwritten digits (the 8 x 8 scans that
+A scene is an 84 x 84 image with a 3 x 3 grid of cells. One to four handwritten digits (the 8 x 8 scans that
 scikit-learn ships) stand in different cells, no digit value and no colour twice, so that every question has one true
 answer. Training and test scenes are drawn with different scans.
 """
@@ -49,7 +49,7 @@ class Digit:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture (uint8 [84, 84, 3]) and its digits in reading order."""
+    """An image (uint8 [84, 84, 3]) and its digits in reading order."""
 
     pixels: np.ndarray
     digits: tuple[Digit, ...]
@@ -120,7 +120,7 @@ def random_scene(rng: random.Random, split: str) -> Scene:
 
 
 def box_string(box: tuple[int, int, int, int]) -> str:
-    """Pixels to MiniGPT-v2's box text: `{<x1><y1><x2><y2>}` in whole per cent of the picture, cut off, not rounded."""
+    """Pixels to MiniGPT-v2's box text: `{<x1><y1><x2><y2>}` in whole per cent of the image, cut off, not rounded."""
     return "{" + "".join(f"<{int(edge / SIZE * 100)}>" for edge in box) + "}"
 
 
@@ -282,7 +282,7 @@ DIGIT_SETS: dict[str, Callable[[random.Random, Scene], dict]] = {
 def samples(name: str, split: str, size: int, seed: int) -> Iterator[PreparedSample]:
     """The first `size` samples of a dataset: a pure function of the arguments.
 
-    Records have the keys of the other datasets' and "scene", the digits (see `Digit`) in the picture; those of
+    Records have the keys of the other datasets' and "scene", the digits (see `Digit`) in the image; those of
     digits_vqa also have "question_type", a key of QUESTIONS.
 
     Raises:

@@ -9,7 +9,7 @@ FOLDER = "filtered_flickr"
 
 
 def flickr_grounded_caption(root: Path) -> Iterator[Entry]:
-    """Describe the picture with a box behind every phrase."""
+    """Describe the image with a box behind every phrase."""
     return _samples(root, "groundedcaption.json", lambda e: turn("grounding", "", e["grounded_caption"]))
 
 
@@ -29,7 +29,7 @@ def flickr_object_to_phrase(root: Path) -> Iterator[Entry]:
 
 def _samples(root: Path, file: str, record: Callable[[dict], dict]) -> Iterator[Entry]:
     def build(entry: dict) -> Built:
-        picture = inside(root, FOLDER, "images", f"{entry['image_id']}.jpg")
-        return record(entry) | {"image_id": entry["image_id"]}, [picture]
+        image = inside(root, FOLDER, "images", f"{entry['image_id']}.jpg")
+        return record(entry) | {"image_id": entry["image_id"]}, [image]
 
     return Samples(load_entries(root / FOLDER / file), build)

@@ -10,7 +10,7 @@ from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import IMAGE_TAG
 
 _MARK = "<image>"
-_Record = Callable[[dict[str, Any], int], dict[str, Any]]  # of an entry with so many pictures
+_Record = Callable[[dict[str, Any], int], dict[str, Any]]  # of an entry with so many images
 _ASKING, _ANSWERING = ("human", "user"), ("gpt", "assistant")
 
 
@@ -26,7 +26,7 @@ class Line(NamedTuple):
 
 
 def jsonl(root: Path, annotations: Path | None = None, image_root: Path | None = None) -> Iterator[Entry]:
-    """Every line of `annotations`, or of every ``*.jsonl`` in `root`; pictures lie below `image_root` or `root`.
+    """Every line of `annotations`, or of every ``*.jsonl`` in `root`; images lie below `image_root` or `root`.
 
     A line is an object with "image" (a path, a list of paths, or absent) and one of
 
@@ -34,7 +34,7 @@ def jsonl(root: Path, annotations: Path | None = None, image_root: Path | None =
     - "conversations": ``[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]``;
     - "caption".
 
-    Texts stay as they are. ``<image>`` in the questions says where a picture belongs (see `llava`).
+    Texts stay as they are. ``<image>`` in the questions says where an image belongs (see `llava`).
     """
     return _lines([annotations] if annotations else sorted(root.glob("*.jsonl")), image_root or root, _record)
 
@@ -44,20 +44,20 @@ def llava(root: Path, annotations: Path | None = None, image_root: Path | None =
     a line, each with "conversations" and, unless it is text alone, "image", a path or several, below `image_root` or
     `root`.
 
-    Texts stay as they are. Each ``<image>`` in the questions is the place of a picture, in their order. A single
-    picture whose mark begins or ends the first question, or that has no mark, comes in front as TinyGPT-V knows it.
+    Texts stay as they are. Each ``<image>`` in the questions is the place of an image, in their order. A single
+    image whose mark begins or ends the first question, or that has no mark, comes in front as TinyGPT-V knows it.
     """
     found = [annotations] if annotations else sorted(root.glob("*.json*"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise DataError(f"{root}: which file holds the conversations? There are: {names}; name it with --annotations")
-    pictures = image_root or root
+    folder = image_root or root
     if found[0].suffix == ".jsonl":
-        return _lines(found, pictures, _conversation)
+        return _lines(found, folder, _conversation)
     entries, file = load_entries(found[0]), found[0].name
     return Samples(
         entries,
-        lambda item: _built(item, pictures, _conversation),
+        lambda item: _built(item, folder, _conversation),
         where=lambda position, item: f"{file}: entry {position}" + (f" (id {item['id']})" if _has_id(item) else ""),
     )
 
@@ -66,11 +66,11 @@ def _has_id(item: Any) -> bool:
     return isinstance(item, dict) and "id" in item
 
 
-def _lines(files: list[Path], pictures: Path, record: _Record) -> Iterator[Entry]:
+def _lines(files: list[Path], folder: Path, record: _Record) -> Iterator[Entry]:
     lines = (Line(file, n, text) for file in files for n, text in enumerate(file.open("rb"), 1) if text.strip())
     return Samples(
         lines,
-        lambda line: _built(json.loads(line.text), pictures, record),
+        lambda line: _built(json.loads(line.text), folder, record),
         total=sum(count_lines(file) for file in files),
         where=lambda _, line: f"{line.file.name}:{line.number}",
     )
@@ -82,9 +82,9 @@ def count_lines(file: Path) -> int:
         return sum(1 for line in lines if line.strip())
 
 
-def _built(entry: dict[str, Any], pictures: Path, record: _Record) -> Built:
+def _built(entry: dict[str, Any], folder: Path, record: _Record) -> Built:
     names = entry.get("image") or []
-    images = [inside(pictures, name) for name in ([names] if isinstance(names, str) else names)]
+    images = [inside(folder, name) for name in ([names] if isinstance(names, str) else names)]
     return record(entry, len(images)) | {field: entry[field] for field in ("id", "task") if field in entry}, images
 
 
@@ -94,13 +94,13 @@ def _record(entry: dict[str, Any], num_images: int) -> dict[str, Any]:
     if "conversations" in entry:
         return _conversation(entry, num_images)
     pairs = [[entry["question"] if "question" in entry else entry["instruction"], entry["answer"]]]
-    raw = _place_pictures(pairs, num_images)
+    raw = _place_images(pairs, num_images)
     return turn(None, *pairs[0], raw=raw)
 
 
 def _conversation(entry: dict[str, Any], num_images: int) -> dict[str, Any]:
     pairs = _pairs(entry["conversations"])
-    raw = _place_pictures(pairs, num_images)
+    raw = _place_images(pairs, num_images)
     return {"conversation": pairs, "clean": [], "raw": raw}
 
 
@@ -112,13 +112,13 @@ def _pairs(turns: list[dict[str, str]]) -> list[list[str | None]]:
     return [list(pair) for pair in zip(values[::2], values[1::2], strict=True)]
 
 
-def _place_pictures(pairs: list[list[str | None]], num_images: int) -> bool:
-    """Put picture tags where the questions hold marks; False if the pictures belong in front, where none is needed."""
+def _place_images(pairs: list[list[str | None]], num_images: int) -> bool:
+    """Put image tags where the questions hold marks; False if the images belong in front, where none is needed."""
     marks = sum(question.count(_MARK) for question, _ in pairs)
     if not marks:
         return False
     if marks != num_images:
-        raise SkipEntry("bad_record", f"the questions hold {_MARK} {marks} time(s) for {num_images} picture(s)")
+        raise SkipEntry("bad_record", f"the questions hold {_MARK} {marks} time(s) for {num_images} image(s)")
     first = pairs[0][0].strip()
     if num_images == 1 and (first.startswith(_MARK) or first.endswith(_MARK)):
         pairs[0][0] = first.replace(_MARK, "").strip()

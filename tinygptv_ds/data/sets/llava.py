@@ -1,4 +1,4 @@
-"""LLaVA-Instruct-150K (conversation, detail, reason) and MiniGPT-v2's multi-task conversations, on COCO pictures.
+"""LLaVA-Instruct-150K (conversation, detail, reason) and MiniGPT-v2's multi-task conversations, on COCO images.
 
 Roles are not looked at, only positions: the first value is a question, the second its answer, and so on.
 """
@@ -6,11 +6,11 @@ Roles are not looked at, only positions: the first value is a question, the seco
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinygptv_ds.data.sets.common import Built, Entry, Samples, coco_picture, load_entries, turn
+from tinygptv_ds.data.sets.common import Built, Entry, Samples, coco_image, load_entries, turn
 
 
 def first_question(value: str) -> str:
-    """A first human turn without its picture mark and line breaks (deleted, not made spaces, as trained)."""
+    """A first human turn without its image mark and line breaks (deleted, not made spaces, as trained)."""
     return value.replace("<image>", "").replace("\n", "").strip()
 
 
@@ -23,7 +23,7 @@ def conversation(root: Path, file: str) -> Iterator[Entry]:
         if len(values) % 2:
             values.append(None)  # a last question without an answer
         pairs = [list(pair) for pair in zip(values[::2], values[1::2], strict=True)]
-        return {"conversation": pairs, "clean": [], "id": entry["id"]}, [coco_picture(root, entry["id"])]
+        return {"conversation": pairs, "clean": [], "id": entry["id"]}, [coco_image(root, entry["id"])]
 
     return Samples(load_entries(root / file), build)
 
@@ -34,6 +34,6 @@ def first_turn(root: Path, file: str) -> Iterator[Entry]:
     def build(entry: dict) -> Built:
         question, answer = (turn["value"] for turn in entry["conversations"][:2])
         record = turn(None, first_question(question), answer, clean=["text"], id=entry["id"])
-        return record, [coco_picture(root, entry["id"])]
+        return record, [coco_image(root, entry["id"])]
 
     return Samples(load_entries(root / file), build)

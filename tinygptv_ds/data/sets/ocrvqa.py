@@ -9,7 +9,7 @@ from tinygptv_ds.errors import DataError
 
 
 def ocrvqa(root: Path) -> Iterator[Entry]:
-    """Every question of the training covers (split 1) in `ocrvqa/dataset.json`, pictures in `ocrvqa/images/`."""
+    """Every question of the training covers (split 1) in `ocrvqa/dataset.json`, images in `ocrvqa/images/`."""
     path = root / "ocrvqa/dataset.json"
     covers = load_json(path)
     if not isinstance(covers, dict) or not all(isinstance(cover, dict) for cover in covers.values()):
@@ -22,8 +22,8 @@ def ocrvqa(root: Path) -> Iterator[Entry]:
             return None
         if len(cover["questions"]) != len(cover["answers"]):
             raise SkipEntry("bad_record", f"{image_id}: as many questions as answers are needed")
-        picture = inside(root, "ocrvqa/images", image_id + Path(cover["imageURL"]).suffix)
-        return turn("vqa", question, answer, clean=["text", "answer"], image_id=image_id), [picture]
+        image = inside(root, "ocrvqa/images", image_id + Path(cover["imageURL"]).suffix)
+        return turn("vqa", question, answer, clean=["text", "answer"], image_id=image_id), [image]
 
     return Samples([(image_id, *pair) for image_id, cover in covers.items() for pair in _pairs(cover)], build)
 

@@ -15,11 +15,11 @@ from tinygptv_ds.data.sets.common import (
     Samples,
     SkipEntry,
     box_string,
-    coco_picture,
+    coco_image,
     inside,
     load_entries,
     load_objects,
-    picture_size,
+    read_image_size,
     turn,
 )
 from tinygptv_ds.errors import DataError
@@ -36,13 +36,13 @@ def refcoco(root: Path, name: str, split_by: str, *, inverse: bool = False) -> I
             return None
         if ref["ann_id"] not in boxed:
             raise SkipEntry("bad_record", f"ref {ref['ref_id']}: annotation {ref['ann_id']} is not in instances.json")
-        picture = coco_picture(root, f"{ref['image_id']:012}")
-        box = box_string(boxed[ref["ann_id"]]["bbox"], picture_size(picture))
+        image = coco_image(root, f"{ref['image_id']:012}")
+        box = box_string(boxed[ref["ann_id"]]["bbox"], read_image_size(image))
         sentences = [sentence["raw"] for sentence in ref["sentences"]]
         ids = {"ref_id": ref["ref_id"], "image_id": ref["image_id"]}
         if inverse:
-            return turn("identify", box, sentences, clean=["answer"], **ids), [picture]
-        return turn("refer", sentences, box, clean=["text"], **ids), [picture]
+            return turn("identify", box, sentences, clean=["answer"], **ids), [image]
+        return turn("refer", sentences, box, clean=["text"], **ids), [image]
 
     return Samples(load_refs(folder / f"refs({split_by}).p"), build)
 
@@ -50,7 +50,7 @@ def refcoco(root: Path, name: str, split_by: str, *, inverse: bool = False) -> I
 def refer(root: Path, annotations: Path | None = None, image_root: Path | None = None) -> Iterator[Entry]:
     """MiniGPT-v2's evaluation files (``refcoco_testA.json``, ``refcocog_val.json``, ...): one sample per sentence, raw.
 
-    Entries are ``{img_id, sents, bbox, height, width}``; `img_id` is a picture's name, which lies below `image_root` or
+    Entries are ``{img_id, sents, bbox, height, width}``; `img_id` is an image's name, which lies below `image_root` or
     `root` as ``.jpg``, and the number of an object. The box is relative to the size that is listed.
     """
     found = [annotations] if annotations else sorted(root.glob("*.json"))
@@ -59,10 +59,10 @@ def refer(root: Path, annotations: Path | None = None, image_root: Path | None =
         raise DataError(f"{root}: which file holds the expressions? There are: {names}; name it with --annotations")
 
     def build(entry: dict) -> Built:
-        picture = inside(image_root or root, entry["img_id"].rpartition("_")[0] + ".jpg")
+        image = inside(image_root or root, entry["img_id"].rpartition("_")[0] + ".jpg")
         box = box_string(entry["bbox"], (entry["width"], entry["height"]))
         kept = {field: entry[field] for field in ("img_id", "bbox", "width", "height")}
-        return turn("refer", entry["sents"], box, **kept), [picture]
+        return turn("refer", entry["sents"], box, **kept), [image]
 
     name = found[0].name
     return Samples(load_entries(found[0]), build, where=lambda number, _: f"{name}: entry {number}")

@@ -11,7 +11,7 @@ from tinygptv_ds.data.sets.common import (
     box_string,
     inside,
     load_objects,
-    picture_size,
+    read_image_size,
     turn,
 )
 
@@ -20,9 +20,9 @@ MAX_AREA = 16384  # square pixels; regions from here on are left out
 
 
 def refvg(root: Path) -> Iterator[Entry]:
-    """Every small region of `region_descriptions.json`; `image_data.json` tells the picture's folder and name.
+    """Every small region of `region_descriptions.json`; `image_data.json` tells the image's folder and name.
 
-    The box is relative to the size of the picture itself, not to the one that is listed.
+    The box is relative to the size of the image itself, not to the one that is listed.
     """
     urls = {_id(image, "image_id"): image.get("url") for image in load_objects(root / FOLDER / "image_data.json")}
 
@@ -35,11 +35,11 @@ def refvg(root: Path) -> Iterator[Entry]:
             return None
         if urls.get(image_id) is None:
             raise SkipEntry("bad_record", f"image {image_id} is not in image_data.json, or without a url")
-        picture = inside(root, FOLDER, *urls[image_id].split("/")[-2:])
+        path = inside(root, FOLDER, *urls[image_id].split("/")[-2:])
         box = [region[field] for field in ("x", "y", "width", "height")]
-        answer = box_string(box, picture_size(picture))
+        answer = box_string(box, read_image_size(path))
         ids = {"image_id": image_id, "region_id": _id(region, "region_id")}
-        return turn("refer", region["phrase"], answer, clean=["text"], **ids), [picture]
+        return turn("refer", region["phrase"], answer, clean=["text"], **ids), [path]
 
     images = load_objects(root / FOLDER / "region_descriptions.json")
     pairs = ((image, region) for image in images for region in _regions(image))

@@ -1,4 +1,4 @@
-"""Unnatural Instructions: text without a picture."""
+"""Unnatural Instructions: text without an image."""
 
 from collections.abc import Iterator
 from pathlib import Path

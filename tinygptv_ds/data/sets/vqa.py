@@ -1,4 +1,4 @@
-"""Short answers to questions about pictures: VQAv2, OK-VQA, A-OKVQA (LAVIS' files) and GQA.
+"""Short answers to questions about images: VQAv2, OK-VQA, A-OKVQA (LAVIS' files) and GQA.
 
 The ten annotators' answers are kept as they are, so that drawing one uniformly draws each by its share.
 """
@@ -10,11 +10,11 @@ from tinygptv_ds.data.sets.common import COCO, Built, Entry, Samples, inside, lo
 
 
 def coco_question(root: Path, files: tuple[str, ...], answers: str = "answer") -> Iterator[Entry]:
-    """Questions about COCO training pictures; a second file (VQAv2's validation part) may be left out."""
+    """Questions about COCO training images; a second file (VQAv2's validation part) may be left out."""
 
     def build(entry: dict) -> Built:
-        picture = inside(root, COCO, Path(entry["image"]).name)
-        return _question(entry, entry[answers]), [picture]
+        image = inside(root, COCO, Path(entry["image"]).name)
+        return _question(entry, entry[answers]), [image]
 
     present = [root / file for number, file in enumerate(files) if number == 0 or (root / file).exists()]
     return Samples([entry for file in present for entry in load_entries(file)], build)

@@ -2,7 +2,7 @@
 
 A shard `NAME` is `NAME.tar`, there only when complete; its index `NAME.tar.idx`, which stays for the count when the
 tar goes; and `NAME.lock`, which whoever fetches, opens or removes it holds, and whose time is that of the last use.
-`NAME.beside` is the index beside the remote tar, or its start where no more than the count was wanted. While the tar is
+`NAME.adjacent` is the index next to the remote tar, or its start where only the count was wanted. While the tar is
 fetched, `NAME.partial` holds what has come and `NAME.room` stands for the space that is set aside.
 """
 
@@ -31,7 +31,7 @@ from tinygptv_ds.data.shards.index import (
     load_index,
     sample_counts,
 )
-from tinygptv_ds.data.shards.remote import RemoteShard, Shard, download, index_beside, remote_size
+from tinygptv_ds.data.shards.remote import RemoteShard, Shard, adjacent_index, download, remote_size
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.files import cache_home, sync, write_atomically
 
@@ -70,25 +70,25 @@ class ShardCache:
             return tar
 
     def index(self, shard: RemoteShard) -> ShardIndex:
-        """Its index, without the tar where one lies beside it or has been kept; errors as in `open`.
+        """Its index, without the tar where one lies next to it or has been kept; errors as in `open`.
 
-        The one beside the tar comes first, so that all nodes see the same, whichever of them has the tar.
+        The one next to the tar comes first, so that all nodes see the same, whichever of them has the tar.
         """
         self._make_folder()
-        beside, kept = (self._tar(shard).with_suffix(suffix) for suffix in (".beside", ".tar.idx"))
+        adjacent, kept = (self._tar(shard).with_suffix(suffix) for suffix in (".adjacent", ".tar.idx"))
         with contextlib.suppress(OSError, ValueError):
-            return ShardIndex.from_bytes((beside if beside.exists() else kept).read_bytes())
+            return ShardIndex.from_bytes((adjacent if adjacent.exists() else kept).read_bytes())
         with contextlib.suppress(ValueError):  # torn
-            if beside.exists():
-                data = index_beside(shard)
+            if adjacent.exists():
+                data = adjacent_index(shard)
                 index = ShardIndex.from_bytes(data)
-                write_atomically(beside, data)
+                write_atomically(adjacent, data)
                 return index
         with self._fetched(shard) as (_, index):
             return index
 
     def counts(self, shards: Sequence[RemoteShard]) -> list[int]:
-        """Samples of each shard: as remembered, or else from the index beside it, or else by fetching it.
+        """Samples of each shard: as remembered, or else from the index next to it, or else by fetching it.
 
         Of the processes of a node one asks and the others wait for its answers. Raises DataError for a shard that is
         not there.
@@ -115,25 +115,25 @@ class ShardCache:
         without = [shard for shard, found in zip(shards, asked, strict=True) if not found]
         if without:
             log.warning(
-                "%s%s: no index that fits lies beside the tar, so that the whole of it is fetched to be counted; make "
-                "indexes with 'python -m tinygptv_ds index' where the tars are, and store them beside the tars",
+                "%s%s: no index that fits lies next to the tar, so that the whole of it is fetched to be counted; make "
+                "indexes with 'python -m tinygptv_ds index' where the tars are, and store them next to the tars",
                 *(without[0], f" and {len(without) - 1} more" if without[1:] else ""),
             )
         _for_each(self.fetch, without, "fetching shards")
 
     def _known(self, shard: RemoteShard) -> IndexHeader | None:
         tar = self._tar(shard)
-        headers = (header_of(_start(tar.with_suffix(suffix))) for suffix in (".beside", ".tar.idx"))
+        headers = (header_of(_start(tar.with_suffix(suffix))) for suffix in (".adjacent", ".tar.idx"))
         return next((header for header in headers if header is not None), None)
 
     def _remember_start(self, shard: RemoteShard) -> bool:
-        """Keep the start of the index beside the tar; False if there is none that fits."""
+        """Keep the start of the index next to the tar; False if there is none that fits."""
         size = remote_size(shard)
-        start = index_beside(shard, HEADER_BYTES)
+        start = adjacent_index(shard, HEADER_BYTES)
         header = header_of(start)
         if header is None or header.tar_size != size:
             return False
-        write_atomically(self._tar(shard).with_suffix(".beside"), start)
+        write_atomically(self._tar(shard).with_suffix(".adjacent"), start)
         return True
 
     @contextlib.contextmanager
@@ -159,11 +159,11 @@ class ShardCache:
     def _check_count(self, shard: RemoteShard, tar: Path, samples: int) -> None:
         counted = self._counted.get(shard, samples)
         if counted != samples:
-            for stale in (tar, tar.with_suffix(".beside")):
+            for stale in (tar, tar.with_suffix(".adjacent")):
                 stale.unlink(missing_ok=True)
             raise DataError(
                 f"{shard}: holds {samples} samples, not {counted} as counted at the start: it was replaced, or the "
-                "index beside it is another's; make that anew (python -m tinygptv_ds index) and start again"
+                "index next to it is another's; make that again (python -m tinygptv_ds index) and start again"
             )
 
     def _download(self, shard: RemoteShard, tar: Path) -> None:

@@ -45,7 +45,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 class Room:
-    """What is set aside for one download: a sparse file ``NAME.room`` beside its ``NAME.tar``, as long as the room.
+    """What is set aside for one download: a sparse file ``NAME.room`` next to its ``NAME.tar``, as long as the room.
 
     All tars and rooms of the folder together never exceed `max_bytes`: tars that were not used for longest are removed
     first, and what killed processes left. Whoever has a Room holds ``NAME.lock``.

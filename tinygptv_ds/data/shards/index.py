@@ -1,4 +1,4 @@
-"""A small index beside each tar, so that any sample of any shard is one read away."""
+"""A small index next to each tar, so that any sample of any shard is one read away."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import numpy as np
 from tqdm import tqdm
 
-from tinygptv_ds.data.shards.tar import PICTURE_SUFFIXES, SKIPPED, Member, scan_tar
+from tinygptv_ds.data.shards.tar import SKIPPED, VISION_SUFFIXES, Member, scan_tar
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.files import cache_home, write_atomically
 from tinygptv_ds.processing.lengths import text_lengths
@@ -59,7 +59,7 @@ class ShardIndex:
     Held as flat arrays (about 20 bytes a member), since a shard of 10,000 samples has 30,000 members.
 
     Attributes:
-        lengths: uint16 `[samples, 3]`: pictures, and estimated tokens of the first question and of what follows
+        lengths: uint16 `[samples, 3]`: images, and estimated tokens of the first question and of what follows
             (processing/lengths.py). What batches are balanced by; zeros where unknown.
     """
 
@@ -181,7 +181,7 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 def build_index(tar: Path) -> ShardIndex:
-    """Scan `tar` and store its index beside it, or in the cache folder where that cannot be written.
+    """Scan `tar` and store its index next to it, or in the cache folder where that cannot be written.
 
     A tar that is cut short gives the complete samples before the cut, with a warning. Raises DataError if the file is
     no tar at all or the index can be stored nowhere.
@@ -190,12 +190,12 @@ def build_index(tar: Path) -> ShardIndex:
     samples = scan_tar(tar)
     index = ShardIndex(samples, measure(tar, [members for _, members in samples]))
     data = index.to_bytes(state)
-    beside, cached = _index_paths(tar)
+    adjacent, cached = _index_paths(tar)
     try:
-        write_atomically(beside, data)
+        write_atomically(adjacent, data)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise DataError(f"{beside}: cannot write the shard index: {error.strerror}") from error
+            raise DataError(f"{adjacent}: cannot write the shard index: {error.strerror}") from error
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(cached, data)
@@ -212,10 +212,10 @@ def measure(tar: Path, samples: Sequence[Sequence[Member]]) -> np.ndarray:
     lengths = np.zeros((len(samples), 3), dtype=np.uint16)
     with tar.open("rb") as file:
         for number, members in enumerate(samples):
-            pictures = sum(member.suffix.rpartition(".")[2] in PICTURE_SUFFIXES for member in members)
-            # features that stand for nothing keep the number, so that steps are shared out as from pictures
-            noted = _object_in(file, members, SKIPPED).get("pictures", 0)
-            found = (pictures or noted, *text_lengths(_object_in(file, members, "json")))
+            images = sum(member.suffix.rpartition(".")[2] in VISION_SUFFIXES for member in members)
+            # features that stand for nothing keep the number, so that steps are shared out as from images
+            noted = _object_in(file, members, SKIPPED).get("images", 0)
+            found = (images or noted, *text_lengths(_object_in(file, members, "json")))
             lengths[number] = [min(max(int(n), 0), _LONGEST) if isinstance(n, int) else 0 for n in found]
     return lengths
 
@@ -240,7 +240,7 @@ def _tar_state(tar: Path) -> tuple[int, int]:
 
 
 def _index_paths(tar: Path) -> Iterator[Path]:
-    """Where the index may lie: beside the tar, and else in the user's cache."""
+    """Where the index may lie: next to the tar, and else in the user's cache."""
     yield tar.with_name(f"{tar.name}.idx")
     name = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:32]
     yield cache_home() / "index" / f"{name}.idx"

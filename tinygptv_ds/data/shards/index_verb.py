@@ -1,4 +1,4 @@
-"""`python -m tinygptv_ds index`: the indexes of local shards made ahead of time, to be stored beside the tars."""
+"""`python -m tinygptv_ds index`: the indexes of local shards made ahead of time, to be stored next to the tars."""
 
 from __future__ import annotations
 
@@ -36,4 +36,4 @@ def run(args: argparse.Namespace) -> None:
             f"{lost[0]} and {len(lost) - 1} more: their folder cannot be written, so that the indexes went to this "
             "user's cache alone; run this where the folder can be written"
         )
-    print(f"{len(tars)} shards with {samples:,} samples, each with its index beside it")
+    print(f"{len(tars)} shards with {samples:,} samples, each with its index next to it")

@@ -1,4 +1,4 @@
-"""Random access to the samples of the shards: (tar, index) -> record and picture bytes."""
+"""Random access to the samples of the shards: (tar, index) -> record and image bytes."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 from tinygptv_ds.data.shards.cache import ShardCache
 from tinygptv_ds.data.shards.index import ShardIndex, load_index
 from tinygptv_ds.data.shards.remote import RemoteShard, Shard
-from tinygptv_ds.data.shards.tar import PICTURE_SUFFIXES, SKIPPED, Member
+from tinygptv_ds.data.shards.tar import SKIPPED, VISION_SUFFIXES, Member
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.retry import persist
 
@@ -44,7 +44,7 @@ class SampleError(DataError):
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as stored: the parsed ``json`` member and the pictures' encoded bytes, or their features, in order."""
+    """A sample as stored: the parsed ``json`` member and the images' encoded bytes, or their features, in order."""
 
     key: str
     record: dict[str, Any]
@@ -89,10 +89,10 @@ class ShardReader:
         members = shard.members(index)
         self._raise_if_skipped(tar, members, where)
         record = parse_record(self._record_bytes(tar, members, where), where)
-        pictures = _pictures(members, where)
-        if "caption" in record and not pictures:
-            raise SampleError("missing_image", f"{where}: a caption without a picture")
-        return RawSample(key, record, tuple(self._read(tar, member, where) for member in pictures))
+        images = _images(members, where)
+        if "caption" in record and not images:
+            raise SampleError("missing_image", f"{where}: a caption without an image")
+        return RawSample(key, record, tuple(self._read(tar, member, where) for member in images))
 
     def key(self, tar: Shard, index: int) -> str:
         """The key of a sample, for messages; its number where the shard cannot be read."""
@@ -102,13 +102,13 @@ class ShardReader:
             return f"number {index}"
 
     def read_record(self, tar: Shard, index: int) -> tuple[str, dict[str, Any]]:
-        """(key, record) without the pictures. Raises SampleError if it is unusable, DataError if the shard is."""
+        """(key, record) without the images. Raises SampleError if it is unusable, DataError if the shard is."""
         shard = self._shard(tar)[1]
         where = f"{tar}: sample {shard.key(index)}"
         return shard.key(index), parse_record(self._record_bytes(tar, shard.members(index), where), where)
 
     def stored(self, tar: Shard, index: int) -> tuple[str, bytes | None, int]:
-        """(key, the ``json`` member as it is or None, how many pictures there are); errors as in `read_record`."""
+        """(key, the ``json`` member as it is or None, how many images there are); errors as in `read_record`."""
         _, shard = self._shard(tar)
         where = f"{tar}: sample {shard.key(index)}"
         member = next((member for member in shard.members(index) if member.suffix == "json"), None)
@@ -194,18 +194,18 @@ def parse_record(data: bytes, where: str) -> dict[str, Any]:
     return record
 
 
-def _pictures(members: tuple[Member, ...], where: str) -> list[Member]:
-    """The picture members: one ``jpg``, or ``0.jpg``, ``1.jpg``, ... in the order of their numbers."""
+def _images(members: tuple[Member, ...], where: str) -> list[Member]:
+    """The image members: one ``jpg``, or ``0.jpg``, ``1.jpg``, ... in the order of their numbers."""
     numbered: dict[int, Member] = {}
     for member in members:
         number, dot, suffix = member.suffix.rpartition(".")
-        if suffix not in PICTURE_SUFFIXES or (dot and not (number.isascii() and number.isdigit())):
+        if suffix not in VISION_SUFFIXES or (dot and not (number.isascii() and number.isdigit())):
             continue
         position = int(number) if dot else 0
         if position in numbered:
-            message = f"{where}: both .{numbered[position].suffix} and .{member.suffix} would be picture {position}"
+            message = f"{where}: both .{numbered[position].suffix} and .{member.suffix} would be image {position}"
             raise SampleError("ambiguous_images", message)
         numbered[position] = member
     if sorted(numbered) != list(range(len(numbered))):
-        raise SampleError("missing_image", f"{where}: pictures are numbered {sorted(numbered)}, not from 0 on")
+        raise SampleError("missing_image", f"{where}: images are numbered {sorted(numbered)}, not from 0 on")
     return [numbered[position] for position in range(len(numbered))]

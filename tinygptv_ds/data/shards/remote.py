@@ -81,8 +81,8 @@ def remote_size(shard: RemoteShard) -> int | None:
     return _persist(shard, ask)
 
 
-def index_beside(shard: RemoteShard, length: int | None = None) -> bytes:
-    """The index beside the tar, or its first `length` bytes; none if there is no index to be had."""
+def adjacent_index(shard: RemoteShard, length: int | None = None) -> bytes:
+    """The index next to the tar, or its first `length` bytes; none if there is no index to be had."""
     if shard.is_pipe:
         return b""
     path, mark, query = shard.url.partition("?")
@@ -106,7 +106,7 @@ def download(shard: RemoteShard, to: Path, size: int | None, arrived: Callable[[
 
     Args:
         shard: which.
-        to: written anew by each attempt.
+        to: written again by each attempt.
         size: what it must be long, in bytes, if that is known.
         arrived: called with the number of bytes so far; may raise a DataError to end it.
 

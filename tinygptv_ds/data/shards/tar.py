@@ -16,8 +16,8 @@ from tinygptv_ds.errors import DataError
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])
-FEATURE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # suffixes of a picture's features in its place, and of one value
-PICTURE_SUFFIXES = IMAGE_SUFFIXES | FEATURE_BYTES.keys()
+FEATURE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # suffixes of an image's features in its place, and of one value
+VISION_SUFFIXES = IMAGE_SUFFIXES | FEATURE_BYTES.keys()
 SKIPPED = "skipped.json"  # in shards of features: why the sample cannot be used
 _BLOCK = 512
 _LONGEST_NAME = 1 << 16  # bytes of a long name or a set of extended fields

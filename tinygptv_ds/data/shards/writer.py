@@ -91,7 +91,7 @@ def add_sample(archive: tarfile.TarFile, key: str, members: Mapping[str, bytes])
 
 
 class ShardWriter:
-    """Write samples to ``00000.tar``, ``00001.tar``, ... with an index beside each, numbered from `first` on.
+    """Write samples to ``00000.tar``, ``00001.tar``, ... with an index next to each, numbered from `first` on.
 
     The bytes depend on nothing but the samples. A shard carries its final name only when it is complete; leaving the
     ``with`` block by an exception removes the one under way. `tars` lists what has been completed.

@@ -1,6 +1,6 @@
 """The order of one dataset's samples, as a pure function: draw number -> (epoch, shard, index).
 
-Every epoch visits every sample once. Shards are permuted anew in each epoch, and samples are permuted inside windows
+Every epoch visits every sample once. Shards are permuted again in each epoch, and samples are permuted inside windows
 of a few consecutive shards of that order, so that reading stays local while neighbours in a shard come apart.
 """
 

@@ -14,7 +14,7 @@ from tinygptv_ds.config.recipe import Recipe, TextSection
 from tinygptv_ds.processing.lengths import estimate_tokens, pool_tokens
 from tinygptv_ds.processing.text import IMAGE_TAG
 
-PICTURE_ROWS = 32  # of the published Q-Former; another one moves the balance a little, nothing else
+IMAGE_ROWS = 32  # of the published Q-Former; another one moves the balance a little, nothing else
 # A patch through the ViT forward, in units of a token through Phi-2 forward and backward (frozen weights need no
 # gradient): 1.01 / (2 x 2.78) billion parameters.
 _PATCH_COST = 0.18
@@ -27,16 +27,16 @@ class Estimate:
 
     Attributes:
         text: templates and lengths of the recipe.
-        picture_cost: tokens of the language model that the vision path of one picture is worth.
+        image_cost: tokens of the language model that the vision path of one image is worth.
     """
 
     text: TextSection
-    picture_cost: float
+    image_cost: float
 
     def tokens(self, lengths: np.ndarray) -> np.ndarray:
         """Rows of each sample, float64 `[n]`, from lengths `[n, 3]`."""
-        pictures, question, answer = lengths.astype(np.float64).T
-        asked = self._asked(pictures, question)
+        images, question, answer = lengths.astype(np.float64).T
+        asked = self._asked(images, question)
         return 1 + asked + self._answered(answer)
 
     def targets(self, lengths: np.ndarray) -> np.ndarray:
@@ -45,17 +45,17 @@ class Estimate:
 
     def cost(self, lengths: np.ndarray) -> np.ndarray:
         """What each sample takes in time, in tokens of the language model, float64 `[n]`."""
-        return self.tokens(lengths) + lengths[:, 0] * self.picture_cost
+        return self.tokens(lengths) + lengths[:, 0] * self.image_cost
 
     def _answered(self, answer: np.ndarray) -> np.ndarray:
         return np.minimum(answer + estimate_tokens(self.text.end_sym), self.text.max_txt_len)
 
-    def _asked(self, pictures: np.ndarray, question: np.ndarray) -> np.ndarray:
+    def _asked(self, images: np.ndarray, question: np.ndarray) -> np.ndarray:
         tag = estimate_tokens(IMAGE_TAG.replace("<ImageHere>", "")) if self.text.prompt_template else 0
         template = estimate_tokens(self.text.prompt_template or "")
         pool = pool_tokens(self.text.prompts) if self.text.prompts else 0
         words = np.where(question > 0, question + template, template + pool)
-        return np.minimum(words + pictures * (PICTURE_ROWS + tag), self.text.max_context_len)
+        return np.minimum(words + images * (IMAGE_ROWS + tag), self.text.max_context_len)
 
 
 def estimate_for(recipe: Recipe) -> Estimate:

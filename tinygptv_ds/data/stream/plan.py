@@ -40,7 +40,7 @@ class OpenStream:
         estimate: how long samples are, for packing.
         seed: the recipe's.
         cache: where remote shards are fetched to.
-        features: how features lie in these tars, where they hold them in place of pictures.
+        features: how features lie in these tars, where they hold them in place of images.
     """
 
     order: Stream
@@ -86,7 +86,7 @@ class Plan:
 
 @dataclass
 class Planner:
-    """Plans of steps. Nothing is remembered but caches; every rank and loader process finds the same by itself."""
+    """Plans of steps. Nothing is remembered but caches; every rank and dataloader worker finds the same by itself."""
 
     stream: OpenStream
     world_size: int
@@ -144,11 +144,11 @@ class Planner:
 
 
 def open_stream(recipe: Recipe, sections: list[DatasetSection] | None = None, *, held_out: bool = False) -> OpenStream:
-    """Find the shards, count their samples (through the indexes beside them) and fix the order.
+    """Find the shards, count their samples (through the indexes next to them) and fix the order.
 
     Args:
         recipe: names the datasets, their weights and the batch size.
-        sections: other datasets than the recipe's training ones, whole; always read from pictures.
+        sections: other datasets than the recipe's training ones, whole; always read from images.
         held_out: of the training datasets, the samples that `data.validation_share` keeps from training.
 
     Raises:

@@ -71,8 +71,8 @@ class Checks:
         bad = {number for number, _ in odd}
         return [(str(number), entry) for number, entry in pairs if number not in bad]
 
-    def picture(self, option: str, *places: Path) -> Path:
-        """The first of `places` where a picture lies; if there is none, the first of them, noted under `option`."""
+    def image(self, option: str, *places: Path) -> Path:
+        """The first of `places` where an image lies; if there is none, the first of them, noted under `option`."""
         found = next((place for place in places if self._is_file(place)), None)
         self._wanted.setdefault(option, set()).add(found or places[0])
         if found is None and places[0] not in self._missing.setdefault(option, []):
@@ -81,14 +81,14 @@ class Checks:
 
     def finish(self) -> None:
         """Raise DataError with all that was noted."""
-        pictures = [
-            f"{len(missing)} of {len(self._wanted[option])} pictures are not there, the first: "
+        images = [
+            f"{len(missing)} of {len(self._wanted[option])} images are not there, the first: "
             f"{', '.join(str(path) for path in missing[:_LISTED])}; put them there, or name another place with "
             f"{option}=FOLDER"
             for option, missing in self._missing.items()
             if missing
         ]
-        problems = [*self._problems, *pictures]
+        problems = [*self._problems, *images]
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in problems)
             raise DataError(f"{len(problems)} thing(s) of the benchmarks are missing or odd:\n{listed}")

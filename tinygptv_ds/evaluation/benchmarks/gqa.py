@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinygptv_ds.evaluation.answer_scores import EVALUATION, SHORT_ANSWER, gqa_hit
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
-from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
+from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 
 PLACES = {"questions": "gqa/testdev_balanced_questions.json", "images": "gqa/gqa_images"}
 
@@ -26,11 +26,11 @@ BENCHMARK = Benchmark(
 def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
     """Entries hold `question`, `answer`, and `image`, a file's name, or `imageId`, as GQA itself has it."""
     content = checks.content(places["questions"], "gqa.questions=FILE")
-    picture = "imageId" if isinstance(content, dict) else "image"
-    fields = {"question": str, "answer": str, picture: str}
+    image = "imageId" if isinstance(content, dict) else "image"
+    fields = {"question": str, "answer": str, image: str}
     questions = []
     for key, entry in checks.entries(places["questions"], content, fields):
-        name = entry[picture] if picture == "image" else f"{entry[picture]}.jpg"
-        path = checks.picture("gqa.images", places["images"] / name)
-        questions.append(Question(key, SHORT_ANSWER.format(entry["question"]), entry["answer"], picture_file(path)))
+        name = entry[image] if image == "image" else f"{entry[image]}.jpg"
+        path = checks.image("gqa.images", places["images"] / name)
+        questions.append(Question(key, SHORT_ANSWER.format(entry["question"]), entry["answer"], image_file(path)))
     return questions

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinygptv_ds.evaluation.answer_scores import EVALUATION, hateful_memes_label
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
-from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
+from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 from tinygptv_ds.evaluation.benchmarks.vsr import binary_label
 
 PLACES = {"questions": "hateful_meme/dev.jsonl", "images": "hateful_meme/hm_images"}
@@ -26,11 +26,11 @@ _TEXT = "This is an image writting '{}'. Is this image hateful? Answer yes or no
 
 
 def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
-    """Entries hold `img` (below the folder of pictures), `text` and `label` (0 or 1)."""
+    """Entries hold `img` (below the folder of images), `text` and `label` (0 or 1)."""
     file = places["questions"]
     fields = {"img": str, "text": str, "label": int}
     questions = []
     for key, entry in checks.entries(file, checks.content(file, "hm.questions=FILE"), fields, binary_label):
-        path = checks.picture("hm.images", places["images"] / entry["img"])
-        questions.append(Question(key, _TEXT.format(entry["text"]), entry["label"], picture_file(path)))
+        path = checks.image("hm.images", places["images"] / entry["img"])
+        questions.append(Question(key, _TEXT.format(entry["text"]), entry["label"], image_file(path)))
     return questions

@@ -72,7 +72,7 @@ def read_held_out(kind: str, shards: str, limit: int | None = None, instruction:
 
 
 def _question(kind: str, instruction: str, reader: ShardReader, tar: object, index: int) -> Question:
-    key, stored, pictures = reader.stored(tar, index)
+    key, stored, images = reader.stored(tar, index)
     record = {} if stored is None else parse_record(stored, f"{tar}: sample {key}")
     fields = ("caption", "caption") if kind == "caption" and "caption" in record else ("text", "answer")
     words, truth = (record.get(field) for field in fields)
@@ -87,7 +87,7 @@ def _question(kind: str, instruction: str, reader: ShardReader, tar: object, ind
         key=f"{tar.name}/{key}",
         text=instruction.replace("{}", words, 1),
         truth=truth,
-        pictures=lambda: reader.read(tar, index).images,
-        picture_count=pictures,
+        images=lambda: reader.read(tar, index).images,
+        image_count=images,
         facts=record,
     )

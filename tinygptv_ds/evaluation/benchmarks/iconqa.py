@@ -11,7 +11,7 @@ from typing import Any
 
 from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
-from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, picture_file
+from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file
 
 PLACES = {
     "questions": "iconvqa/choose_text_val.json",
@@ -52,9 +52,9 @@ def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
     for key, entry in checks.entries(file, content, fields, _odd_choices):
         number = str(entry["image_id"])
         folders = (images / number, images / "val/choose_txt" / number)
-        path = checks.picture("iconvqa.images", *(folder / "image.png" for folder in folders))
+        path = checks.image("iconvqa.images", *(folder / "image.png" for folder in folders))
         text, choices = SHORT_ANSWER.format(entry["question"]), tuple(entry["choices"])
-        questions.append(Question(key, text, entry["answer"], picture_file(path), choices=choices))
+        questions.append(Question(key, text, entry["answer"], image_file(path), choices=choices))
     return questions
 
 

@@ -1,4 +1,4 @@
-"""OK-VQA: questions that need knowledge beside the picture, scored as VQA v2 is."""
+"""OK-VQA: questions that need knowledge next to the image, scored as VQA v2 is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinygptv_ds.evaluation.answer_scores import EVALUATION, SHORT_ANSWER, okvqa_accuracy
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
-from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
+from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 from tinygptv_ds.evaluation.benchmarks.vizwiz import odd_answers
 
 PLACES = {
@@ -31,7 +31,7 @@ BENCHMARK = Benchmark(
 def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
     """Questions of the split with the people's answers; every question of the official list must be among them.
 
-    Pictures have COCO 2017's names (`000000000042.jpg`) or those of 2014 (`COCO_val2014_000000000042.jpg`).
+    Images have COCO 2017's names (`000000000042.jpg`) or those of 2014 (`COCO_val2014_000000000042.jpg`).
     """
     split = _entries(places, "questions", None, {"image_id": int, "question": str, "question_id": int}, checks)
     annotated = _entries(places, "annotations", "annotations", {"question_id": int, "answers": list}, checks)
@@ -44,9 +44,9 @@ def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
     questions = []
     for entry in split:
         name = f"{entry['image_id']:012}.jpg"
-        path = checks.picture("okvqa.images", *(places["images"] / each for each in (name, f"COCO_val2014_{name}")))
+        path = checks.image("okvqa.images", *(places["images"] / each for each in (name, f"COCO_val2014_{name}")))
         number, text = entry["question_id"], SHORT_ANSWER.format(entry["question"])
-        questions.append(Question(str(number), text, truths.get(number, []), picture_file(path)))
+        questions.append(Question(str(number), text, truths.get(number, []), image_file(path)))
     return questions
 
 

@@ -17,19 +17,19 @@ class Question:
 
     Attributes:
         key: its id in the benchmark's files.
-        text: the words that go into the template, instruction included, pictures not.
+        text: the words that go into the template, instruction included, images not.
         truth: the true answer as the rules take it; plain values as of JSON.
-        pictures: gives its pictures, paths or encoded bytes, when they are needed.
-        picture_count: how many these are.
-        facts: what else is known of it, such as a picture's size.
+        images: gives its images, paths or encoded bytes, when they are needed.
+        image_count: how many these are.
+        facts: what else is known of it, such as an image's size.
         choices: the answers to choose from, where the likeliest is looked for.
     """
 
     key: str
     text: str
     truth: Any
-    pictures: Callable[[], Sequence[Path | bytes]]
-    picture_count: int = 1
+    images: Callable[[], Sequence[Path | bytes]]
+    image_count: int = 1
     facts: Mapping[str, Any] = field(default_factory=dict)
     choices: tuple[str, ...] = ()
 
@@ -49,7 +49,7 @@ class Benchmark:
     Attributes:
         rules: points of one answer by rule; a score is their mean. Those called "compat..." see the whole
             continuation, the others what stands before the stop.
-        template: the published prompt with `{}` for pictures and words; None: that of the training.
+        template: the published prompt with `{}` for images and words; None: that of the training.
         parsable: whether an answer has the form that is asked for.
         shown: the answer as people read it, from the stopped text or the losses.
         whole_continuation: a rule looks behind `###`, so generation must not stop there.
@@ -73,6 +73,6 @@ class Task:
     questions: Sequence[Question]
 
 
-def picture_file(path: Path) -> Callable[[], Sequence[Path]]:
-    """`Question.pictures` of one file."""
+def image_file(path: Path) -> Callable[[], Sequence[Path]]:
+    """`Question.images` of one file."""
     return lambda: (path,)

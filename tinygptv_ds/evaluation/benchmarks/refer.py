@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: where in the picture an expression points to, in MiniGPT-v2's evaluation files."""
+"""RefCOCO, RefCOCO+ and RefCOCOg: where in the image an expression points to, in MiniGPT-v2's evaluation files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinygptv_ds.evaluation.answer_scores import EVALUATION
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
-from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
+from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 from tinygptv_ds.evaluation.box_scores import clean_box_answer, counts_as_hit, is_well_formed
 
 LOCATE = "[refer] give me the location of {}"
@@ -15,7 +15,7 @@ _NUMBER = (int, float)
 
 
 def places(name: str) -> dict[str, str]:
-    """Of `refcoco`, `refcoco+` or `refcocog`: the folder of `NAME_SPLIT.json`, and COCO 2014's training pictures."""
+    """Of `refcoco`, `refcoco+` or `refcocog`: the folder of `NAME_SPLIT.json`, and COCO 2014's training images."""
     return {"annotations": name, "images": "coco/train2014"}
 
 
@@ -32,16 +32,16 @@ BENCHMARK = Benchmark(
 
 
 def read(name: str, split: str, places: Mapping[str, Path], checks: Checks) -> list[Question]:
-    """Entries hold `img_id` (a picture's name and an object's number), `sents`, `bbox`, `width` and `height`."""
+    """Entries hold `img_id` (an image's name and an object's number), `sents`, `bbox`, `width` and `height`."""
     file = places["annotations"] / f"{name}_{split}.json"
     fields = {"img_id": str, "sents": str, "bbox": list, "width": _NUMBER, "height": _NUMBER}
     content = checks.content(file, f"{name}.annotations=FOLDER")
     questions = []
     for key, entry in checks.entries(file, content, fields, _odd_box):
-        path = checks.picture(f"{name}.images", places["images"] / f"{entry['img_id'].rpartition('_')[0]}.jpg")
+        path = checks.image(f"{name}.images", places["images"] / f"{entry['img_id'].rpartition('_')[0]}.jpg")
         size = {"width": entry["width"], "height": entry["height"], "img_id": entry["img_id"]}
         text = LOCATE.format(entry["sents"])
-        questions.append(Question(key, text, entry["bbox"], picture_file(path), facts=size))
+        questions.append(Question(key, text, entry["bbox"], image_file(path), facts=size))
     return questions
 
 
@@ -50,5 +50,5 @@ def _odd_box(entry: dict) -> str | None:
     if len(box) != 4 or not all(isinstance(number, _NUMBER) and not isinstance(number, bool) for number in box):
         return f"has {str(box)[:60]} as 'bbox', not [x, y, width, height]"
     if entry["width"] <= 0 or entry["height"] <= 0:
-        return f"has a picture of {entry['width']} x {entry['height']} pixels"
+        return f"has an image of {entry['width']} x {entry['height']} pixels"
     return None

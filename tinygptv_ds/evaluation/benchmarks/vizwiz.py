@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinygptv_ds.evaluation.answer_scores import EVALUATION, vizwiz_accuracy
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
-from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
+from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 
 PLACES = {"questions": "vizwiz/val.json", "images": "vizwiz/vizwiz_images"}
 
@@ -32,9 +32,9 @@ def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
     fields = {"image": str, "question": str, "answers": list}
     questions = []
     for key, entry in checks.entries(file, checks.content(file, "vizwiz.questions=FILE"), fields, odd_answers):
-        path = checks.picture("vizwiz.images", places["images"] / entry["image"])
+        path = checks.image("vizwiz.images", places["images"] / entry["image"])
         truths = [answer["answer"] for answer in entry["answers"]]
-        questions.append(Question(key, _TEXT.format(entry["question"]), truths, picture_file(path)))
+        questions.append(Question(key, _TEXT.format(entry["question"]), truths, image_file(path)))
     return questions
 
 

@@ -1,4 +1,4 @@
-"""VSR, zero-shot test split: whether a statement about a picture is true (Hugging Face cambridgeltl/vsr_zeroshot)."""
+"""VSR, zero-shot test split: whether a statement about an image is true (Hugging Face cambridgeltl/vsr_zeroshot)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinygptv_ds.evaluation.answer_scores import EVALUATION, clean_answer, vsr_hit, vsr_points
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
-from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, picture_file, strict_and_compat
+from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 
 PLACES = {"questions": "vsr/test.jsonl", "images": "vsr/vsr_images"}
 
@@ -29,15 +29,15 @@ _TEXT = "[vqa] Based on the image, is this statement true or false? {}"
 
 
 def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
-    """Entries hold `image`, `caption` and `label` (0 or 1); pictures lie in `train2017`, `val2017` or flat."""
+    """Entries hold `image`, `caption` and `label` (0 or 1); images lie in `train2017`, `val2017` or flat."""
     file, images = places["questions"], places["images"]
     fields = {"image": str, "caption": str, "label": int}
     questions = []
     for key, entry in checks.entries(file, checks.content(file, "vsr.questions=FILE"), fields, binary_label):
         places_of_it = [images / folder / entry["image"] for folder in ("train2017", "val2017", "")]
-        path = checks.picture("vsr.images", *places_of_it)
+        path = checks.image("vsr.images", *places_of_it)
         truth = "true" if entry["label"] else "false"
-        questions.append(Question(key, _TEXT.format(entry["caption"]), truth, picture_file(path)))
+        questions.append(Question(key, _TEXT.format(entry["caption"]), truth, image_file(path)))
     return questions
 
 

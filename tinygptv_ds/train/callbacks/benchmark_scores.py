@@ -6,7 +6,7 @@ import time
 
 from tinygptv_ds.data.loader.dataset import Tokens
 from tinygptv_ds.evaluation.report import line_of, save_json
-from tinygptv_ds.evaluation.runner import Asker, check_pictures
+from tinygptv_ds.evaluation.runner import Asker, check_images
 from tinygptv_ds.evaluation.scoring import scalars, score
 from tinygptv_ds.evaluation.wording import Settings, wording
 from tinygptv_ds.log import LOGGER
@@ -24,7 +24,7 @@ class Evaluation:
         tokens: the tokenizer, and how the recipe words questions.
 
     Raises:
-        DataError: a picture cannot be used, told before the first step.
+        DataError: an image cannot be used, told before the first step.
     """
 
     def __init__(self, engine: Engine, tokens: Tokens) -> None:
@@ -33,8 +33,8 @@ class Evaluation:
         self._processor = TinyGPTVProcessor.for_model(engine.module.config, tokens.tokenizer)
         self._tasks = []
         for benchmark, task in zip(section.benchmarks, engine.job.scored, strict=True):
-            check_pictures(task, tokens.image_size, section.batch_size, ranks)
-            settings = Settings(benchmark.template, section.max_new_tokens, section.batch_size, benchmark.begin_token)
+            check_images(task, tokens.image_size, section.batch_size, ranks)
+            settings = Settings(benchmark.template, section.max_new_tokens, section.batch_size, benchmark.add_bos_token)
             words = wording(task.benchmark, settings, tokens.text.prompt_template, tokens.text.end_sym)
             self._tasks.append((task, settings, words))
 

@@ -14,7 +14,7 @@ from tinygptv_ds.train.callbacks.sample_panel import cell
 
 
 def show_first_samples(stream: OpenStream, tokens: Tokens, board: SummaryWriter) -> None:
-    """To the log and to TensorBoard (`data/first_samples`, `data/first_pictures`). For rank 0 alone."""
+    """To the log and to TensorBoard (`data/first_samples`, `data/first_images`). For rank 0 alone."""
     previews = list(first_of_each(stream, tokens))
     rows = ["| dataset | sample | tokens | row, learnt parts in <<...>> |", "|-|-|-|-|"]
     LOGGER.info("the first sample of each dataset; what is learnt stands in <<...>>:")
@@ -23,9 +23,9 @@ def show_first_samples(stream: OpenStream, tokens: Tokens, board: SummaryWriter)
         LOGGER.info("  %s", " | ".join(told))
         rows.append(f"| {' | '.join(cell(text) for text in told)} |")
     board.add_text("data/first_samples", "\n".join(rows), 0)
-    pictures = [torch.from_numpy(picture) for preview in previews for picture in preview.pictures]
-    if pictures:
-        board.add_images("data/first_pictures", torch.stack(pictures), 0)
+    images = [torch.from_numpy(image) for preview in previews for image in preview.images]
+    if images:
+        board.add_images("data/first_images", torch.stack(images), 0)
 
 
 def _told(preview: Preview) -> tuple[str, str, str, str]:

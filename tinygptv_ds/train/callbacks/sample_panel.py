@@ -1,4 +1,4 @@
-"""The panel on TensorBoard: pictures, prompts, the true and the generated answers."""
+"""The panel on TensorBoard: images, prompts, the true and the generated answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NEW_TOKENS = 40
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample of the panel: how it is asked, what is right, and its pictures."""
+    """One sample of the panel: how it is asked, what is right, and its images."""
 
     prompt: str
     truth: str
@@ -32,7 +32,7 @@ class Shown:
 
 
 class Panel:
-    """A few fixed samples, of the validation sets where the recipe names some, answered anew each time.
+    """A few fixed samples, of the validation sets where the recipe names some, answered again each time.
 
     Args:
         engine: generates; all ranks take part with the same samples.
@@ -44,7 +44,7 @@ class Panel:
         recipe = engine.job.recipe
         self._engine = engine
         self._tokens = tokens
-        exact = replace(tokens, decoding="exact")  # as inference will see pictures
+        exact = replace(tokens, decoding="exact")  # as inference will see images
         self._samples = _choose(_shown(recipe, stream), exact, recipe.train.sample_count)
 
     def write(self, board: SummaryWriter | None, step: int) -> None:
@@ -59,15 +59,15 @@ class Panel:
             note(f"sample {number} at step {step}: {shown.prompt!r} -> {answer!r} (true: {shown.truth!r})")
         if board is not None:
             board.add_text("samples/answers", "\n".join(rows), step)
-            pictures = [torch.from_numpy(shown.sample.pixels) for shown in self._samples if len(shown.sample.pixels)]
-            if pictures:
-                board.add_images("samples/pictures", torch.cat(pictures), step)
+            images = [torch.from_numpy(shown.sample.pixels) for shown in self._samples if len(shown.sample.pixels)]
+            if images:
+                board.add_images("samples/images", torch.cat(images), step)
 
     def _answers(self) -> list[str]:
         tokens = self._tokens
         processor = TinyGPTVProcessor.for_model(self._engine.module.config, tokens.tokenizer)
         prompts, samples = [s.prompt for s in self._samples], [s.sample for s in self._samples]
-        inputs = processor.token_rows(prompts, [s.pictures for s in samples], begin_token=True) | _seen(samples)
+        inputs = processor.token_rows(prompts, [s.images for s in samples], add_bos_token=True) | _seen(samples)
         inputs = {name: tensor.to(self._engine.device) for name, tensor in inputs.items()}
         with self._engine.inference() as model:
             ids = model.generate(
@@ -82,13 +82,13 @@ class Panel:
 
 
 def _seen(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """The pictures of all samples as the model takes them: pixels, or the features that training has."""
-    with_pictures = [sample for sample in samples if sample.pictures]
-    if not with_pictures:
+    """The images of all samples as the model takes them: pixels, or the features that training has."""
+    with_images = [sample for sample in samples if sample.images]
+    if not with_images:
         return {}
-    if with_pictures[0].features is not None:
-        return {"image_features": torch.cat([sample.features for sample in with_pictures])}
-    return {"pixel_values": torch.cat([torch.from_numpy(sample.pixels) for sample in with_pictures])}
+    if with_images[0].features is not None:
+        return {"image_features": torch.cat([sample.features for sample in with_images])}
+    return {"pixel_values": torch.cat([torch.from_numpy(sample.pixels) for sample in with_images])}
 
 
 def _shown(recipe: Recipe, stream: OpenStream) -> OpenStream:

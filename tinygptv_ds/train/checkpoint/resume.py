@@ -133,7 +133,7 @@ def _newest_whole(checkpoints: Path) -> Path | None:
     if folders:
         raise CheckpointError(
             f"none of the {len(folders)} checkpoint(s) in {checkpoints} is whole; the log above says why. Name another "
-            "one with --resume PATH, or begin anew in another --run-dir"
+            "one with --resume PATH, or begin again in another --run-dir"
         )
     return None
 

@@ -1,4 +1,4 @@
-"""When a run is saved, the same on all ranks, and the writing beside the training."""
+"""When a run is saved, the same on all ranks, and the writing in the background."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Writer:
     def _write(self, snapshot: Snapshot) -> None:
         began = time.perf_counter()
         folder = write_checkpoint(self._checkpoints, snapshot)
-        LOGGER.info("wrote %s in %.2f s beside the training", folder, time.perf_counter() - began)
+        LOGGER.info("wrote %s in %.2f s in the background", folder, time.perf_counter() - began)
         remove_old(complete_ones(self._checkpoints), self._train.keep_checkpoints, self._train.keep_every)
 
 

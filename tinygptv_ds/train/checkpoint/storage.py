@@ -61,7 +61,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file of fp32 tensors; returns its SHA-256.
 
     Written here, hashed on the way: the library's own writer copies every tensor first and holds Python's lock while it
-    writes, which would stop the training beside it.
+    writes, which would stop the training next to it.
     """
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:

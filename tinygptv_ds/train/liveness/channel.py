@@ -13,7 +13,7 @@ from typing import Any
 
 from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.train.setup.broadcast import found_by_rank_0
+from tinygptv_ds.train.setup.broadcast import broadcast_from_rank0
 
 Message = dict[str, Any]
 HELLO: Message = {}  # heard when a rank has connected
@@ -44,7 +44,7 @@ class Line:
             ConfigError: this rank does not reach rank 0.
         """
         host = os.environ["MASTER_ADDR"]
-        told = found_by_rank_0(self._ranks, lambda: self._listen(host))
+        told = broadcast_from_rank0(self._ranks, lambda: self._listen(host))
         self._token = told["token"]
         if not self._ranks.is_main:
             try:

@@ -1,4 +1,4 @@
-"""Where every thread of a rank and of its loader processes stands, written to a file when something hangs."""
+"""Where every thread of a rank and of its dataloader workers stands, written to a file when something hangs."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ _A_PROCESS = 0.1  # seconds for one to write before the next is asked
 class Stacks:
     """One rank's file below the run directory; it goes at the end where nothing was written.
 
-    SIGUSR2 to the rank, or to a loader process of it, adds that process's stacks at any time.
+    SIGUSR2 to the rank, or to a dataloader worker of it, adds that process's stacks at any time.
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self.path = run_dir / FOLDER / f"rank-{rank}.txt"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
-        # Processes that are forked from here on inherit it, loader processes among them.
+        # Processes that are forked from here on inherit it, dataloader workers among them.
         faulthandler.register(SIGNAL, self._file, all_threads=True)
 
     def dump(self, why: str) -> None:
-        """Add the stacks of this process's threads, then of its loader processes'."""
+        """Add the stacks of this process's threads, then of its dataloader workers'."""
         self._say(f"{why}; process {os.getpid()}")
         faulthandler.dump_traceback(self._file, all_threads=True)
         self.dump_workers(multiprocessing.active_children(), why)
 
     def dump_workers(self, workers: Iterable[BaseProcess], why: str) -> None:
-        """Add the stacks of loader processes."""
+        """Add the stacks of dataloader workers."""
         for worker in workers:
             state = _status_of(worker.pid)
             if int(state.get("SigCgt", "0"), 16) >> (SIGNAL - 1) & 1:  # it would die of the signal otherwise
-                self._say(f"{why}; loader process {worker.pid}, state {state.get('State', 'unknown')}")
+                self._say(f"{why}; dataloader worker {worker.pid}, state {state.get('State', 'unknown')}")
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, SIGNAL)
                 time.sleep(_A_PROCESS)

@@ -220,7 +220,7 @@ class Watchdog:
 
     def _going_on(self) -> str:
         found = complete_ones(self._job.run_dir / FOLDER)
-        where = f"goes on from {found[-1]}" if found else "begins anew, there being no checkpoint yet"
+        where = f"goes on from {found[-1]}" if found else "begins again, there being no checkpoint yet"
         return f"start the same command again: it {where}"
 
     def _follow(self, rank: int, left: Message) -> None:

@@ -166,9 +166,9 @@ def _take(values: Iterator[float], keys: Iterable) -> dict:
 
 def _work(batch: Batch) -> tuple[float, float, float, float]:
     """The fields of `Work`, of a batch on the CPU."""
-    pictures = batch.pixel_values if batch.image_features is None else batch.image_features
+    images = batch.pixel_values if batch.image_features is None else batch.image_features
     squares = float(np.square(np.diff(batch.cu_seqlens.numpy()), dtype=np.float64).sum())
-    return len(batch.input_ids), squares, len(batch.targets), len(pictures)
+    return len(batch.input_ids), squares, len(batch.targets), len(images)
 
 
 def _sample_of_target(batch: Batch) -> Tensor:

@@ -200,7 +200,7 @@ def _peak(engine: Engine) -> float | None:
 
 
 def write_hparams(board: SummaryWriter, job: Job) -> None:
-    """The recipe as TensorBoard's one entry of hyperparameters, beside this run's losses."""
+    """The recipe as TensorBoard's one entry of hyperparameters, next to this run's losses."""
     values = _flat(recipe_dict(job.recipe))
     values |= {"precision": job.precision, "zero_stage": job.zero_stage, "world_size": job.ranks.world_size}
     for summary in hparams(values, {"train/loss": 0.0, "val/loss": 0.0}):

@@ -13,7 +13,7 @@ from tinygptv_ds import errors
 from tinygptv_ds.distributed import Ranks
 
 
-def found_by_rank_0(ranks: Ranks, find: Callable[[], Any]) -> Any:
+def broadcast_from_rank0(ranks: Ranks, find: Callable[[], Any]) -> Any:
     """What `find` gives on rank 0, plain values as of JSON, on every rank. To be called on all ranks.
 
     Raises:

@@ -18,7 +18,7 @@ from tinygptv_ds.processing.processor import TinyGPTVProcessor
 model = TinyGPTVForConditionalGeneration.from_pretrained("{folder}")
 processor = TinyGPTVProcessor.from_pretrained("{folder}")
 
-inputs = processor(Image.open("picture.jpg"), processor.prompt("What is in the picture?"), begin_token=True)
+inputs = processor(Image.open("image.jpg"), processor.prompt("What is in the image?"), add_bos_token=True)
 new_tokens = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
 print(processor.answers(new_tokens)[0])
 ```
@@ -60,7 +60,7 @@ def _build(config: TinyGPTVConfig, notes: Mapping[str, Any]) -> str:
     vision, text = config.vision_config, config.text_config
     adapted = {
         "merged": "LoRA is merged into it",
-        "kept": f"LoRA of rank {config.lora_r} lies beside it",
+        "kept": f"LoRA of rank {config.lora_r} lies next to it",
         "none": "it has no LoRA",
     }[notes["lora"]]
     return (

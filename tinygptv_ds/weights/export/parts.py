@@ -106,7 +106,7 @@ def _place(item: tuple[str, Tensor]) -> int:
 
 
 def _of_the_original(opened: Opened) -> Mapping[str, Any]:
-    """What lies beside "model" in one of the original's files."""
+    """What lies next to "model" in one of the original's files."""
     return opened.notes if opened.path.is_file() else {}
 
 

@@ -24,7 +24,7 @@ _RENAMES = (
     (r"^Qformer\.bert\.", "qformer."),
     (r"^vision_model\.post_layernorm\.", "ln_vision."),
 )
-# What BLIP-2's files hold beside the three parts: the text side of the Q-Former, other vision towers and LLMs.
+# What BLIP-2's files hold next to the three parts: the text side of the Q-Former, other vision towers and LLMs.
 _UNUSED = re.compile(
     r"(Qformer\.bert\.|qformer\.)?embeddings\.(word_embeddings|position_embeddings|position_ids)"
     r"|(Qformer\.bert|qformer)\.(pooler\.|encoder\.layer\.\d+\.(intermediate|output)\.)"

@@ -38,7 +38,7 @@ class DeepSpeedCheckpoint:
         step: optimizer steps.
         optimizers: what each rank's `*_optim_states.pt` holds.
         param_shapes: shapes by name, for each parameter group.
-        client: plain values that whoever wrote it has put beside.
+        client: plain values that whoever wrote it has put next to.
     """
 
     folder: Path

@@ -24,7 +24,7 @@ def eva_config(path: Path, *, image_size: int, depth: int, heads: int) -> EvaViT
 
     Args:
         path: the weights.
-        image_size: side of the picture that the model shall take.
+        image_size: side of the image that the model shall take.
         depth: blocks to use; the published file has one more than BLIP-2 uses.
         heads: attention heads.
 
@@ -82,7 +82,7 @@ def resized(weights: Mapping[str, Stored], image_size: int, path: Path) -> dict[
 
     Args:
         weights: by canonical name.
-        image_size: side of the pictures in pixels.
+        image_size: side of the images in pixels.
         path: the file, for errors.
 
     Raises:
@@ -92,7 +92,7 @@ def resized(weights: Mapping[str, Stored], image_size: int, path: Path) -> dict[
     if positions is None or patch is None:
         return dict(weights)
     if image_size % patch.shape[-1]:
-        raise WeightsError(f"{path}: patches of {patch.shape[-1]} pixels do not tile a picture of {image_size}")
+        raise WeightsError(f"{path}: patches of {patch.shape[-1]} pixels do not tile an image of {image_size}")
     patches = (image_size // patch.shape[-1]) ** 2
     shape = (1, 1 + patches, positions.shape[-1])
     return {**weights, _POSITIONS: Stored(shape, positions.dtype, partial(_resized, positions, patches))}

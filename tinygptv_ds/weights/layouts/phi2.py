@@ -176,7 +176,9 @@ def _fuse_all(stored: Mapping[str, Stored], heads: int, path: Path) -> dict[str,
             names = [f"{match[1]}.{letter}_proj.{match[3]}" for letter in "qkv"]
             missing = [n for n in names if n not in stored]
             if missing:
-                raise WeightsError(f"{path}: {listing(missing)} missing beside {name}; a shard is missing or cut short")
+                raise WeightsError(
+                    f"{path}: {listing(missing)} missing next to {name}; a shard is missing or cut short"
+                )
             parts = [stored[n] for n in names]
             rows = sum(part.shape[0] for part in parts)
             shape = (rows, *tensor.shape[1:])

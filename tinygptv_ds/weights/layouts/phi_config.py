@@ -83,7 +83,7 @@ def check_config(config: PhiConfig, shapes: Mapping[str, tuple[int, ...]], path:
     for name, there in {**sizes, "intermediate_size": inner}.items():
         if getattr(config, name) != there:
             raise WeightsError(
-                f"{path}: {name} is {getattr(config, name)}, but the weights beside it have {there}; it is another "
+                f"{path}: {name} is {getattr(config, name)}, but the weights next to it have {there}; it is another "
                 "Phi's, fetch the whole folder again"
             )
 

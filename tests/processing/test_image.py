@@ -1,4 +1,4 @@
-"""Pictures that are none, or too large, are refused by name; everything else comes out as RGB squares."""
+"""Images that are none, or too large, are refused by name; everything else comes out as RGB squares."""
 
 import io
 import struct
@@ -61,22 +61,22 @@ def test_cut_short(kind: str, keep: float) -> None:
         to_pixels(data[: int(len(data) * keep)], 28)
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", claims_to_be(5, 5)])
-def test_no_picture(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", claims_to_be(5, 5)])
+def test_no_image(data: bytes) -> None:
     with pytest.raises(DataError, match="cannot be decoded"):
         to_pixels(data, 28)
 
 
 @pytest.mark.parametrize("size", [(20_000, 5_001), (2**31 - 1, 2**31 - 1)])
-def test_a_huge_picture_is_refused_by_its_header(size: tuple[int, int]) -> None:
+def test_a_huge_image_is_refused_by_its_header(size: tuple[int, int]) -> None:
     """Decoding it would take the machine's memory."""
     with pytest.raises(DataError, match=r"refused|decoded"):
         to_pixels(claims_to_be(*size), 28)
 
 
 def test_a_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "x.jpg").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"x\.jpg: the picture cannot be decoded"):
+    (tmp_path / "x.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"x\.jpg: the image cannot be decoded"):
         open_image(tmp_path / "x.jpg")
     with pytest.raises(DataError, match=r"none\.jpg"):
         open_image(tmp_path / "none.jpg")

@@ -1,4 +1,4 @@
-"""Whatever bytes come in: pixels or a DataError, soon, and in little memory where a header claims a huge picture."""
+"""Whatever bytes come in: pixels or a DataError, soon, and in little memory where a header claims a huge image."""
 
 import io
 import random
@@ -33,7 +33,7 @@ def drawing(mode: str = "RGB") -> Image.Image:
 
 
 def originals() -> dict[str, list[bytes]]:
-    """Small pictures of every kind, in colours, grey, and with a palette where there may be one."""
+    """Small images of every kind, in colours, grey, and with a palette where there may be one."""
     made: dict[str, list[bytes]] = {}
     for kind, variants in KINDS.items():
         for mode in ("RGB", "L") if kind in ("JPEG", "WEBP") else ("RGB", "L", "P"):
@@ -79,7 +79,7 @@ def with_right_sums(png: bytes) -> bytes:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.timeout(120)
-def test_mutated_pictures() -> None:
+def test_mutated_images() -> None:
     rng = random.Random(0)
     files = originals()
     everything = [data for kind in files.values() for data in kind]
@@ -124,7 +124,7 @@ for path in names:
     if path.name.startswith("small"):
         continue
     for function in (open_image, lambda source: to_pixels(source, 28), lambda source: to_pixels(source, 28, "fast")):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
         before = peak()
         try:
             function(path.read_bytes())
