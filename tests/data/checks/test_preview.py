@@ -19,8 +19,6 @@ from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.data.checks import preview as verb
-from tinygptv_ds.data.checks.preview_html import LIGHT
-from tinygptv_ds.data.checks.preview_png import EDGE, WIDTH
 from tinygptv_ds.data.checks.preview_samples import CUT, LEARNT, PROMPT, kinds_of, previews
 from tinygptv_ds.data.loader.batch import Sample
 from tinygptv_ds.data.loader.dataset import Tokens, load_sample
@@ -259,7 +257,7 @@ def test_data_is_text_and_nothing_else(recipe_file: FILE, tmp_path: Path) -> Non
 def test_left_out_samples_stand_in_their_place_with_the_reason(
     recipe_file: FILE, raw_recipe: RAW, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """In both forms of the page, which are made all the same."""
+    """The page is made all the same."""
     from tinygptv_ds.data.shards.writer import ShardWriter
 
     with ShardWriter(tmp_path / "d") as writer:
@@ -277,8 +275,6 @@ def test_left_out_samples_stand_in_their_place_with_the_reason(
         reason = {1: "left out: bad_json", 2: "left out: corrupt_image"}.get(index)
         assert reason in card.text if reason else "left out" not in card.text
     assert "4 samples, 2 of which training leaves out" in capsys.readouterr().out
-    verbs.call(verb, recipe, "--out", tmp_path / "page.png", "--count", 4)
-    assert Image.open(tmp_path / "page.png").height > 200
 
 
 def test_one_dataset_alone(raw_recipe: RAW, recipe_file: FILE, tmp_path: Path) -> None:
@@ -289,36 +285,14 @@ def test_one_dataset_alone(raw_recipe: RAW, recipe_file: FILE, tmp_path: Path) -
         assert f"position {ref.position}," in card.text
 
 
-def test_the_image_has_images_boxes_and_colours(recipe_file: FILE, tmp_path: Path) -> None:
-    """The pixels of the sample and the outline of its box stand on the page."""
-    datasets = data(tmp_path / "d", ({"text": "where", "answer": "{<25><25><75><75>}"}, 1))
-    out = tmp_path / "page.PNG"
-    verbs.call(verb, recipe_file(data__datasets=datasets), "--out", out, "--count", 1)
-    pixels = np.asarray(Image.open(out).convert("RGB"))
-    (card,) = page(recipe_file(data__datasets=datasets), tmp_path, "--count", 1).cards
-    corner = card.images[0][:4, :4].repeat(8, 0).repeat(8, 1)  # 28 pixels are shown eight times as large
-    top = next(
-        y for y in range(len(pixels) - 32) if np.array_equal(pixels[y : y + 32, 2 * EDGE : 2 * EDGE + 32], corner)
-    )
-    side = 28 * 8
-    red = tuple(bytes.fromhex(LIGHT[0][1:]))
-    edge = round(0.25 * (side - 1))
-    assert tuple(pixels[top + side // 2, 2 * EDGE + edge]) == red == tuple(pixels[top + edge, 2 * EDGE + side // 2])
-    assert (pixels == red).all(-1)[top + side + 10 :, : WIDTH + 2 * EDGE].any()  # the words in the same colour
-    assert (pixels == (0x2B, 0x8A, 0x3E)).all(-1).any()  # underlined as learnt
-
-
-@pytest.mark.parametrize("name", ["page.html", "page.png"])
-def test_a_page_is_whole_or_not_there(
-    name: str, recipe_file: FILE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_is_whole_or_not_there(recipe_file: FILE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     recipe = recipe_file()
     monkeypatch.setattr("tinygptv_ds.files.sync", full)
     with pytest.raises(OSError, match="No space"):
-        verbs.call(verb, recipe, "--out", tmp_path / name, "--count", 1)
+        verbs.call(verb, recipe, "--out", tmp_path / "page.html", "--count", 1)
     assert not list(tmp_path.glob("page*"))
 
 
@@ -328,7 +302,7 @@ def test_a_page_is_whole_or_not_there(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "page.pdf"], r"must end in \.html or \.png"),
+        (["--out", "page.pdf"], r"must end in \.html"),
         (["--count", 0], "at least 1"),
         (["--start-step", -1], "at least 0"),
         (["--dataset", "vqa", "txt"], "--dataset txt: .* did you mean text"),

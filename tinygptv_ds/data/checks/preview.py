@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 QUERIES = 32  # rows of an image that BLIP-2's Q-Former gives
 COUNT = 12
-FORMS = (".html", ".png")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("preview.html"),
         metavar="FILE",
-        help="a .html, whole in itself, or a .png (default: %(default)s)",
+        help="the page, one self-contained HTML file (default: %(default)s)",
     )
     parser.add_argument("--count", type=int, default=COUNT, metavar="N", help="samples (default: %(default)s)")
     parser.add_argument("--start-step", type=int, default=0, metavar="S", help="the first step (default: 0)")
@@ -53,7 +52,6 @@ def run(args: argparse.Namespace) -> None:
     _check(args, recipe)
 
     from tinygptv_ds.data.checks.preview_html import write_html  # what tokenises imports torch
-    from tinygptv_ds.data.checks.preview_png import write_png
     from tinygptv_ds.data.checks.preview_samples import previews
     from tinygptv_ds.data.stream.plan import open_stream
 
@@ -61,16 +59,15 @@ def run(args: argparse.Namespace) -> None:
     stream = open_stream(recipe)
     shown = list(previews(stream, tokens, first_step=args.start_step, number=args.count, datasets=args.dataset))
     title = f"Stage {recipe.stage}: {args.count} samples from step {args.start_step}"
-    write = write_png if args.out.suffix.lower() == ".png" else write_html
-    write(args.out, shown, title=title, recipe=recipe, source=str(args.recipe))
+    write_html(args.out, shown, title=title, recipe=recipe, source=str(args.recipe))
     skipped = sum(preview.skipped is not None for preview in shown)
     print(f"{args.out}: {len(shown)} samples" + (f", {skipped} of which training leaves out" if skipped else ""))
 
 
 def _check(args: argparse.Namespace, recipe: Recipe) -> None:
     """What can be wrong without a look at any sample."""
-    if args.out.suffix.lower() not in FORMS:
-        raise ConfigError(f"--out {args.out}: the name must end in {' or '.join(FORMS)}")
+    if args.out.suffix.lower() != ".html":
+        raise ConfigError(f"--out {args.out}: the name must end in .html")
     if args.count < 1 or args.start_step < 0 or args.queries < 1:
         raise ConfigError("--count and --queries must be at least 1, --start-step at least 0")
     names = [section.name for section in recipe.data.used]
