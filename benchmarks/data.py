@@ -36,7 +36,8 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.photos import write_photos
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.loader.dataset import MicroBatches, Tokens, load_steps
+from tinygptv_ds.data.loader.dataset import MicroBatches, load_steps
+from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.shards.index import build_index, sample_count
 from tinygptv_ds.data.shards.reader import ShardReader
 from tinygptv_ds.data.shards.writer import add_sample, new_archive

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train stage 3."""
     job = parse_job(argv, Path(__file__).with_suffix(".yaml"))  # checks all that can be checked before torch is loaded
 
-    from tinygptv_ds.data.loader.dataset import open_tokens
+    from tinygptv_ds.data.loader.sample import open_tokens
     from tinygptv_ds.data.stream.plan import open_stream
     from tinygptv_ds.dtypes import DTYPES
     from tinygptv_ds.features.verify import check_features

@@ -10,8 +10,8 @@ import torch
 from benchmarks.gpu.plan import Case
 from benchmarks.made_up import SIZES
 from tinygptv_ds.config.recipe import Recipe
-from tinygptv_ds.data.loader.batch import Sample, collate
-from tinygptv_ds.data.loader.dataset import Loaded
+from tinygptv_ds.data.loader.batch import MicroBatch, collate
+from tinygptv_ds.data.loader.sample import Sample
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.estimate.costs import MeanSample
 from tinygptv_ds.estimate.sample_mean import ASSUMED
@@ -83,7 +83,7 @@ class Batches:
         mean: what a sample of them holds on average.
     """
 
-    loaded: list[Loaded]
+    loaded: list[MicroBatch]
     mean: MeanSample
 
 
@@ -111,7 +111,7 @@ def make_batches(config: TinyGPTVConfig, case: Case, seed: int, *, pinned: bool)
         samples = [Sample(*each) for each in zip(refs, rows, pixels, made, strict=True)]
         none = None if case.source == "pixels" else features[0][:0]
         batch = collate(samples, [DATASET], queries=queries, image_size=size, bos=0, no_features=none)
-        loaded.append(Loaded(batch.pin_memory() if pinned else batch, ()))
+        loaded.append(MicroBatch(batch.pin_memory() if pinned else batch, ()))
         lengths += [len(row) for row in rows]
         targets.append(len(batch.targets))
     return Batches(loaded, MeanSample(1, float(np.mean(lengths)), sum(targets) / len(lengths)))

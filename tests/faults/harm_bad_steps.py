@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tinygptv_ds import cli
-from tinygptv_ds.data.loader.dataset import MicroBatches, open_tokens
+from tinygptv_ds.data.loader.dataset import MicroBatches
+from tinygptv_ds.data.loader.sample import open_tokens
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import TinyGPTVError

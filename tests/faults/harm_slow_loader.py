@@ -8,7 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tinygptv_ds.data.loader.dataset import Loaded, MicroBatches
+from tinygptv_ds.data.loader.batch import MicroBatch
+from tinygptv_ds.data.loader.dataset import MicroBatches
 from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.train import loop
 
@@ -17,7 +18,7 @@ def slow_rank(rank: int, seconds: float, report: Path) -> None:
     """Each micro-batch of one rank takes longer by so much; what W&B is given goes into `report`."""
 
     class SlowBatches(MicroBatches):
-        def __getitem__(self, place: tuple[int, int]) -> Loaded:
+        def __getitem__(self, place: tuple[int, int]) -> MicroBatch:
             time.sleep(seconds)
             return super().__getitem__(place)
 

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from tinygptv_ds.data.loader.dataset import Loaded
+from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.train import loop
 from tinygptv_ds.train.engine import Engine
 
@@ -22,7 +22,7 @@ def watched(at: int = -1, number: int = 0, rank: int = 0, after: str = "", pause
     """
     optimizer_step = loop.optimizer_step
 
-    def noted(engine: Engine, step: int, loaded: list[Loaded], *rest: object) -> None:
+    def noted(engine: Engine, step: int, loaded: list[MicroBatch], *rest: object) -> None:
         run, mine = engine.job.run_dir, engine.job.ranks.rank
         with (run / f"fed-{mine}.jsonl").open("a") as file:
             ids = [[list(vars(ref).values()) for ref in item.batch.sample_ids] for item in loaded]

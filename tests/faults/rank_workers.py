@@ -9,7 +9,8 @@ from pathlib import Path
 from rank_faults import watched
 
 from tinygptv_ds import retry as storage
-from tinygptv_ds.data.loader.dataset import Loaded, MicroBatches
+from tinygptv_ds.data.loader.batch import MicroBatch
+from tinygptv_ds.data.loader.dataset import MicroBatches
 
 HOWS = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "hanging": lambda: time.sleep(1000)}
 
@@ -18,7 +19,7 @@ def broken_workers(how: str, at: int, times: int, marks: str, rank: int = 0) -> 
     """So many times this happens to the dataloader worker that makes step `at` of a rank; its steps are noted."""
     make = MicroBatches.__getitem__
 
-    def broken(self: MicroBatches, place: tuple[int, int]) -> Loaded:
+    def broken(self: MicroBatches, place: tuple[int, int]) -> MicroBatch:
         if place == (at, 1) and os.environ["RANK"] == str(rank) and len(list(Path(marks).iterdir())) < times:
             (Path(marks) / str(os.getpid())).touch()
             HOWS[how]()

@@ -31,7 +31,7 @@ def losses(run: Ranks) -> list[float]:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("killed", r"was killed by SIGKILL, most often by the system for want of memory \(dmesg tells\)"),
+        ("killed", r"was killed by SIGKILL, most often by the system because memory ran out \(see dmesg\)"),
         ("hanging", r"has given nothing for 2 s \(data.read_timeout_seconds\)"),
     ],
 )
@@ -44,7 +44,7 @@ def test_a_loader_process(how: str, said: str, recipe: Callable[..., Path], tmp_
     assert fed(broken.folder, 1) == fed(whole.folder, 1) and len(fed(whole.folder, 1)) == 6
     assert losses(broken) == losses(whole)
     (mark,) = marks.iterdir()
-    warned = rf"dataloader worker 1 of 1 \(process {mark.name}\) {said}, while step [34] was awaited; new ones begin at"
+    warned = rf"dataloader worker 1 of 1 \(process {mark.name}\) {said}, while step [34] was awaited; new ones start at"
     assert len(re.findall(warned, broken.output)) == 1 and "Traceback" not in broken.output
     stacks = broken.folder / "stacks/rank-0.txt"
     assert stacks.exists() == (how == "hanging")
@@ -59,7 +59,7 @@ def test_again_and_again(recipe: Callable[..., Path], tmp_path: Path) -> None:
     marks.mkdir()
     fault = {"how": "killed", "at": 3, "times": 100, "marks": str(marks), "rank": 1}
     done = ended(recipe(), tmp_path / "run", ranks=2, fault=broken_workers, code=2, **fault)
-    assert done.output.count("new ones begin at this step") == 3 and len(list(marks.iterdir())) == 4
+    assert done.output.count("new ones start at this step") == 3 and len(list(marks.iterdir())) == 4
     assert done.output.count("error: ") == 1 and "Traceback" not in done.output
     assert re.search(
         r"error: dataloader worker 1 of 1 .* for the 4th time within 100 steps\. .* \(on rank 1, in step", done.output

@@ -10,7 +10,8 @@ from helpers.forked import apart
 from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.loader.dataset import MicroBatches, Tokens, load_steps
+from tinygptv_ds.data.loader.dataset import MicroBatches, load_steps
+from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.processing.sequence import ImageTokens
 

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.config.recipe import Recipe
-from tinygptv_ds.data.loader.dataset import Loaded, MicroBatches, open_tokens
+from tinygptv_ds.data.loader.batch import MicroBatch
+from tinygptv_ds.data.loader.dataset import MicroBatches
+from tinygptv_ds.data.loader.sample import open_tokens
 from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.errors import ConfigError, DataError
@@ -53,7 +55,7 @@ def make(raw: dict[str, Any], folder: Path, *options: str) -> Path:
     return folder / "out"
 
 
-def loaded(recipe: Recipe, config: Any) -> Iterator[Loaded]:
+def loaded(recipe: Recipe, config: Any) -> Iterator[MicroBatch]:
     dataset = MicroBatches(open_stream(recipe), open_tokens(recipe, config), rank=0, world_size=1)
     return (dataset[step, number] for step in range(STEPS) for number in range(dataset.count(step)))
 

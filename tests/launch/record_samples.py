@@ -7,14 +7,14 @@ import signal
 from pathlib import Path
 
 from tinygptv_ds.cli import run_command
-from tinygptv_ds.data.loader.dataset import Loaded
+from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.train import loop
 from tinygptv_ds.train.engine import Engine
 
 KILL_AFTER = int(os.environ.get("KILL_AFTER", -1))
 
 
-def recorded(engine: Engine, step: int, loaded: list[Loaded], *rest: object) -> None:
+def recorded(engine: Engine, step: int, loaded: list[MicroBatch], *rest: object) -> None:
     ids = [
         [(ref.position, ref.dataset, ref.epoch, ref.shard, ref.index) for ref in item.batch.sample_ids]
         for item in loaded

@@ -9,7 +9,7 @@ from tinygptv_ds.train.setup.job import parse_job
 def main(argv: Sequence[str] | None = None) -> None:
     job = parse_job(argv, Path(__file__).parents[2] / "stages/stage4.yaml")
 
-    from tinygptv_ds.data.loader.dataset import open_tokens
+    from tinygptv_ds.data.loader.sample import open_tokens
     from tinygptv_ds.data.stream.plan import open_stream
     from tinygptv_ds.dtypes import DTYPES
     from tinygptv_ds.models.parameters import lora, norms, projections, train_only

@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.loader.dataset import MicroBatches, open_tokens
+from tinygptv_ds.data.loader.dataset import MicroBatches
+from tinygptv_ds.data.loader.sample import open_tokens
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.flops import Costs, Work, peak_flops, step_costs

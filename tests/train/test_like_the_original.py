@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe, load_recipe
 from tinygptv_ds.config.recipe import TextSection
-from tinygptv_ds.data.loader.dataset import MicroBatches, Tokens
+from tinygptv_ds.data.loader.dataset import MicroBatches
+from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.tinygptv import PackedOutput

@@ -12,7 +12,8 @@ from helpers import tiny
 from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.loader.dataset import Loaded, Skipped, Tokens
+from tinygptv_ds.data.loader.batch import MicroBatch
+from tinygptv_ds.data.loader.sample import SkippedSample, Tokens
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.errors import DataError
@@ -35,8 +36,10 @@ def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
         yield caplog
 
 
-def dropped(count: int) -> list[Loaded]:
-    return [Loaded(None, tuple(Skipped(REF, "corrupt_image", f"a.tar: sample k{i}: torn") for i in range(count)))]
+def dropped(count: int) -> list[MicroBatch]:
+    return [
+        MicroBatch(None, tuple(SkippedSample(REF, "corrupt_image", f"a.tar: sample k{i}: torn") for i in range(count)))
+    ]
 
 
 def seen(skipped: dict[str, int], samples: int) -> SimpleNamespace:

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.made_up import SIZES
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.loader.batch import Sample, collate
-from tinygptv_ds.data.loader.dataset import Loaded
+from tinygptv_ds.data.loader.batch import MicroBatch, collate
+from tinygptv_ds.data.loader.sample import Sample
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.models.parameters import lora, norms, projections, train_only
@@ -99,7 +99,7 @@ def test_a_step(source: str, raw_recipe: Callable[..., dict[str, Any]]) -> None:
     engine.progress = Progress(0, engine.job.recipe.train, lambda timeout: None)
     none = torch.zeros(0, config.num_query_tokens, config.qformer_config.hidden_size) if features else None
     sizes = {"queries": config.num_query_tokens, "image_size": 28, "bos": 1, "no_features": none}
-    loaded = [Loaded(collate([sample(n, features), sample(n + 1, features)], ["vqa"], **sizes), ()) for n in (0, 2)]
+    loaded = [MicroBatch(collate([sample(n, features), sample(n + 1, features)], ["vqa"], **sizes), ()) for n in (0, 2)]
     sums, transfer = Sums(engine, ["vqa"]), Transfer(engine.device)
     with Watch() as watch:
         optimizer_step(engine, 1, loaded, sums, transfer)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinygptv_ds.data.loader.dataset import Loaded, Skipped
+from tinygptv_ds.data.loader.batch import MicroBatch
+from tinygptv_ds.data.loader.sample import SkippedSample
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.models.flops import Costs, Work
@@ -44,8 +45,8 @@ def micro(lengths: list[int], targets: list[int], datasets: list[int], refs: lis
 
 
 def add(sums: Sums, step: int, batch: SimpleNamespace, losses: list[float], skipped: tuple[str, ...] = ()) -> None:
-    dropped = tuple(Skipped(ref(0, "a"), reason, "gone") for reason in skipped)
-    sums.add(step, Loaded(batch, dropped), batch, torch.tensor(losses))
+    dropped = tuple(SkippedSample(ref(0, "a"), reason, "gone") for reason in skipped)
+    sums.add(step, MicroBatch(batch, dropped), batch, torch.tensor(losses))
 
 
 def test_sums_are_means_over_tokens() -> None:

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.loader.dataset import MicroBatches, Tokens, load_steps, open_tokens
+from tinygptv_ds.data.loader.dataset import MicroBatches, load_steps
+from tinygptv_ds.data.loader.sample import Tokens, open_tokens
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.data.stream.validation import validation_stream
@@ -37,7 +38,7 @@ def fake_engine(raw: dict[str, Any]) -> tuple[SimpleNamespace, Tokens]:
         module=model,
         device=torch.device("cpu"),
         all_reduce=lambda tensor: tensor,
-        stuck=None,
+        on_hang=None,
         job=SimpleNamespace(recipe=recipe, ranks=Ranks(0, 0, 1, 1), precision="fp32"),
     )
     engine.inference = lambda: Engine.inference(engine)

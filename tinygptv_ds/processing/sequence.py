@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Draw, Rendered, load_prompts, wrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
 

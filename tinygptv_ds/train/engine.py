@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
 
-from tinygptv_ds.data.loader.workers import Stuck
+from tinygptv_ds.data.loader.workers import OnHang
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.distributed import complete_env, cores_per_rank
 from tinygptv_ds.dtypes import DTYPES
@@ -102,7 +102,7 @@ class Engine:
         first_step: where the run goes on.
         saver: makes the run's checkpoints.
         progress: what a watchdog is told of this rank.
-        stuck: writes the stacks of dataloader workers that hang; None: nobody watches.
+        on_hang: writes the stacks of dataloader workers that hang; None: nobody watches.
         skipped_before: optimizer steps left out before a resumption.
         forward_clock: times this rank's forward passes.
         job: recipe, JSON, run directory and ranks.
@@ -130,9 +130,9 @@ class Engine:
         self.first_step = 0
         self.saver: Saver
         self.progress = Progress(job.ranks.rank, job.recipe.train, set_group_timeout)
-        self.stuck: Stuck | None = None
+        self.on_hang: OnHang | None = None
         if watchdog is not None:
-            self.progress, self.stuck = watchdog.progress, watchdog.stacks.dump_workers
+            self.progress, self.on_hang = watchdog.progress, watchdog.stacks.dump_workers
         self.skipped_before = 0
         self.forward_clock = Stopwatch(self.device)
         self._last = True

@@ -8,7 +8,9 @@ from collections import Counter
 import torch
 
 from tinygptv_ds.config.recipe import OptimizerSection
-from tinygptv_ds.data.loader.dataset import Loaded, MicroBatches, Tokens, load_steps
+from tinygptv_ds.data.loader.batch import MicroBatch
+from tinygptv_ds.data.loader.dataset import MicroBatches, load_steps
+from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.distributed import cores_per_rank
 from tinygptv_ds.errors import DataError
@@ -47,7 +49,7 @@ def train(engine: Engine, stream: OpenStream, tokens: Tokens) -> None:
         num_workers=min(recipe.data.num_workers, cores_per_rank(ranks)),
         pin_memory=engine.device.type == "cuda",
         read_seconds=recipe.data.read_timeout_seconds,
-        stuck=engine.stuck,
+        on_hang=engine.on_hang,
     )
     validation, panel = Validation(engine, tokens), Panel(engine, stream, tokens)
     evaluation = Evaluation(engine, tokens)
@@ -110,7 +112,7 @@ def warn_of_rising_rate(optimizer: OptimizerSection) -> None:
         )
 
 
-def optimizer_step(engine: Engine, step: int, loaded: list[Loaded], sums: Sums, transfer: Transfer) -> None:
+def optimizer_step(engine: Engine, step: int, loaded: list[MicroBatch], sums: Sums, transfer: Transfer) -> None:
     """One step of this rank's micro-batches, counted in `sums`. To be called on all ranks.
 
     The host waits for the device once, where ZeRO asks whether a gradient is not finite.
@@ -152,7 +154,7 @@ class OverLimit:
         self._max_tokens = max_tokens
         self._longest, self._count = 0, 0
 
-    def look(self, loaded: list[Loaded]) -> None:
+    def look(self, loaded: list[MicroBatch]) -> None:
         """Note this rank's micro-batches of a step."""
         if self._max_tokens is not None:
             lengths = [len(item.batch.input_ids) for item in loaded]
@@ -183,7 +185,7 @@ class SkipCounter:
         self._reasons: Counter[str] = Counter()
         self._recent: list[str] = []
 
-    def report(self, loaded: list[Loaded]) -> None:
+    def report(self, loaded: list[MicroBatch]) -> None:
         """Log this rank's dropped samples with shard and key."""
         for item in loaded:
             for skipped in item.skipped:

@@ -113,7 +113,8 @@ def test_broken_samples_are_those_that_training_leaves_out(raw_recipe: RAW, reci
     """Reason by reason and message by message, against the loader."""
     from transformers import AutoTokenizer
 
-    from tinygptv_ds.data.loader.dataset import MicroBatches, Tokens
+    from tinygptv_ds.data.loader.dataset import MicroBatches
+    from tinygptv_ds.data.loader.sample import Tokens
     from tinygptv_ds.processing.sequence import ImageTokens
 
     changes = {"data__datasets": [{"name": "d", "shards": str(write(tmp_path / "d", BROKEN))}]}

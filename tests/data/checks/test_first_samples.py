@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.data.checks.preview_samples import CUT, IMAGE, LEARNT, PROMPT, TURN, Piece, Preview
 from tinygptv_ds.data.checks.preview_text import first_of_each, marked
-from tinygptv_ds.data.loader.dataset import Tokens
+from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.stream.plan import OpenStream, open_stream
 from tinygptv_ds.processing.sequence import ImageTokens
 

@@ -20,8 +20,7 @@ from transformers import AutoTokenizer
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.data.checks import preview as verb
 from tinygptv_ds.data.checks.preview_samples import CUT, LEARNT, PROMPT, kinds_of, previews
-from tinygptv_ds.data.loader.batch import Sample
-from tinygptv_ds.data.loader.dataset import Tokens, load_sample
+from tinygptv_ds.data.loader.sample import Sample, Tokens, load_sample
 from tinygptv_ds.data.sets.common import PreparedSample
 from tinygptv_ds.data.shards.reader import ShardReader
 from tinygptv_ds.data.stream.plan import open_stream

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.loader.batch import Batch, Sample, collate
-from tinygptv_ds.data.loader.dataset import Loaded, MicroBatches, Tokens, load_steps, open_tokens
+from tinygptv_ds.data.loader.batch import Batch, MicroBatch, collate
+from tinygptv_ds.data.loader.dataset import MicroBatches, load_steps
+from tinygptv_ds.data.loader.sample import Sample, Tokens, open_tokens
 from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.data.stream.plan import OpenStream, open_stream
@@ -35,14 +36,14 @@ def stream_of(raw: dict[str, Any]) -> tuple[OpenStream, Tokens]:
     return open_stream(recipe), open_tokens(recipe, config)
 
 
-def load(raw: dict[str, Any], *, rank: int = 0, world: int = 1, workers: int = 0, first: int = 0) -> list[Loaded]:
+def load(raw: dict[str, Any], *, rank: int = 0, world: int = 1, workers: int = 0, first: int = 0) -> list[MicroBatch]:
     stream, tokens = stream_of(raw)
     dataset = MicroBatches(stream, tokens, rank=rank, world_size=world)
     steps = load_steps(dataset, first=first, last=STEPS, num_workers=workers, pin_memory=False)
     return [loaded for step in steps for loaded in step]
 
 
-def in_order(*ranks: list[Loaded]) -> list[tuple[SampleRef, list[int], list[int], Tensor]]:
+def in_order(*ranks: list[MicroBatch]) -> list[tuple[SampleRef, list[int], list[int], Tensor]]:
     """The samples of all ranks together, in the order of the stream."""
     samples = [sample for rank in ranks for loaded in rank for sample in samples_of(loaded.batch)]
     return sorted(samples, key=lambda sample: sample[0].position)

@@ -12,7 +12,7 @@ import pytest
 from helpers.tar_server import TarServer
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.loader.dataset import load_sample
+from tinygptv_ds.data.loader.sample import load_sample
 from tinygptv_ds.data.shards import remote as remote_module
 from tinygptv_ds.data.shards.cache import ShardCache, count_samples
 from tinygptv_ds.data.shards.index import ShardIndex

@@ -13,7 +13,7 @@ from tinygptv_ds.data.stream.availability import absent, options_without
 from tinygptv_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from tinygptv_ds.data.loader.dataset import Tokens
+    from tinygptv_ds.data.loader.sample import Tokens
 
 QUERIES = 32  # rows of an image that BLIP-2's Q-Former gives
 COUNT = 12
@@ -85,7 +85,7 @@ def _open_tokens(recipe: Recipe, queries: int) -> Tokens:
     """The tokenizer next to Phi's weights. Images get an id that no word has."""
     from transformers import AutoTokenizer
 
-    from tinygptv_ds.data.loader.dataset import Tokens
+    from tinygptv_ds.data.loader.sample import Tokens
     from tinygptv_ds.processing.sequence import ImageTokens
 
     folder = recipe.model.phi

@@ -9,7 +9,7 @@ from itertools import count, groupby, islice, pairwise
 import numpy as np
 
 from tinygptv_ds.config.recipe import TextSection
-from tinygptv_ds.data.loader.dataset import Tokens, load_sample
+from tinygptv_ds.data.loader.sample import Tokens, load_sample
 from tinygptv_ds.data.shards.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.data.stream.plan import OpenStream

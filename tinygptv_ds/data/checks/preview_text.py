@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from tinygptv_ds.data.checks.preview_samples import CUT, IMAGE, LEARNT, TURN, Piece, Preview, preview
-from tinygptv_ds.data.loader.dataset import Tokens
+from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.shards.reader import ShardReader
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.data.stream.plan import OpenStream

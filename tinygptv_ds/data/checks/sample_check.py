@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tinygptv_ds.config.data_section import DatasetSection
-from tinygptv_ds.data.loader.rendering import in_words
+from tinygptv_ds.data.loader.sample import render_sample
 from tinygptv_ds.data.shards.cache import ShardCache
 from tinygptv_ds.data.shards.index import load_index
 from tinygptv_ds.data.shards.reader import RawSample, SampleError, ShardReader
@@ -171,7 +171,7 @@ def _check(tally: Tally, reader: ShardReader, chunk: Chunk, index: int) -> None:
     tally.corrupt_images += len(corrupt)
     # the random choices of the first epoch
     draw = sample_rng(chunk.seed, SampleRef(0, chunk.section.name, 0, chunk.shard, index))
-    _measure(tally, in_words(raw, draw, clean=chunk.section.clean, where=where), where)
+    _measure(tally, render_sample(raw, draw, clean=chunk.section.clean, where=where), where)
     if corrupt:
         raise SampleError("corrupt_image", f"{where}: {corrupt[0]}")
 

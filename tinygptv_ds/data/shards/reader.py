@@ -25,7 +25,7 @@ REASONS = (
     "unreadable",
     "unreadable_shard",
     "empty_answer",
-    "nothing_learnt",
+    "no_target_tokens",
     "too_long",
     "torn_features",
 )

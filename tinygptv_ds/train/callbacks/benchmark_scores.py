@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from tinygptv_ds.data.loader.dataset import Tokens
+from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.evaluation.report import line_of, save_json
 from tinygptv_ds.evaluation.runner import Asker, check_images
 from tinygptv_ds.evaluation.scoring import scalars, score

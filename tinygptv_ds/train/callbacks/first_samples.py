@@ -7,7 +7,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tinygptv_ds.data.checks.preview_samples import CUT, LEARNT, PROMPT, Preview
 from tinygptv_ds.data.checks.preview_text import first_of_each, marked
-from tinygptv_ds.data.loader.dataset import Tokens
+from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.callbacks.sample_panel import cell

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tinygptv_ds.data.loader.dataset import Loaded
+from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.data.shards.reader import ShardReader
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.data.stream.plan import OpenStream, Planner
@@ -47,7 +47,7 @@ class Guard:
         self._spikes = Spikes()
         self._left_out = 0
 
-    def look(self, step: int, loaded: list[Loaded]) -> None:
+    def look(self, step: int, loaded: list[MicroBatch]) -> None:
         """Report micro-batches of this rank that teach nothing, but for those that no sample was planned for."""
         for number, item in enumerate(loaded):
             if not len(item.batch.targets):

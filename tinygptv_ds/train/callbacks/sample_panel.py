@@ -8,8 +8,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from tinygptv_ds.config.recipe import Recipe
-from tinygptv_ds.data.loader.batch import Sample
-from tinygptv_ds.data.loader.dataset import Tokens, load_sample
+from tinygptv_ds.data.loader.sample import Sample, Tokens, load_sample
 from tinygptv_ds.data.shards.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream.mixture import SampleRef, sample_rng
 from tinygptv_ds.data.stream.plan import OpenStream, open_stream

@@ -6,7 +6,8 @@ import time
 
 import torch
 
-from tinygptv_ds.data.loader.dataset import MicroBatches, Tokens, load_steps
+from tinygptv_ds.data.loader.dataset import MicroBatches, load_steps
+from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.stream.validation import validation_stream
 from tinygptv_ds.distributed import cores_per_rank
 from tinygptv_ds.log import LOGGER
@@ -63,7 +64,7 @@ class Validation:
             num_workers=min(engine.job.recipe.data.num_workers, cores_per_rank(engine.job.ranks)),
             pin_memory=engine.device.type == "cuda",
             read_seconds=engine.job.recipe.data.read_timeout_seconds,
-            stuck=engine.stuck,
+            on_hang=engine.on_hang,
         )
         with engine.inference() as model:
             for loaded in steps:

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinygptv_ds.data.loader.batch import Batch
-from tinygptv_ds.data.loader.dataset import Loaded
+from tinygptv_ds.data.loader.batch import Batch, MicroBatch
 from tinygptv_ds.data.shards.reader import REASONS
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.models.flops import Work
@@ -101,7 +100,7 @@ class Sums:
         self._work = [0.0, 0.0, 0.0, 0.0]
         self.recent: list[Done] = []
 
-    def add(self, step: int, loaded: Loaded, batch: Batch, token_losses: Tensor) -> None:
+    def add(self, step: int, loaded: MicroBatch, batch: Batch, token_losses: Tensor) -> None:
         """Count one micro-batch.
 
         Args:
