@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Makes the project's virtual environment once and puts it on PATH. To be sourced, not run:
+# Makes the project's virtual environment once, installs the project itself (editable) and the given requirements into it,
+# and puts it on PATH. To be sourced, not run:
 #   source launch/setup.sh [requirements file ...]
+# In a later shell, "source .venv/bin/activate" is enough.
 # PYTHON chooses the interpreter (3.11 to 3.13); TINYGPTV_NO_VENV=1 uses the python on PATH as it is.
 _root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 _set_up() {
@@ -11,12 +13,17 @@ _set_up() {
     echo "error: $python is not Python 3.11 to 3.13; name one with PYTHON=/path/to/python3.11" >&2
     return 2
   fi
-  for file in "$@"; do
+  for file in "$@" "$_root/pyproject.toml"; do
     stamp="$venv/.installed-$(echo "$file" | sed "s|$_root/||" | tr / -)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$(sha256sum < "$file")" ]; then
       [ -x "$venv/bin/python" ] || { echo "making $venv"; "$python" -m venv "$venv" || return 2; }
-      echo "installing $(basename "$(dirname "$file")")/$(basename "$file") into $venv (a few minutes the first time)"
-      "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar on -q -r "$file" || return 2
+      if [ "$file" = "$_root/pyproject.toml" ]; then  # the command tinygptv-ds; its requirements are in the files before
+        echo "installing $_root into $venv"
+        "$venv/bin/python" -m pip install --disable-pip-version-check -q --no-deps -e "$_root" || return 2
+      else
+        echo "installing $(basename "$(dirname "$file")")/$(basename "$file") into $venv (a few minutes the first time)"
+        "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar on -q -r "$file" || return 2
+      fi
       sha256sum < "$file" > "$stamp"
     fi
   done

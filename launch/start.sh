@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# bash launch/start.sh stageN [options]: starts a stage through the DeepSpeed launcher (launch/stageN.sh calls it).
-# The launcher's own options may stand anywhere; the others go to stages/stageN.py.
+# bash launch/start.sh stageN [options]: starts a stage through the DeepSpeed launcher (launch/stageN.sh and
+# "tinygptv-ds train" call it). The launcher's own options may be given anywhere, with hyphens or underscores; the others
+# are passed on to stages/stageN.py.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 stage="$1"
@@ -24,26 +25,32 @@ note() {  # of the launcher's options, those by which the ranks are found again
   esac
 }
 while [ $# -gt 0 ]; do
-  case "$1" in
+  name="${1%%=*}"
+  option="$1"
+  if [ "${name#--}" != "$name" ]; then  # --num-gpus is --num_gpus, as DeepSpeed spells it
+    spelled="--$(printf %s "${name#--}" | tr - _)"
+    option="$spelled${1#"$name"}"
+  fi
+  case "$option" in
     -h | --help) exec python "$root/stages/$stage.py" --help ;;
     --no_ssh | --no_ssh_check | --force_multi | --bind_cores_to_rank)
-      launcher+=("$1") ;;
+      launcher+=("$option") ;;
     --hostfile=* | --include=* | --exclude=* | --num_nodes=* | --num_gpus=* | --num_accelerators=* | --master_addr=* | \
     --master_port=* | --node_rank=* | --launcher=* | --launcher_args=* | --ssh_port=* | --bind_core_list=* | --log_level=*)
-      note "${1%%=*}" "${1#*=}"
-      launcher+=("$1") ;;
+      note "$spelled" "${1#*=}"
+      launcher+=("$option") ;;
     -H | --hostfile | -i | --include | -e | --exclude | --num_nodes | --num_gpus | --num_accelerators | --master_addr | \
     --master_port | --node_rank | --launcher | --launcher_args | --ssh_port | --bind_core_list | --log_level)
       [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
-      note "$1" "$2"
-      launcher+=("$1" "$2")
+      note "$option" "$2"
+      launcher+=("$option" "$2")
       shift ;;
     *) script+=("$1") ;;
   esac
   shift
 done
 if ! command -v deepspeed >/dev/null; then
-  echo "error: deepspeed is not on PATH; run 'source launch/setup.sh requirements.txt' first" >&2
+  echo "error: deepspeed is not on PATH; activate the environment that has it, or make one: source $root/launch/setup.sh requirements.txt" >&2
   exit 2
 fi
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from eval import common, refer, vqa
+from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.cli import VERBS
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.train.setup.job import stage_parser
@@ -27,7 +28,7 @@ def commands(document: Path) -> Iterator[str]:
     for line in (
         "".join(text for language, text in blocks if language in ("", "bash")).replace("\\\n", " ").splitlines()
     ):
-        if re.match(r" *(python|bash|deepspeed|torchrun|sbatch|pip|hf|wget|source) ", line):
+        if re.match(r" *(tinygptv-ds|python|bash|deepspeed|torchrun|sbatch|pip|hf|wget|source) ", line):
             yield line.strip()
 
 
@@ -46,7 +47,7 @@ def test_they_are_found() -> None:
 def taken(parser: argparse.ArgumentParser, options: list[str]) -> argparse.Namespace:
     """Fails with the parser's own words."""
     try:
-        return parser.parse_args(options)
+        return parser.parse_args(hyphenated(options))
     except SystemExit:
         pytest.fail(f"not taken: {options}")
 
@@ -55,6 +56,7 @@ def check_stage(stage: str, options: list[str]) -> None:
     own, rest = [], iter(options)
     for option in rest:
         name, given, _ = option.partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1)
         if name not in LAUNCHER:
             own.append(option)
         elif LAUNCHER[name] and not given:
@@ -68,9 +70,13 @@ def check_stage(stage: str, options: list[str]) -> None:
 @pytest.mark.parametrize("command", CASES)
 def test_it_is_taken(command: str) -> None:
     found = words(command)
-    at = next((n for n in range(len(found)) if found[n : n + 2] == ["-m", "tinygptv_ds"]), None)
+    at = found.index("tinygptv-ds") + 1 if "tinygptv-ds" in found else None
+    at = next((n + 2 for n in range(len(found)) if found[n : n + 2] == ["-m", "tinygptv_ds"]), at)
     if at is not None:
-        verb, *options = found[at + 2 :]
+        verb, *options = found[at:]
+        if verb == "train":
+            check_stage(options[0], options[1:])
+            return
         parser = argparse.ArgumentParser()
         import_module(VERBS[verb][1]).add_arguments(parser)
         args = vars(taken(parser, options))

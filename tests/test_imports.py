@@ -9,13 +9,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinygptv_ds"
-BASE = {"errors", "config", "log", "distributed", "files", "retry", "dtypes"}
+BASE = {"errors", "config", "log", "distributed", "files", "retry", "dtypes", "resources", "arguments"}
 MIDDLE = BASE | {"processing", "features.format", "data", "models"}
 # What each part of the package may import apart from itself; `__init__` (the version) is open to all.
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
-    "config": {"errors"},
+    "resources": set(),
+    "arguments": set(),
+    "config": {"errors", "resources"},
     "log": {"errors"},
     "distributed": {"errors"},
     "files": set(),

@@ -66,7 +66,7 @@ def test_importing_the_package_is_light() -> None:
 def test_help_of_a_stage(number: int) -> None:
     done = stage(number, "--help")
     assert done.returncode == 0, done.stderr
-    for option in ("--recipe", "--deepspeed_config", "--set", "--run-dir", "--resume"):
+    for option in ("--recipe", "--deepspeed-config", "--set", "--run-dir", "--resume"):
         assert option in done.stdout
     assert f"deepspeed launch/stage{number}.sh" in done.stdout
     assert f"stages/stage{number}.yaml" in done.stdout
@@ -78,13 +78,15 @@ def test_help_of_the_command_line() -> None:
     verbs = (
         "doctor",
         "prepare",
-        "convert_laion",
-        "convert_cc_sbu",
+        "convert-laion",
+        "convert-cc-sbu",
         "check-data",
         "preview",
         "stream",
         "index",
         "features",
+        "train",
+        "estimate",
     )
     for verb in (*verbs, "inspect", "convert", "export", "chat", "answer"):
         assert verb in done.stdout

@@ -1,4 +1,8 @@
-"""Running a command so that mistakes show as one readable message, and the `python -m tinygptv_ds` verbs."""
+"""The command line: the verbs of `tinygptv-ds`, and how commands end when something is wrong.
+
+Nothing but the standard library is imported here, so that the verb `doctor` and every error message work in an
+environment in which packages are missing.
+"""
 
 from __future__ import annotations
 
@@ -9,57 +13,86 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import TracebackType
 
 from tinygptv_ds import __version__
+from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.errors import Stopped, TinyGPTVError
+from tinygptv_ds.resources import is_clone, project_root
 
 USER_ERROR = 2
+# Name of the verb: (help, module with `add_arguments` and `run`), in the order in which a user meets them.
 VERBS = {
-    "doctor": ("what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor.local"),
+    "doctor": ("check what this machine offers, what is missing and how to get it", "tinygptv_ds.doctor.local"),
     "prepare": ("turn a dataset's own files into shards", "tinygptv_ds.data.prepare.prepare"),
-    "stream": ("what a run would be fed, one JSON line a sample", "tinygptv_ds.data.checks.show_stream"),
-    "convert_laion": (
-        "LAION's caption JSON as the TSV that img2dataset reads",
+    "convert-laion": (
+        "convert LAION's caption JSON to the TSV that img2dataset reads",
         "tinygptv_ds.data.prepare.convert_captions",
     ),
-    "convert_cc_sbu": (
-        "CC/SBU's caption JSON as the TSV that img2dataset reads",
+    "convert-cc-sbu": (
+        "convert CC/SBU's caption JSON to the TSV that img2dataset reads",
         "tinygptv_ds.data.prepare.convert_captions",
     ),
+    "index": ("build the indexes of shards that will be read from elsewhere", "tinygptv_ds.data.shards.index_verb"),
     "check-data": (
-        "what of a recipe's data is there, whether it can train, and how much it is",
+        "check a recipe's data: what is there, whether it can train, and how much it is",
         "tinygptv_ds.data.checks.check_data",
     ),
-    "preview": ("a page of samples as the model will see them", "tinygptv_ds.data.checks.preview"),
-    "index": ("make the indexes of shards that are to be read from elsewhere", "tinygptv_ds.data.shards.index_verb"),
-    "features": (
-        "run the frozen ViT and Q-Former over a recipe's images once, to train from what they give",
-        "tinygptv_ds.features.compute",
-    ),
+    "preview": ("write a page of samples as the model will see them", "tinygptv_ds.data.checks.preview"),
+    "stream": ("print the samples of a run, one JSON line each", "tinygptv_ds.data.checks.show_stream"),
     "estimate": (
-        "memory, time and disk that a recipe takes, before any GPU is touched",
+        "estimate memory, time and disk of a recipe before any GPU is used",
         "tinygptv_ds.estimate.estimate",
     ),
-    "inspect": ("what a file or folder of weights is, and whether it is whole", "tinygptv_ds.weights.inspect"),
-    "convert": ("weights of any layout as safetensors in the one that is wanted", "tinygptv_ds.weights.convert"),
+    "features": (
+        "run the frozen ViT and Q-Former over a recipe's images once, to train from their outputs",
+        "tinygptv_ds.features.compute",
+    ),
+    "train": ("train a stage through the DeepSpeed launcher", "tinygptv_ds.train.launch"),
+    "inspect": (
+        "report what a file or folder of weights is, and whether it is complete",
+        "tinygptv_ds.weights.inspect",
+    ),
+    "convert": ("convert weights of any layout to safetensors in another one", "tinygptv_ds.weights.convert"),
     "export": (
         "write a run's model for inference, as an adapter, or for the original's code",
         "tinygptv_ds.weights.export.export",
     ),
-    "chat": ("talk with a model about images, in the terminal", "tinygptv_ds.apps.chat"),
+    "chat": ("chat with a model about images, in the terminal", "tinygptv_ds.apps.chat"),
     "answer": ("answer a file of questions about images, on one rank or many", "tinygptv_ds.apps.answer"),
-    "serve": ("answer over HTTP, as OpenAI's chat API, with images", "tinygptv_ds.apps.serve.serve"),
-    "demo": ("a page to talk with the model about an image", "tinygptv_ds.apps.demo.demo"),
+    "serve": ("serve OpenAI's chat API over HTTP, with images", "tinygptv_ds.apps.serve.serve"),
+    "demo": ("open a web page to chat with the model about an image", "tinygptv_ds.apps.demo.demo"),
 }
+_PASS_ON = ("train",)  # its options belong to other programs, which read them themselves
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `tinygptv-ds VERB ...`."""
+    parser = argparse.ArgumentParser(
+        prog="tinygptv-ds", description="Train TinyGPT-V, a small vision-language model, on DeepSpeed, and use it."
+    )
+    parser.add_argument("--version", action="version", version=f"tinygptv_ds {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    asked = argv[0].replace("_", "-") if argv else ""
+    argv = [asked, *(argv[1:] if asked in _PASS_ON else hyphenated(argv[1:]))] if argv else argv
+    for name, (help_text, module) in VERBS.items():
+        verb = verbs.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
+        if name == asked:  # the others may need packages that are missing here, which `doctor` reports
+            implementation = import_module(module)
+            implementation.add_arguments(verb)
+            verb.set_defaults(run=implementation.run)
+    args = parser.parse_args(argv)
+    run_command(lambda: args.run(args))
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Call `command`; what the user has to fix ends in one message on stderr and exit code 2, no traceback.
+    """Call `command`; an error that the user can fix ends in one message on stderr and exit code 2, without traceback.
 
-    A run that a signal has stopped, and that is not finished, ends with 128 + the signal's number.
+    A run that a signal stopped before it was finished exits with 128 + the signal's number.
 
-    Among several ranks only rank 0 speaks. The others wait a moment before they leave, since the launcher ends all
-    ranks as soon as one has gone.
+    Of several ranks only rank 0 prints. The others wait a moment before they exit, because the launcher ends all ranks
+    as soon as one has exited.
     """
     try:
         command()
@@ -67,38 +100,44 @@ def run_command(command: Callable[[], None]) -> None:
         if int(os.environ.get("RANK", 0)) != 0:
             time.sleep(5)
         else:
-            _tell(f"error: {error}")
-        # Threads of the process group or the loader must not hold up, nor clutter, the way out.
+            _print_to_stderr(f"error: {error}")
+        # Threads of the process group or of the loader must neither delay the exit nor print during it.
         sys.stdout.flush()
         os._exit(USER_ERROR)
     except Stopped as stop:
         if int(os.environ.get("RANK", 0)) == 0:
-            _tell(f"stopped: {stop}")
+            _print_to_stderr(f"stopped: {stop}")
         sys.stdout.flush()
         os._exit(stop.code)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # such as "| head" has seen enough
+    except BrokenPipeError:  # e.g. "| head" has read enough
         os._exit(0)
 
 
-def _tell(message: str) -> None:
-    """On stderr, if there is still someone to read it: the exit code must be the same."""
+def _print_to_stderr(message: str) -> None:
+    """Print to stderr if anything still reads it; the exit code must not depend on that."""
     with contextlib.suppress(BrokenPipeError):
         print(message, file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m tinygptv_ds VERB`."""
-    parser = argparse.ArgumentParser(prog="python -m tinygptv_ds", description="Tools around the TinyGPT-V trainer.")
-    parser.add_argument("--version", action="version", version=f"tinygptv_ds {__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    argv = sys.argv[1:] if argv is None else argv
-    for name, (help_text, module) in VERBS.items():
-        verb = verbs.add_parser(name, help=help_text, description=help_text)
-        if name in argv:  # the others may need packages that are not there yet, which doctor is to tell
-            implementation = import_module(module)
-            implementation.add_arguments(verb)
-            verb.set_defaults(run=implementation.run)
-    args = parser.parse_args(argv)
-    run_command(lambda: args.run(args))
+def _explain_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Replace the traceback of a missing third-party package by one line: the wrong Python is in use."""
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if not missing or missing == "tinygptv_ds":
+        sys.__excepthook__(kind, error, trace)
+        return
+    environment = project_root() / ".venv"
+    if is_clone() and (environment / "bin/python").exists() and sys.prefix != str(environment):
+        remedy = f"activate the project's environment: source {environment}/bin/activate"
+    elif is_clone():
+        remedy = f"set up the project's environment: cd {project_root()} && source launch/setup.sh requirements.txt"
+    else:
+        remedy = f"install it: {sys.executable} -m pip install {missing}"
+    _print_to_stderr(f"error: {sys.executable} has no package {missing!r}; {remedy}")
+    sys.stdout.flush()
+    os._exit(USER_ERROR)
+
+
+# Scripts (stages/, eval/) import this module first, so that this holds for whatever they import afterwards.
+sys.excepthook = _explain_missing_package

@@ -14,6 +14,7 @@ from tinygptv_ds.config.deepspeed_keys import KNOWN
 from tinygptv_ds.config.deepspeed_rules import check_combinations, check_section
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.resources import find_project_file
 
 
 def load_deepspeed_json(path: Path | str) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def load_deepspeed_json(path: Path | str) -> dict[str, Any]:
     Raises:
         ConfigError: it is missing or no JSON object.
     """
-    path = Path(path)
+    path = find_project_file(Path(path))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
     except FileNotFoundError:

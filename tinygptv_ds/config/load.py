@@ -15,6 +15,7 @@ import yaml
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.resources import find_project_file
 
 
 class _Loader(yaml.SafeLoader):
@@ -35,7 +36,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         ConfigError: the file is missing or no YAML, a key is unknown (the nearest known one is named), or a value has
             the wrong type or is out of range.
     """
-    return build_recipe(apply_overrides(_read_yaml(Path(path)), overrides), str(path))
+    path = find_project_file(Path(path))
+    return build_recipe(apply_overrides(_read_yaml(path), overrides), str(path))
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:

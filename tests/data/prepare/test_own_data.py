@@ -203,7 +203,7 @@ def test_options_that_do_not_fit(root: Path, tmp_path: Path) -> None:
     for wrong in ({"max_side": 0}, {"jpeg_quality": 0}, {"jpeg_quality": 101}):
         with pytest.raises(DataError, match=f"{next(iter(wrong))} must be"):
             Encoding(**wrong)
-    with pytest.raises(DataError, match="python -m tinygptv_ds convert_cc_sbu"):
+    with pytest.raises(DataError, match="tinygptv-ds convert-cc-sbu"):
         prepare("cc_sbu", root, out)
     assert not out.exists()
 

@@ -1,4 +1,4 @@
-"""The commands ``convert_laion`` and ``convert_cc_sbu``: BLIP's caption JSON -> the TSV that img2dataset reads."""
+"""The commands ``convert-laion`` and ``convert-cc-sbu``: BLIP's caption JSON -> the TSV that img2dataset reads."""
 
 import argparse
 import csv
@@ -15,8 +15,8 @@ from tinygptv_ds.errors import DataError
 from tinygptv_ds.files import whole_file
 
 FILES = {
-    "convert_laion": "laion_synthetic_filtered_large.json",
-    "convert_cc_sbu": "ccs_synthetic_filtered_large.json",
+    "convert-laion": "laion_synthetic_filtered_large.json",
+    "convert-cc-sbu": "ccs_synthetic_filtered_large.json",
 }
 _DECODER = json.JSONDecoder()
 _BLOCK = 1 << 20  # characters

@@ -157,7 +157,7 @@ def how_to_get(name: str) -> str:
     if entry.samples is None:
         return (
             f"{name} is used as img2dataset downloads it, without preparation: name its tars in the recipe\n"
-            f"  from: {entry.source}\n  its JSON as a TSV for img2dataset: python -m tinygptv_ds convert_{name}"
+            f"  from: {entry.source}\n  its JSON as a TSV for img2dataset: tinygptv-ds convert-{name.replace('_', '-')}"
         )
     files = [*entry.files, *(f"{file} (if there is one)" for file in entry.optional)]
     lines = [f"{name} needs", *(f"  ROOT/{file}" for file in files)] if files else [name]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.config.deepspeed import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
 from tinygptv_ds.config.deepspeed_rules import check_machine
 from tinygptv_ds.config.load import load_recipe
@@ -15,10 +17,10 @@ from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.distributed import Ranks, ranks_from_env
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.evaluation.benchmarks.question import Task
+from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.metrics.wandb_tracker import check_tracking
 from tinygptv_ds.train.setup.preflight import check_files
 
-ROOT = Path(__file__).resolve().parents[3]
 DRY_STEPS = 2
 DRY_SUFFIX = ".dry-run"
 
@@ -79,7 +81,7 @@ def stage_parser(recipe: Path) -> argparse.ArgumentParser:
         "--recipe", type=Path, default=recipe, metavar="FILE", help="the stage's YAML (default: %(default)s)"
     )
     parser.add_argument(
-        "--deepspeed_config",
+        "--deepspeed-config",
         type=Path,
         metavar="FILE",
         help="the JSON of the engine (default: ds_configs/zero2_bf16.json with a GPU, ds_configs/cpu.json without)",
@@ -111,7 +113,7 @@ def stage_parser(recipe: Path) -> argparse.ArgumentParser:
         help="build everything, run two real steps, save, tell time, memory and what a run would write, and leave "
         "nothing behind",
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    parser.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return parser
 
 
@@ -125,7 +127,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     Raises:
         ConfigError: anything the user has to fix: recipe, JSON, missing weights or data, a run directory in use.
     """
-    args = stage_parser(_shown(recipe)).parse_args(argv)
+    args = stage_parser(_shown(recipe)).parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
     loaded = load_recipe(args.recipe, args.set)
     ranks = ranks_from_env()
     json_path = args.deepspeed_config or default_deepspeed_json()
@@ -144,7 +146,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
 
 def default_deepspeed_json() -> Path:
     """ZeRO-2 in bf16 where the driver shows a GPU, else the CPU's; known without importing torch."""
-    return ROOT / "ds_configs" / ("zero2_bf16.json" if has_gpu() else "cpu.json")
+    return project_root() / "ds_configs" / ("zero2_bf16.json" if has_gpu() else "cpu.json")
 
 
 def has_gpu() -> bool:

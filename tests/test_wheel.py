@@ -1,0 +1,99 @@
+"""The wheel: its contents, and the command line where only the wheel is installed."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DEPENDENCIES = sysconfig.get_paths()["purelib"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel as pip does, from the files of this checkout."""
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out)]
+    subprocess.run([*command, str(ROOT)], check=True, timeout=300)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh environment that has the wheel. The packages it needs are those of the environment of the tests."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin/python"
+    command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-index"]
+    subprocess.run([*command, str(wheel)], check=True, timeout=300)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(DEPENDENCIES + "\n")  # .pth files there (editable installs) are not read
+    launcher = folder / "bin/deepspeed"  # as pip would have written it
+    launcher.write_text(f"#!{python}\nfrom deepspeed.launcher.runner import main\n\nmain()\n")
+    launcher.chmod(0o755)
+    return folder
+
+
+def run(environment: Path, folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Run `tinygptv-ds` in an empty folder, without any path of the clone."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PATH": os.defpath}
+    command = [str(environment / "bin/tinygptv-ds"), *argv]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_wheel_installs_one_top_level_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"tinygptv_ds"}
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+
+
+def test_the_wheel_holds_the_files_next_to_the_package(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    tracked = [path for pattern in ("stages/stage*.*", "ds_configs/*.json", "eval/*.py") for path in ROOT.glob(pattern)]
+    tracked += [path for path in (ROOT / "launch").iterdir() if path.name not in ("setup.sh", "quickstart.sh")]
+    tracked += ROOT.glob("requirements*.txt")
+    assert len(tracked) > 25
+    assert {f"tinygptv_ds/_project/{path.relative_to(ROOT)}" for path in tracked} <= names
+    package = [path for path in (ROOT / "tinygptv_ds").rglob("*") if path.suffix in (".py", ".yaml", ".typed")]
+    assert {str(path.relative_to(ROOT)) for path in package} <= names
+
+
+def test_help(environment: Path, tmp_path: Path) -> None:
+    shown = run(environment, tmp_path, "--help")
+    assert shown.returncode == 0, shown.stderr
+    assert "train" in shown.stdout and "check-data" in shown.stdout
+    options = run(environment, tmp_path, "train", "stage3", "--help")
+    assert options.returncode == 0, options.stderr
+    assert "--deepspeed-config" in options.stdout
+
+
+def test_a_recipe_of_the_wheel_is_checked(environment: Path, tmp_path: Path) -> None:
+    """The recipe is found; that its data are missing here is a message with a remedy."""
+    checked = run(environment, tmp_path, "check-data", "stages/stage3.yaml")
+    assert "Traceback" not in checked.stderr
+    assert "cc_sbu_align" in checked.stdout + checked.stderr
+    wrong = run(environment, tmp_path, "check-data", "stages/stage3.yaml", "--set", "train.batchsize=3")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "unknown key train.batchsize; did you mean batch_size?" in wrong.stderr
+
+
+def test_training_reports_what_is_missing(environment: Path, tmp_path: Path) -> None:
+    """Through the launcher of the same environment, although its folder is not on PATH."""
+    ended = run(environment, tmp_path, "train", "stage1", "--num-gpus=1", "--deepspeed-config=ds_configs/cpu.json")
+    assert ended.returncode != 0
+    assert "weights/phi-2" in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_estimate(environment: Path, tmp_path: Path) -> None:
+    estimated = run(environment, tmp_path, "estimate", "stages/stage4.yaml", "--gpu", "A100-80GB")
+    assert estimated.returncode == 0, estimated.stderr
+    assert "A100-80GB" in estimated.stdout
