@@ -99,9 +99,10 @@ def figures(name: str, recipe: str, tokens: int) -> dict:
     import numpy as np
     import torch
 
-    from tinygptv_ds.generate.generate import answers, load_model, stream
+    from tinygptv_ds.generate.conversation import Prompt
+    from tinygptv_ds.generate.generate import answers, stream
+    from tinygptv_ds.generate.load import load_model
     from tinygptv_ds.generate.settings import Generation
-    from tinygptv_ds.generate.templates import Prompt
 
     torch.set_num_threads(1)
     trained = Path(recipe).with_suffix(".pth")
@@ -109,21 +110,21 @@ def figures(name: str, recipe: str, tokens: int) -> dict:
     model, processor = load_model(trained, torch.bfloat16, device="cpu", recipe=Path(recipe), **FORMS[name])
     loaded, peak_loading = time.process_time() - began, peak_gb()
     words = tuple(f"w{number}" for number in range(WORDS))
-    prompt = Prompt(("<ImageHere>", *words), add_bos_token=True, stop=())
-    short = Prompt(words[:8], add_bos_token=True, stop=())
     size = processor.image_size
-    images = [np.random.default_rng(0).integers(0, 255, (3, size, size), dtype=np.uint8)]
+    image = np.random.default_rng(0).integers(0, 255, (3, size, size), dtype=np.uint8)
+    prompt = Prompt(("<ImageHere>", *words), (image,), add_bos_token=True, stop=())
+    short = Prompt(words[:8], add_bos_token=True, stop=())
     fixed = Generation(max_new_tokens=tokens, min_new_tokens=tokens)
     firsts, rates, together = [], [], []
     for _ in range(ROUNDS):
         began = time.process_time()
-        answer = stream(model, processor, prompt, images, fixed)
+        answer = stream(model, processor, prompt, fixed)
         times = [(time.process_time() - began, answer.new_tokens) for _piece in answer]
         (first, before), (last, after) = times[0], times[-1]
         firsts.append(first)
         rates.append((after - before) / (last - first))
         began = time.process_time()
-        list(answers(model, processor, [(short, [])] * BATCH, generation=fixed, batch_size=BATCH))
+        list(answers(model, processor, [short] * BATCH, fixed, batch_size=BATCH))
         together.append(BATCH * tokens / (time.process_time() - began))
     return {
         "form": name,

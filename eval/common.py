@@ -150,7 +150,7 @@ def _show_prompts(args: argparse.Namespace, tasks: Sequence[Task], settings: Set
         until = f"the answer ends at {words.stop or 'the end token'!r}"
         if task.questions[0].choices:
             until = f"the likeliest choice counts, each with {words.choice_end!r} behind it"
-        print(f"{task.name}: {words.prompt(task.questions[0])!r}; {until}")
+        print(f"{task.name}: {words.text(task.questions[0])!r}; {until}")
 
 
 def _of_model(args: argparse.Namespace) -> list[str]:
@@ -161,7 +161,7 @@ def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, 
     from tinygptv_ds.dtypes import DTYPES
     from tinygptv_ds.evaluation.runner import Asker
     from tinygptv_ds.evaluation.scored_model import made_by
-    from tinygptv_ds.generate.generate import load_model
+    from tinygptv_ds.generate.load import load_model
 
     dtype = take_device(args.dtype, ranks)
     maker = made_by(args.model)
@@ -177,7 +177,7 @@ def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, 
         decoding = _decoding(words, settings, dtype)
         folder = out / task.name
         _begin(folder, {"checkpoint": maker.checkpoint, **decoding}, ranks, fresh=args.fresh)
-        asked = [f"{question.key}\n{words.prompt(question)}\n{question.choices}" for question in task.questions]
+        asked = [f"{question.key}\n{words.text(question)}\n{question.choices}" for question in task.questions]
         with answer_log.opened(folder, ranks.rank, asked) as log:
             answers = asker.ask(task, words, log)
         if ranks.is_main:
@@ -216,7 +216,7 @@ def _begin(folder: Path, settings: dict[str, Any], ranks: Ranks, *, fresh: bool)
 
 def _decoding(words: Wording, settings: Settings, dtype: str) -> dict[str, Any]:
     return {
-        "template": words.template,
+        "template": words.template.text,
         "stop": words.stop,
         "choice_end": words.choice_end,
         "max_new_tokens": settings.max_new_tokens,

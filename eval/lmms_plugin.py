@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question
+from tinygptv_ds.evaluation.benchmarks.question import Benchmark
 from tinygptv_ds.evaluation.wording import Settings, wording
 from tinygptv_ds.generate.candidates import Choice, candidate_losses
-from tinygptv_ds.generate.generate import answers, load_model
+from tinygptv_ds.generate.conversation import Conversation, Prompt
+from tinygptv_ds.generate.generate import answers
+from tinygptv_ds.generate.load import load_model
+from tinygptv_ds.generate.settings import Generation
 
 NAME = "tinygptv"
 _DEFAULT_TOKENS = 64
@@ -72,9 +76,10 @@ class TinyGPTV(lmms):
         if dtype not in DTYPES:
             raise ConfigError(f"--model_args dtype={dtype}: choose one of auto, {', '.join(DTYPES)}")
         self._model, self._processor = load_model(Path(pretrained), DTYPES[dtype])
-        self._batch_size, self._add_bos_token = int(batch_size), add_bos_token in (True, "True", "true")
+        self._batch_size = int(batch_size)
+        settings = Settings(template, add_bos_token=add_bos_token in (True, "True", "true"))
         config = self._model.config
-        self._wording = wording(_PLAIN, Settings(template), config.prompt_template, config.end_sym)
+        self._template = wording(_PLAIN, settings, config.prompt_template, config.end_sym).template
 
     @property
     def device(self) -> torch.device:
@@ -99,8 +104,8 @@ class TinyGPTV(lmms):
         with self._bar(len(requests)) as bar:
             for length, numbers in groups.items():
                 for part in _parts(numbers, self._batch_size):
-                    asked = [self._prompt(requests[n].args[0], self._images(requests[n].args[2:])) for n in part]
-                    texts = self._answers(asked, self._wording.stop, length)
+                    asked = [self._prompt(requests[n]) for n in part]
+                    texts = self._answers(asked, length)
                     for number, text in zip(part, texts, strict=True):
                         found[number] = _cut(text, requests[number].args[1].get("until"))
                     bar.update(len(part))
@@ -122,14 +127,14 @@ class TinyGPTV(lmms):
         text = TextSection(end_sym="", max_txt_len=4096, max_context_len=4096)
         with self._bar(len(requests)) as bar:
             for part in _parts(list(groups.values()), self._batch_size):
-                asked = [self._prompt(requests[ns[0]].args[0], self._images(requests[ns[0]].args[2:])) for ns in part]
+                asked = [self._prompt(requests[numbers[0]]) for numbers in part]
                 told = [[self._continuation(requests[n]) for n in numbers] for numbers in part]
-                choices = [Choice(*ask, tell) for ask, tell in zip(asked, told, strict=True)]
+                choices = [Choice(ask.text, ask.images, tell) for ask, tell in zip(asked, told, strict=True)]
                 losses = list(
                     candidate_losses(self._model, self._processor, choices, text, batch_size=self._batch_size)
                 )
                 longest = max(int(each.tokens.max()) for each in losses)
-                greedy = self._answers(asked, "", max(longest, 1))
+                greedy = self._answers([replace(prompt, stop=()) for prompt in asked], max(longest, 1))
                 for numbers, tell, loss, said in zip(part, told, losses, greedy, strict=True):
                     sums = (loss.means.nan_to_num(0.0) * loss.tokens).tolist()
                     for number, words, total in zip(numbers, tell, sums, strict=True):
@@ -141,21 +146,12 @@ class TinyGPTV(lmms):
         """Not offered: TinyGPT-V's benchmarks have none."""
         raise NotImplementedError("tasks of several rounds are not supported by tinygptv")
 
-    def _answers(self, asked: list[tuple[str, list[Image.Image]]], stop: str, length: int) -> list[str]:
-        return list(
-            answers(
-                self._model,
-                self._processor,
-                asked,
-                stop=stop,
-                max_new_tokens=length,
-                batch_size=self._batch_size,
-                add_bos_token=self._add_bos_token,
-            )
-        )
+    def _answers(self, prompts: list[Prompt], length: int) -> list[str]:
+        generation = Generation(max_new_tokens=length)
+        return list(answers(self._model, self._processor, prompts, generation, batch_size=self._batch_size))
 
-    def _prompt(self, context: str, images: list[Image.Image]) -> tuple[str, list[Image.Image]]:
-        return self._wording.prompt(Question("", context, None, tuple, len(images))), images
+    def _prompt(self, request: Instance) -> Prompt:
+        return Conversation(self._template).ask(request.args[0], self._images(request.args[2:]))
 
     def _images(self, args: Sequence[Any]) -> list[Image.Image]:
         """Of a request, whose last arguments are the function that gives them, document, task and split."""

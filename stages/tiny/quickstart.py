@@ -233,16 +233,19 @@ def show_answer() -> None:
     """One question about one held-out image, asked of the exported model."""
     import torch
 
-    from tinygptv_ds.generate.generate import answers, load_model
-    from tinygptv_ds.processing.sequence import wrap
-    from tinygptv_ds.processing.text import IMAGE_TAG
+    from tinygptv_ds.generate.conversation import Conversation
+    from tinygptv_ds.generate.generate import answers
+    from tinygptv_ds.generate.load import load_model
+    from tinygptv_ds.generate.settings import Generation
+    from tinygptv_ds.generate.templates import choose_template
 
     question = read_held_out("vqa", str(DATA / "digits_vqa/test"), 1)[0]
     image = RUN / "example.jpg"
     image.write_bytes(question.images()[0])
     model, processor = load_model(MODEL, torch.float32)
-    prompt = wrap(TEMPLATE, f"{IMAGE_TAG} {question.text} ")
-    (answer,) = answers(model, processor, [(prompt, question.images())], stop="###", add_bos_token=True)
+    template = choose_template(TEMPLATE, processor.prompt_template, "###")
+    prompt = Conversation(template).ask(question.text, question.images())
+    (answer,) = answers(model, processor, [prompt], Generation(max_new_tokens=20))
     print(f"{image}: {question.facts['text']}\n  answer: {answer}   (true: {question.truth})")
 
 

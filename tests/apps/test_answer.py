@@ -18,10 +18,11 @@ from helpers.verbs import call
 from tinygptv_ds.apps import answer as verb
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.errors import ConfigError, DataError
+from tinygptv_ds.generate.conversation import Conversation
 from tinygptv_ds.generate.generate import answers
-from tinygptv_ds.generate.load import Loaded
+from tinygptv_ds.generate.load import LoadedModel
 from tinygptv_ds.generate.settings import Generation
-from tinygptv_ds.generate.templates import Conversation, choose_template
+from tinygptv_ds.generate.templates import choose_template
 
 OPTIONS = ("--dtype", "fp32", "--max-new-tokens", "5")
 
@@ -61,7 +62,7 @@ def answer(exported: Path, folder: Path, *options: object, out: str = "answers.j
     return read(folder / out)
 
 
-def test_every_source_of_images(exported: Path, loaded: Loaded, folder: Path, shards: dict[str, Path]) -> None:
+def test_every_source_of_images(exported: Path, loaded: LoadedModel, folder: Path, shards: dict[str, Path]) -> None:
     """Fields pass through, in the order of the questions; the answers are those of the prompts asked one by one."""
     given = answer(exported, folder, "--batch-size", "3")
     asked = read_questions(folder)
@@ -75,9 +76,9 @@ def test_every_source_of_images(exported: Path, loaded: Loaded, folder: Path, sh
         talk = Conversation(choose_template(None, processor.prompt_template, "###"))
         for number, (question, said) in enumerate(record.get("history", [])):
             talk.ask(question, seen if number == 0 else [])
-            talk.answered(said)
-        questions.append((talk.ask(record["question"], [] if record.get("history") else seen), seen))
-    expected = list(answers(model, processor, questions, generation=Generation(max_new_tokens=5), batch_size=1))
+            talk.add_answer(said)
+        questions.append(talk.ask(record["question"], [] if record.get("history") else seen))
+    expected = list(answers(model, processor, questions, Generation(max_new_tokens=5), batch_size=1))
     assert [record["answer"] for record in given] == expected
     assert not (folder / "answers.jsonl.parts").exists()
 
@@ -141,7 +142,7 @@ def test_lines_are_checked_before_the_model_is_loaded(
 ) -> None:
     """Where none can be answered, and with --strict where one cannot; the first few are told, with file and line."""
     path = folder / "questions.jsonl"
-    monkeypatch.setattr(verb, "load_from", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(verb, "load_from", lambda *_, **__: pytest.fail("loaded"))
     for line, why in BAD.items():
         path.write_text(line)
         with pytest.raises(DataError) as caught:
@@ -175,7 +176,7 @@ def test_bad_lines_among_good_ones(exported: Path, folder: Path) -> None:
 
 def test_another_job_is_refused(exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "load_from", lambda *_: 1 / 0)
+        patch.setattr(verb, "load_from", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             answer(exported, folder)
     with pytest.raises(ConfigError, match=r"differs in --template, generation; repeat"):

@@ -15,10 +15,12 @@ from helpers.verbs import call
 
 from tinygptv_ds.apps import chat
 from tinygptv_ds.errors import ConfigError, DataError, WeightsError
+from tinygptv_ds.generate.answerer import Answerer
+from tinygptv_ds.generate.conversation import Conversation
 from tinygptv_ds.generate.generate import answers
-from tinygptv_ds.generate.load import Loaded
+from tinygptv_ds.generate.load import LoadedModel
 from tinygptv_ds.generate.settings import Generation
-from tinygptv_ds.generate.templates import Conversation, choose_template
+from tinygptv_ds.generate.templates import choose_template
 
 Say = Callable[..., tuple[str, str]]
 SHORT = ("--dtype", "fp32", "--max-new-tokens", "6")
@@ -44,20 +46,20 @@ def say(exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
-def expected(loaded: Loaded, *turns: str, image: Path) -> list[str]:
+def expected(loaded: LoadedModel, *turns: str, image: Path) -> list[str]:
     """What a conversation gives that writes its answers back."""
     model, processor = loaded
     talk = Conversation(choose_template(None, processor.prompt_template, processor.end_sym))
     given = []
     for number, question in enumerate(turns):
         prompt = talk.ask(question, [image] if number == 0 else [])
-        (answer,) = answers(model, processor, [(prompt, talk.images)], generation=Generation(max_new_tokens=6))
-        talk.answered(answer)
+        (answer,) = answers(model, processor, [prompt], Generation(max_new_tokens=6))
+        talk.add_answer(answer)
         given.append(answer)
     return given
 
 
-def test_a_conversation(say: Say, loaded: Loaded, image: Path) -> None:
+def test_a_conversation(say: Say, loaded: LoadedModel, image: Path) -> None:
     """Answers are streamed in full and written back; a new conversation forgets them."""
     first, second = expected(loaded, "what is it ?", "the bus", image=image)
     out, err = say("what is it ?\n\nthe bus\n", "--image", image)
@@ -102,7 +104,7 @@ def test_mistakes_before_it_begins(exported: Path, tmp_path: Path) -> None:
         call(chat, tmp_path / "none")
     with pytest.raises(WeightsError, match="no weights there"):
         call(chat, tmp_path)
-    with pytest.raises(ConfigError, match="--template 'Z'"):
+    with pytest.raises(ConfigError, match=r"--template must be one of .* not 'Z'"):
         call(chat, exported, "--template", "Z")
     with pytest.raises(ConfigError, match="temperature"):
         call(chat, exported, "--temperature", "-1")
@@ -111,10 +113,9 @@ def test_mistakes_before_it_begins(exported: Path, tmp_path: Path) -> None:
 
 
 def test_an_answer_is_interrupted(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Ctrl-C keeps what has been said, and the conversation goes on."""
-    import tinygptv_ds.generate.generate as generate
 
     class Interrupted:
         def __iter__(self) -> object:
@@ -124,10 +125,11 @@ def test_an_answer_is_interrupted(
         def close(self) -> None:
             pass
 
-    talk = Conversation(choose_template("C", None, "###"))
-    room = chat.Chat(*loaded, talk, Generation(max_new_tokens=4))
+    template = choose_template("C", None, "###")
+    talk = Conversation(template)
+    room = chat.Chat(Answerer(*loaded, template, "tiny"), talk, Generation(max_new_tokens=4))
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "stream", lambda *_, **__: Interrupted())
+        patch.setattr(Answerer, "stream", lambda *_, **__: Interrupted())
         assert room.take("what ?")
     assert talk.turns == [("what ?", "a red")]
     assert room.take("and ?") and len(talk.turns) == 2

@@ -17,6 +17,7 @@ from tinygptv_ds.apps.demo.drawing import COLOURS, draw_regions
 from tinygptv_ds.apps.demo.example_images import examples
 from tinygptv_ds.apps.demo.grounding import find_regions
 from tinygptv_ds.apps.demo.page import Reply, build_page, launch, opened
+from tinygptv_ds.generate.conversation import Prompt
 from tinygptv_ds.generate.generate import answers
 from tinygptv_ds.generate.settings import Generation
 
@@ -120,13 +121,8 @@ def test_the_page_with_a_model(exported: Path, loaded: object) -> None:
         browser.upload(page, image)
         browser.ask(page, "Chat", "what colour ?")
         model, processor = loaded
-        (expected,) = answers(
-            model,
-            processor,
-            [("[INST] <Img><ImageHere></Img> what colour ?  [/INST]", [image])],
-            add_bos_token=True,
-            max_new_tokens=12,
-        )
+        asked = Prompt(("[INST] <Img><ImageHere></Img> what colour ?  [/INST]",), (image,), add_bos_token=True)
+        (expected,) = answers(model, processor, [asked], Generation(max_new_tokens=12))
         expect(page.locator("#chat .bot.message")).to_have_text(expected)
         browser.ask(page, "Chat", "")
         expect(page.get_by_text("There is no question.")).to_be_visible()

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
@@ -20,10 +20,11 @@ from PIL import Image
 
 from tinygptv_ds.apps.serve.request_images import ImageLimits
 from tinygptv_ds.apps.serve.routes import Limits, build_app
-from tinygptv_ds.generate.conversation import Answerer, Turn
-from tinygptv_ds.generate.generate import Answer, answers
+from tinygptv_ds.generate.answerer import Answerer
+from tinygptv_ds.generate.conversation import Prompt, Turn
+from tinygptv_ds.generate.generate import AnswerStream, answers
 from tinygptv_ds.generate.settings import Generation
-from tinygptv_ds.generate.templates import TEMPLATES, Prompt, choose_template
+from tinygptv_ds.generate.templates import TEMPLATES, choose_template
 
 NAME, KEY = "tiny", "secret"
 LIMITS = Limits(body_bytes=200_000, new_tokens=50, waiting=2, images=ImageLimits(2, 20_000, 90_000))
@@ -55,11 +56,11 @@ def until(happened: Callable[[], bool]) -> None:
 
 
 class Recording(Answerer):
-    """Keeps what the model was asked last: prompt and images."""
+    """Keeps what the model was asked last."""
 
-    def stream(self, prompt: Prompt, images: Sequence, generation: Generation) -> Answer:
-        self.__dict__["asked"] = (prompt, images)
-        return super().stream(prompt, images, generation)
+    def stream(self, prompt: Prompt, generation: Generation) -> AnswerStream:
+        self.__dict__["asked"] = prompt
+        return super().stream(prompt, generation)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +109,7 @@ def said(text: str, *urls: str) -> dict:
 
 def directly(answerer: Answerer, turns: list[Turn], generation: Generation) -> str:
     """The answer without a server."""
-    prompt, images = answerer.prompt(turns)
-    (answer,) = answers(answerer.model, answerer.processor, [(prompt, images)], generation=generation)
+    (answer,) = answers(answerer.model, answerer.processor, [answerer.prompt(turns)], generation)
     return answer
 
 
@@ -119,8 +119,8 @@ def test_text(client: openai.OpenAI, answerer: Answerer) -> None:
     assert choice.message.role == "assistant"
     assert choice.message.content == directly(answerer, [Turn("what colour ?")], DEFAULTS)
     assert choice.finish_reason == "length" and reply.usage.completion_tokens == 12
-    prompt, _ = answerer.prompt([Turn("what colour ?")])
-    assert reply.usage.prompt_tokens == answerer.prompt_tokens(prompt, [])
+    prompt = answerer.prompt([Turn("what colour ?")])
+    assert reply.usage.prompt_tokens == answerer.prompt_length(prompt)
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + 12
 
 
@@ -129,10 +129,10 @@ def test_images_and_history(client: openai.OpenAI, answerer: Recording) -> None:
     first, second = tiny.encoded_images(2)
     history = [said("what is it", data_url(first)), {"role": "assistant", "content": "a bus"}]
     reply = client.chat.completions.create(model=NAME, messages=[*history, said("and?", data_url(second))])
-    prompt, images = answerer.asked
+    prompt = answerer.asked
     tag = "<Img><ImageHere></Img>"
     assert prompt.text == f"[INST] {tag} what is it  [/INST]a bus###[INST] {tag} and?  [/INST]"
-    seen = answerer.processor.pixels(images)
+    seen = answerer.processor.pixels(prompt.images)
     assert torch.equal(seen, answerer.processor.pixels([first, second]))
     turns = [Turn("what is it", [first], "a bus"), Turn("and?", [second])]
     assert reply.choices[0].message.content == directly(answerer, turns, DEFAULTS)
@@ -306,9 +306,9 @@ def test_the_key_is_asked_for(post, key: str) -> None:
 
 def test_the_system_message_takes_the_place_of_the_templates(answerer: Answerer) -> None:
     asked = Answerer(answerer.model, answerer.processor, TEMPLATES["A"], NAME)
-    prompt, _ = asked.prompt([Turn("why?")], "Be brief.")
+    prompt = asked.prompt([Turn("why?")], "Be brief.")
     assert prompt.text == "Be brief.###Human: why?###Assistant: "
-    assert asked.prompt([Turn("why?")])[0].text.startswith("Give the following image: <Img>ImageContent</Img>.")
+    assert asked.prompt([Turn("why?")]).text.startswith("Give the following image: <Img>ImageContent</Img>.")
 
 
 class Slow:
@@ -317,7 +317,7 @@ class Slow:
     def __init__(self, answerer: Answerer) -> None:
         self.real, self.begun, self.closed = answerer, 0, 0
         self.name, self.processor, self.context = NAME, answerer.processor, 100
-        self.prompt, self.prompt_tokens = answerer.prompt, answerer.prompt_tokens
+        self.prompt, self.prompt_length = answerer.prompt, answerer.prompt_length
         self.finish, self.new_tokens = "stop", 0
 
     def stream(self, *_: object) -> "Slow":

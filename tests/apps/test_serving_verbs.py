@@ -38,7 +38,7 @@ def test_a_package_that_is_missing(verb: str, package: str) -> None:
     [
         (["nowhere"], "nowhere"),
         ([".", "--port", "70000"], "--port must lie in 1 to 65535"),
-        ([".", "--template", "D"], "--template 'D': give A, B, C, training"),
+        ([".", "--template", "D"], "--template must be one of training, benchmark, A, B, C, or"),
         ([".", "--temperature", "-1"], "temperature must lie in 0"),
     ],
 )

@@ -4,7 +4,6 @@ import pytest
 
 from tinygptv_ds.evaluation.answer_scores import (
     clean_answer,
-    evaluation_prompt,
     gqa_hit,
     hateful_memes_label,
     okvqa_accuracy,
@@ -13,8 +12,11 @@ from tinygptv_ds.evaluation.answer_scores import (
     vsr_hit,
     vsr_points,
 )
+from tinygptv_ds.evaluation.benchmarks.question import Question
+from tinygptv_ds.evaluation.benchmarks.table import PUBLISHED
 from tinygptv_ds.evaluation.box_scores import counts_as_hit, parse_box, pixel_iou
 from tinygptv_ds.evaluation.vqa_accuracy import lavis_vqa_accuracy, normalise, remove_punctuation, vqa_accuracy
+from tinygptv_ds.evaluation.wording import Settings, wording
 
 REFERENCES = ["red"] * 9 + ["blue"]
 
@@ -201,7 +203,9 @@ def test_each_person_is_left_out_in_turn(agreeing: int, expected: float) -> None
 
 
 def test_braces_in_a_question_stay() -> None:
-    assert evaluation_prompt("{question}?") == "###Human: <Img><ImageHere></Img> {question}?###Assistant: "
+    words = wording(PUBLISHED["okvqa"].benchmark, Settings(), None, "###")
+    asked = words.text(Question("k", "{question}?", "", tuple))
+    assert asked == "###Human: <Img><ImageHere></Img> {question}?###Assistant: "
 
 
 def test_last_turn_of_the_assistant_counts() -> None:

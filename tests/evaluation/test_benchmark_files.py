@@ -17,7 +17,8 @@ from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Question
 from tinygptv_ds.evaluation.benchmarks.table import PUBLISHED, open_published, open_section, places_of
 from tinygptv_ds.evaluation.wording import Settings, wording
-from tinygptv_ds.generate.templates import TEMPLATES, Conversation, choose_template
+from tinygptv_ds.generate.conversation import Conversation
+from tinygptv_ds.generate.templates import TEMPLATES, choose_template
 
 ROOT = Path(__file__).parents[2]
 SHORT = "[vqa] Based on the image, respond to this question with a short answer:"
@@ -66,18 +67,18 @@ def test_as_distributed(name: str, root: Path) -> None:
     words, truth, path = FIRST[name]
     questions = read(name, root)
     assert len(questions) == 2
-    prompt = wording(PUBLISHED[name].benchmark, Settings(), "[INST] {} [/INST]", "###").prompt(questions[0])
+    prompt = wording(PUBLISHED[name].benchmark, Settings(), "[INST] {} [/INST]", "###").text(questions[0])
     assert prompt == f"###Human: <Img><ImageHere></Img> {words}"
     assert (questions[0].truth, list(questions[0].images())) == (truth, [root / path])
     ours = wording(PUBLISHED[name].benchmark, Settings("training"), "[INST] {} [/INST]", "\n")
-    assert ours.prompt(questions[0]) == f"[INST] <Img><ImageHere></Img> {questions[0].text}  [/INST]"
+    assert ours.text(questions[0]) == f"[INST] <Img><ImageHere></Img> {questions[0].text}  [/INST]"
     assert ours.choice_end == "\n"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_asked_as_in_a_chat(name: str, root: Path) -> None:
     question = read("gqa", root)[0]
-    asked = wording(PUBLISHED["gqa"].benchmark, Settings(name), "[INST] {} [/INST]", "###").prompt(question)
+    asked = wording(PUBLISHED["gqa"].benchmark, Settings(name), "[INST] {} [/INST]", "###").text(question)
     talk = Conversation(choose_template(name, "[INST] {} [/INST]", "###"))
     assert asked == talk.ask(question.text, ["image"]).text and question.text in asked
 

@@ -104,15 +104,20 @@ def test_tasks_of_local_files(tasks: Path, exported: Path, tmp_path: Path) -> No
 
     from tinygptv_ds.config.recipe import TextSection
     from tinygptv_ds.generate.candidates import Choice, candidate_losses
-    from tinygptv_ds.generate.generate import answers, load_model
+    from tinygptv_ds.generate.conversation import Conversation
+    from tinygptv_ds.generate.generate import answers
+    from tinygptv_ds.generate.load import load_model
+    from tinygptv_ds.generate.settings import Generation
+    from tinygptv_ds.generate.templates import choose_template
 
     model, processor = load_model(exported, torch.float32)
     rows = [json.loads(line) for line in (tasks / "data.jsonl").read_text().splitlines()]
-    asked = [(processor.prompt(row["question"]), [row["image"]]) for row in rows]
-    ours = list(answers(model, processor, asked, stop="###", max_new_tokens=6, add_bos_token=True))
+    template = choose_template("training", processor.prompt_template, processor.end_sym)
+    asked = [Conversation(template).ask(row["question"], [row["image"]]) for row in rows]
+    ours = list(answers(model, processor, asked, Generation(max_new_tokens=6)))
     assert [sample["filtered_resps"] for sample in samples["local_vqa"]] == ours
     assert len(set(ours)) > 1
-    choices = [Choice(*ask, row["choices"]) for ask, row in zip(asked, rows, strict=True)]
+    choices = [Choice(ask.text, ask.images, row["choices"]) for ask, row in zip(asked, rows, strict=True)]
     losses = candidate_losses(model, processor, choices, TextSection(end_sym=""))
     sums = [(each.means * each.tokens).tolist() for each in losses]
     theirs = [[float(pair[0]) for pair in sample["filtered_resps"]] for sample in samples["local_choice"]]

@@ -7,23 +7,24 @@ import torch
 from helpers import tiny
 
 from tinygptv_ds.errors import ConfigError, DataError
-from tinygptv_ds.generate.generate import Question, answers, stream
-from tinygptv_ds.generate.load import Loaded
+from tinygptv_ds.generate.conversation import Conversation, Prompt
+from tinygptv_ds.generate.generate import answers, prompt_tokens, stream
+from tinygptv_ds.generate.load import LoadedModel
 from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.generate.stopping import cut
-from tinygptv_ds.generate.templates import Prompt, training_template
+from tinygptv_ds.generate.templates import training_template
 from tinygptv_ds.processing.text import IMAGE_TAG
 
 SHORT = Generation(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
-def questions() -> list[Question]:
+def prompts() -> list[Prompt]:
     """Unequal lengths; no image, one, two, one."""
     first, second, third, _ = tiny.encoded_images(4)
     template = training_template("[INST] {} [/INST]", "###")
     asked = [("the bus", []), ("what colour is it ?", [first]), ("left or " * 9, [second, third]), ("a", [third])]
-    return [(template.prompt([(template.with_images(q, len(p)), None)]), p) for q, p in asked]
+    return [Conversation(template).ask(question, images) for question, images in asked]
 
 
 @pytest.mark.parametrize(
@@ -37,45 +38,42 @@ def questions() -> list[Question]:
     ],
     ids=["greedy", "beams", "draws", "penalty", "stops"],
 )
-def test_the_batch_does_not_matter(loaded: Loaded, questions: list[Question], settings: Generation) -> None:
+def test_the_batch_does_not_matter(loaded: LoadedModel, prompts: list[Prompt], settings: Generation) -> None:
     """Alone, in pairs, all at once, and as a stream."""
-    all_at_once = list(answers(*loaded, questions, generation=settings))
+    all_at_once = list(answers(*loaded, prompts, settings))
     for size in (1, 3):
-        assert list(answers(*loaded, questions, generation=settings, batch_size=size)) == all_at_once
+        assert list(answers(*loaded, prompts, settings, batch_size=size)) == all_at_once
     assert len(set(all_at_once)) > 1
-    streamed = ["".join(stream(*loaded, *question, settings)) for question in questions]
+    streamed = ["".join(stream(*loaded, prompt, settings)) for prompt in prompts]
     if not settings.samples:  # a stream's draws are those of question number 0
         assert streamed == all_at_once
     else:
         assert streamed[0] == all_at_once[0]
 
 
-def test_beams_are_those_of_transformers(loaded: Loaded, questions: list[Question]) -> None:
+def test_beams_are_those_of_transformers(loaded: LoadedModel, prompts: list[Prompt]) -> None:
     """Through `generate` with pixels as well as through embeddings, with two images in one row."""
     model, processor = loaded
-    prompts, images = [prompt.text for prompt, _ in questions], [seen for _, seen in questions]
-    inputs = processor(images, prompts, add_bos_token=True)
+    inputs = processor([prompt.images for prompt in prompts], [prompt.text for prompt in prompts], add_bos_token=True)
     ids = model.generate(**inputs, max_new_tokens=8, num_beams=4, do_sample=False)
     theirs = processor.answers(ids[:, inputs["input_ids"].shape[1] :])
-    ours = list(answers(model, processor, questions, generation=replace(SHORT, num_beams=4)))
+    ours = list(answers(model, processor, prompts, replace(SHORT, num_beams=4)))
     assert ours == theirs
-    assert ours != list(answers(model, processor, questions, generation=SHORT))
+    assert ours != list(answers(model, processor, prompts, SHORT))
 
 
-def test_draws(loaded: Loaded, questions: list[Question]) -> None:
+def test_draws(loaded: LoadedModel, prompts: list[Prompt]) -> None:
     """A seed repeats them, by the number of the question; another seed or none does not."""
     warm = replace(SHORT, temperature=1.5, top_p=1.0, seed=1)
-    first = list(answers(*loaded, questions, generation=warm))
-    assert list(answers(*loaded, questions, generation=warm)) == first
-    assert list(answers(*loaded, questions[2:], generation=warm, numbers=[2, 3])) == first[2:]
-    assert list(answers(*loaded, questions, generation=replace(warm, seed=2))) != first
+    first = list(answers(*loaded, prompts, warm))
+    assert list(answers(*loaded, prompts, warm)) == first
+    assert list(answers(*loaded, prompts[2:], warm, numbers=[2, 3])) == first[2:]
+    assert list(answers(*loaded, prompts, replace(warm, seed=2))) != first
     unseeded = replace(warm, seed=None)
-    assert list(answers(*loaded, questions, generation=unseeded)) != list(
-        answers(*loaded, questions, generation=unseeded)
-    )
+    assert list(answers(*loaded, prompts, unseeded)) != list(answers(*loaded, prompts, unseeded))
     state = torch.get_rng_state()
     beams = replace(warm, num_beams=2)
-    assert list(answers(*loaded, questions, generation=beams)) == list(answers(*loaded, questions, generation=beams))
+    assert list(answers(*loaded, prompts, beams)) == list(answers(*loaded, prompts, beams))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -92,58 +90,57 @@ def test_draws_follow_the_softmax() -> None:
     assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / 4000).sqrt()).all()
 
 
-def test_the_penalty_counts_what_is_new(loaded: Loaded) -> None:
+def test_the_penalty_counts_what_is_new(loaded: LoadedModel) -> None:
     """Words and images of the question are not penalised, as in the original: the first token is the greedy one."""
     model, processor = loaded
-    words = Prompt((f"{IMAGE_TAG} " + "".join(processor.tokenizer.convert_ids_to_tokens(range(32, 127))),))
     (image,) = tiny.encoded_images(1)
+    words = f"{IMAGE_TAG} " + "".join(processor.tokenizer.convert_ids_to_tokens(range(32, 127)))
+    prompt = Prompt((words,), (image,))
     one = Generation(max_new_tokens=1)
     plain, punished = (
-        list(answers(model, processor, [(words, [image])], generation=g))
-        for g in (one, replace(one, repetition_penalty=10.0))
+        list(answers(model, processor, [prompt], g)) for g in (one, replace(one, repetition_penalty=10.0))
     )
     assert plain == punished
     longer = replace(one, max_new_tokens=12)
     repeats, new = (
-        next(iter(answers(model, processor, [(words, [image])], generation=g)))
-        for g in (longer, replace(longer, repetition_penalty=10.0))
+        next(iter(answers(model, processor, [prompt], g))) for g in (longer, replace(longer, repetition_penalty=10.0))
     )
     assert len(set(new)) > len(set(repeats))
 
 
-def test_a_stream_ends_where_told(loaded: Loaded, questions: list[Question]) -> None:
-    whole = stream(*loaded, *questions[1], SHORT)
+def test_a_stream_ends_where_told(loaded: LoadedModel, prompts: list[Prompt]) -> None:
+    whole = stream(*loaded, prompts[1], SHORT)
     assert "".join(whole) and (whole.finish, whole.new_tokens) == ("length", 8)
-    assert whole.prompt_tokens == len(loaded[1].row(questions[1][0].parts, 1, add_bos_token=True))
-    left = stream(*loaded, *questions[1], Generation(max_new_tokens=180))
+    assert whole.prompt_tokens == len(prompt_tokens(*loaded, prompts[1], 8))
+    left = stream(*loaded, prompts[1], Generation(max_new_tokens=180))
     for _piece in left:
         break
     left.close()
     assert left.finish == "closed" and left.new_tokens < 100
-    text = next(iter(answers(*loaded, questions[1:2], generation=SHORT)))
-    stopped = stream(*loaded, *questions[1], replace(SHORT, stop=(text[2:4],)))
+    text = next(iter(answers(*loaded, prompts[1:2], SHORT)))
+    stopped = stream(*loaded, prompts[1], replace(SHORT, stop=(text[2:4],)))
     assert "".join(stopped) == cut(text, (text[2:4],)) != text
     assert stopped.finish == "stop" and stopped.new_tokens < 8
 
 
 def test_an_error_in_a_stream_comes_out_of_it(
-    loaded: Loaded, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = stream(*loaded, *questions[0], SHORT)
+    broken = stream(*loaded, prompts[0], SHORT)
     monkeypatch.setattr(loaded[0], "generate", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(broken)
 
 
-def test_a_prompt_that_is_too_long_is_refused(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_is_too_long_is_refused(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaded[0].config.text_config, "max_position_embeddings", 40)
     with pytest.raises(DataError, match=r"prompt of 35 tokens \(3 of them for 1 image\(s\)\) .* up to 8 exceed .* 40"):
-        list(answers(*loaded, [("é" * 16 + "<ImageHere>", tiny.encoded_images(1))], max_new_tokens=8))
-    assert len(list(answers(*loaded, [("é" * 16, [])], max_new_tokens=8))) == 1
+        list(answers(*loaded, [Prompt(("é" * 16 + "<ImageHere>",), tuple(tiny.encoded_images(1)))], SHORT))
+    assert len(list(answers(*loaded, [Prompt(("é" * 16,))], SHORT))) == 1
     with pytest.raises(DataError, match="empty"):
-        list(answers(*loaded, [("", [])]))
+        list(answers(*loaded, [Prompt(("",))], SHORT))
     with pytest.raises(DataError, match="1 times"):
-        stream(*loaded, "<ImageHere>")
+        stream(*loaded, Prompt(("<ImageHere>",)), SHORT)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.errors import ConfigError, WeightsError
 from tinygptv_ds.generate import load as loading
-from tinygptv_ds.generate.load import Loaded, load_model
+from tinygptv_ds.generate.load import LoadedModel, load_model
 from tinygptv_ds.generate.quantize import AdaptedLinear, quantized_linear
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.parameters import learnt
@@ -55,7 +55,7 @@ def error(found: Tensor, true: Tensor) -> float:
     return float((found - true).norm() / true.norm())
 
 
-def test_every_form_is_the_same_model(trained_run: Path, loaded: Loaded, tmp_path: Path) -> None:
+def test_every_form_is_the_same_model(trained_run: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     """Bit for bit where LoRA lies apart, to rounding where it is merged, in memory or in the files."""
     as_resolved = logits(resolve(trained_run).model(FP32))
     export_adapter(resolve(trained_run), tmp_path / "adapter", dtype=None)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tinygptv_ds.generate.stopping import Shown, StopAtText, cut
+from tinygptv_ds.generate.stopping import StopAtText, StreamedText, cut
 
 TEXTS = st.text(alphabet="#ab \né😀", max_size=24)
 STOPS = st.lists(st.text(alphabet="#a\n é", min_size=1, max_size=4), max_size=3)
@@ -26,7 +26,7 @@ def letters() -> PreTrainedTokenizerFast:
 @given(TEXTS, STOPS, st.lists(st.integers(0, 24), max_size=6))
 @example("#aa", ["a", "#aa"], [2])  # the shorter one is there before the one that begins earlier
 def test_pieces_are_the_answer_for_any_split(text: str, stops: list[str], splits: list[int]) -> None:
-    shown = Shown(stops)
+    shown = StreamedText(stops)
     pieces = [shown.piece(text[:at]) for at in sorted(splits)]
     pieces.append(shown.piece(text, complete=True))
     assert "".join(pieces) == cut(text, stops)
@@ -40,14 +40,14 @@ def test_pieces_are_the_answer_for_any_split(text: str, stops: list[str], splits
 def test_bytes_one_by_one(letters: PreTrainedTokenizerFast, text: str, stops: tuple[str, ...]) -> None:
     """Half a character is held back until it is whole."""
     ids = letters(text)["input_ids"]
-    shown = Shown(stops)
+    shown = StreamedText(stops)
     pieces = [shown.piece(letters.decode(ids[:end])) for end in range(1, len(ids) + 1)]
     assert "".join(pieces) + shown.piece(letters.decode(ids), complete=True) == cut(text, stops)
     assert "\ufffd" not in "".join(pieces)
 
 
 def test_nothing_that_may_become_a_stop_is_shown() -> None:
-    shown = Shown(("###",))
+    shown = StreamedText(("###",))
     assert [shown.piece(text) for text in ("a", "a #", "a ##", "a ##b", "a ##b#", "a ##b###c")] == [
         "a", "", "", " ##b", "", "",
     ]  # fmt: skip

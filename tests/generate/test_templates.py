@@ -7,8 +7,10 @@ from helpers import tiny
 from transformers import AutoTokenizer
 
 from tinygptv_ds.config.recipe import TextSection
+from tinygptv_ds.config.template_names import TEMPLATE_NAMES
 from tinygptv_ds.errors import ConfigError, DataError
-from tinygptv_ds.generate.templates import Conversation, choose_template
+from tinygptv_ds.generate.conversation import Conversation
+from tinygptv_ds.generate.templates import TEMPLATES, choose_template
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
 from tinygptv_ds.processing.text import render
@@ -34,7 +36,7 @@ def test_the_originals(wanted: str, first: str, later: str) -> None:
     talk = Conversation(choose_template(wanted, STAGE4, "###"))
     prompt = talk.ask("what?", ["p.jpg"])
     assert (prompt.parts, prompt.add_bos_token, prompt.stop) == ((first,), False, ("###",))
-    talk.answered("a bus")
+    talk.add_answer("a bus")
     assert talk.ask("and?").parts == (first + later,)
 
 
@@ -50,7 +52,7 @@ def test_the_rows_of_training(weights: Path, template: str) -> None:
     talk = Conversation(choose_template(None, template, "###"))
     for number, (question, answer) in enumerate(turns):
         prompt = talk.ask(question, ["p.jpg"] if number == 0 else [])
-        talk.answered(answer)
+        talk.add_answer(answer)
     row = processor.row(prompt.parts, 1, add_bos_token=prompt.add_bos_token)
     last = len(processor.row(("end###",), 0, add_bos_token=False))
     assert row == trained.input_ids.tolist()[:-last]
@@ -64,19 +66,26 @@ def test_what_the_checkpoint_calls_for() -> None:
     captions = choose_template(None, None, "\n")
     assert (captions.name, captions.stop) == ("A", ("###", "\n"))
     bare = choose_template("training", None, "\n")
-    prompt = bare.prompt([(bare.with_images("<ImageHere>", 1), None)])
+    prompt = Conversation(bare).ask("<ImageHere>", ["p.jpg"])
     assert (prompt.text, prompt.add_bos_token, prompt.stop) == ("<ImageHere>", True, ("\n",))
     own = choose_template("Q: {} A:", STAGE4, "###")
-    assert own.prompt([("x {}", None)]).text == "Q: x {} A:"
+    assert Conversation(own).ask("x {}").text == "Q: x {} A:"
     for wrong in ("D", "{} {}", ""):
-        with pytest.raises(ConfigError, match=r"A, B, C, training"):
+        with pytest.raises(ConfigError, match=r"--template must be one of training, benchmark, A, B, C, or a text"):
             choose_template(wrong, None, "###")
+
+
+def test_every_name_has_a_template() -> None:
+    for name in TEMPLATE_NAMES:
+        assert Conversation(choose_template(name, STAGE4, "###")).ask("what?").text.count("what?") == 1
+    assert {*TEMPLATE_NAMES} == {"training", "benchmark", *TEMPLATES}
+    assert choose_template("benchmark", STAGE4, "\n") == choose_template("C", STAGE4, "\n")
 
 
 def test_images_come_in_any_turn() -> None:
     talk = Conversation(choose_template("C", None, "###"))
     talk.ask("what?")
-    talk.answered("no <ImageHere> there")
+    talk.add_answer("no <ImageHere> there")
     prompt = talk.ask("and here?", ["a.jpg", "b.jpg"])
     assert prompt.text == f"###Human: what?###Assistant: no  there###Human: {IMAGE * 2} and here?###Assistant: "
     assert talk.images == ["a.jpg", "b.jpg"]

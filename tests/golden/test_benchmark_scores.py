@@ -57,4 +57,4 @@ def test_refcoco(golden: Path) -> None:
 def test_prompts(golden: Path) -> None:
     for example in read(golden, "answer_cleaning")["eval_prompt"]["examples"]:
         words = wording(PUBLISHED["okvqa"].benchmark, Settings(), None, "\n")
-        assert words.prompt(Question("k", example["question"], "", tuple)) == example["prompt"]
+        assert words.text(Question("k", example["question"], "", tuple)) == example["prompt"]

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 
 from tinygptv_ds.evaluation.answer_scores import (
-    EVALUATION_TEMPLATE,
     cut,
-    evaluation_prompt,
     gqa_hit,
     hateful_memes_label,
     okvqa_answer,
@@ -32,6 +30,8 @@ from tinygptv_ds.evaluation.vqa_accuracy import (
     single_line,
     vqa_accuracy,
 )
+from tinygptv_ds.generate.conversation import Conversation
+from tinygptv_ds.generate.templates import PUBLISHED
 
 
 def read(golden: Path, name: str) -> dict:
@@ -117,7 +117,7 @@ def test_labels_in_the_text(golden: Path) -> None:
 
 def test_prompts(golden: Path) -> None:
     known = read(golden, "answer_cleaning")["eval_prompt"]
-    assert known["template_of_one_question"] == EVALUATION_TEMPLATE
+    assert known["template_of_one_question"] == Conversation(PUBLISHED).ask("{question}", ["image"]).text
     assert known["examples"]
     for example in known["examples"]:
-        assert evaluation_prompt(example["question"]) == example["prompt"]
+        assert Conversation(PUBLISHED).ask(example["question"], ["image"]).text == example["prompt"]

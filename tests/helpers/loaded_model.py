@@ -9,7 +9,7 @@ from torch import Tensor
 from helpers import tiny
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.config.recipe import Recipe
-from tinygptv_ds.generate.load import Loaded, load_model
+from tinygptv_ds.generate.load import LoadedModel, load_model
 from tinygptv_ds.models.parameters import learnt
 from tinygptv_ds.weights.assemble import build_model
 from tinygptv_ds.weights.export.hf import export_hf
@@ -46,5 +46,5 @@ def exported(trained_run: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def loaded(exported: Path) -> Loaded:
+def loaded(exported: Path) -> LoadedModel:
     return load_model(exported, torch.float32)

@@ -83,7 +83,7 @@ def test_an_unreadable_image_stops_before_the_first_step(recipe_file: Callable[.
         ({"benchmarks": [{"kind": "refcoco", "root": "x", "split": "test"}]}, "its splits are val, testA, testB"),
         (
             {"benchmarks": [{"kind": "vqa", "shards": "x", "template": "no"}]},
-            "template must be training, benchmark, A, B, C, or",
+            "template must be one of training, benchmark, A, B, C, or",
         ),
         ({"benchmarks": [{"kind": "vqa", "shards": "x"}] * 2}, "vqa appears more than once; give each a name"),
         ({"every": 5}, "evaluation.every is set, but evaluation.benchmarks is empty"),

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from tinygptv_ds.config.recipe import ModelSection, TextSection
 from tinygptv_ds.errors import ConfigError, WeightsError
-from tinygptv_ds.generate.generate import load_model
+from tinygptv_ds.generate.load import load_model
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.processor import TinyGPTVProcessor

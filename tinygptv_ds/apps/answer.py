@@ -18,16 +18,15 @@ from tinygptv_ds.apps.question_file import Line, QuestionFile, read_images
 from tinygptv_ds.distributed import Ranks, ranks_from_env, together, wait_for_all
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.files import sha256
+from tinygptv_ds.generate.conversation import Prompt, Turn
 from tinygptv_ds.generate.model_args import add_model_arguments, check_model_arguments, load_from
 from tinygptv_ds.generate.settings import Generation, add_generation_arguments, generation_from
-from tinygptv_ds.generate.templates import Conversation, Prompt, Template
 from tinygptv_ds.log import LOGGER, set_up_logging
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-    from tinygptv_ds.processing.processor import TinyGPTVProcessor
+    from tinygptv_ds.generate.answerer import Answerer
 
 _READERS = 4  # threads that read, fetch and decode images meanwhile
 _SHOWN = 5
@@ -39,17 +38,13 @@ class Work:
     """What answers and how.
 
     Attributes:
-        model: from `load_model`.
-        processor: from `load_model`.
-        template: the words around a question.
+        answerer: the model with its template.
         generation: settings.
         batch_size: questions at once.
         allow_private: fetch images from private addresses.
     """
 
-    model: TinyGPTVForConditionalGeneration
-    processor: TinyGPTVProcessor
-    template: Template
+    answerer: Answerer
     generation: Generation
     batch_size: int
     allow_private: bool
@@ -61,7 +56,6 @@ class Asked:
 
     line: Line
     prompt: Prompt | None = None
-    pixels: Sequence[np.ndarray] = ()
     problem: str = ""
 
 
@@ -164,40 +158,30 @@ def _answer_all(
     import torch
 
     device = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None
-    model, processor, template = load_from(args, device)
-    work = Work(model, processor, template, generation, args.batch_size, args.allow_private)
+    work = Work(load_from(args, device=device), generation, args.batch_size, args.allow_private)
     ordered = sorted(mine, key=lambda line: line.weight, reverse=True)
     hidden = None if ranks.is_main else True
     what = "answers" if ranks.world_size == 1 else f"answers of rank 0 (1 of {ranks.world_size})"
     with tqdm(desc=what, total=share, initial=share - len(mine), unit="question", disable=hidden) as bar:
         shown = not (args.show_prompt and ranks.is_main)
         for batch in _batches(ordered, work):
-            ready = [asked for asked in batch if asked.prompt is not None]
+            ready = [asked.prompt for asked in batch if asked.prompt is not None]
             if ready and not shown:
-                from tinygptv_ds.generate.generate import describe
-
-                tqdm.write(describe(ready[0].prompt, processor, len(ready[0].pixels)))
+                tqdm.write(work.answerer.describe(ready[0]))
                 shown = True
-            for asked, record in _records(batch, ready, work, args.answer_field):
+            for asked, record in _records(batch, work, args.answer_field):
                 if args.strict and "error" in record:
                     raise DataError(f"{asked.line.where}: {record['error']}")
                 answered.write(asked.line.index, record)
             bar.update(len(batch))
 
 
-def _records(batch: list[Asked], ready: list[Asked], work: Work, field: str) -> Iterator[tuple[Asked, dict[str, Any]]]:
+def _records(batch: list[Asked], work: Work, field: str) -> Iterator[tuple[Asked, dict[str, Any]]]:
     """Each line's fields with its answer or error."""
-    from tinygptv_ds.generate.generate import answers
-
-    given = answers(
-        work.model,
-        work.processor,
-        [(asked.prompt, asked.pixels) for asked in ready],
-        generation=work.generation,
-        batch_size=work.batch_size,
-        numbers=[asked.line.index for asked in ready],
-    )
-    for asked, answer in zip(ready, given, strict=True):
+    ready = [(asked, asked.prompt) for asked in batch if asked.prompt is not None]
+    prompts, numbers = [prompt for _, prompt in ready], [asked.line.index for asked, _ in ready]
+    given = work.answerer.answers(prompts, work.generation, batch_size=work.batch_size, numbers=numbers)
+    for (asked, _), answer in zip(ready, given, strict=True):
         yield asked, {**asked.line.fields, field: answer}
     for asked in batch:
         if asked.prompt is None:
@@ -223,7 +207,6 @@ def _batches(lines: Sequence[Line], work: Work) -> Iterator[list[Asked]]:
 
 def _ready(line: Line, work: Work) -> Asked:
     """Read and decode the images and word the prompt; what is wrong with the line is kept with it."""
-    from tinygptv_ds.generate.generate import prompt_row
     from tinygptv_ds.processing.image import to_pixels
 
     try:
@@ -233,21 +216,17 @@ def _ready(line: Line, work: Work) -> Asked:
         pixels = []
         for number, image in enumerate(encoded, 1):
             try:
-                pixels.append(to_pixels(image, work.processor.image_size))
+                pixels.append(to_pixels(image, work.answerer.processor.image_size))
             except DataError as error:
                 raise DataError(f"image {number} of {len(encoded)}: {error}") from None
-        prompt = _prompt(line, pixels, work.template)
-        prompt_row(work.model, work.processor, prompt, len(pixels), work.generation.max_new_tokens)
+        prompt = work.answerer.prompt(_turns(line, pixels))
+        work.answerer.prompt_length(prompt, work.generation.max_new_tokens)
     except DataError as error:
         return Asked(line, problem=str(error))
-    return Asked(line, prompt, pixels)
+    return Asked(line, prompt)
 
 
-def _prompt(line: Line, images: Sequence, template: Template) -> Prompt:
-    talk = Conversation(template)
-    waiting = images
-    for question, answer in line.history:
-        talk.ask(question, waiting)
-        talk.answered(answer)
-        waiting = ()
-    return talk.ask(line.question, waiting)
+def _turns(line: Line, images: Sequence[np.ndarray]) -> list[Turn]:
+    """The conversation of a line; all images belong to its first question."""
+    turns = [Turn(question, answer=answer) for question, answer in line.history] + [Turn(line.question)]
+    return [dataclasses.replace(turns[0], images=images), *turns[1:]]

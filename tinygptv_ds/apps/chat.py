@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING
 from tinygptv_ds.apps.fetch_image import fetch_image, is_url
 from tinygptv_ds.errors import DataError, TinyGPTVError
 from tinygptv_ds.files import cache_home
+from tinygptv_ds.generate.conversation import Conversation, Prompt
 from tinygptv_ds.generate.model_args import add_model_arguments, check_model_arguments, load_from
 from tinygptv_ds.generate.settings import Generation, add_generation_arguments, generation_from
-from tinygptv_ds.generate.templates import Conversation, Prompt
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-    from tinygptv_ds.processing.processor import TinyGPTVProcessor
+    from tinygptv_ds.generate.answerer import Answerer
 
 _HELP = """\
 /image PATH|URL   an image for the next question; further ones may follow
@@ -49,11 +48,12 @@ def run(args: argparse.Namespace) -> None:
     check_model_arguments(args)
     generation = generation_from(args)
     images = [load_image(source, args.allow_private) for source in args.image]
-    model, processor, template = load_from(args)
+    answerer = load_from(args)
+    model, template = answerer.model, answerer.template
     dtype = str(model.dtype).removeprefix("torch.")
     about = f"{args.bits} bit, {dtype}" if args.bits < 16 else dtype
     print(f"{args.model}: {about} on {model.device}, template {template.name}; /help", file=sys.stderr, flush=True)
-    chat = Chat(model, processor, Conversation(template), generation, args.show_prompt, args.allow_private, images)
+    chat = Chat(answerer, Conversation(template), generation, args.show_prompt, args.allow_private, images)
     for line in _typed() if sys.stdin.isatty() else sys.stdin:
         if not chat.take(line):
             return
@@ -84,8 +84,7 @@ class Chat:
     """One conversation with a model.
 
     Attributes:
-        model: from `load_model`.
-        processor: from `load_model`.
+        answerer: the model with its template.
         conversation: what has been said.
         generation: settings.
         show_prompt: print every prompt before its answer.
@@ -94,8 +93,7 @@ class Chat:
         prompt: the last one.
     """
 
-    model: TinyGPTVForConditionalGeneration
-    processor: TinyGPTVProcessor
+    answerer: Answerer
     conversation: Conversation
     generation: Generation
     show_prompt: bool = False
@@ -145,13 +143,9 @@ class Chat:
     def _print_prompt(self) -> None:
         if self.prompt is None:
             raise DataError("nothing has been asked yet")
-        from tinygptv_ds.generate.generate import describe
-
-        print(describe(self.prompt, self.processor, len(self.conversation.images)))
+        print(self.answerer.describe(self.prompt))
 
     def _answer(self, question: str) -> None:
-        from tinygptv_ds.generate.generate import stream
-
         talk = self.conversation
         self.prompt = talk.ask(question, self.waiting)
         if self.show_prompt:
@@ -159,9 +153,9 @@ class Chat:
         seed = self.generation.seed  # with one seed for all turns, every turn would draw alike
         turn = self.generation if seed is None else replace(self.generation, seed=seed + len(talk.turns) - 1)
         try:
-            answer = stream(self.model, self.processor, self.prompt, talk.images, turn)
+            answer = self.answerer.stream(self.prompt, turn)
         except BaseException:
-            talk.take_back()
+            talk.remove_unanswered()
             raise
         self.waiting = []
         said = ""
@@ -171,7 +165,7 @@ class Chat:
                 print(piece, end="", flush=True)
         answer.close()
         print()
-        talk.answered(said)
+        talk.add_answer(said)
 
 
 def _typed() -> Iterator[str]:

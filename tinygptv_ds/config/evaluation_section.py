@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.config.template_names import BENCHMARK, check_template
 from tinygptv_ds.errors import require
 
-TEMPLATES = ("training", "benchmark", "A", "B", "C")  # by name; docs/inference.md has the last three
 HELD_OUT = ("vqa", "refer", "caption")  # kinds of held-out shards
 # Every published benchmark with its splits, the first being the one that is scored unless another is named.
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -22,24 +21,6 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "refcoco+": ("val", "testA", "testB"),
     "refcocog": ("val", "test"),
 }
-
-
-def is_template(text: str | None, names: Collection[str]) -> bool:
-    """Whether it is none, one of these names, or a template itself: with one `{}` for the question."""
-    return text is None or text in names or text.count("{}") == 1
-
-
-def check_template(template: str | None, where: str = "") -> None:
-    """See that questions can be put in it.
-
-    Raises:
-        ConfigError: it is no name of `TEMPLATES`, and no text with one `{}`.
-    """
-    names = ", ".join(TEMPLATES)
-    require(
-        is_template(template, TEMPLATES),
-        f"{where}template must be {names}, or hold {{}} exactly once, not {template!r}",
-    )
 
 
 @dataclass(frozen=True)
@@ -85,8 +66,11 @@ class ScoredSection:
             splits = SPLITS[self.kind]
             known = f"its splits are {', '.join(splits)}" if splits else "it has no splits"
             require(self.split is None or self.split in splits, f"{where}: split {self.split!r}: {known}")
-        check_template(self.template, f"{where}: ")
-        require(self.kind not in HELD_OUT or self.template != "benchmark", f"{where}: has no template of its own")
+        check_template(self.template, f"{where}: template")
+        require(
+            self.kind not in HELD_OUT or self.template != BENCHMARK,
+            f"{where}: held-out shards have no template of a benchmark",
+        )
 
     @property
     def label(self) -> str:

@@ -12,14 +12,7 @@ from collections.abc import Sequence
 
 from tinygptv_ds.evaluation.vqa_accuracy import vqa_accuracy
 
-EVALUATION = "###Human: {}###Assistant: "  # {} stands for the image's tag, a space and the words
-EVALUATION_TEMPLATE = EVALUATION.replace("{}", "<Img><ImageHere></Img> {question}")
 SHORT_ANSWER = "[vqa] Based on the image, respond to this question with a short answer: {}"
-
-
-def evaluation_prompt(question: str) -> str:
-    """The prompt of every published benchmark but IconQA, whatever template the training used."""
-    return EVALUATION_TEMPLATE.format(question=question)
 
 
 def as_decoded(text: str) -> str:

@@ -16,6 +16,7 @@ from tinygptv_ds.evaluation.benchmarks.question import Answer, Question, Task
 from tinygptv_ds.evaluation.wording import Settings, Wording
 from tinygptv_ds.generate.candidates import Choice, candidate_losses
 from tinygptv_ds.generate.generate import answers
+from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.image import to_pixels
@@ -101,19 +102,19 @@ class Asker:
     def _answer(self, task: Task, wording: Wording, batch: range) -> list[Answer]:
         questions = [task.questions[number] for number in batch]
         images = [question.images() for question in questions]
-        prompts = [wording.prompt(question) for question in questions]
+        generation = Generation(max_new_tokens=self._settings.max_new_tokens)
         try:
             if questions[0].choices:
+                prompts = [wording.text(question) for question in questions]
                 return self._losses(questions, prompts, images, wording.choice_end)
+            asked = [wording.prompt(question, seen) for question, seen in zip(questions, images, strict=True)]
             return list(
                 answers(
                     self._model,
                     self._processor,
-                    list(zip(prompts, images, strict=True)),
-                    stop=wording.stop,
-                    max_new_tokens=self._settings.max_new_tokens,
-                    batch_size=len(batch),
-                    add_bos_token=self._settings.add_bos_token,
+                    asked,
+                    generation,
+                    batch_size=len(asked),
                     in_step=self._in_step,
                 )
             )

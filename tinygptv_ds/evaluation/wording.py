@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from tinygptv_ds.config.evaluation_section import check_template
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.config.template_names import BENCHMARK, TRAINING, check_template
+from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question
-from tinygptv_ds.generate.templates import TEMPLATES
-from tinygptv_ds.processing.text import IMAGE_TAG, wrap
+from tinygptv_ds.generate.conversation import Conversation, Prompt
+from tinygptv_ds.generate.templates import PUBLISHED, Template, choose_template
 
-_STOP = "###"  # between the turns of the published prompts
+if TYPE_CHECKING:
+    from tinygptv_ds.generate.conversation import PromptImage
+
+_END = "###"  # between the turns of the original's prompts; its scripts set no other end
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one evaluation.
+    """How an evaluation puts its questions.
 
     Attributes:
-        template: "benchmark": that of the published scripts; "training": that of the model; "A", "B", "C": the
-            original's; else a template itself. None: benchmark where there is one, else training.
-        max_new_tokens: of an answer at most.
-        batch_size: questions that one rank asks at once. Questions share a batch by their number alone, so answers do
-            not depend on the number of ranks.
-        add_bos_token: start prompts with the BOS token, as in training.
+        template: a name of `TEMPLATE_NAMES` or a text with `{}` for the question; None: "benchmark" where the
+            benchmark has a published template, else "training".
+        max_new_tokens: the maximum length of an answer.
+        batch_size: questions per batch of one rank. Which questions share a batch depends only on their numbers, so
+            answers do not depend on the number of ranks.
+        add_bos_token: whether prompts start with the BOS token, as in training.
     """
 
     template: str | None = None
@@ -32,48 +37,65 @@ class Settings:
     add_bos_token: bool = False
 
     def __post_init__(self) -> None:
-        check_template(self.template)
+        check_template(self.template, "--template")
         if self.max_new_tokens < 1 or self.batch_size < 1:
             raise ConfigError("an evaluation needs a batch size and a number of new tokens of at least 1")
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How one benchmark is worded for one model.
+    """How the questions of one benchmark are worded for one model.
 
     Attributes:
-        template: with `{}` for images and words; None: no wrap.
-        ours: whether words stand in it as in training, with a space behind them.
+        template: the words around a question, with where generation stops.
         end: what ends an answer.
-        stop: where generation stops; "" at the end token alone.
-        choice_end: what is appended to a choice before its likelihood is measured.
+        choice_end: what is appended to a choice before its likelihood is computed.
     """
 
-    template: str | None
-    ours: bool
+    template: Template
     end: str
-    stop: str
     choice_end: str
 
-    def prompt(self, question: Question) -> str:
-        """The whole prompt, with a placeholder for each image."""
-        tags = IMAGE_TAG * question.image_count
-        if not tags:
-            return wrap(self.template, question.text)
-        return wrap(self.template, f"{tags} {question.text}" + (" " if self.ours else ""))
+    @property
+    def stop(self) -> str:
+        """The text at which generation stops; "" for the end token only."""
+        return "".join(self.template.stop)
+
+    def text(self, question: Question) -> str:
+        """Return the whole prompt as text, with a placeholder for each image.
+
+        Raises:
+            DataError: the question places another number of images than it has.
+        """
+        try:
+            placed = self.template.place_images(question.text, question.image_count)
+        except DataError as error:
+            raise DataError(f"question {question.key}: {error}") from None
+        return "".join(self.template.parts([(placed, None)]))
+
+    def prompt(self, question: Question, images: Sequence[PromptImage]) -> Prompt:
+        """Return the prompt of a question with its images.
+
+        Raises:
+            DataError: the question places another number of images than it has.
+        """
+        return Conversation(self.template).ask(question.text, images)
 
 
 def wording(benchmark: Benchmark, settings: Settings, training: str | None, end_sym: str) -> Wording:
-    """The wording that `settings` ask for; `training` and `end_sym` are the model's own template and end of answers."""
-    ours = True
-    if settings.template in (None, "benchmark") and benchmark.template is not None:
-        ours = False
-        template, end, choice_end = benchmark.template, _STOP, "\n"  # the published scripts never set another end
-    elif settings.template in (None, "benchmark", "training"):
-        template, end, choice_end = training, end_sym, end_sym
-    elif settings.template in TEMPLATES:
-        ours = False
-        template, end, choice_end = TEMPLATES[settings.template].prompt([("{}", None)]).text, _STOP, end_sym
-    else:
-        template, end, choice_end = settings.template, _STOP, end_sym
-    return Wording(template, ours, end, "" if benchmark.whole_continuation else end, choice_end)
+    """Return the wording that `settings` ask for.
+
+    Args:
+        benchmark: what is asked.
+        settings: template and BOS token.
+        training: `prompt_template` of the model.
+        end_sym: end symbol of the model.
+    """
+    name = settings.template or BENCHMARK
+    if name == BENCHMARK and benchmark.template is None:
+        name = TRAINING
+    template = choose_template(name, training, end_sym, benchmark.template or PUBLISHED)
+    end = end_sym if name == TRAINING else _END
+    stop = () if benchmark.whole_continuation else (end,)
+    template = replace(template, add_bos_token=settings.add_bos_token, stop=stop)
+    return Wording(template, end, "\n" if name == BENCHMARK else end_sym)

@@ -1,97 +1,103 @@
-"""A loaded model with the template of its questions: conversations in, answers out."""
+"""Conversations and prompts: questions with images go in, prompts for `generate.py` come out. No torch."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
-from tinygptv_ds.errors import DataError
-from tinygptv_ds.generate.generate import Answer, prompt_row, stream
-from tinygptv_ds.generate.model_args import load_from
-from tinygptv_ds.generate.settings import Generation
-from tinygptv_ds.generate.templates import Conversation, Prompt, Template
-from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.processor import Image, TinyGPTVProcessor
+from tinygptv_ds.generate.templates import Template
+from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tinygptv_ds.processing.processor import ImageInput
+
+    PromptImage: TypeAlias = ImageInput | Tensor  # a tensor: cached features `[queries, width]` of the Q-Former
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text with images for the model to continue, and what ends the answer.
+
+    Attributes:
+        parts: texts with `<ImageHere>` for each image; each is tokenized separately.
+        images: one image for each `<ImageHere>`, in order: all as cached features, or none.
+        add_bos_token: whether it starts with the BOS token.
+        stop: texts that end the answer; without any, only the end token does.
+    """
+
+    parts: tuple[str, ...]
+    images: tuple[PromptImage, ...] = ()
+    add_bos_token: bool = False
+    stop: tuple[str, ...] = ("###",)
+
+    @property
+    def text(self) -> str:
+        """All parts joined."""
+        return "".join(self.parts)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with its images, and its answer unless that is wanted."""
+    """A question with its images, and its answer unless that is to be generated."""
 
     question: str
-    images: Sequence[Image] = ()
+    images: Sequence[PromptImage] = ()
     answer: str | None = None
 
 
-@dataclass(frozen=True)
-class Answerer:
-    """Answers conversations, one at a time.
+@dataclass
+class Conversation:
+    """A conversation with images, in which each question gives the next prompt.
 
     Attributes:
-        model: from `load_model`.
-        processor: from `load_model`.
         template: the words around questions and answers.
-        name: of the model, for people and clients.
-        show_prompts: print each prompt.
+        turns: (question with its image tags, answer); the last answer is None until it is added.
+        images: the images of all questions, in order.
     """
 
-    model: TinyGPTVForConditionalGeneration
-    processor: TinyGPTVProcessor
     template: Template
-    name: str
-    show_prompts: bool = False
+    turns: list[tuple[str, str | None]] = field(default_factory=list)
+    images: list[PromptImage] = field(default_factory=list)
 
-    def prompt(self, turns: Sequence[Turn], system: str | None = None) -> tuple[Prompt, list[Image]]:
-        """The prompt for the last turn's answer, and all images.
+    def ask(self, question: str, images: Sequence[PromptImage] = ()) -> Prompt:
+        """Return the prompt for the answer to the next question, which comes after its `images`.
 
-        Args:
-            turns: at least one; all but the last with an answer.
-            system: stands in the place of what the template says before everything.
+        A previous question that was not answered is removed first.
 
         Raises:
-            DataError: the template has no such place, or a question places another number of images than it has.
+            DataError: the question holds another number of `<ImageHere>` than images.
         """
+        self.remove_unanswered()
+        placed = self.template.place_images(question, len(images), later=bool(self.images))
+        self.turns.append((placed, None))
+        self.images.extend(images)
         template = self.template
-        if system is not None:
-            if not template.system:
-                raise DataError(
-                    f"template {template.name} has no place for a system message; say it in the first question"
-                )
-            template = replace(template, system=system)
-        conversation = Conversation(template)
-        for turn in turns:
-            prompt = conversation.ask(turn.question, turn.images)
-            if turn.answer is not None:
-                conversation.answered(turn.answer)
-        return prompt, conversation.images
+        return Prompt(template.parts(self.turns), tuple(self.images), template.add_bos_token, template.stop)
 
-    def prompt_tokens(self, prompt: Prompt, images: Sequence[Image]) -> int:
-        """How long it is, images included.
+    def add_answer(self, answer: str) -> None:
+        """Add the answer to the history, without any image placeholders that the model may have written."""
+        question, _ = self.turns[-1]
+        self.turns[-1] = (question, answer.replace(IMAGE_PLACEHOLDER, ""))
 
-        Raises:
-            DataError: too long for an answer of a single token.
-        """
-        return len(prompt_row(self.model, self.processor, prompt, len(images), 1))
-
-    @property
-    def context(self) -> int:
-        """Tokens of prompt and answer together, at most."""
-        return self.model.config.text_config.max_position_embeddings
-
-    def stream(self, prompt: Prompt, images: Sequence[Image], generation: Generation) -> Answer:
-        """The answer as it comes; errors as of `generate.stream`."""
-        if self.show_prompts:
-            print(f"prompt ({self.prompt_tokens(prompt, images)} tokens): {prompt.text!r}", flush=True)
-        return stream(self.model, self.processor, prompt, images, generation)
+    def remove_unanswered(self) -> None:
+        """Remove the last question with its images, if it was not answered."""
+        if self.turns and self.turns[-1][1] is None:
+            question, _ = self.turns.pop()
+            count = question.count(IMAGE_PLACEHOLDER)
+            del self.images[len(self.images) - count :]
 
 
-def open_answerer(args: argparse.Namespace, name: str | None = None) -> Answerer:
-    """Load the model that a command line names; errors as of `load_from`.
+def prompt_of(template: Template, turns: Sequence[Turn]) -> Prompt:
+    """Return the prompt for the answer to the last of `turns`, of which all others have an answer.
 
-    Args:
-        args: with `add_model_arguments`.
-        name: of the model (default: of its folder or file).
+    Raises:
+        DataError: a question holds another number of `<ImageHere>` than images.
     """
-    model, processor, template = load_from(args)
-    return Answerer(model, processor, template, name or args.model.resolve().name, args.show_prompt)
+    conversation = Conversation(template)
+    for turn in turns[:-1]:
+        conversation.ask(turn.question, turn.images)
+        conversation.add_answer(turn.answer or "")
+    return conversation.ask(turns[-1].question, turns[-1].images)

@@ -12,6 +12,7 @@ import ctypes
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,12 @@ from tinygptv_ds.weights.resolve import resolve
 from tinygptv_ds.weights.safetensors_writer import convert_tensor
 from tinygptv_ds.weights.source import Source, check_weights
 
-Loaded = tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor]
+
+class LoadedModel(NamedTuple):
+    """A model ready to answer, in evaluation mode, with its processor."""
+
+    model: TinyGPTVForConditionalGeneration
+    processor: TinyGPTVProcessor
 
 
 def load_model(
@@ -43,7 +49,7 @@ def load_model(
     quantize_vision: bool = False,
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
-) -> Loaded:
+) -> LoadedModel:
     """A model ready to answer, with its processor.
 
     Args:
@@ -77,7 +83,7 @@ def load_model(
     _fill(model, weights, target)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    return model.eval(), processor
+    return LoadedModel(model.eval(), processor)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

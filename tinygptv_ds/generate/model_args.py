@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.generate.templates import Template, check_template, choose_template
+from tinygptv_ds.config.template_names import check_template
+from tinygptv_ds.generate.templates import choose_template
 from tinygptv_ds.weights.paths import require
 
 if TYPE_CHECKING:
-    from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-    from tinygptv_ds.processing.processor import TinyGPTVProcessor
+    from tinygptv_ds.generate.answerer import Answerer
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +44,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--template",
         metavar="NAME",
-        help="A (the original's demo of stages 1 to 3), B (of stage 4), C (its benchmarks), training (as MODEL was "
-        "trained), or a text with {} for the question (default: training; A where that used none, as in stages 1, 2)",
+        help="A (the original's demo of stages 1 to 3), B (its demo of stage 4), C or benchmark (its benchmarks), "
+        "training (as MODEL was trained), or a text with {} for the question (default: training, and A where training "
+        "used no template, as in stages 1 and 2)",
     )
     group.add_argument(
         "--add-bos-token",
@@ -62,23 +63,26 @@ def check_model_arguments(args: argparse.Namespace) -> None:
         TinyGPTVError: no such model, recipe or template.
     """
     require(args.model)
-    check_template(args.template)
+    check_template(args.template, "--template")
     if args.recipe is not None:
         load_recipe(args.recipe, args.set)
 
 
 def load_from(
-    args: argparse.Namespace, device: str | None = None
-) -> tuple[TinyGPTVForConditionalGeneration, TinyGPTVProcessor, Template]:
-    """The model, its processor and the template that a command line asks for; errors as of `load_model`.
+    args: argparse.Namespace, *, device: str | None = None, name: str | None = None, show_prompts: bool = False
+) -> Answerer:
+    """Load the model that a command line names, with its template; raises as `load_model` does.
 
     Args:
         args: parsed by a parser with `add_model_arguments`, checked by `check_model_arguments`.
-        device: goes before none in `args`, as where each rank has its GPU.
+        device: used where `args` names none, for example each rank's GPU.
+        name: the model's name for users and clients (default: the name of its folder or file).
+        show_prompts: whether `Answerer.stream` prints each prompt.
     """
     from transformers.utils import logging
 
     from tinygptv_ds.dtypes import DTYPES
+    from tinygptv_ds.generate.answerer import Answerer
     from tinygptv_ds.generate.load import load_model
 
     logging.disable_progress_bar()
@@ -95,4 +99,4 @@ def load_from(
     template = choose_template(args.template, processor.prompt_template, processor.end_sym)
     if args.add_bos_token is not None:
         template = replace(template, add_bos_token=args.add_bos_token)
-    return model, processor, template
+    return Answerer(model, processor, template, name or args.model.resolve().name, show_prompts)

@@ -1,16 +1,15 @@
-"""How questions are put to the model: the templates of the original and of the training. No torch.
+"""Question templates: the words around questions and answers in the original's demos and benchmarks and in training.
 
-A prompt is a list of parts. Those of a training template are tokenised each by itself, as the training did; the
-original tokenises its conversations as one text between images.
+This is the only table of templates; every command, benchmark and training run takes its prompts from here. No torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from tinygptv_ds.config.evaluation_section import is_template
-from tinygptv_ds.errors import ConfigError, DataError
+from tinygptv_ds.config.template_names import BENCHMARK, TRAINING, check_template
+from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
 
 _SYSTEM = (
@@ -20,39 +19,20 @@ _SYSTEM = (
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """What is put to the model, its images apart.
-
-    Attributes:
-        parts: texts with `<ImageHere>` for each image, each tokenised by itself.
-        add_bos_token: whether the BOS token stands in front.
-        stop: texts that end the answer.
-    """
-
-    parts: tuple[str, ...]
-    add_bos_token: bool = False
-    stop: tuple[str, ...] = ("###",)
-
-    @property
-    def text(self) -> str:
-        """All parts in one."""
-        return "".join(self.parts)
-
-
-@dataclass(frozen=True)
 class Template:
-    """The words around questions and answers.
+    """The words around the questions and answers of a conversation.
 
     Attributes:
         name: for messages.
-        question: around a question, with `{}` for it.
-        system: in front of the whole, followed by `before`; a system message takes its place.
-        before: in front of the first question.
-        after_answer: behind each answer of the history.
-        add_bos_token: whether the BOS token stands in front.
+        question: the words around a question, with `{}` for it.
+        system: the words before the whole conversation, followed by `before`; a system message replaces them.
+        before: the words before the first question.
+        after_answer: the words after each answer of the history.
+        add_bos_token: whether the prompt starts with the BOS token.
         stop: texts that end an answer.
-        padded: a question next to images has a space behind it, as in training.
-        in_parts: every question and answer is tokenised by itself, as in training.
+        padded: whether a question of a conversation with images has a space after it, as in training.
+        in_parts: whether every question and answer is tokenized separately, as in training; the original tokenizes its
+            conversations as one text between images.
     """
 
     name: str
@@ -65,10 +45,28 @@ class Template:
     padded: bool = False
     in_parts: bool = False
 
-    def prompt(self, turns: Sequence[tuple[str, str | None]]) -> Prompt:
-        """The prompt of a conversation of (question, answer) whose last answer is wanted, or None.
+    @property
+    def text(self) -> str | None:
+        """The whole template of a single question, with `{}` for the question; None if it adds nothing."""
+        whole = self.system + self.before + self.question
+        return None if whole == "{}" else whole
 
-        Questions hold their `<ImageHere>`, see `with_images`.
+    def with_system(self, message: str) -> Template:
+        """Return the template with a system message in place of its own.
+
+        Raises:
+            DataError: the template has no system message.
+        """
+        if not self.system:
+            raise DataError(f"template {self.name} has no place for a system message; write it in the first question")
+        return replace(self, system=message)
+
+    def parts(self, turns: Sequence[tuple[str, str | None]]) -> tuple[str, ...]:
+        """Return the texts of a prompt, each of which is tokenized separately.
+
+        Args:
+            turns: (question, answer); the questions hold their image tags, see `place_images`, and the last answer,
+                which is to be generated, is ignored.
         """
         opening = self.system + self.before
         parts = [opening] if opening else []
@@ -76,18 +74,18 @@ class Template:
             parts.append(self.question.replace("{}", question, 1))
             if number + 1 < len(turns):
                 parts.append(f"{answer}{self.after_answer}")
-        return Prompt(tuple(parts) if self.in_parts else ("".join(parts),), self.add_bos_token, self.stop)
+        return tuple(parts) if self.in_parts else ("".join(parts),)
 
-    def with_images(self, question: str, images: int, *, adjacent: bool = False) -> str:
-        """A question behind its images, unless it places them itself by `<ImageHere>`.
+    def place_images(self, question: str, images: int, *, later: bool = False) -> str:
+        """Put image tags before a question, unless it places its images itself by `<ImageHere>`.
 
         Args:
             question: its words.
-            images: how many come with it.
-            next to: whether the conversation has images already.
+            images: the number of its images.
+            later: whether an earlier turn of the conversation has images.
 
         Raises:
-            DataError: it holds another number of `<ImageHere>`.
+            DataError: the question holds another number of `<ImageHere>`.
         """
         placed = question.count(IMAGE_PLACEHOLDER)
         if placed not in (0, images):
@@ -97,7 +95,7 @@ class Template:
             )
         if placed:
             return question
-        padding = " " if self.padded and (images or adjacent) else ""
+        padding = " " if self.padded and (images or later) else ""
         return f"{IMAGE_TAG * images} {question}{padding}" if images else question + padding
 
 
@@ -106,11 +104,17 @@ TEMPLATES = {
     "B": Template("B", "<s>[INST] {} [/INST]"),
     "C": Template("C", "Human: {}###Assistant: ", before="###", after_answer="###"),
 }
-TRAINING = "training"
+PUBLISHED = TEMPLATES["C"]  # of the published script of every benchmark except IconQA
+ICONQA = Template("IconQA", "Human: {} ###Assistant: ", before="###")  # with a space before the second `###`
 
 
 def training_template(question: str | None, end_sym: str) -> Template:
-    """As in training: `question` is the recipe's `text.prompt_template` (None: no wrap), `end_sym` its end symbol."""
+    """Return the template of training.
+
+    Args:
+        question: `text.prompt_template` of the recipe; None: nothing around the question.
+        end_sym: the end symbol of the recipe.
+    """
     return Template(
         TRAINING,
         "{}" if question is None else question,
@@ -122,77 +126,25 @@ def training_template(question: str | None, end_sym: str) -> Template:
     )
 
 
-def choose_template(wanted: str | None, trained: str | None, end_sym: str) -> Template:
-    """The template that is asked for, or the one that the checkpoint calls for.
+def choose_template(wanted: str | None, trained: str | None, end_sym: str, published: Template = PUBLISHED) -> Template:
+    """Return the template that is asked for, or the one that the checkpoint calls for.
 
     Args:
-        wanted: "A", "B", "C", "training", a text with `{}` for the question (used like the training's), or None: the
-            training's own, and where that wrapped nothing (stages 1 and 2, on bare captions) A, as in the original's
-            demo.
-        trained: the checkpoint's `prompt_template`.
-        end_sym: the checkpoint's; ends an answer in every template.
+        wanted: "training", "benchmark", "A", "B", "C", a text with `{}` for the question (used like the training's), or
+            None: the training's, and where that has no words (stages 1 and 2, on bare captions) A, as in the
+            original's demo.
+        trained: `prompt_template` of the checkpoint.
+        end_sym: end symbol of the checkpoint; ends an answer in every template.
+        published: the template called "benchmark".
 
     Raises:
-        ConfigError: no such template.
+        ConfigError: there is no such template.
     """
+    check_template(wanted, "--template")
     if wanted is None:
         wanted = "A" if trained is None else TRAINING
-    check_template(wanted)
     if wanted == TRAINING:
         return training_template(trained, end_sym)
-    chosen = TEMPLATES.get(wanted) or replace(training_template(wanted, end_sym), name="own")
+    named = {**TEMPLATES, BENCHMARK: published}
+    chosen = named.get(wanted) or replace(training_template(wanted, end_sym), name="own")
     return replace(chosen, stop=tuple(dict.fromkeys((*chosen.stop, end_sym))))
-
-
-def check_template(wanted: str | None) -> None:
-    """See that `choose_template` will know it.
-
-    Raises:
-        ConfigError: it will not.
-    """
-    if is_template(wanted, (TRAINING, *TEMPLATES)):
-        return
-    raise ConfigError(
-        f"--template {wanted!r}: give {', '.join(TEMPLATES)}, {TRAINING}, or a text with {{}} once, for the question"
-    )
-
-
-@dataclass
-class Conversation:
-    """A conversation with images: questions go in, prompts come out, answers are written back.
-
-    Attributes:
-        template: the words around them.
-        turns: (question with its image tags, answer); the last answer is None while it is awaited.
-        images: all of them, in the order of their places.
-    """
-
-    template: Template
-    turns: list[tuple[str, str | None]] = field(default_factory=list)
-    images: list = field(default_factory=list)
-
-    def ask(self, question: str, images: Sequence = ()) -> Prompt:
-        """Put the next question, behind `images`; the prompt goes to the model with `self.images`.
-
-        A question that was not answered is taken back first.
-
-        Raises:
-            DataError: the question holds another number of `<ImageHere>` than images.
-        """
-        self.take_back()
-        worded = self.template.with_images(question, len(images), adjacent=bool(self.images))
-        self.turns.append((worded, None))
-        self.images.extend(images)
-        return self.template.prompt(self.turns)
-
-    def answered(self, answer: str) -> None:
-        """Write the answer back; later prompts hold it, without placeholders that it might have made up."""
-        question, _ = self.turns[-1]
-        self.turns[-1] = (question, answer.replace(IMAGE_PLACEHOLDER, ""))
-
-    def take_back(self) -> None:
-        """Forget a question that was not answered, with its images."""
-        if self.turns and self.turns[-1][1] is None:
-            question, _ = self.turns.pop()
-            count = question.count(IMAGE_PLACEHOLDER)
-            del self.images[len(self.images) - count :]

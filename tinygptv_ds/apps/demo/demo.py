@@ -44,9 +44,10 @@ def run(args: argparse.Namespace) -> None:
 
 def replying(args: argparse.Namespace) -> tuple[Reply, str]:
     """The model that the options name, as the page wants it, and its name."""
-    from tinygptv_ds.generate.conversation import Turn, open_answerer
+    from tinygptv_ds.generate.conversation import Turn
+    from tinygptv_ds.generate.model_args import load_from
 
-    answerer = open_answerer(args)
+    answerer = load_from(args, show_prompts=args.show_prompt)
 
     def reply(
         turns: Sequence[tuple[str, str]], question: str, image: Image.Image | None, generation: Generation
@@ -54,7 +55,6 @@ def replying(args: argparse.Namespace) -> tuple[Reply, str]:
         images = [] if image is None else [image]
         asked = [Turn(said, answer=answer) for said, answer in turns] + [Turn(question)]
         asked[0] = Turn(asked[0].question, images, asked[0].answer)
-        prompt, seen = answerer.prompt(asked)
-        yield from answerer.stream(prompt, seen, generation)
+        yield from answerer.stream(answerer.prompt(asked), generation)
 
     return reply, answerer.name

@@ -10,10 +10,9 @@ from PIL import Image
 from tinygptv_ds.apps.serve.api_errors import Refused
 from tinygptv_ds.apps.serve.request_schema import ChatRequest
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.generate.conversation import Answerer, Turn
-from tinygptv_ds.generate.generate import Answer
+from tinygptv_ds.generate.answerer import Answerer
+from tinygptv_ds.generate.conversation import Prompt, Turn
 from tinygptv_ds.generate.settings import Generation
-from tinygptv_ds.generate.templates import Prompt
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,6 @@ class Prepared:
     """A request that is ready to be answered."""
 
     prompt: Prompt
-    images: Sequence[Image.Image]
     generation: Generation
     prompt_tokens: int
 
@@ -51,8 +49,8 @@ def prepare(
     """
     system, turns = _turns(request, images)
     try:
-        prompt, seen = answerer.prompt(turns, system)
-        length = answerer.prompt_tokens(prompt, seen)
+        prompt = answerer.prompt(turns, system)
+        length = answerer.prompt_length(prompt)
     except DataError as error:
         code = "context_length_exceeded" if "exceed" in str(error) else "invalid_value"
         raise Refused(str(error), param="messages", code=code) from None
@@ -71,12 +69,12 @@ def prepare(
             "stop": tuple(dict.fromkeys((*prompt.stop, *request.stop))),
         }
     )
-    return Prepared(prompt, seen, generation, length)
+    return Prepared(prompt, generation, length)
 
 
 def answer(answerer: Answerer, prepared: Prepared) -> Iterator[str | Finish]:
     """The pieces of text, then how it ended; closing this ends the generation."""
-    under_way: Answer = answerer.stream(prepared.prompt, prepared.images, prepared.generation)
+    under_way = answerer.stream(prepared.prompt, prepared.generation)
     yield from under_way
     yield Finish(under_way.finish, under_way.new_tokens)
 

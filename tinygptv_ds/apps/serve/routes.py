@@ -25,7 +25,7 @@ from tinygptv_ds.apps.serve.completion import Finish, answer, prepare
 from tinygptv_ds.apps.serve.request_images import ImageLimits, load_images
 from tinygptv_ds.apps.serve.request_schema import parse_request
 from tinygptv_ds.apps.serve.worker import Worker
-from tinygptv_ds.generate.conversation import Answerer
+from tinygptv_ds.generate.answerer import Answerer
 from tinygptv_ds.generate.settings import Generation
 
 log = logging.getLogger(__name__)

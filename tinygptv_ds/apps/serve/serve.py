@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> None:
 
     from tinygptv_ds.apps.serve.request_images import ImageLimits
     from tinygptv_ds.apps.serve.routes import Limits, build_app
-    from tinygptv_ds.generate.conversation import open_answerer
+    from tinygptv_ds.generate.model_args import load_from
 
     images = ImageLimits(
         args.most_images, args.most_image_mb * _MB, args.most_megapixels * _MB, fetch=not args.no_fetch
     )
     limits = Limits(args.most_body_mb * _MB, args.most_new_tokens, args.most_waiting, images)
-    answerer = open_answerer(args, args.model_name)
+    answerer = load_from(args, name=args.model_name, show_prompts=args.show_prompt)
     app = build_app(answerer, defaults, limits, api_key)
     config = uvicorn.Config(
         app,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tinygptv_ds.evaluation.answer_scores import EVALUATION, SHORT_ANSWER, gqa_hit
+from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER, gqa_hit
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
+from tinygptv_ds.generate.templates import PUBLISHED
 
 PLACES = {"questions": "gqa/testdev_balanced_questions.json", "images": "gqa/gqa_images"}
 
@@ -18,7 +19,7 @@ def _points(question: Question, text: str, *, compat: bool) -> float:
 
 BENCHMARK = Benchmark(
     rules=strict_and_compat(_points),
-    template=EVALUATION,
+    template=PUBLISHED,
     whole_continuation=True,
 )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tinygptv_ds.evaluation.answer_scores import EVALUATION, hateful_memes_label
+from tinygptv_ds.evaluation.answer_scores import hateful_memes_label
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 from tinygptv_ds.evaluation.benchmarks.vsr import binary_label
+from tinygptv_ds.generate.templates import PUBLISHED
 
 PLACES = {"questions": "hateful_meme/dev.jsonl", "images": "hateful_meme/hm_images"}
 
@@ -19,7 +20,7 @@ def _points(question: Question, text: str, *, compat: bool) -> float:
 
 BENCHMARK = Benchmark(
     rules=strict_and_compat(_points),
-    template=EVALUATION,
+    template=PUBLISHED,
     parsable=lambda question, text: hateful_memes_label(text) is not None,
 )
 _TEXT = "This is an image writting '{}'. Is this image hateful? Answer yes or no. Answer:"  # the published words

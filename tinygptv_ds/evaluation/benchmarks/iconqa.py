@@ -12,6 +12,7 @@ from typing import Any
 from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file
+from tinygptv_ds.generate.templates import ICONQA
 
 PLACES = {
     "questions": "iconvqa/choose_text_val.json",
@@ -32,7 +33,7 @@ def _points(question: Question, losses: list[float]) -> float:
 BENCHMARK = Benchmark(
     # One rule under both names: the original's ranking, asked one question at a time, as it was published, is the same.
     rules={"strict": _points, "compat": _points},
-    template="###Human: {} ###Assistant: ",
+    template=ICONQA,
     shown=lambda question, losses: question.choices[likeliest(losses)],
 )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tinygptv_ds.evaluation.answer_scores import EVALUATION, SHORT_ANSWER, okvqa_accuracy
+from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER, okvqa_accuracy
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 from tinygptv_ds.evaluation.benchmarks.vizwiz import odd_answers
+from tinygptv_ds.generate.templates import PUBLISHED
 
 PLACES = {
     "questions": "okvqa/okvqa_test_split.json",
@@ -24,7 +25,7 @@ def _points(question: Question, text: str, *, compat: bool) -> float:
 
 BENCHMARK = Benchmark(
     rules=strict_and_compat(_points),
-    template=EVALUATION,
+    template=PUBLISHED,
 )
 
 

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tinygptv_ds.generate.templates import Template
+
 Answer = Any  # generated text, or the losses of a question's choices
 
 
@@ -49,7 +51,7 @@ class Benchmark:
     Attributes:
         rules: points of one answer by rule; a score is their mean. Those called "compat..." see the whole
             continuation, the others what stands before the stop.
-        template: the published prompt with `{}` for images and words; None: that of the training.
+        template: that of the published script; None: the training's.
         parsable: whether an answer has the form that is asked for.
         shown: the answer as people read it, from the stopped text or the losses.
         whole_continuation: a rule looks behind `###`, so generation must not stop there.
@@ -57,7 +59,7 @@ class Benchmark:
     """
 
     rules: Mapping[str, Rule]
-    template: str | None = None
+    template: Template | None = None
     parsable: Callable[[Question, Answer], bool] = lambda question, answer: True
     shown: Callable[[Question, Answer], Any] = lambda question, answer: answer
     whole_continuation: bool = False

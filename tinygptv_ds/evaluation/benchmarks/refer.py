@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tinygptv_ds.evaluation.answer_scores import EVALUATION
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 from tinygptv_ds.evaluation.box_scores import clean_box_answer, counts_as_hit, is_well_formed
+from tinygptv_ds.generate.templates import PUBLISHED
 
 LOCATE = "[refer] give me the location of {}"
 _NUMBER = (int, float)
@@ -26,7 +26,7 @@ def _points(question: Question, text: str, *, compat: bool) -> float:
 
 BENCHMARK = Benchmark(
     rules=strict_and_compat(_points),
-    template=EVALUATION,
+    template=PUBLISHED,
     parsable=lambda question, text: is_well_formed(clean_box_answer(text)),
 )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tinygptv_ds.evaluation.answer_scores import EVALUATION, vizwiz_accuracy
+from tinygptv_ds.evaluation.answer_scores import vizwiz_accuracy
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
+from tinygptv_ds.generate.templates import PUBLISHED
 
 PLACES = {"questions": "vizwiz/val.json", "images": "vizwiz/vizwiz_images"}
 
@@ -18,7 +19,7 @@ def _points(question: Question, text: str, *, compat: bool) -> float:
 
 BENCHMARK = Benchmark(
     rules=strict_and_compat(_points),
-    template=EVALUATION,
+    template=PUBLISHED,
 )
 _TEXT = (
     "[vqa] The question is '{}' Based on the image, answer the question with a single word or phrase. "

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from tinygptv_ds.evaluation.answer_scores import EVALUATION, clean_answer, vsr_hit, vsr_points
+from tinygptv_ds.evaluation.answer_scores import clean_answer, vsr_hit, vsr_points
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
+from tinygptv_ds.generate.templates import PUBLISHED
 
 PLACES = {"questions": "vsr/test.jsonl", "images": "vsr/vsr_images"}
 
@@ -21,7 +22,7 @@ BENCHMARK = Benchmark(
         **strict_and_compat(_points),
         "compat_v2": lambda question, text: 100.0 * vsr_points(text, question.truth),
     },
-    template=EVALUATION,
+    template=PUBLISHED,
     parsable=lambda question, text: clean_answer(text).lower() in ("true", "false"),
     whole_continuation=True,
 )

@@ -56,7 +56,7 @@ class Evaluation:
             result = {
                 "benchmark": task.name,
                 "step": step,
-                "template": words.template,
+                "template": words.template.text,
                 **score(task, answers, words.end),
             }
             LOGGER.info("step %d: %s in %.1f s", step, line_of(result), time.perf_counter() - start)

@@ -12,6 +12,9 @@ from tinygptv_ds.data.loader.sample import Sample, Tokens, load_sample
 from tinygptv_ds.data.shards.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream.mixture import SampleRef, sample_rng
 from tinygptv_ds.data.stream.plan import OpenStream, open_stream
+from tinygptv_ds.generate.conversation import Prompt
+from tinygptv_ds.generate.generate import answers
+from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.log import note
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.processing.sequence import prompt_text
@@ -50,9 +53,9 @@ class Panel:
         """Generate and write. To be called on all ranks; `board` is rank 0's."""
         if not self._samples:
             return
-        answers = self._answers()
+        answered = self._answers()
         rows = ["| | prompt | true | generated |", "|-|-|-|-|"]
-        for number, (shown, answer) in enumerate(zip(self._samples, answers, strict=True)):
+        for number, (shown, answer) in enumerate(zip(self._samples, answered, strict=True)):
             cells = [cell(text) for text in (shown.prompt, shown.truth, answer)]
             rows.append(f"| {number} | {' | '.join(cells)} |")
             note(f"sample {number} at step {step}: {shown.prompt!r} -> {answer!r} (true: {shown.truth!r})")
@@ -65,29 +68,18 @@ class Panel:
     def _answers(self) -> list[str]:
         tokens = self._tokens
         processor = TinyGPTVProcessor.for_model(self._engine.module.config, tokens.tokenizer)
-        prompts, samples = [s.prompt for s in self._samples], [s.sample for s in self._samples]
-        inputs = processor.token_rows(prompts, [s.images for s in samples], add_bos_token=True) | _seen(samples)
-        inputs = {name: tensor.to(self._engine.device) for name, tensor in inputs.items()}
+        prompts = [_prompt(shown, tokens.text.end_sym) for shown in self._samples]
+        generation = Generation(max_new_tokens=_NEW_TOKENS)
+        in_step = self._engine.job.zero_stage == 3
         with self._engine.inference() as model:
-            ids = model.generate(
-                **inputs,
-                max_new_tokens=_NEW_TOKENS,
-                do_sample=False,
-                eos_token_id=processor.stop_ids(tokens.text.end_sym),
-                synced_gpus=self._engine.job.zero_stage == 3,
-                pad_token_id=tokens.tokenizer.bos_token_id,
-            )
-        return processor.answers(ids[:, inputs["input_ids"].shape[1] :], tokens.text.end_sym)
+            return list(answers(model, processor, prompts, generation, batch_size=len(prompts), in_step=in_step))
 
 
-def _seen(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """The images of all samples as the model takes them: pixels, or the features that training has."""
-    with_images = [sample for sample in samples if sample.images]
-    if not with_images:
-        return {}
-    if with_images[0].features is not None:
-        return {"image_features": torch.cat([sample.features for sample in with_images])}
-    return {"pixel_values": torch.cat([torch.from_numpy(sample.pixels) for sample in with_images])}
+def _prompt(shown: Shown, end_sym: str) -> Prompt:
+    """Return the prompt of training with its images: as pixels, or as the features that training uses."""
+    sample = shown.sample
+    images = tuple(sample.pixels) if sample.features is None else tuple(sample.features)
+    return Prompt((shown.prompt,), images, add_bos_token=True, stop=(end_sym,))
 
 
 def _shown(recipe: Recipe, stream: OpenStream) -> OpenStream:
