@@ -25,7 +25,7 @@ from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.estimate.memory import GIB, MicroBatch, step_memory
 from tinygptv_ds.estimate.sizes import trained_parts
-from tinygptv_ds.models.flops import peak_flops, step_costs
+from tinygptv_ds.models.flops import peak_flops, step_flops
 from tinygptv_ds.train.checkpoint.saver import Saver
 from tinygptv_ds.train.engine import Engine, start_distributed
 from tinygptv_ds.train.loop import optimizer_step
@@ -121,7 +121,7 @@ class Bench:
 
     def _costs(self, case: Case) -> Any:
         trained = [name for name, _ in self._engine.trained_parameters()]
-        return step_costs(self._engine.module.config, trained, from_features=case.source == "features")
+        return step_flops(self._engine.module.config, trained, from_features=case.source == "features")
 
     def _peak(self) -> float | None:
         device = self._engine.device

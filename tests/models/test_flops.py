@@ -13,7 +13,7 @@ from tinygptv_ds.data.loader.dataset import MicroBatches
 from tinygptv_ds.data.loader.sample import open_tokens
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.models.configuration import TinyGPTVConfig
-from tinygptv_ds.models.flops import Costs, Work, peak_flops, step_costs
+from tinygptv_ds.models.flops import BatchCounts, FlopRates, peak_flops, step_flops
 from tinygptv_ds.models.parameters import Part, lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.metrics.accumulator import _work
@@ -36,13 +36,13 @@ def products(model: TinyGPTVForConditionalGeneration, inputs: dict[str, Any]) ->
     return sum(flops for op, flops in by_op.items() if not any(part in str(op) for part in ATTENTION))
 
 
-def without_kernels(costs: Costs, config: TinyGPTVConfig, vision_passes: int) -> Costs:
+def without_kernels(costs: FlopRates, config: TinyGPTVConfig, vision_passes: int) -> FlopRates:
     """The same without the attention of Phi and the ViT; the Q-Former's is made of products."""
     text, vision = config.text_config, config.vision_config
     rows = (vision.image_size // vision.patch_size) ** 2 + 1
     image = 4 * rows**2 * vision.hidden_size * vision.num_hidden_layers * vision_passes
     half = 6 * text.hidden_size * text.num_hidden_layers
-    return Costs(costs.token - half, costs.square - half, costs.target, costs.image - image)
+    return FlopRates(costs.token - half, costs.square - half, costs.target, costs.image - image)
 
 
 @pytest.mark.parametrize(
@@ -60,16 +60,16 @@ def test_as_torch_counts(
     trained = train_only(model, *parts)
     batch = MicroBatches(open_stream(recipe), open_tokens(recipe, model.config), rank=0, world_size=1)[0, 0].batch
     assert len(batch.pixel_values) >= model._fewest_images()  # no black ones are added
-    costs = without_kernels(step_costs(model.config, trained), model.config, vision_passes)
-    assert costs.of(Work(*_work(batch))) == products(model, model_inputs(batch))
+    costs = without_kernels(step_flops(model.config, trained), model.config, vision_passes)
+    assert costs.of(BatchCounts(*_work(batch))) == products(model, model_inputs(batch))
 
 
 def test_causal_attention_is_half_of_a_square() -> None:
     """One sample of n tokens: n (n + 1) / 2 pairs, two products forward and four backward, in every layer."""
     config = TinyGPTVConfig()
-    costs = step_costs(config, ["llama_proj.weight"])
+    costs = step_flops(config, ["llama_proj.weight"])
     n, text = 100, config.text_config
-    alone = costs.of(Work(tokens=n, squares=n * n)) - costs.of(Work(tokens=n, squares=0))
+    alone = costs.of(BatchCounts(tokens=n, squares=n * n)) - costs.of(BatchCounts(tokens=n, squares=0))
     alone += n * 6 * text.hidden_size * text.num_hidden_layers
     assert alone == pytest.approx(n * (n + 1) / 2 * 4 * text.hidden_size * 3 * text.num_hidden_layers)
 
@@ -84,17 +84,17 @@ def test_causal_attention_is_half_of_a_square() -> None:
         ({"size": 448, "lora": 64, "tokens": 512, "targets": 256}, 7.80),
         ({"size": 224, "lora": 0, "tokens": 48, "targets": 15, "from_features": True}, 0.49),
         ({"size": 448, "lora": 64, "tokens": 512, "targets": 256, "from_features": True}, 5.52),
-        ({"size": 448, "lora": 64, "tokens": 512, "targets": 256, "recompute": True}, 10.45),
+        ({"size": 448, "lora": 64, "tokens": 512, "targets": 256, "recomputed": 1.0}, 10.45),
     ],
 )
 def test_the_published_model(case: dict[str, Any], teraflops: float) -> None:
     """A sample of each stage, against figures worked out by hand from the published sizes."""
     case = dict(case)
     sizes = {"vision_config": {"image_size": case.pop("size")}, "lora_r": case.pop("lora")}
-    work = Work(case["tokens"], case["tokens"] ** 2, case["targets"], 1)
-    options = {name: case[name] for name in ("from_features", "recompute") if name in case}
+    work = BatchCounts(case["tokens"], case["tokens"] ** 2, case["targets"], 1)
+    options = {name: case[name] for name in ("from_features", "recomputed") if name in case}
     trained = [f"llama_proj{n}.weight" for n in ("", "2")]
-    assert step_costs(TinyGPTVConfig(**sizes), trained, **options).of(work) / 1e12 == pytest.approx(
+    assert step_flops(TinyGPTVConfig(**sizes), trained, **options).of(work) / 1e12 == pytest.approx(
         teraflops, rel=0.015
     )
 
@@ -126,4 +126,4 @@ def test_no_torch_is_needed() -> None:
         for name in ("vision_config", "qformer_config", "text_config")
     }
     same = SimpleNamespace(**{**config.to_dict(), **parts})
-    assert step_costs(same, []) == step_costs(config, [])
+    assert step_flops(same, []) == step_flops(config, [])

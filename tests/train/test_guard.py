@@ -20,7 +20,7 @@ from tinygptv_ds.data.stream.plan import OpenStream, open_stream
 from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import TinyGPTVError
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.models.flops import Work
+from tinygptv_ds.models.flops import BatchCounts
 from tinygptv_ds.train.callbacks.guard import Guard, Spikes
 from tinygptv_ds.train.metrics.accumulator import Done, RankTimes, Totals
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_written_does_not_hide_the_stop(
 
 
 def totals(losses: list[tuple[int, float, float]], recent: list[Done]) -> Totals:
-    return Totals(1.0, {}, losses, {}, {}, Work(), [RankTimes(0, 0)], recent)
+    return Totals(1.0, {}, losses, {}, {}, BatchCounts(), [RankTimes(0, 0)], recent)
 
 
 def test_a_spike_names_its_samples(raw_recipe: RAW, tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:

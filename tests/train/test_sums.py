@@ -11,7 +11,7 @@ from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.data.loader.sample import SkippedSample
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.distributed import Ranks
-from tinygptv_ds.models.flops import Costs, Work
+from tinygptv_ds.models.flops import BatchCounts, FlopRates
 from tinygptv_ds.train.metrics.accumulator import RankTimes, Sums, Totals
 from tinygptv_ds.train.metrics.reporter import rates, straggling, training_scalars
 
@@ -63,12 +63,12 @@ def test_sums_are_means_over_tokens() -> None:
     assert totals.steps[2][0] == 6 and math.isnan(totals.steps[2][1]) and totals.steps[2][2] == 0
     assert totals.samples == {"a": 2, "b": 1, "c": 0}
     assert totals.skipped == {"corrupt_image": 1, "too_long": 2}
-    assert totals.work == Work(tokens=10, squares=9 + 4 + 16 + 1, targets=4, images=3)
+    assert totals.work == BatchCounts(tokens=10, squares=9 + 4 + 16 + 1, targets=4, images=3)
     assert totals.ranks == [RankTimes(0.5, 0.25)]
     (left, right) = totals.recent[0].sample_losses()
     assert left == (ref(0, "a"), 3.0, 2) and right == (ref(1, "b"), 7.0, 1)
     again = sums.read(RankTimes(0.0, 0.0))
-    assert (again.loss, again.steps, again.samples["a"], again.work, again.recent) == (0.0, [], 0, Work(), [])
+    assert (again.loss, again.steps, again.samples["a"], again.work, again.recent) == (0.0, [], 0, BatchCounts(), [])
 
 
 def test_ranks_are_told_apart() -> None:
@@ -78,14 +78,14 @@ def test_ranks_are_told_apart() -> None:
 
 
 def totals(ranks: list[RankTimes]) -> Totals:
-    work = Work(tokens=1000, squares=20_000, targets=300, images=8)
+    work = BatchCounts(tokens=1000, squares=20_000, targets=300, images=8)
     steps = [(0, 2.0, 150), (1, 2.0, 150)]
     return Totals(2.0, {"a": 2.0}, steps, {"a": 12, "b": 4}, {"too_long": 3}, work, ranks, [])
 
 
 def test_rates() -> None:
     ranks = [RankTimes(0.1, 1.0), RankTimes(1.5, 0.9)]
-    costs = Costs(token=1e9, square=1e6, target=2e9, image=1e11)
+    costs = FlopRates(token=1e9, square=1e6, target=2e9, image=1e11)
     found = rates(totals(ranks), 4.0, costs, peak=1e12)
     operations = 1e12 + 2e10 + 6e11 + 8e11
     assert found == pytest.approx(

@@ -1,19 +1,19 @@
-"""What a training step costs in floating-point operations, from counts of its batch. No torch.
+"""Floating-point operations (FLOPs) of a training step, from the counts of its batch. Needs no torch.
 
 Frozen parts are counted as what they cost: a frozen layer passes the gradient on, which is as much work as its forward
-pass, but has no weight gradient; what lies before everything that learns has no backward pass; with features in place
-of images ViT and Q-Former cost nothing. The head runs on labelled rows only, attention is causal inside each sample.
+pass, but has no weight gradient; parts before the first trained one have no backward pass; with features in place of
+images ViT and Q-Former cost nothing. The head runs on labelled rows only, attention is causal inside each sample.
 A multiply-add is two operations. Norms, softmax, activations and the optimizer are left out, as is usual for MFU.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# Dense TFLOP/s in bf16 and fp16 with fp32 accumulation, from the makers' data sheets; V100 and T4 have fp16 alone.
+# Dense TFLOP/s in bf16 and fp16 with fp32 accumulation, from the vendors' data sheets; V100 and T4 have only fp16.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -44,14 +44,14 @@ PEAK_TFLOPS = {
 
 
 @dataclass(frozen=True)
-class Work:
-    """What of a batch decides its cost.
+class BatchCounts:
+    """The counts of a batch that decide how many operations it takes.
 
     Attributes:
         tokens: rows of the language model, those of images included.
-        squares: sum over the samples of their lengths' squares.
+        squares: sum of the squared lengths of the samples.
         targets: labelled rows.
-        images: how many.
+        images: number of images.
     """
 
     tokens: float = 0.0
@@ -61,23 +61,40 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Operations of a training step, forward and backward, for one of each count in `Work`."""
+class FlopRates:
+    """Operations for one of each count in `BatchCounts`."""
 
-    token: float
-    square: float
-    target: float
-    image: float
+    token: float = 0.0
+    square: float = 0.0
+    target: float = 0.0
+    image: float = 0.0
 
-    def of(self, work: Work) -> float:
-        """Operations of a step."""
+    def of(self, counts: BatchCounts) -> float:
+        """Return the operations of a batch."""
         parts = (
-            self.token * work.tokens,
-            self.square * work.squares,
-            self.target * work.targets,
-            self.image * work.images,
+            self.token * counts.tokens,
+            self.square * counts.squares,
+            self.target * counts.targets,
+            self.image * counts.images,
         )
         return sum(parts)
+
+    def __add__(self, other: FlopRates) -> FlopRates:
+        """Return the rates of both together."""
+        return FlopRates(
+            self.token + other.token,
+            self.square + other.square,
+            self.target + other.target,
+            self.image + other.image,
+        )
+
+
+@dataclass(frozen=True)
+class PartFlops:
+    """Operations of one part of the model in the forward and in the backward pass."""
+
+    forward: FlopRates = FlopRates()
+    backward: FlopRates = FlopRates()
 
 
 @dataclass(frozen=True)
@@ -89,56 +106,50 @@ class Forward:
 
     @property
     def total(self) -> float:
-        """Both."""
+        """Return the sum of both."""
         return self.linear + self.attention
 
 
-@dataclass(frozen=True)
-class _Linear:
-    """A linear layer, per row. `learns`: its weight has a gradient; `rank`: of the LoRA next to it, which learns."""
-
-    inputs: int
-    outputs: int
-    learns: bool
-    rank: int = 0
-
-    @property
-    def forward(self) -> float:
-        return 2.0 * (self.inputs * self.outputs + self.rank * (self.inputs + self.outputs))
-
-    @property
-    def weight_gradients(self) -> float:
-        return 2.0 * (self.inputs * self.outputs * self.learns + self.rank * (self.inputs + self.outputs))
+def step_flops(
+    config: Any, trained: Collection[str], *, from_features: bool = False, recomputed: float = 0.0
+) -> FlopRates:
+    """Return the operations of a training step, forward and backward; see `flops_by_part` for the arguments."""
+    total = FlopRates()
+    for part in flops_by_part(config, trained, from_features=from_features, recomputed=recomputed).values():
+        total += part.forward + part.backward
+    return total
 
 
-def step_costs(config: Any, trained: Collection[str], *, from_features: bool = False, recompute: bool = False) -> Costs:
-    """The costs under a model's sizes and what of it is trained.
+def flops_by_part(
+    config: Any, trained: Collection[str], *, from_features: bool = False, recomputed: float = 0.0
+) -> dict[str, PartFlops]:
+    """Return the operations of a training step by part: vit, qformer, projections, lora, phi and head.
 
     Args:
         config: a `TinyGPTVConfig`, or anything with its fields.
         trained: canonical names of the trained parameters. Gradients are taken to pass through all of Phi: the
-            projections or something in the first block learn.
+            projections or something in the first block are trained.
         from_features: images come as the Q-Former's outputs.
-        recompute: count Phi's blocks once more, as gradient checkpointing runs them. MFU leaves this out: the work is
-            no more useful for being done twice.
+        recomputed: share of Phi's blocks that run forward twice under gradient checkpointing. MFU leaves this out: the
+            operations are no more useful for being done twice.
     """
     trained = frozenset(trained)
     text = config.text_config
-    linears = [linear for layer in range(text.num_hidden_layers) for linear in _block(config, layer, trained)]
-    forward = sum(linear.forward for linear in linears)
-    token = 2 * forward + sum(linear.weight_gradients for linear in linears)
-    # q k^T and p v over n (n + 1) / 2 pairs, and twice that backward
-    attention = 4.0 * text.hidden_size * text.num_hidden_layers
-    pair = 3 * attention
-    if recompute:
-        token, pair = token + forward, pair + attention
-    head = _Linear(text.hidden_size, text.vocab_size, "language_model.lm_head.weight" in trained)
-    image = _projections(config, trained) + (0.0 if from_features else _vision(config, trained))
-    return Costs(token + pair / 2, pair / 2, 2 * head.forward + head.weight_gradients, image)
+    vit, qformer = (PartFlops(), PartFlops()) if from_features else _vision(config, trained)
+    head = 2.0 * text.hidden_size * text.vocab_size
+    head_backward = head * (1 + ("language_model.lm_head.weight" in trained))
+    return {
+        "vit": vit,
+        "qformer": qformer,
+        "projections": _projections(config, trained),
+        "lora": _lora(config, trained, recomputed),
+        "phi": _phi_blocks(config, trained, recomputed),
+        "head": PartFlops(FlopRates(target=head), FlopRates(target=head_backward)),
+    }
 
 
 def phi_linears(width: int, inner: int) -> dict[str, tuple[int, int]]:
-    """Widths in and out of the linear layers of one of Phi's blocks."""
+    """Return the widths in and out of the linear layers of one of Phi's blocks."""
     return {
         "query_key_value": (width, 3 * width),
         "dense": (width, width),
@@ -147,49 +158,80 @@ def phi_linears(width: int, inner: int) -> dict[str, tuple[int, int]]:
     }
 
 
-def _block(config: Any, layer: int, trained: frozenset[str]) -> list[_Linear]:
-    width, inner = config.text_config.hidden_size, config.text_config.intermediate_size
-    linears = []
-    for name, (inputs, outputs) in phi_linears(width, inner).items():
-        rank = config.lora_r if name in config.lora_targets else 0
-        module = "mlp" if name in ("fc1", "fc2") else "self_attn"
-        learns = f"language_model.model.layers.{layer}.{module}.{name}.weight" in trained
-        linears.append(_Linear(inputs, outputs, learns, rank))
-    return linears
+def _linears(config: Any) -> Iterator[tuple[str, int, int]]:
+    """Yield canonical name, width in and width out of the linear layers of all of Phi's blocks."""
+    text = config.text_config
+    for layer in range(text.num_hidden_layers):
+        for name, (inputs, outputs) in phi_linears(text.hidden_size, text.intermediate_size).items():
+            module = "mlp" if name in ("fc1", "fc2") else "self_attn"
+            yield f"language_model.model.layers.{layer}.{module}.{name}", inputs, outputs
 
 
-def _projections(config: Any, trained: frozenset[str]) -> float:
-    """Per image. The second passes its gradient on where the first learns, the first where the vision path does."""
+def _phi_blocks(config: Any, trained: frozenset[str], recomputed: float) -> PartFlops:
+    """Count linear layers per row, and causal attention, q k^T and p v, over n (n + 1) / 2 pairs of rows."""
+    text = config.text_config
+    forward = backward = 0.0
+    for name, inputs, outputs in _linears(config):
+        linear = 2.0 * inputs * outputs
+        forward += linear
+        backward += linear * (1 + (f"{name}.weight" in trained) + recomputed)
+    pair = 4.0 * text.hidden_size * text.num_hidden_layers
+    pair_backward = pair * (2 + recomputed)
+    return PartFlops(
+        FlopRates(token=forward + pair / 2, square=pair / 2),
+        FlopRates(token=backward + pair_backward / 2, square=pair_backward / 2),
+    )
+
+
+def _lora(config: Any, trained: frozenset[str], recomputed: float) -> PartFlops:
+    forward = backward = 0.0
+    for name, inputs, outputs in _linears(config):
+        if config.lora_r and name.rpartition(".")[2] in config.lora_targets:
+            pair = 2.0 * config.lora_r * (inputs + outputs)
+            forward += pair
+            backward += pair * (1 + (f"{name}.lora_A.weight" in trained) + recomputed)
+    return PartFlops(FlopRates(token=forward), FlopRates(token=backward))
+
+
+def _projections(config: Any, trained: frozenset[str]) -> PartFlops:
+    """Count per image. The second passes its gradient on where the first is trained, the first where vision is."""
     vision = any(name.startswith(("visual_encoder.", "ln_vision.", "query_tokens", "qformer.")) for name in trained)
-    first = _Linear(config.qformer_config.hidden_size, config.proj_hidden_size, "llama_proj.weight" in trained)
-    second = _Linear(config.proj_hidden_size, config.text_config.hidden_size, "llama_proj2.weight" in trained)
-    row = first.forward * (1 + vision) + first.weight_gradients
-    row += second.forward * (1 + (vision or first.learns)) + second.weight_gradients
-    return config.num_query_tokens * row
+    rows, hidden = config.num_query_tokens, config.proj_hidden_size
+    first = 2.0 * rows * config.qformer_config.hidden_size * hidden
+    second = 2.0 * rows * hidden * config.text_config.hidden_size
+    first_trained, second_trained = "llama_proj.weight" in trained, "llama_proj2.weight" in trained
+    backward = first * (vision + first_trained) + second * ((vision or first_trained) + second_trained)
+    return PartFlops(FlopRates(image=first + second), FlopRates(image=backward))
 
 
-def _vision(config: Any, trained: frozenset[str]) -> float:
-    """Per image. A part with anything trained costs three times its forward pass, one behind such a part twice."""
-    vit = any(name.startswith(("visual_encoder.", "ln_vision.")) for name in trained)
-    qformer = any(name.startswith(("query_tokens", "qformer.")) for name in trained)
-    embedding = patch_embedding(config) * (2 if vit else 1)  # pixels have no gradient
-    blocks = vit_blocks(config).total * (3 if vit else 1)
-    return embedding + blocks + qformer_blocks(config).total * (3 if qformer else 2 if vit else 1)
+def _vision(config: Any, trained: frozenset[str]) -> tuple[PartFlops, PartFlops]:
+    """Count ViT and Q-Former per image. A trained part costs twice its forward pass again; pixels have no gradient."""
+    vit_trained = any(name.startswith(("visual_encoder.", "ln_vision.")) for name in trained)
+    qformer_trained = any(name.startswith(("query_tokens", "qformer.")) for name in trained)
+    embedding, blocks, qformer = patch_embedding(config), vit_blocks(config).total, qformer_blocks(config)
+    vit_backward = vit_trained * (embedding + 2 * blocks)
+    qformer_backward = (vit_trained or qformer_trained) * (
+        qformer.linear * (1 + qformer_trained) + 2 * qformer.attention
+    )
+    return (
+        PartFlops(FlopRates(image=embedding + blocks), FlopRates(image=vit_backward)),
+        PartFlops(FlopRates(image=qformer.total), FlopRates(image=qformer_backward)),
+    )
 
 
 def _patches(config: Any) -> int:
-    """Rows of the ViT, the class token included."""
+    """Return the rows of the ViT, the class token included."""
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
 
 
 def patch_embedding(config: Any) -> float:
-    """Operations that make rows of one image's patches."""
+    """Return the operations that embed the patches of one image."""
     vision = config.vision_config
     return 2.0 * (_patches(config) - 1) * 3 * vision.patch_size**2 * vision.hidden_size
 
 
 def vit_blocks(config: Any) -> Forward:
-    """One image through the ViT's blocks."""
+    """Return the operations of one image in the ViT's blocks."""
     vision, rows = config.vision_config, _patches(config)
     width, inner = vision.hidden_size, vision.intermediate_size
     layers = vision.num_hidden_layers
@@ -197,7 +239,7 @@ def vit_blocks(config: Any) -> Forward:
 
 
 def qformer_blocks(config: Any) -> Forward:
-    """One image through the Q-Former, whose every n-th block looks at it."""
+    """Return the operations of one image in the Q-Former; every n-th block has cross-attention to the image."""
     qformer, rows, queries = config.qformer_config, _patches(config), config.num_query_tokens
     width, inner, seen = qformer.hidden_size, qformer.intermediate_size, qformer.encoder_hidden_size
     layers = qformer.num_hidden_layers
@@ -208,10 +250,10 @@ def qformer_blocks(config: Any) -> Forward:
 
 
 def peak_flops(device: str, precision: str) -> float | None:
-    """Dense operations a second of a device, by the name that its driver gives; None where unknown, and in fp32.
+    """Return the peak of a device in dense operations per second; None where it is unknown, and in fp32.
 
     Args:
-        device: for instance "NVIDIA A100-SXM4-80GB".
+        device: its name from the driver, e.g. "NVIDIA A100-SXM4-80GB".
         precision: "bf16", "fp16" or "fp32".
     """
     if precision not in ("bf16", "fp16"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from tinygptv_ds.data.loader.batch import Batch, MicroBatch
 from tinygptv_ds.data.shards.reader import REASONS
 from tinygptv_ds.data.stream.mixture import SampleRef
-from tinygptv_ds.models.flops import Work
+from tinygptv_ds.models.flops import BatchCounts
 from tinygptv_ds.train.engine import Engine
 
 
@@ -75,7 +75,7 @@ class Totals:
     steps: list[tuple[int, float, float]]
     samples: dict[str, int]
     skipped: dict[str, int]
-    work: Work
+    work: BatchCounts
     ranks: list[RankTimes]
     recent: list[Done]
 
@@ -142,7 +142,7 @@ class Sums:
             steps=[(s, step_sums[s] / step_tokens[s] if step_tokens[s] else math.nan, step_tokens[s]) for s in steps],
             samples={name: int(count) for name, count in samples.items()},
             skipped={reason: int(count) for reason, count in skipped.items() if count},
-            work=Work(*(next(values) for _ in range(4))),
+            work=BatchCounts(*(next(values) for _ in range(4))),
             ranks=[RankTimes(next(values), next(values)) for _ in range(ranks)],
             recent=self.recent,
         )
@@ -164,7 +164,7 @@ def _take(values: Iterator[float], keys: Iterable) -> dict:
 
 
 def _work(batch: Batch) -> tuple[float, float, float, float]:
-    """The fields of `Work`, of a batch on the CPU."""
+    """The fields of `BatchCounts`, of a batch on the CPU."""
     images = batch.pixel_values if batch.image_features is None else batch.image_features
     squares = float(np.square(np.diff(batch.cu_seqlens.numpy()), dtype=np.float64).sum())
     return len(batch.input_ids), squares, len(batch.targets), len(images)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from tinygptv_ds.config.load import recipe_dict
 from tinygptv_ds.log import LOGGER, note
-from tinygptv_ds.models.flops import Costs, peak_flops, step_costs
+from tinygptv_ds.models.flops import FlopRates, peak_flops, step_flops
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.metrics.accumulator import RankTimes, Totals
 from tinygptv_ds.train.metrics.wandb_tracker import Tracking
@@ -134,7 +134,7 @@ def training_scalars(totals: Totals, figures: dict[str, float]) -> dict[str, flo
     return scalars | {f"data/mix_{name}": 100 * count / used for name, count in totals.samples.items()}
 
 
-def rates(totals: Totals, seconds: float, costs: Costs, peak: float | None) -> dict[str, float]:
+def rates(totals: Totals, seconds: float, costs: FlopRates, peak: float | None) -> dict[str, float]:
     """`perf/` of a line.
 
     Args:
@@ -188,9 +188,9 @@ def straggling(ranks: list[RankTimes], seconds: float) -> str | None:
     return f"rank {slowest} holds up the others: data wait {wait}, forward passes {forward} (the others' median)"
 
 
-def _costs(engine: Engine) -> Costs:
+def _costs(engine: Engine) -> FlopRates:
     trained = [name for name, _ in engine.trained_parameters()]
-    return step_costs(engine.module.config, trained, from_features=engine.job.recipe.data.features is not None)
+    return step_flops(engine.module.config, trained, from_features=engine.job.recipe.data.features is not None)
 
 
 def _peak(engine: Engine) -> float | None:
