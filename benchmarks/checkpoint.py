@@ -30,11 +30,12 @@ from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.files import sha256, whole_folder
 from tinygptv_ds.models.parameters import learnt
+from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.checkpoint.resume import load_weights, open_checkpoint
 from tinygptv_ds.train.checkpoint.saver import take_snapshot
 from tinygptv_ds.train.checkpoint.storage import STATE, TENSORS, Snapshot, read_state, write_checkpoint
 from tinygptv_ds.train.engine import MOMENTS, Engine, start_distributed
-from tinygptv_ds.train.setup.job import ROOT, Job, default_deepspeed_json
+from tinygptv_ds.train.setup.job import Job, default_deepspeed_json
 from tinygptv_ds.weights.assemble import meta_model
 
 
@@ -54,7 +55,7 @@ class Trained(nn.Module):
 
 def start(run_dir: Path, size: str) -> Engine:
     """An engine that has made a step, so that there are moments."""
-    recipe = load_recipe(ROOT / "stages/stage4.yaml", ["train.batch_size=1", "train.micro_batch_size=1"])
+    recipe = load_recipe(project_root() / "stages/stage4.yaml", ["train.batch_size=1", "train.micro_batch_size=1"])
     path = default_deepspeed_json()
     config = resolve_deepspeed(load_deepspeed_json(path), recipe, 1, str(path))
     job = Job(recipe, config, run_dir, "never", ranks_from_env())

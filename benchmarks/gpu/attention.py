@@ -24,7 +24,7 @@ from tinygptv_ds.models.attention import (
     varlen_attention,
 )
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.train.setup.job import ROOT
+from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.transfer import model_inputs
 
 HEADS = {"published": (32, 80), "tiny": (2, 8)}  # of Phi: how many, and how wide
@@ -108,7 +108,7 @@ def _apart(found: Tensor, wanted: Tensor) -> float:
 
 def compare_packed_with_padded(device: torch.device, out: Path) -> None:
     """The whole tiny model with every back end against padded rows in fp32: losses and gradients, which are checked."""
-    recipe = load_recipe(ROOT / "stages/stage4.yaml", overrides(4, "tiny"))
+    recipe = load_recipe(project_root() / "stages/stage4.yaml", overrides(4, "tiny"))
     config = model_config(recipe, "tiny")
     model = build(config, torch.float32, device).eval()
     batch = make_batches(config, Case(4, 2, "fp32", "pixels", 6), 0, pinned=False).loaded[0].batch.to(device)

@@ -26,12 +26,13 @@ from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.estimate.memory import GIB, MicroBatch, step_memory
 from tinygptv_ds.estimate.sizes import trained_parts
 from tinygptv_ds.models.flops import peak_flops, step_flops
+from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.checkpoint.saver import Saver
 from tinygptv_ds.train.engine import Engine, start_distributed
 from tinygptv_ds.train.loop import optimizer_step
 from tinygptv_ds.train.metrics.accumulator import RankTimes, Sums
 from tinygptv_ds.train.metrics.reporter import memory_gib, rates
-from tinygptv_ds.train.setup.job import ROOT, Job
+from tinygptv_ds.train.setup.job import Job
 from tinygptv_ds.train.transfer import Transfer
 
 WARM_UP, BY_PART = 3, 3  # steps; those by part come after the timed ones
@@ -42,8 +43,10 @@ def make_job(case: Case, size: str, run_dir: Path) -> Job:
     ranks = ranks_from_env()
     batch = [f"train.micro_batch_size={case.batch}", f"train.batch_size={case.batch * ranks.world_size}"]
     steps = ["optimizer.warmup_steps=0", "train.checkpoint_every=0", "train.max_overflows=1000"]
-    recipe = load_recipe(ROOT / f"stages/stage{case.stage}.yaml", [*overrides(case.stage, size), *batch, *steps])
-    path = ROOT / f"ds_configs/zero{case.zero}_{case.precision}.json"
+    recipe = load_recipe(
+        project_root() / f"stages/stage{case.stage}.yaml", [*overrides(case.stage, size), *batch, *steps]
+    )
+    path = project_root() / f"ds_configs/zero{case.zero}_{case.precision}.json"
     raw = load_deepspeed_json(path)
     if size == "tiny" and case.zero == 3:
         raw["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else nothing of it is divided
