@@ -9,16 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from eval import common, refer, vqa
 from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.cli import VERBS
 from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.evaluation.cli import KINDS, add_options
 from tinygptv_ds.train.setup.job import stage_parser
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 LAUNCHER = {"--hostfile": 1, "--no_ssh": 0, "--node_rank": 1, "--master_addr": 1, "--master_port": 1, "--num_gpus": 1}
-BENCHMARKS = {"vqa": vqa.BENCHMARKS, "refer": refer.BENCHMARKS, "caption": ()}
 OTHERS = ("pip", "hf", "wget", "lmms_eval")  # not ours
 
 
@@ -93,6 +92,8 @@ def test_it_is_taken(command: str) -> None:
     elif script == "launch/slurm.sbatch":
         check_stage(*after[:1], after[1:])
     elif script.startswith("eval/"):
-        known = BENCHMARKS[Path(script).stem]
-        args = taken(common.parser("", known), after)
-        assert args.shards or set(args.benchmarks.split(",")) <= set(known)
+        kind = Path(script).stem
+        parser = argparse.ArgumentParser()
+        add_options(parser, kind)
+        args = taken(parser, after)
+        assert args.shards or set(args.benchmarks.split(",")) <= set(KINDS[kind].benchmarks)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -23,6 +22,7 @@ from tinygptv_ds.cli import run_command
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.errors import TinyGPTVError
 from tinygptv_ds.evaluation.benchmarks.held_out import read_held_out
+from tinygptv_ds.evaluation.cli import scores
 from tinygptv_ds.evaluation.report import save_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,22 +159,18 @@ def scores_file(stage: int) -> Path:
 
 def score_vqa(model: Path) -> dict:
     """Held-out VQA, in stage 4's template whatever the stage."""
-    from eval import vqa
-
-    return _score(vqa, model, "digits_vqa")
+    return _score("vqa", model, "digits_vqa")
 
 
 def score_refer(model: Path) -> dict:
     """Held-out boxes."""
-    from eval import refer
-
-    return _score(refer, model, "digits_refer")
+    return _score("refer", model, "digits_refer")
 
 
-def _score(script: Any, model: Path, name: str) -> dict:
+def _score(kind: str, model: Path, name: str) -> dict:
     options = ["--model", str(model), "--shards", str(DATA / name / "test"), "--out", str(RUN / "eval" / model.name)]
     options += ["--template", TEMPLATE, "--add-bos-token", "--batch-size", "125", "--dtype", "fp32", "--fresh"]
-    (result,) = script.scores(options)
+    (result,) = scores(kind, options)
     return result
 
 

@@ -10,12 +10,12 @@ import pytest
 from helpers import benchmark_files
 from helpers.benchmark_files import image, write
 
-from eval import refer, vqa
 from tinygptv_ds.config.evaluation_section import SPLITS, ScoredSection
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Question
 from tinygptv_ds.evaluation.benchmarks.table import PUBLISHED, open_published, open_section, places_of
+from tinygptv_ds.evaluation.cli import scores
 from tinygptv_ds.evaluation.wording import Settings, wording
 from tinygptv_ds.generate.conversation import Conversation
 from tinygptv_ds.generate.templates import TEMPLATES, choose_template
@@ -228,8 +228,8 @@ def test_a_recipe_names_them_with_their_places(root: Path) -> None:
 
 def test_files_are_checked_before_torch_is_imported(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom eval import vqa\nfrom tinygptv_ds.errors import DataError\n"
-        "try:\n    vqa.scores(sys.argv[1:])\nexcept DataError:\n    sys.exit('torch' in sys.modules)\nsys.exit(3)"
+        "import sys\nfrom tinygptv_ds.errors import DataError\nfrom tinygptv_ds.evaluation.cli import scores\n"
+        "try:\n    scores('vqa', sys.argv[1:])\nexcept DataError:\n    sys.exit('torch' in sys.modules)\nsys.exit(3)"
     )
     options = ["--model", str(tmp_path), "--benchmarks", "gqa,hm", "--root", str(tmp_path)]
     done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, check=False)
@@ -238,11 +238,11 @@ def test_files_are_checked_before_torch_is_imported(tmp_path: Path) -> None:
 
 def test_prompts_can_be_looked_at(root: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", str(exported), "--benchmarks", "hm,iconvqa", "--root", str(root), "--show-prompt"]
-    assert vqa.scores([*options, "--template", "training"]) == []
+    assert scores("vqa", [*options, "--template", "training"]) == []
     memes, icons = capsys.readouterr().out.splitlines()
     assert memes.startswith('hm: "[INST] <Img><ImageHere></Img> This is an image writting')
     assert icons.endswith(" [/INST]'; the likeliest choice counts, each with '###' behind it")
     with pytest.raises(ConfigError, match="'gpa' is none of these; did you mean gqa"):
-        vqa.scores(["--model", str(exported), "--benchmarks", "gpa"])
+        scores("vqa", ["--model", str(exported), "--benchmarks", "gpa"])
     with pytest.raises(ConfigError, match="refcocog has val, test"):
-        refer.scores(["--model", str(exported), "--benchmarks", "refcocog", "--splits", "testA"])
+        scores("refer", ["--model", str(exported), "--benchmarks", "refcocog", "--splits", "testA"])

@@ -80,7 +80,7 @@ def test_it_is_found_by_its_entry_point() -> None:
         pytest.skip("tinygptv_ds is not installed as a package")
     from lmms_eval.models import get_model
 
-    assert get_model("tinygptv").__module__ == "eval.lmms_plugin"
+    assert get_model("tinygptv").__module__ == "tinygptv_ds.evaluation.lmms_plugin"
 
 
 @pytest.mark.timeout(300)

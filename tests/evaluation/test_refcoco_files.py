@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval import refer
 from tinygptv_ds.data.sets.common import box_string
-from tinygptv_ds.evaluation import runner as asking
+from tinygptv_ds.evaluation import runner
+from tinygptv_ds.evaluation.cli import scores
+from tinygptv_ds.generate.conversation import Prompt
 
 DATA = Path(__file__).parent / "data"
 SPLITS = {"refcoco_testB": 5095, "refcocog_val": 4896}
@@ -54,24 +55,24 @@ def test_scored_end_to_end(
     true = entries(root)
     sizes: dict[Path, tuple[int, int]] = {}
 
-    def predict(model: object, processor: object, questions: list, **_: object) -> Iterator[str]:
-        for prompt, (image,) in questions:
-            entry = next(true)
+    def predict(model: object, processor: object, prompts: list[Prompt], *_: object, **__: object) -> Iterator[str]:
+        for prompt in prompts:
+            entry, (image,) = next(true), prompt.images
             sizes.setdefault(image, Image.open(image).size)
             assert sizes[image] == (entry["width"], entry["height"])
             assert (
-                prompt
+                prompt.text
                 == f"###Human: <Img><ImageHere></Img> [refer] give me the location of {entry['sents']}###Assistant: "
             )
             box = box_string(entry["bbox"], sizes[image])
             yield box if predictor == "perfect" else f"it is {box}"
 
-    monkeypatch.setattr(asking, "answers", predict)
+    monkeypatch.setattr(runner, "answers", predict)
     given = ["--model", str(exported), "--root", str(root), "--out", str(tmp_path), "--batch-size", "512"]
     results = [
         result
         for name in SPLITS
-        for result in refer.scores([*given, "--benchmarks", name.split("_")[0], "--splits", name.split("_")[1]])
+        for result in scores("refer", [*given, "--benchmarks", name.split("_")[0], "--splits", name.split("_")[1]])
     ]
     assert {result["benchmark"]: result["questions"] for result in results} == SPLITS
     assert [(result["strict"], result["compat"]) for result in results] == [(expected, expected)] * 2

@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import pytest
 from helpers import forked, tiny
 
-from eval import vqa
 from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import ConfigError, DataError
-from tinygptv_ds.evaluation import answer_log
-from tinygptv_ds.evaluation import runner as asking
+from tinygptv_ds.evaluation import answer_log, runner
+from tinygptv_ds.evaluation.cli import scores
 
 QUESTIONS, BATCH = 61, 2
 
@@ -37,7 +36,7 @@ def options(exported: Path, held_out: Path) -> list[str]:
 def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """Without interruption, on one rank."""
     out = tmp_path_factory.mktemp("whole")
-    (result,) = vqa.scores([*options, "--out", str(out)])
+    (result,) = scores("vqa", [*options, "--out", str(out)])
     assert result["questions"] == len(result["predictions"]) == QUESTIONS
     assert len({row["raw"] for row in result["predictions"]}) > 5  # so that a mix-up shows
     return out, result
@@ -73,13 +72,13 @@ def test_killed_on_one_rank_resumed_on_two(options: list[str], whole: tuple[Path
 def asked_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the questions of each later call of the model."""
     counts: list[int] = []
-    answers = asking.answers
+    answers = runner.answers
 
-    def counted(model: object, processor: object, questions: list, **given: object) -> Iterator[str]:
-        counts.append(len(questions))
-        return answers(model, processor, questions, **given)
+    def counted(model: object, processor: object, prompts: list, *given: object, **named: object) -> Iterator[str]:
+        counts.append(len(prompts))
+        return answers(model, processor, prompts, *given, **named)
 
-    monkeypatch.setattr(asking, "answers", counted)
+    monkeypatch.setattr(runner, "answers", counted)
     return counts
 
 
@@ -92,28 +91,28 @@ def test_only_what_is_missing_is_asked(
     kept = (whole[0] / "vqa/answers-00000.jsonl").read_bytes().splitlines(keepends=True)[: 3 * BATCH + 1]
     (folder / "answers-00003.jsonl").write_bytes(b"".join(kept))
     counts = asked_again(monkeypatch)
-    (result,) = vqa.scores([*options, "--out", str(tmp_path)])
+    (result,) = scores("vqa", [*options, "--out", str(tmp_path)])
     assert sum(counts) == QUESTIONS - 3 * BATCH
     assert result == whole[1]
     counts.clear()
-    (result,) = vqa.scores([*options, "--out", str(tmp_path), "--limit", "5"])
+    (result,) = scores("vqa", [*options, "--out", str(tmp_path), "--limit", "5"])
     assert counts == [] and result["predictions"] == whole[1]["predictions"][:5]
 
 
 def test_other_settings_are_refused_or_start_anew(
     options: list[str], whole: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vqa.scores([*options, "--out", str(tmp_path), "--limit", "3"])
+    scores("vqa", [*options, "--out", str(tmp_path), "--limit", "3"])
     changed = [*options, "--out", str(tmp_path), "--limit", "3", "--max-new-tokens", "3"]
     with pytest.raises(ConfigError, match=r"made otherwise \(max_new_tokens: 12 there, 3 here\): --fresh"):
-        vqa.scores(changed)
+        scores("vqa", changed)
     counts = asked_again(monkeypatch)
-    (result,) = vqa.scores([*changed, "--fresh"])
+    (result,) = scores("vqa", [*changed, "--fresh"])
     assert sum(counts) == 3 and result["decoding"]["max_new_tokens"] == 3
     settings = json.loads((tmp_path / "vqa/settings.json").read_text())
     (tmp_path / "vqa/settings.json").write_text(json.dumps(settings | {"checkpoint": "0" * 64}))
     with pytest.raises(ConfigError, match="checkpoint: "):
-        vqa.scores(changed)
+        scores("vqa", changed)
 
 
 def test_answers_to_another_question_are_not_taken(tmp_path: Path) -> None:
@@ -129,11 +128,11 @@ def test_answers_to_another_question_are_not_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("count", "batch", "world"), [(0, 4, 2), (1, 4, 3), (61, 2, 2), (64, 8, 8), (10, 3, 4)])
 def test_every_question_once_and_as_many_batches_on_every_rank(count: int, batch: int, world: int) -> None:
-    shares = [asking.share(count, batch, Ranks(rank, rank, world, world)) for rank in range(world)]
+    shares = [runner.share(count, batch, Ranks(rank, rank, world, world)) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     numbers = sorted(number for share in shares for part in share if part is not None for number in part)
     assert numbers == list(range(count))
-    alone = set(asking.share(count, batch, Ranks(0, 0, 1, 1)))
+    alone = set(runner.share(count, batch, Ranks(0, 0, 1, 1)))
     assert {part for share in shares for part in share if part is not None} == alone
 
 
@@ -142,7 +141,7 @@ def test_a_image_that_cannot_be_decoded_is_named(options: list[str], tmp_path: P
     made[2] = type(made[2])("torn", made[2].record, (made[2].images[0][:80],))
     shards = tiny.write_shards(tmp_path / "torn", made)
     with pytest.raises(DataError, match=r"vqa, question 00000\.tar/torn: the image cannot be decoded"):
-        vqa.scores([*options, "--shards", str(shards), "--out", str(tmp_path / "out")])
+        scores("vqa", [*options, "--shards", str(shards), "--out", str(tmp_path / "out")])
 
 
 def test_choices_are_ranked_alike_in_any_batch(exported: Path, tmp_path: Path) -> None:
@@ -151,7 +150,7 @@ def test_choices_are_ranked_alike_in_any_batch(exported: Path, tmp_path: Path) -
     root = benchmark_files.all_of_vqa(tmp_path / "root")
     given = ["--model", str(exported), "--benchmarks", "iconvqa", "--root", str(root), "--dtype", "fp32"]
     one, two = (
-        vqa.scores([*given, "--batch-size", str(size), "--out", str(tmp_path / str(size))])[0] for size in (1, 2)
+        scores("vqa", [*given, "--batch-size", str(size), "--out", str(tmp_path / str(size))])[0] for size in (1, 2)
     )
     for alone, adjacent in zip(one["predictions"], two["predictions"], strict=True):
         assert alone["losses"] == pytest.approx(adjacent["losses"], rel=1e-5) and alone["answer"] == adjacent["answer"]
@@ -164,8 +163,8 @@ def test_scores_stand_at_the_checkpoints_step(options: list[str], tmp_path: Path
     board = tmp_path / "board"
     given = [*options, "--limit", "2", "--out", str(tmp_path / "out"), "--tensorboard", str(board)]
     with pytest.raises(ConfigError, match="does not tell its step"):
-        vqa.scores(given)
-    (result,) = vqa.scores([*given, "--step", "1200"])
+        scores("vqa", given)
+    (result,) = scores("vqa", [*given, "--step", "1200"])
     events = EventAccumulator(str(board))
     events.Reload()
     assert {"eval/vqa/strict", "eval/vqa/compat", "eval/vqa/empty_answers"} <= set(events.Tags()["scalars"])

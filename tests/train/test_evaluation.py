@@ -9,9 +9,9 @@ import pytest
 from helpers import benchmark_files, forked, tiny
 from helpers.launcher import ZERO_3
 
-from eval import vqa
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.evaluation.cli import scores
 from tinygptv_ds.train.setup.job import parse_job
 
 RAW = Callable[..., dict[str, Any]]
@@ -48,7 +48,7 @@ def test_under_zero_3_and_as_the_scripts_do(raw_recipe: RAW, held_out: Path, tmp
     ):
         during = json.loads((run.folder / f"evaluation/step-00000003/{name}.json").read_text())
         options = ["--model", str(run.folder), "--batch-size", "2", "--max-new-tokens", "6", "--dtype", "fp32"]
-        (after,) = vqa.scores([*options, *given, "--out", str(tmp_path / "out")])
+        (after,) = scores("vqa", [*options, *given, "--out", str(tmp_path / "out")])
         assert after["step"] == 3 and after["template"] == during["template"]
         asked = [
             (row["question"], row.get("raw"), pytest.approx(row.get("losses", []), rel=1e-4))

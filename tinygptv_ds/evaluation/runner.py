@@ -1,10 +1,11 @@
-"""Puts a task's questions to a model: shared over ranks by number, batched, each answer kept as soon as it is there."""
+"""Has a model answer the questions of a task: shared over ranks by number, in batches, every answer logged at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import distributed
 from tqdm import tqdm
 
@@ -22,20 +23,20 @@ from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.image import to_pixels
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 
-# Lengths of the published scripts, which answers and prompts do not reach.
+# Maximum lengths of the published scripts, which no answer or prompt reaches.
 _CHOICE_TOKENS, _PROMPT_TOKENS = 500, 3800
 
 
-class Asker:
-    """Asks one model.
+class Runner:
+    """Has one model answer the questions of tasks, each rank its share.
 
     Args:
         model: in evaluation mode.
-        processor: its own.
-        settings: batch size, lengths, BOS token.
-        ranks: who this process is. Each asks its share of the batches, whose questions are the same for any number of
-            ranks.
-        in_step: every rank makes the same number of forward passes, as it must under ZeRO-3.
+        processor: the processor of the model.
+        settings: batch size and lengths.
+        ranks: this process. A rank answers its share of the batches; which questions share a batch does not depend on
+            the number of ranks.
+        in_step: every rank runs the same number of forward passes, as required under ZeRO-3.
     """
 
     def __init__(
@@ -50,14 +51,14 @@ class Asker:
         self._model, self._processor, self._settings = model, processor, settings
         self._ranks, self._in_step = ranks, in_step
 
-    def ask(self, task: Task, wording: Wording, log: AnswerLog | None = None, *, bar: bool = True) -> list[Answer]:
-        """Answers to all questions, in order, on every rank. To be called on all ranks.
+    def answer(self, task: Task, wording: Wording, log: AnswerLog | None = None, *, bar: bool = True) -> list[Answer]:
+        """Answer all questions; return the answers in order, on every rank. To be called on all ranks.
 
         Args:
-            task: what is asked.
-            wording: its words.
-            log: takes answers as they come, and has those of an evaluation that was killed.
-            bar: show how far rank 0 is with its share.
+            task: the questions.
+            wording: how they are worded.
+            log: keeps the answers as they are generated, and has those of an evaluation that was killed.
+            bar: show a progress bar of rank 0's share.
 
         Raises:
             DataError: an image cannot be read or decoded; names the question.
@@ -78,13 +79,13 @@ class Asker:
             problem = None
             try:
                 for batch in batches:
-                    if batch is None:  # nothing is left for this rank
+                    if batch is None:  # this rank has answered its share
                         if self._in_step:
-                            self._answer(task, wording, range(1))
+                            self._answer_batch(task, wording, range(1))
                         continue
                     given = known[batch]
                     if given is None:
-                        given = self._answer(task, wording, batch)
+                        given = self._answer_batch(task, wording, batch)
                         progress.update(len(batch))
                         if log is not None:
                             log.add(batch, given)
@@ -99,7 +100,7 @@ class Asker:
         by_number = {number: answer for found, _ in shares for number, answer in found.items()}
         return [by_number[number] for number in range(len(task.questions))]
 
-    def _answer(self, task: Task, wording: Wording, batch: range) -> list[Answer]:
+    def _answer_batch(self, task: Task, wording: Wording, batch: range) -> list[Answer]:
         questions = [task.questions[number] for number in batch]
         images = [question.images() for question in questions]
         generation = Generation(max_new_tokens=self._settings.max_new_tokens)
@@ -124,7 +125,7 @@ class Asker:
     def _losses(
         self, questions: Sequence[Question], prompts: Sequence[str], images: Sequence, end: str
     ) -> list[list[float]]:
-        """The mean loss of each choice of each question."""
+        """Return the mean loss of each choice of each question."""
         choices = [
             Choice(prompt, seen, question.choices)
             for prompt, seen, question in zip(prompts, images, questions, strict=True)
@@ -135,14 +136,14 @@ class Asker:
 
 
 def share(count: int, batch_size: int, ranks: Ranks) -> list[range | None]:
-    """The batches of question numbers that a rank asks, as many on every rank; None where it has one less."""
+    """Return a rank's batches of question numbers, padded with None to the same number on every rank."""
     batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     mine: list[range | None] = list(batches[ranks.rank :: ranks.world_size])
     return mine + [None] * (-(-len(batches) // ranks.world_size) - len(mine))
 
 
 def check_images(task: Task, image_size: int, batch_size: int, ranks: Ranks) -> None:
-    """Decode each image once on some rank, so that none stops a training later. To be called on all ranks.
+    """Decode each image once on one of the ranks, so that none stops the training later. To be called on all ranks.
 
     Raises:
         DataError: images cannot be used; names the first of every rank, on all ranks.
@@ -166,7 +167,7 @@ def _decode(task: Task, question: Question, images: Iterable, image_size: int) -
 
 
 def _named(task: Task, questions: Sequence[Question], images: Sequence, error: DataError) -> DataError:
-    """The error with the question that it is about."""
+    """Return the error with the name of its question."""
     for question, seen in zip(questions, images, strict=True):
         try:
             _decode(task, question, seen, image_size=32)
@@ -175,8 +176,21 @@ def _named(task: Task, questions: Sequence[Question], images: Sequence, error: D
     return DataError(f"{task.name}, questions {questions[0].key} to {questions[-1].key}: {error}")
 
 
+def choose_device(dtype: str, ranks: Ranks) -> str:
+    """Make the rank's GPU, if there is one, the current device; return the name of the dtype to compute in.
+
+    Args:
+        dtype: a name; "auto" is bf16 on a GPU, else fp32.
+        ranks: this process.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(ranks.local_rank)
+    return dtype if dtype != "auto" else "bf16" if on_gpu else "fp32"
+
+
 def _of_all(value: Any, ranks: Ranks) -> list[Any]:
-    """What every rank has, plain values, on all of them."""
+    """Return the values of all ranks, which must be plain, on each of them."""
     values = [value]
     if ranks.world_size > 1:
         values = [None] * ranks.world_size
@@ -185,6 +199,6 @@ def _of_all(value: Any, ranks: Ranks) -> list[Any]:
 
 
 def _raise(problems: Sequence[str | None]) -> None:
-    told = [problem for problem in problems if problem is not None]
-    if told:
-        raise DataError("\n".join(told))
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        raise DataError("\n".join(found))

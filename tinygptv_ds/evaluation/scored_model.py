@@ -15,13 +15,14 @@ from tinygptv_ds.weights.resolve import resolve
 
 
 @dataclass(frozen=True)
-class MadeBy:
-    """Attributes:
+class ScoredModel:
+    """The identity of a model in results.
 
-    model: the path that was given.
-    checkpoint: SHA-256 of its file of weights; of several files, that of their names with their hashes.
-    step: optimizer steps that it was trained for; None where it does not tell.
-    board: the TensorBoard folder of the run that it lies in, if it lies in one.
+    Attributes:
+        model: the path that was given.
+        checkpoint: SHA-256 of its file of weights; of several files, that of their names with their hashes.
+        step: optimizer steps that it was trained for; None if unknown.
+        board: the TensorBoard folder of the run that it is in, if it is in one.
     """
 
     model: str
@@ -30,25 +31,25 @@ class MadeBy:
     board: Path | None
 
 
-def made_by(path: Path) -> MadeBy:
-    """What is to be told of the model at `path`; raises WeightsError where there is none."""
+def identify(path: Path) -> ScoredModel:
+    """Return the identity of the model at `path`; raises WeightsError where there is none."""
     opened = open_any(path)
     digests = hashes(opened.files)
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     whole = next(iter(digests.values())) if len(digests) == 1 else hashlib.sha256(lines.encode()).hexdigest()
     boards = (folder / "tensorboard" for folder in (path, *path.resolve().parents[:2]))
-    return MadeBy(str(path), whole, _step(opened), next((board for board in boards if board.is_dir()), None))
+    return ScoredModel(str(path), whole, _step(opened), next((board for board in boards if board.is_dir()), None))
 
 
 def config_of(path: Path, overrides: list[str], recipe: Path | None) -> TinyGPTVConfig:
-    """The model's configuration without its weights."""
+    """Return a model's configuration without reading its weights."""
     if (path / "processor_config.json").is_file():
         return TinyGPTVConfig.from_pretrained(path)
     return resolve(path, recipe, overrides).config
 
 
 def _step(opened: Opened) -> int | None:
-    """A checkpoint's own step, or the last one of the run that has ended with these weights."""
+    """Return a checkpoint's own step, or the last step of the finished run whose weights these are."""
     step, recipe = opened.notes.get("step"), opened.notes.get("recipe")
     if isinstance(step, int):
         return step

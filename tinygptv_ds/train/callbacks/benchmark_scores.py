@@ -6,7 +6,7 @@ import time
 
 from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.evaluation.report import line_of, save_json
-from tinygptv_ds.evaluation.runner import Asker, check_images
+from tinygptv_ds.evaluation.runner import Runner, check_images
 from tinygptv_ds.evaluation.scoring import scalars, score
 from tinygptv_ds.evaluation.wording import Settings, wording
 from tinygptv_ds.log import LOGGER
@@ -51,8 +51,8 @@ class Evaluation:
         for task, settings, words in self._tasks:
             start = time.perf_counter()
             with self._engine.inference() as model:
-                asker = Asker(model, self._processor, settings, job.ranks, in_step=job.zero_stage == 3)
-                answers = asker.ask(task, words, bar=False)
+                runner = Runner(model, self._processor, settings, job.ranks, in_step=job.zero_stage == 3)
+                answers = runner.answer(task, words, bar=False)
             result = {
                 "benchmark": task.name,
                 "step": step,

@@ -18,12 +18,12 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from eval.common import take_device
 from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark
+from tinygptv_ds.evaluation.runner import choose_device
 from tinygptv_ds.evaluation.wording import Settings, wording
 from tinygptv_ds.generate.candidates import Choice, candidate_losses
 from tinygptv_ds.generate.conversation import Conversation, Prompt
@@ -72,7 +72,7 @@ class TinyGPTV(lmms):
             raise ConfigError(f"--model_args: {', '.join(given)} is not known; see {__name__}.TinyGPTV")
         ranks = ranks_from_env()
         self._rank, self._world_size = ranks.rank, ranks.world_size
-        dtype = take_device(dtype, ranks)
+        dtype = choose_device(dtype, ranks)
         if dtype not in DTYPES:
             raise ConfigError(f"--model_args dtype={dtype}: choose one of auto, {', '.join(DTYPES)}")
         self._model, self._processor = load_model(Path(pretrained), DTYPES[dtype])

@@ -1,1 +1,0 @@
-"""The evaluation scripts, and the plug-in for lmms-eval."""
