@@ -40,7 +40,7 @@ from tinygptv_ds.data.loader.dataset import MicroBatches, load_steps
 from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.shards.index import build_index, sample_count
 from tinygptv_ds.data.shards.reader import ShardReader
-from tinygptv_ds.data.shards.writer import add_sample, new_archive
+from tinygptv_ds.data.shards.writer import add_sample, open_tar
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.features.format import FeatureNotes, FeatureShape, source_of, tar_name, write_notes
 from tinygptv_ds.models.tinygptv import IMAGE_MEAN, IMAGE_STD
@@ -191,10 +191,10 @@ def made_up_features(shards: Path) -> Path:
     folder.mkdir(parents=True)
     sources, reader, rng = sorted(shards.glob("*.tar")), ShardReader(), np.random.default_rng(0)
     for number, source in enumerate(sources):
-        with (folder / tar_name(number)).open("wb") as file, new_archive(file) as archive:
+        with (folder / tar_name(number)).open("wb") as file, open_tar(file) as writer:
             for index in range(sample_count(source)):
                 key, record, _ = reader.stored(source, index)
-                add_sample(archive, key, {"json": record, "bf16": rng.bytes(SHAPE.nbytes)})
+                add_sample(writer, key, {"json": record, "bf16": rng.bytes(SHAPE.nbytes)})
         build_index(folder / tar_name(number))
     made_with = {"dtype": SHAPE.dtype, "queries": SHAPE.queries, "width": SHAPE.width}
     sizes = [(folder / tar_name(number)).stat().st_size for number in range(len(sources))]

@@ -33,7 +33,7 @@ VERBS = {
         "convert CC/SBU's caption JSON to the TSV that img2dataset reads",
         "tinygptv_ds.data.prepare.convert_captions",
     ),
-    "index": ("build the indexes of shards that will be read from elsewhere", "tinygptv_ds.data.shards.index_verb"),
+    "index": ("build the indexes of shards that will be read from elsewhere", "tinygptv_ds.data.shards.make_indexes"),
     "check-data": (
         "check a recipe's data: what is there, whether it can train, and how much it is",
         "tinygptv_ds.data.checks.check_data",

@@ -17,8 +17,8 @@ from tinygptv_ds.config.data_section import DataSection, DatasetSection
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.shards.cache import count_samples, open_cache
+from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.remote import Shard
-from tinygptv_ds.data.shards.writer import expand_shards
 from tinygptv_ds.distributed import Ranks, cores_per_rank, ranks_from_env, together, wait_for_all
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.features.format import (

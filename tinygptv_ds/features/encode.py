@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tinygptv_ds.data.shards.index import build_index
-from tinygptv_ds.data.shards.writer import add_sample, new_archive
+from tinygptv_ds.data.shards.writer import add_sample, open_tar
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.features.image_chunks import ImageChunks, Slot
 from tinygptv_ds.files import whole_file
@@ -76,7 +76,7 @@ def _with_features(
 
 
 def _write_tar(tar: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
-    with whole_file(tar) as partial, partial.open("wb") as file, new_archive(file) as archive:
+    with whole_file(tar) as partial, partial.open("wb") as file, open_tar(file) as writer:
         for key, members in samples:
-            add_sample(archive, key, members)
+            add_sample(writer, key, members)
     build_index(tar)

@@ -19,7 +19,8 @@ from PIL import Image
 from tinygptv_ds.config.load import apply_overrides, build_recipe
 from tinygptv_ds.data.checks import check_data as check
 from tinygptv_ds.data.shards.index import load_index
-from tinygptv_ds.data.shards.writer import ShardWriter, expand_shards
+from tinygptv_ds.data.shards.patterns import expand_shards
+from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.setup.preflight import check_files

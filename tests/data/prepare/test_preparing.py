@@ -21,7 +21,7 @@ from tinygptv_ds.data.prepare.process_pool import run_tasks
 from tinygptv_ds.data.prepare.stored_images import Encoding
 from tinygptv_ds.data.sets.common import PreparedSample, Samples, Skipped
 from tinygptv_ds.data.shards.index import load_index, sample_count
-from tinygptv_ds.data.shards.writer import expand_shards
+from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.errors import DataError
 
 IMAGES = 6  # more than are remembered, so that each is read or encoded again

@@ -16,9 +16,10 @@ from tinygptv_ds.data.loader.sample import load_sample
 from tinygptv_ds.data.shards import remote as remote_module
 from tinygptv_ds.data.shards.cache import ShardCache, count_samples
 from tinygptv_ds.data.shards.index import ShardIndex
+from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.reader import SampleError, ShardReader
 from tinygptv_ds.data.shards.remote import RemoteShard
-from tinygptv_ds.data.shards.writer import ShardWriter, expand_shards
+from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.train.setup.preflight import check_files

@@ -13,8 +13,8 @@ from tinygptv_ds.data.checks.sample_check import Tally, check_samples
 from tinygptv_ds.data.checks.source_check import Sources, check_sources
 from tinygptv_ds.data.sets import how_to_get
 from tinygptv_ds.data.shards.cache import ShardCache, count_samples
+from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.remote import Shard
-from tinygptv_ds.data.shards.writer import expand_shards
 from tinygptv_ds.errors import DataError
 
 _NAMED = 5  # missing shards

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from tinygptv_ds.data.shards.cache import ShardCache, count_samples
+from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.reader import ShardReader, parse_record
-from tinygptv_ds.data.shards.writer import expand_shards
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER, gqa_hit
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, strict_and_compat
