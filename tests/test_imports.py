@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "config": {"errors", "resources"},
     "log": {"errors"},
     "distributed": {"errors"},
-    "files": set(),
+    "files": {"errors"},
     "retry": {"errors"},
     "dtypes": set(),
     "processing": BASE,

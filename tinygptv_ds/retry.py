@@ -1,16 +1,18 @@
-"""Local storage, or a network file system, that fails for a moment: more attempts, further and further apart."""
+"""Retries of what may fail for a moment: storage, network file systems and servers, with growing pauses."""
+
+from __future__ import annotations
 
 import errno
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from tinygptv_ds.errors import DataError
 
 log = logging.getLogger(__name__)
-RETRY_SECONDS = (0.1, 1.0, 5.0)
-# What another attempt does not change; the rest (EIO, ESTALE, ETIMEDOUT, ENOTCONN, ...) may pass.
+# Another attempt does not change these; the others (EIO, ESTALE, ETIMEDOUT, ENOTCONN, ...) may pass.
 _FINAL = {
     errno.ENOENT,
     errno.EACCES,
@@ -26,29 +28,48 @@ _FINAL = {
 _Result = TypeVar("_Result")
 
 
-def persist(where: str, action: Callable[[], _Result], again: Callable[[], _Result] | None = None) -> _Result:
-    """What `action` returns; it is called up to four times while the system fails it, in about six seconds.
+@dataclass
+class RetryPolicy:
+    """How often a failing call is repeated, and after which errors.
 
-    Args:
-        where: what is read, for the log.
-        action: may raise OSError, or DataError in consequence of one.
-        again: called instead from the second time on.
-
-    Raises:
-        OSError, DataError: what `action` raised last, or what another attempt would not change.
+    Attributes:
+        delays: seconds to wait before the second attempt, the third, and so on.
+        may_pass: whether another attempt may succeed after this error; any other error is raised at once.
+        log_level: level of the log line that each failed attempt gets.
     """
-    for delay in RETRY_SECONDS:
-        try:
-            return action()
-        except (OSError, DataError) as error:
-            if not _may_pass(error):
-                raise
-            log.warning("%s: %s; next attempt in %g s", where, error, delay)
-        time.sleep(delay)
-        action = again or action
-    return action()
+
+    delays: tuple[float, ...]
+    may_pass: Callable[[Exception], bool]
+    log_level: int = logging.WARNING
+
+    def call(self, where: object, action: Callable[[], _Result], again: Callable[[], _Result] | None = None) -> _Result:
+        """Return what `action` returns, repeating it while it fails with an error that may pass.
+
+        Args:
+            where: the file or URL that is read, for the log.
+            action: called without arguments.
+            again: called instead of `action` from the second attempt on.
+
+        Raises:
+            Exception: the error of the last attempt, or one that another attempt would not change.
+        """
+        for delay in self.delays:
+            try:
+                return action()
+            except Exception as error:
+                if not self.may_pass(error):
+                    raise
+                log.log(self.log_level, "%s: %s: %s; next attempt in %g s", where, type(error).__name__, error, delay)
+            time.sleep(delay)
+            action = again or action
+        return action()
 
 
-def _may_pass(error: OSError | DataError) -> bool:
-    cause = error if isinstance(error, OSError) else error.__cause__
+def _storage_may_recover(error: Exception) -> bool:
+    """Return whether an OSError, or the one behind a DataError, is of a kind that may pass."""
+    cause = error.__cause__ if isinstance(error, DataError) else error
     return isinstance(cause, OSError) and cause.errno not in _FINAL
+
+
+STORAGE = RetryPolicy(delays=(0.1, 1.0, 5.0), may_pass=_storage_may_recover)
+"""For local storage and mounted network file systems: four attempts in about six seconds."""

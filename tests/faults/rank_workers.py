@@ -32,7 +32,7 @@ def broken_workers(how: str, at: int, times: int, marks: str, rank: int = 0) -> 
 def failing_reads(share: int, number: int, seconds: float = 0.0, dataset: str = "") -> None:
     """One in `share` reads of a dataset's shards fails with error `number`; all reads take so many seconds."""
     pread, calls = os.pread, itertools.count(1)
-    storage.RETRY_SECONDS = (0.01, 0.02, 0.03)
+    storage.STORAGE.delays = (0.01, 0.02, 0.03)
 
     def faulty(file: int, size: int, offset: int) -> bytes:
         time.sleep(seconds)

@@ -21,7 +21,7 @@ from tinygptv_ds.data.shards.tar import SKIPPED, VISION_SUFFIXES, Member, scan_t
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.files import cache_home, write_atomically
 from tinygptv_ds.processing.lengths import text_lengths
-from tinygptv_ds.retry import persist
+from tinygptv_ds.retry import STORAGE
 
 # magic, size and mtime (ns) of the tar it describes, samples, members, bytes of the body, crc32 of the body
 _HEADER = struct.Struct("<8sQqIIQI")
@@ -137,7 +137,7 @@ def sample_count(tar: Path) -> int:
         count = stored_count(tar)
         return len(build_index(tar)) if count is None else count
 
-    return persist(str(tar), found)
+    return STORAGE.call(str(tar), found)
 
 
 def sample_counts(tars: Sequence[Path], workers: int | None = None) -> list[int]:
@@ -163,7 +163,7 @@ def stored_count(tar: Path) -> int | None:
 
 def load_index(tar: Path) -> ShardIndex:
     """The index of `tar`, built first if it is missing, torn or older than the tar."""
-    return persist(str(tar), lambda: _load_index(tar))
+    return STORAGE.call(str(tar), lambda: _load_index(tar))
 
 
 def _load_index(tar: Path) -> ShardIndex:

@@ -12,7 +12,7 @@ from tinygptv_ds.data.shards.index import ShardIndex, load_index
 from tinygptv_ds.data.shards.remote import RemoteShard, Shard
 from tinygptv_ds.data.shards.tar import SKIPPED, VISION_SUFFIXES, Member
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.retry import persist
+from tinygptv_ds.retry import STORAGE
 
 REASONS = (
     "missing_record",
@@ -143,7 +143,7 @@ class ShardReader:
         """One member's bytes, tried a few times where the storage fails."""
         file, _ = self._shard(tar)
         try:
-            data = persist(where, lambda: _pread(file, member), lambda: self._reread(tar, member))
+            data = STORAGE.call(where, lambda: _pread(file, member), lambda: self._reread(tar, member))
         except (OSError, DataError) as error:
             what = error.strerror if isinstance(error, OSError) else error
             raise SampleError("unreadable", f"{where}: reading .{member.suffix} failed repeatedly: {what}") from error
@@ -163,7 +163,7 @@ class ShardReader:
 def _open(tar: Path) -> tuple[int, ShardIndex]:
     index = load_index(tar)
     try:
-        return persist(str(tar), lambda: os.open(tar, os.O_RDONLY | os.O_CLOEXEC)), index
+        return STORAGE.call(str(tar), lambda: os.open(tar, os.O_RDONLY | os.O_CLOEXEC)), index
     except OSError as error:
         raise DataError(f"{tar}: cannot open the shard: {error.strerror}") from error
 
