@@ -102,7 +102,6 @@ def test_tasks_of_local_files(tasks: Path, exported: Path, tmp_path: Path) -> No
     }
     import torch
 
-    from tinygptv_ds.config.recipe import TextSection
     from tinygptv_ds.generate.candidates import Choice, candidate_losses
     from tinygptv_ds.generate.conversation import Conversation
     from tinygptv_ds.generate.generate import answers
@@ -117,8 +116,8 @@ def test_tasks_of_local_files(tasks: Path, exported: Path, tmp_path: Path) -> No
     ours = list(answers(model, processor, asked, Generation(max_new_tokens=6)))
     assert [sample["filtered_resps"] for sample in samples["local_vqa"]] == ours
     assert len(set(ours)) > 1
-    choices = [Choice(ask.text, ask.images, row["choices"]) for ask, row in zip(asked, rows, strict=True)]
-    losses = candidate_losses(model, processor, choices, TextSection(end_sym=""))
+    choices = [Choice(prompt, row["choices"]) for prompt, row in zip(asked, rows, strict=True)]
+    losses = candidate_losses(model, processor, choices, end_sym="", max_prompt_tokens=999, max_answer_tokens=999)
     sums = [(each.means * each.tokens).tolist() for each in losses]
     theirs = [[float(pair[0]) for pair in sample["filtered_resps"]] for sample in samples["local_choice"]]
     assert theirs == [pytest.approx(each, rel=1e-4) for each in sums]

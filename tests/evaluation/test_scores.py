@@ -11,9 +11,10 @@ from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.evaluation.benchmarks.held_out import KINDS, read_held_out
 from tinygptv_ds.evaluation.benchmarks.question import Question, Task
-from tinygptv_ds.evaluation.box_scores import iou, parse_box
+from tinygptv_ds.evaluation.box_scores import parse_box
 from tinygptv_ds.evaluation.report import save_json
 from tinygptv_ds.evaluation.scoring import score
+from tinygptv_ds.processing.boxes import iou
 
 
 def scored(kind: str, truths: list, answers: list[str], facts: list[dict] | None = None) -> dict:

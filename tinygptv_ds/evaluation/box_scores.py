@@ -43,14 +43,6 @@ def corners(box: Sequence[float]) -> Box:
     return x, y, x + width, y + height
 
 
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2) in the same units."""
-    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    union = _area(a) + _area(b) - width * height
-    return width * height / union if union > 0 else 0.0
-
-
 def pixel_iou(a: Box, b: Box) -> float:
     """Intersection over union of boxes (x1, y1, x2, y2) whose last row and column of pixels belong to them.
 
@@ -91,10 +83,6 @@ def counts_as_hit(
     if not (any_form or is_well_formed(cleaned)) or len(numbers) < 4 or (compat and len(numbers) > 4):
         return False
     return pixel_iou(pixel_box(numbers[:4], width, height, resolution), corners(truth)) > HIT_IOU
-
-
-def _area(box: Box) -> float:
-    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
 def _pixels(box: Box) -> float:

@@ -18,7 +18,6 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 from tqdm import tqdm
 
-from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import ConfigError
@@ -33,6 +32,7 @@ from tinygptv_ds.generate.settings import Generation
 
 NAME = "tinygptv"
 _DEFAULT_TOKENS = 64
+_MAX_TOKENS = 4096  # of a context and of a continuation whose loss is computed: more than the model takes
 _PLAIN = Benchmark(rules={})  # lmms-eval has the rules
 
 
@@ -124,14 +124,20 @@ class TinyGPTV(lmms):
         for number, request in enumerate(requests):
             groups[(request.args[0], *request.args[3:])].append(number)
         found: dict[int, GenerationResult] = {}
-        text = TextSection(end_sym="", max_txt_len=4096, max_context_len=4096)
         with self._bar(len(requests)) as bar:
             for part in _parts(list(groups.values()), self._batch_size):
                 asked = [self._prompt(requests[numbers[0]]) for numbers in part]
                 told = [[self._continuation(requests[n]) for n in numbers] for numbers in part]
-                choices = [Choice(ask.text, ask.images, tell) for ask, tell in zip(asked, told, strict=True)]
                 losses = list(
-                    candidate_losses(self._model, self._processor, choices, text, batch_size=self._batch_size)
+                    candidate_losses(
+                        self._model,
+                        self._processor,
+                        [Choice(prompt, candidates) for prompt, candidates in zip(asked, told, strict=True)],
+                        end_sym="",
+                        max_prompt_tokens=_MAX_TOKENS,
+                        max_answer_tokens=_MAX_TOKENS,
+                        batch_size=self._batch_size,
+                    )
                 )
                 longest = max(int(each.tokens.max()) for each in losses)
                 greedy = self._answers([replace(prompt, stop=()) for prompt in asked], max(longest, 1))

@@ -9,13 +9,13 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.evaluation.answer_log import AnswerLog
 from tinygptv_ds.evaluation.benchmarks.question import Answer, Question, Task
 from tinygptv_ds.evaluation.wording import Settings, Wording
 from tinygptv_ds.generate.candidates import Choice, candidate_losses
+from tinygptv_ds.generate.conversation import Prompt
 from tinygptv_ds.generate.generate import answers
 from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.log import LOGGER
@@ -105,33 +105,27 @@ class Runner:
         images = [question.images() for question in questions]
         generation = Generation(max_new_tokens=self._settings.max_new_tokens)
         try:
+            prompts = [wording.prompt(question, seen) for question, seen in zip(questions, images, strict=True)]
             if questions[0].choices:
-                prompts = [wording.text(question) for question in questions]
-                return self._losses(questions, prompts, images, wording.choice_end)
-            asked = [wording.prompt(question, seen) for question, seen in zip(questions, images, strict=True)]
+                return self._losses(questions, prompts, wording.choice_end)
+            size = len(prompts)
             return list(
-                answers(
-                    self._model,
-                    self._processor,
-                    asked,
-                    generation,
-                    batch_size=len(asked),
-                    in_step=self._in_step,
-                )
+                answers(self._model, self._processor, prompts, generation, batch_size=size, in_step=self._in_step)
             )
         except DataError as error:
             raise _named(task, questions, images, error) from error
 
-    def _losses(
-        self, questions: Sequence[Question], prompts: Sequence[str], images: Sequence, end: str
-    ) -> list[list[float]]:
+    def _losses(self, questions: Sequence[Question], prompts: Sequence[Prompt], end: str) -> list[list[float]]:
         """Return the mean loss of each choice of each question."""
-        choices = [
-            Choice(prompt, seen, question.choices)
-            for prompt, seen, question in zip(prompts, images, questions, strict=True)
-        ]
-        text = TextSection(end_sym=end, max_txt_len=_CHOICE_TOKENS, max_context_len=_PROMPT_TOKENS)
-        found = candidate_losses(self._model, self._processor, choices, text, batch_size=len(choices))
+        found = candidate_losses(
+            self._model,
+            self._processor,
+            [Choice(prompt, question.choices) for prompt, question in zip(prompts, questions, strict=True)],
+            end_sym=end,
+            max_prompt_tokens=_PROMPT_TOKENS,
+            max_answer_tokens=_CHOICE_TOKENS,
+            batch_size=len(prompts),
+        )
         return [losses.means.tolist() for losses in found]
 
 

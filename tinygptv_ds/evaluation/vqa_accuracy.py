@@ -74,18 +74,6 @@ def vqa_accuracy(prediction: str, ground_truths: Sequence[str]) -> float:
     return _percent([truth.lower() == answer.lower() for truth in truths])
 
 
-def lavis_vqa_accuracy(prediction: str, ground_truths: Sequence[str]) -> float:
-    """As `vqa_accuracy`, by the vqa_eval.py of LAVIS, which MiniGPT-4 and TinyGPT-V ship and do not use.
-
-    The prediction is always normalised, the people's answers at most lose their punctuation: "Cat" or "two" among
-    them can never be matched.
-    """
-    answer, truths = normalise(prediction), list(ground_truths)
-    if len(set(truths)) > 1:
-        truths = [remove_punctuation(truth) for truth in truths]
-    return _percent([truth == answer for truth in truths])
-
-
 def _percent(matches: Sequence[bool]) -> float:
     """From who agrees with the answer; in whole thirds, so that 90 is no 89.99999."""
     agreeing = sum(matches)

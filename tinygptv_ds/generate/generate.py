@@ -126,7 +126,7 @@ class _Batch:
         in_step: bool = False,
     ) -> None:
         rows = [prompt_tokens(model, processor, prompt, generation.max_new_tokens) for prompt in prompts]
-        images = _vision_inputs(processor, prompts)
+        images = vision_inputs(processor, prompts)
         if in_step and not images:  # other ranks' prompts may have images: the ViT must run here, too
             images["pixel_values"] = torch.zeros(0, 3, processor.image_size, processor.image_size, dtype=torch.uint8)
         inputs = {name: tensor.to(model.device) for name, tensor in processor.pad(rows).items()}
@@ -181,7 +181,7 @@ class _Batch:
         return sorted(ends | {self.processor.tokenizer.eos_token_id})
 
 
-def _vision_inputs(processor: TinyGPTVProcessor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+def vision_inputs(processor: TinyGPTVProcessor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
     """Return the images of all prompts as `pixel_values` or `image_features`; empty without images."""
     pixels: list[ImageInput] = []
     features: list[Tensor] = []

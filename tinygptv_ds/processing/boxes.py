@@ -33,3 +33,15 @@ def pixel_box(numbers: Sequence[float], width: float, height: float, resolution:
     """
     x1, y1, x2, y2 = numbers
     return (x1 / resolution * width, y1 / resolution * height, x2 / resolution * width, y2 / resolution * height)
+
+
+def iou(a: Box, b: Box) -> float:
+    """Return the intersection over union of two boxes (x1, y1, x2, y2) in the same units."""
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = _area(a) + _area(b) - width * height
+    return width * height / union if union > 0 else 0.0
+
+
+def _area(box: Box) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from tinygptv_ds.apps.demo.grounding import GRID, Region
-from tinygptv_ds.evaluation.box_scores import iou
-from tinygptv_ds.processing.boxes import Box, pixel_box
+from tinygptv_ds.processing.boxes import Box, iou, pixel_box
 
 WIDTH = 500  # pixels of a drawn image
 _MOST_HEIGHT = 2000  # a strip is drawn narrower than WIDTH

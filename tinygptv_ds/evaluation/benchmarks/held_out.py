@@ -9,8 +9,9 @@ from tinygptv_ds.errors import DataError
 from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER, gqa_hit
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, strict_and_compat
 from tinygptv_ds.evaluation.benchmarks.refer import LOCATE
-from tinygptv_ds.evaluation.box_scores import HIT_IOU, clean_box_answer, integers, iou, is_well_formed, parse_box
+from tinygptv_ds.evaluation.box_scores import HIT_IOU, clean_box_answer, integers, is_well_formed, parse_box
 from tinygptv_ds.evaluation.caption_metrics import caption_scores
+from tinygptv_ds.processing.boxes import iou
 
 CAPTION = "[caption] Briefly describe this image."  # one of those that training draws from
 
