@@ -18,8 +18,8 @@ from tinygptv_ds.models.parameters import learnt, lora
 from tinygptv_ds.weights.assemble import meta_model
 from tinygptv_ds.weights.io import Stored
 from tinygptv_ds.weights.layouts import blip2
-from tinygptv_ds.weights.layouts.original import original_name
 from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, to_layout
+from tinygptv_ds.weights.layouts.tinygptv import original_name
 from tinygptv_ds.weights.safetensors_writer import write_weights
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from tinygptv_ds.train.engine import start_distributed, start_engine
     from tinygptv_ds.train.loop import train
     from tinygptv_ds.weights.assemble import build_model
-    from tinygptv_ds.weights.model_folder import save_trained
     from tinygptv_ds.weights.provenance import provenance_of
+    from tinygptv_ds.weights.trained import save_trained
 
     with start_distributed(job) as watchdog:
         # Phi, ViT and Q-Former from their own files, then what the stage before has trained.

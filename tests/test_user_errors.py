@@ -208,7 +208,7 @@ def test_verbs(tmp_path: Path) -> None:
     for verb, *options in (["inspect"], ["convert", "--out", out], ["export", "--out", out]):
         assert f"{away}: no such file or folder" in one_error(cli(verb, away, *options))
     for verb in ("convert", "export"):
-        assert f"{there} is already there; choose another --out" in one_error(cli(verb, there, "--out", there))
+        assert f"{there} already exists; choose another --out" in one_error(cli(verb, there, "--out", there))
     assert "no recipe at" in one_error(cli("export", there, "--out", out, "--recipe", away))
     stage_1 = ["--recipe", str(ROOT / "stages/stage1.yaml"), "--set", "model.phy=x"]
     assert "did you mean phi?" in one_error(cli("export", there, "--out", out, *stage_1))

@@ -28,6 +28,7 @@ from tinygptv_ds.train.checkpoint.storage import (
     step_of,
     write_checkpoint,
 )
+from tinygptv_ds.weights import safetensors_writer
 
 TRAIN = SimpleNamespace(keep_checkpoints=2, keep_every=0)
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
@@ -56,7 +57,7 @@ def save_and_die(checkpoints: Path, last: int) -> None:
         if seen == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    write, sync = checkpoint._write_all, os.fsync
+    write, sync = safetensors_writer._write_all, os.fsync
 
     def in_pieces(target: Callable, data: Any) -> None:
         for begin in range(0, len(data), 3000):
@@ -67,7 +68,7 @@ def save_and_die(checkpoints: Path, last: int) -> None:
         event()
         sync(handle)
 
-    checkpoint._write_all, os.fsync = in_pieces, synced
+    safetensors_writer._write_all, os.fsync = in_pieces, synced
     sys.addaudithook(lambda name, args: event() if name in EVENTS and str(checkpoints) in str(args[0]) else None)
     writer = Writer(checkpoints, TRAIN)
     writer._write(snapshot(3))
@@ -205,8 +206,8 @@ def test_a_failure_that_passes_is_forgiven(tmp_path: Path, monkeypatch: pytest.M
         if step in full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    real = checkpoint._write_all
-    monkeypatch.setattr(checkpoint, "_write_all", write)
+    real = safetensors_writer._write_all
+    monkeypatch.setattr(safetensors_writer, "_write_all", write)
     writer, stopped = Writer(tmp_path, SimpleNamespace(keep_checkpoints=1, keep_every=0)), {}
     for step in range(1, 6):
         writer.write(snapshot(step))

@@ -17,11 +17,11 @@ from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.parameters import learnt
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.assemble import build_model
+from tinygptv_ds.weights.export.adapter import export_adapter
 from tinygptv_ds.weights.export.hf import export_hf
-from tinygptv_ds.weights.export.parts import export_adapter
-from tinygptv_ds.weights.model_folder import save_trained
 from tinygptv_ds.weights.provenance import provenance_of
 from tinygptv_ds.weights.resolve import resolve
+from tinygptv_ds.weights.trained import save_trained
 
 FP32 = torch.float32
 needs_bitsandbytes = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="bitsandbytes is an extra")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.golden_model import LOSS, full_model, pack_layout, read, tensors
 from helpers.verbs import call
+from helpers.weight_layouts import load_into
 from torch import Tensor
 
 from tinygptv_ds.models.parameters import lora, norms, projections, train_only
@@ -15,8 +16,7 @@ from tinygptv_ds.weights import convert
 from tinygptv_ds.weights.export import export
 from tinygptv_ds.weights.inspect import inspect
 from tinygptv_ds.weights.io import load_torch, open_weights
-from tinygptv_ds.weights.layouts.original import canonical_name
-from tinygptv_ds.weights.trained import load_trained
+from tinygptv_ds.weights.layouts.tinygptv import canonical_name
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_keys(file: Path, expected: dict) -> None:
 def test_loss_after_loading(golden: Path, file: Path, model: TinyGPTVForConditionalGeneration, expected: dict) -> None:
     before = loss_of(model, golden, expected).item()
     assert before == pytest.approx(expected["loss_with_base_weights_only"], rel=LOSS["rtol"])
-    loaded = load_trained(model, file)
+    loaded = load_into(model, file)
     assert loaded == {name for name, _ in model.named_parameters() if projections(name) or norms(name) or lora(name)}
     after = loss_of(model, golden, expected).item()
     assert after == pytest.approx(expected["loss_after_loading"], rel=LOSS["rtol"])
@@ -65,7 +65,7 @@ def test_loss_after_loading(golden: Path, file: Path, model: TinyGPTVForConditio
 def test_one_more_step(
     golden: Path, folder: Path, file: Path, model: TinyGPTVForConditionalGeneration, expected: dict
 ) -> None:
-    load_trained(model, file)
+    load_into(model, file)
     train_only(model, projections, norms, lora)
     optimizer = restored_optimizer(model, load_torch(file)["optimizer"], expected)
     loss_of(model, golden, expected).backward()
@@ -95,7 +95,7 @@ def test_inspected(file: Path, expected: dict) -> None:
     report = inspect(file)
     buffers = len(expected["model_keys"]) - len(report.matched)
     assert (report.incomplete, len(report.ignored)) == ("", buffers)
-    assert f"epoch {expected['epoch']}" in report.adjacent
+    assert f"epoch {expected['epoch']}" in report.also_contains
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:

@@ -25,7 +25,7 @@ from tinygptv_ds.models.parameters import lora, norms, projections, train_only, 
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.processing.text import wrap
-from tinygptv_ds.weights.layouts.original import canonical_name, original_name
+from tinygptv_ds.weights.layouts.tinygptv import canonical_name, original_name
 
 PARTS = {
     "visual_encoder": "visual_encoder",

@@ -30,7 +30,7 @@ def model(golden: Path) -> TinyGPTVForConditionalGeneration:
 
 
 def load_language_model(folder: Path) -> TinyGPTVForConditionalGeneration:
-    from tinygptv_ds.weights.layouts.original import canonical_name
+    from tinygptv_ds.weights.layouts.tinygptv import canonical_name
 
     config = read(folder / "config.json")
     model = TinyGPTVForConditionalGeneration(language_config(config, folder)).eval()

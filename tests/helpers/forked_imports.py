@@ -8,7 +8,7 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE=
 
 for name in (
     "tinygptv_ds.weights.assemble",
-    "tinygptv_ds.weights.model_folder",
+    "tinygptv_ds.weights.trained",
     "tinygptv_ds.weights.provenance",
     "tinygptv_ds.data.loader.dataset",
     "tinygptv_ds.processing.resize",

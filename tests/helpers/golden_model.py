@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.io import open_weights
-from tinygptv_ds.weights.layouts.original import canonical_name, original_source
-from tinygptv_ds.weights.layouts.phi_config import parse_config
+from tinygptv_ds.weights.layouts.phi2 import parse_config
+from tinygptv_ds.weights.layouts.tinygptv import canonical_name, original_source
 from tinygptv_ds.weights.source import Source, check_weights, copy_weights
 
 LOSS = {"rtol": 1e-5, "atol": 0}

@@ -13,9 +13,9 @@ from tinygptv_ds.generate.load import LoadedModel, load_model
 from tinygptv_ds.models.parameters import learnt
 from tinygptv_ds.weights.assemble import build_model
 from tinygptv_ds.weights.export.hf import export_hf
-from tinygptv_ds.weights.model_folder import save_trained
 from tinygptv_ds.weights.provenance import provenance_of
 from tinygptv_ds.weights.resolve import resolve
+from tinygptv_ds.weights.trained import save_trained
 
 
 @pytest.fixture(scope="session")

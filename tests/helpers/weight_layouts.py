@@ -1,12 +1,13 @@
-"""The weights of a tiny model in every layout that is read."""
+"""The weights of a tiny model in every layout that is read, and trained weights loaded into a model."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from tinygptv_ds.models.configuration import TinyGPTVConfig
@@ -14,6 +15,8 @@ from tinygptv_ds.models.parameters import lora
 from tinygptv_ds.weights.io import in_memory
 from tinygptv_ds.weights.layouts import blip2
 from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, to_layout, unfuse_remote
+from tinygptv_ds.weights.source import copy_weights
+from tinygptv_ds.weights.trained import fitting_source
 
 HEADS, WIDTH, VOCABULARY = 2, 12, 20
 PHI = {
@@ -69,7 +72,7 @@ def tiny_config(lora_r: int = 3) -> TinyGPTVConfig:
 
 
 def phi_state(values: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """What a Phi-2 file of this layout holds."""
+    """Return what a Phi-2 file of this layout holds."""
     base = {
         name: tensor
         for name, tensor in values.items()
@@ -91,7 +94,7 @@ def phi_state(values: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
 
 
 def blip2_state(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """LAVIS's names, with some of what the real file holds besides."""
+    """Return the weights under LAVIS's names, with some of the other tensors in the real file."""
     parts = ("qformer.", "ln_vision.", "query_tokens")
     state = {blip2.original_name(name): tensor for name, tensor in values.items() if name.startswith(parts)}
     extra = (
@@ -108,7 +111,7 @@ def blip2_state(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def eva_state(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tower with a block, a norm and a head more, as the published file has them."""
+    """Return the tower with one more block, a norm and a head, as in the published file."""
     prefix = "visual_encoder."
     state = {name.removeprefix(prefix): tensor for name, tensor in values.items() if name.startswith(prefix)}
     more = {name.replace("blocks.1.", "blocks.2."): t.clone() for name, t in state.items() if "blocks.1." in name}
@@ -133,6 +136,13 @@ def save_phi(folder: Path, state: dict[str, Tensor], container: str = "one safet
     if many:
         (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
+
+
+def load_into(model: nn.Module, path: Path, allow_missing: Collection[str] = ()) -> set[str]:
+    """Copy trained weights into a model as `build_model` does for `model.init_from`; return their names."""
+    source = fitting_source(model, path, allow_missing)
+    copy_weights(dict(model.named_parameters()), source.weights)
+    return set(source.weights)
 
 
 def tokenizer(last: int = 9) -> PreTrainedTokenizerFast:

@@ -10,9 +10,10 @@ from helpers.launcher import ROOT
 from safetensors.torch import load_file
 
 from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.weights.assemble import meta_model
 from tinygptv_ds.weights.detect import open_any
 from tinygptv_ds.weights.resolve import resolve
-from tinygptv_ds.weights.trained import load_trained
+from tinygptv_ds.weights.trained import fitting_source
 
 SETS = {
     2: ["deepspeed.zero_optimization.stage=2"],
@@ -44,10 +45,11 @@ def test_every_bit_of_what_was_trained(done: tuple[int, Ranks], name: str) -> No
 
 
 def test_a_stage_starts_from_it(done: tuple[int, Ranks]) -> None:
-    trained = load_file(done[1].folder / "model/trained.safetensors")
-    parameters = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
-    assert load_trained(parameters, done[1].folder / "lean") == trained.keys()
-    assert all(torch.equal(parameters[name], tensor) for name, tensor in trained.items())
+    run = done[1].folder
+    trained = load_file(run / "model/trained.safetensors")
+    source = fitting_source(meta_model(resolve(run).config), run / "lean")
+    assert source.weights.keys() == trained.keys()
+    assert all(torch.equal(source.weights[name].read(), tensor) for name, tensor in trained.items())
 
 
 def test_the_whole_model_from_it(done: tuple[int, Ranks], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.models.parameters import learnt
 from tinygptv_ds.weights.assemble import build_model, meta_model, model_config
-from tinygptv_ds.weights.layouts.original import original_name
+from tinygptv_ds.weights.layouts.tinygptv import original_name
 from tinygptv_ds.weights.resolve import resolve, resolve_trained
 
 QFORMER = ("qformer.", "query_tokens")

@@ -25,9 +25,9 @@ from tinygptv_ds.models.parameters import (
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.loop import model_inputs
 from tinygptv_ds.weights.assemble import build_model
-from tinygptv_ds.weights.model_folder import save_trained
 from tinygptv_ds.weights.provenance import provenance_of
 from tinygptv_ds.weights.resolve import resolve
+from tinygptv_ds.weights.trained import save_trained
 
 RawRecipe = Callable[..., dict[str, Any]]
 ALL = list(PARTS)

@@ -12,8 +12,8 @@ from tinygptv_ds.config.data_section import DataSection, DatasetSection
 from tinygptv_ds.config.recipe import ModelSection, OptimizerSection, Recipe, TextSection, TrainSection
 from tinygptv_ds.models.parameters import learnt
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.weights.model_folder import save_trained
 from tinygptv_ds.weights.provenance import provenance_of
+from tinygptv_ds.weights.trained import save_trained
 
 
 @pytest.fixture

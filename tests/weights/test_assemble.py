@@ -16,8 +16,8 @@ from tinygptv_ds.config.recipe import ModelSection, TextSection
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.models.parameters import lora, norms, projections
 from tinygptv_ds.weights.assemble import build_model, model_config
-from tinygptv_ds.weights.layouts.original import original_name
 from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS
+from tinygptv_ds.weights.layouts.tinygptv import original_name
 
 TEXT = TextSection(prompt_template="[INST] {} [/INST]", end_sym="###")
 Base = Callable[..., ModelSection]
@@ -113,7 +113,7 @@ def test_the_tokenizer_tells_the_end_token(base: Base, caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING, logger="tinygptv_ds"):
         config = model_config(section, TEXT)
     assert config.eos_token_id == config.text_config.eos_token_id == 9
-    assert "ends at 2, the tokenizer at 9" in caplog.text
+    assert "the EOS token is 2 in config.json and 9 in the tokenizer" in caplog.text
 
 
 def test_positions_are_interpolated(base: Base, values: dict[str, Tensor]) -> None:
@@ -142,7 +142,7 @@ def test_the_report(base: Base, values: dict[str, Tensor], caplog: pytest.LogCap
     block = sum(".blocks.0." in name for name in values)
     assert f"eva_vit_g.pth: {vit} tensors loaded, {block + 4} ignored" in caplog.text
     assert f"blip2.pth: {blip2} tensors loaded, 8 ignored" in caplog.text
-    assert "initialised: 4 tensors of projections, 8 tensors of LoRA, 10 tensors of added norms" in caplog.text
+    assert "initialized: 4 tensors of projections, 8 tensors of LoRA, 10 tensors of added norms" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval])
@@ -236,7 +236,7 @@ def test_parts_of_two_models_are_refused(base: Base) -> None:
     def wider(state: dict) -> dict:
         return {n: torch.zeros(6, 16) if "crossattention.self.key.weight" in n else t for n, t in state.items()}
 
-    with pytest.raises(WeightsError, match=r"is 8 wide, but the Q-Former .* features of 16"):
+    with pytest.raises(WeightsError, match=r"is 8 wide, but the Q-Former .* reads features of 16"):
         model_config(base(qformer=wider), TEXT)
 
 

@@ -18,8 +18,8 @@ from tinygptv_ds.models.eva_vit import interpolate_pos_embed
 from tinygptv_ds.weights import convert as verb
 from tinygptv_ds.weights.assemble import build_model
 from tinygptv_ds.weights.io import in_memory
-from tinygptv_ds.weights.layouts.original import BUFFER, original_name
 from tinygptv_ds.weights.layouts.phi2 import phi_source
+from tinygptv_ds.weights.layouts.tinygptv import BUFFER, original_name
 from tinygptv_ds.weights.safetensors_writer import write_weights
 
 LAYOUTS = ["split", "fused", "remote"]
@@ -145,7 +145,7 @@ def test_an_option_without_effect_is_refused(run: Path, tmp_path: Path, options:
 
 def test_nothing_is_overwritten(run: Path, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_text("mine")
-    with pytest.raises(WeightsError, match="already there"):
+    with pytest.raises(WeightsError, match="already exists"):
         convert(run, tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").read_text() == "mine"
 

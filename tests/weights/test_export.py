@@ -26,10 +26,10 @@ from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.weights.assemble import build_model
 from tinygptv_ds.weights.detect import open_any
 from tinygptv_ds.weights.export import export as verb
-from tinygptv_ds.weights.layouts.original import BUFFER, original_name
+from tinygptv_ds.weights.layouts.tinygptv import BUFFER, original_name
 from tinygptv_ds.weights.merge_lora import merged_weight
-from tinygptv_ds.weights.model_folder import save_trained
 from tinygptv_ds.weights.resolve import resolve
+from tinygptv_ds.weights.trained import save_trained
 
 PROMPT = {
     "input_ids": torch.tensor([[1, 19, 19, 19, 2, 3]]),
@@ -175,7 +175,7 @@ def test_an_adapter_finds_its_base_elsewhere(
 ) -> None:
     out = export(run, tmp_path / "out", "--to", "adapter")
     (tmp_path / "base/phi").rename(tmp_path / "moved")
-    with pytest.raises(WeightsError, match=r"not there: phi \(.*base/phi\); .* --set model\.phi=PATH"):
+    with pytest.raises(WeightsError, match=r"are missing: phi \(.*base/phi\); .* --set model\.phi=PATH"):
         load_model(out, torch.float32)
     again, _ = load_model(out, torch.float32, overrides=[f"model.phi={tmp_path / 'moved'}"])
     assert torch.equal(logits(again), logits(model))
@@ -258,7 +258,7 @@ def test_a_run_without_exporting(run: Path, model: TinyGPTVForConditionalGenerat
 
 def test_a_folder_in_use_is_left_alone(run: Path, tmp_path: Path) -> None:
     for to in ("hf", "adapter", "original", "phi"):
-        with pytest.raises(WeightsError, match="already there"):
+        with pytest.raises(WeightsError, match="already exists"):
             export(run, tmp_path / "base", "--to", to)
     assert (tmp_path / "base/phi").is_dir()
 
@@ -281,7 +281,7 @@ def test_an_option_without_effect_is_refused(run: Path, tmp_path: Path, options:
 def test_base_weights_that_are_gone_are_named(run: Path, tmp_path: Path, part: str) -> None:
     gone = tmp_path / "base" / part
     gone.rename(tmp_path / "elsewhere")
-    with pytest.raises(WeightsError, match=f"are not there: .*{gone.name}"):
+    with pytest.raises(WeightsError, match=f"are missing: .*{gone.name}"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -307,7 +307,7 @@ def test_merged_weights_are_no_start(base: Callable[..., ModelSection], run: Pat
     """They would go onto the unmerged base, and LoRA would be lost; with LoRA kept they are what they were."""
     merged = export(run, tmp_path / "merged", "--dtype", "fp32")
     kept = export(run, tmp_path / "kept", "--dtype", "fp32", "--keep-lora")
-    with pytest.raises(WeightsError, match="LoRA merged into its base, from which a stage cannot go on"):
+    with pytest.raises(WeightsError, match="LoRA merged into its base, from which a stage cannot start"):
         build_model(base(lora_r=3, lora_alpha=6.0, init_from=str(merged)), TextSection(), frozen_dtype=torch.float32)
     section = base(lora_r=3, lora_alpha=6.0, init_from=str(kept))
     again = build_model(section, TextSection(), frozen_dtype=torch.float32)

@@ -15,7 +15,7 @@ from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.files import sha256
 from tinygptv_ds.weights import inspect as verb
 from tinygptv_ds.weights.inspect import Report, inspect
-from tinygptv_ds.weights.layouts.original import BUFFER, original_name
+from tinygptv_ds.weights.layouts.tinygptv import BUFFER, original_name
 from tinygptv_ds.weights.released import RELEASED
 
 
@@ -62,10 +62,10 @@ def test_a_file_of_the_original(tmp_path: Path, trained: dict[str, Tensor]) -> N
     torch.save(content, tmp_path / "checkpoint_3.pth")
     report = inspect(tmp_path / "checkpoint_3.pth")
     assert report.kind == "trained weights of TinyGPT-V"
-    assert report.stage == "2 or 3 or 4 (LoRA; what the three train is alike)"
+    assert report.stage == "2 or 3 or 4 (LoRA; these three train the same parts)"
     assert (report.lora_r, report.lora_targets) == (3, ["dense", "query_key_value"])
     assert (report.qformer, report.released, report.ignored) == (False, None, [BUFFER])
-    assert report.adjacent == ["optimizer", "epoch 3", "config"]
+    assert report.also_contains == ["optimizer", "epoch 3", "config"]
     assert set(report.parts) == {"llama_proj", "llama_proj2", "norms of Phi", "LoRA"}
     assert_whole(report, len(trained))
 
@@ -163,7 +163,7 @@ def test_the_verb_reports_before_it_complains(
     torch.save({"model": original(trained)}, tmp_path / "x.pth")
     with pytest.raises(WeightsError, match=r"is not complete, .*: missing: llama_proj\.bias"):
         call(verb, tmp_path / "x.pth")
-    assert "missing      1: llama_proj.bias" in capsys.readouterr().out
+    assert "missing       1: llama_proj.bias" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

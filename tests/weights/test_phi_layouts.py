@@ -13,8 +13,16 @@ from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.weights.layouts.phi2 import fuse_remote, fuse_split, phi_source, split_fused, to_layout, unfuse_remote
-from tinygptv_ds.weights.layouts.phi_config import parse_config, phi_config
+from tinygptv_ds.weights.layouts.phi2 import (
+    fuse_remote,
+    fuse_split,
+    parse_config,
+    phi_config,
+    phi_source,
+    split_fused,
+    to_layout,
+    unfuse_remote,
+)
 
 heads_and_dims = st.tuples(st.integers(1, 5), st.integers(1, 6))
 # A weight [rows, columns], a bias [rows] (no columns), or LoRA's B [rows, rank].

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.weight_layouts import tiny_config
+from helpers.weight_layouts import load_into, tiny_config
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,9 +20,8 @@ from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.parameters import lora
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.assemble import build_model
-from tinygptv_ds.weights.layouts.original import canonical_name, original_name
-from tinygptv_ds.weights.model_folder import save_trained
-from tinygptv_ds.weights.trained import PARTS, load_trained
+from tinygptv_ds.weights.layouts.tinygptv import canonical_name, original_name
+from tinygptv_ds.weights.trained import PARTS, save_trained
 
 NORM = "language_model.model.layers.1.input_layernorm.weight"
 
@@ -52,14 +51,8 @@ def assert_loaded(model: TinyGPTVForConditionalGeneration, trained: dict[str, Te
 @pytest.mark.parametrize("path", ["", "model", "model/trained.safetensors"])
 def test_there_and_back(run: Path, trained: dict[str, Tensor], fresh: Callable, path: str) -> None:
     model = fresh()
-    assert load_trained(model, run / path) == set(trained)
+    assert load_into(model, run / path) == set(trained)
     assert_loaded(model, trained)
-
-
-def test_a_dictionary_of_targets(run: Path, trained: dict[str, Tensor]) -> None:
-    targets = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
-    load_trained(targets, run)
-    assert all(torch.equal(targets[name], tensor) for name, tensor in trained.items())
 
 
 def test_what_is_written(run: Path, trained: dict[str, Tensor]) -> None:
@@ -91,10 +84,10 @@ def test_a_failed_write_leaves_the_old_one(run: Path, trained: dict[str, Tensor]
     with pytest.raises(OSError, match="no space"):
         save_trained({n: t + 1 for n, t in trained.items()}, Failing(), run / "model", {})
     model = fresh()
-    load_trained(model, run)
+    load_into(model, run)
     assert_loaded(model, trained)
     save_trained({n: t + 1 for n, t in trained.items()}, tiny_config(), run / "model", {})
-    load_trained(model, run)
+    load_into(model, run)
     assert_loaded(model, {n: t + 1 for n, t in trained.items()})
     assert sorted(p.name for p in run.iterdir()) == ["model"]
 
@@ -110,9 +103,9 @@ def test_stage_1_to_2(
         model = build_model(section, TextSection(), frozen_dtype=torch.float32)
     assert_loaded(model, without)
     assert all(not p.any() for name, p in model.named_parameters() if ".lora_B." in name)
-    assert "run holds no lora, which starts afresh" in caplog.text
+    assert "run has no lora, which starts from initial values" in caplog.text
     assert f"run: {len(without)} tensors loaded" in caplog.text
-    assert "initialised: 8 tensors of LoRA, 4 tensors of added norms" in caplog.text  # their biases, never trained
+    assert "initialized: 8 tensors of LoRA, 4 tensors of added norms" in caplog.text  # their biases, never trained
 
 
 def test_v0_q_former(base: Callable[..., ModelSection], tmp_path: Path, values: dict, trained: dict) -> None:
@@ -149,7 +142,7 @@ def test_every_spelling_of_the_original(tmp_path: Path, trained: dict, fresh: Ca
         {"model": state, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}}, tmp_path / "checkpoint_3.pth"
     )
     model = fresh()
-    assert load_trained(model, tmp_path / "checkpoint_3.pth") == set(trained)
+    assert load_into(model, tmp_path / "checkpoint_3.pth") == set(trained)
     assert_loaded(model, trained)
 
 
@@ -165,7 +158,7 @@ def test_as_the_installed_peft_names_them(tmp_path: Path, values: dict, trained:
     assert any(".lora_A.default.weight" in name for name in state)
     torch.save({"model": state}, tmp_path / "x.pth")
     model = fresh()
-    assert load_trained(model, tmp_path / "x.pth") == set(trained)
+    assert load_into(model, tmp_path / "x.pth") == set(trained)
     assert_loaded(model, trained)
 
 
@@ -176,7 +169,7 @@ def test_base_layer_spelling(tmp_path: Path, values: dict, trained: dict, fresh:
     state[original_name(name, lora=True).replace("dense.weight", "dense.base_layer.weight")] = values[name]
     torch.save({"model": state}, tmp_path / "x.pth")
     model = fresh()
-    assert name in load_trained(model, tmp_path / "x.pth")
+    assert name in load_into(model, tmp_path / "x.pth")
     assert_loaded(model, trained | {name: values[name]})
 
 
@@ -185,9 +178,9 @@ def test_minigpt4_projection(tmp_path: Path, trained: dict, fresh: Callable, cap
     torch.save({"model": first}, tmp_path / "vicuna.pth")
     model = fresh()
     with caplog.at_level(logging.INFO, logger="tinygptv_ds"):
-        assert load_trained(model, tmp_path / "vicuna.pth", ["llama_proj2", "norms", "lora"]) == set(first)
+        assert load_into(model, tmp_path / "vicuna.pth", ["llama_proj2", "norms", "lora"]) == set(first)
     assert_loaded(model, first)
-    assert "vicuna.pth holds no norms, which starts afresh" in caplog.text
+    assert "vicuna.pth has no norms, which starts from initial values" in caplog.text
 
 
 def save(folder: Path, state: dict[str, Tensor]) -> Path:
@@ -217,7 +210,7 @@ def test_what_does_not_fit_is_refused(
     target = fresh(**model)
     before = {name: p.detach().clone() for name, p in target.named_parameters()}
     with pytest.raises(WeightsError, match=message):
-        load_trained(target, save(tmp_path, state))
+        load_into(target, save(tmp_path, state))
     assert all(torch.equal(p, before[name]) for name, p in target.named_parameters())
 
 
@@ -235,8 +228,8 @@ def test_weights_of_the_wrong_stage(tmp_path: Path, trained: dict, fresh: Callab
     model = fresh()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(WeightsError, match=named):
-        load_trained(model, save(tmp_path, state))
-    assert load_trained(model, save(tmp_path, state), [part]) == set(state)
+        load_into(model, save(tmp_path, state))
+    assert load_into(model, save(tmp_path, state), [part]) == set(state)
     assert_loaded(model, state | {name: before[name] for name in trained if PARTS[part](name)})
 
 
@@ -249,7 +242,7 @@ ATTENTION = "llama_model.base_model.model.model.layers.0.self_attn."
         (lambda s: s.update({ATTENTION + "q_proj.lora_A.default.weight": torch.zeros(3, 12)}), "on split q/k/v"),
         (
             lambda s: s.update({ATTENTION + "dense.lora_magnitude_vector.default.weight": torch.zeros(12)}),
-            "of the kind DoRA",
+            "The LoRA is DoRA",
         ),
         (lambda s: s.update({"llama_proj.weight": torch.zeros(5120, 6)}), "projection of MiniGPT-4's 13B model"),
         (lambda s: s.update({"llama_proj.weight": torch.zeros(7, 6)}), r"point model\.\* at the same ones"),
@@ -260,33 +253,33 @@ def test_likely_causes(tmp_path: Path, trained: dict, fresh: Callable, change: C
     state = dict(trained)
     change(state)
     with pytest.raises(WeightsError, match=cause):
-        load_trained(fresh(), save(tmp_path, state))
+        load_into(fresh(), save(tmp_path, state))
 
 
 def test_lora_alone_is_not_enough(tmp_path: Path, trained: dict, fresh: Callable) -> None:
     """As peft's own save_pretrained writes it."""
     state = {n.replace("language_model.", "base_model.model."): t for n, t in trained.items() if lora(n)}
-    with pytest.raises(WeightsError, match="holds no first projection; it is no whole file of TinyGPT-V"):
-        load_trained(fresh(), save(tmp_path, state))
+    with pytest.raises(WeightsError, match="holds no first projection, so it is not a complete file of TinyGPT-V"):
+        load_into(fresh(), save(tmp_path, state))
 
 
 def test_another_alpha_is_refused(run: Path, fresh: Callable) -> None:
     with pytest.raises(WeightsError, match=r"lora_alpha 6, the model has 16; set model\.lora_alpha=6"):
-        load_trained(fresh(lora_alpha=16), run)
+        load_into(fresh(lora_alpha=16), run)
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path, fresh: Callable) -> None:
     with pytest.raises(WeightsError, match="no weights there"):
-        load_trained(fresh(), tmp_path)
+        load_into(fresh(), tmp_path)
     (tmp_path / "recipe.yaml").write_text("stage: 1\n")
     with pytest.raises(WeightsError, match="has not finished and has no checkpoint yet"):
-        load_trained(fresh(), tmp_path)
+        load_into(fresh(), tmp_path)
     for step in ("step-00000010", "step-00000020", "step-00000030.partial"):
         (tmp_path / "checkpoints" / step).mkdir(parents=True)
     with pytest.raises(WeightsError, match=r"name its checkpoint .*step-00000020$"):
-        load_trained(fresh(), tmp_path)
+        load_into(fresh(), tmp_path)
     with pytest.raises(WeightsError, match="no such run or file"):
-        load_trained(fresh(), tmp_path / "nowhere")
+        load_into(fresh(), tmp_path / "nowhere")
 
 
 def test_a_damaged_adjacent_recipe_a_checkpoint_is_named(tmp_path: Path, trained: dict, fresh: Callable) -> None:
@@ -295,10 +288,10 @@ def test_a_damaged_adjacent_recipe_a_checkpoint_is_named(tmp_path: Path, trained
     folder.mkdir(parents=True)
     save_file({f"weight/{name}": tensor for name, tensor in trained.items()}, folder / "state.safetensors")
     (folder / "state.json").write_text("{}")
-    assert load_trained(fresh(), folder) == set(trained)
+    assert load_into(fresh(), folder) == set(trained)
     (tmp_path / "recipe.yaml").write_text("model: {phi: [")
     with pytest.raises(ConfigError, match=r"recipe\.yaml is not valid YAML"):
-        load_trained(fresh(), folder)
+        load_into(fresh(), folder)
 
 
 def test_a_chain_of_stages(base: Callable[..., ModelSection], tmp_path: Path, trained: dict) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.template_names import check_template
 from tinygptv_ds.generate.templates import choose_template
-from tinygptv_ds.weights.paths import require
+from tinygptv_ds.weights.paths import require_path
 
 if TYPE_CHECKING:
     from tinygptv_ds.generate.answerer import Answerer
@@ -62,7 +62,7 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     Raises:
         TinyGPTVError: no such model, recipe or template.
     """
-    require(args.model)
+    require_path(args.model)
     check_template(args.template, "--template")
     if args.recipe is not None:
         load_recipe(args.recipe, args.set)

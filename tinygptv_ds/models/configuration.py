@@ -41,7 +41,7 @@ class EvaViTConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-PHI_2 = {
+PHI_2: dict[str, Any] = {
     "vocab_size": 51200,
     "hidden_size": 2560,
     "intermediate_size": 10240,

@@ -1,7 +1,7 @@
-"""The model of a recipe: sizes from the files, base weights, trained weights, and what no file supplies.
+"""The model of a recipe: sizes from the files, base weights, trained weights, and initial values for the rest.
 
-Everything is checked by name and shape before a weight is read; every parameter and buffer is then loaded or, if it is
-of a kind that no file has yet, initialised by name. Nothing is left to chance.
+Names and shapes are all checked before a weight is read. Every parameter and buffer is then loaded or, if it is of a
+kind that no file has yet, initialized explicitly; none keeps uninitialized memory.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.io import Stored, in_memory, listing
 from tinygptv_ds.weights.layouts.blip2 import blip2_source, qformer_config
 from tinygptv_ds.weights.layouts.eva import eva_config, eva_source
-from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, in_layer, phi_source
-from tinygptv_ds.weights.layouts.phi_config import phi_config
+from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, in_layer, phi_config, phi_source
 from tinygptv_ds.weights.source import Source, check_weights, copy_weights
-from tinygptv_ds.weights.trained import fitting_source, frozen_updates
+from tinygptv_ds.weights.trained import fitting_source
 
 
 def build_model(
     section: ModelSection, text: TextSection, *, frozen_dtype: torch.dtype
 ) -> TinyGPTVForConditionalGeneration:
-    """The model of a recipe on the CPU, with all its weights; seed torch first where projections or LoRA start afresh.
+    """Build the model of a recipe on the CPU with all its weights.
+
+    Projections and LoRA that no file supplies take their initial values from torch's generator: seed it first.
 
     Args:
-        section: where the weights lie, and what is built around them.
+        section: the paths of the weights, and what is built around them.
         text: template and end symbol, noted in the model's configuration.
-        frozen_dtype: of everything that does not learn; projections, Phi's norms, LoRA and what `section.train` names
-            are fp32.
+        frozen_dtype: of all frozen weights; projections, Phi's norms, LoRA and what `section.train` names are fp32.
 
     Raises:
         WeightsError: a file is missing or damaged, or does not fit name for name and shape for shape.
@@ -48,7 +48,7 @@ def build_model(
     if section.init_from is not None:
         trained = fitting_source(meta_model(config), Path(section.init_from), section.allow_missing)
     parts = [PARTS[name] for name in section.train or ()]
-    model = assemble(config, base_paths(section), trained, frozen_dtype=frozen_dtype, learning=parts)
+    model = assemble(config, base_paths(section), trained, frozen_dtype=frozen_dtype, trainable=parts)
     model.attention = section.attention
     model.language_model.model.gradient_checkpointing = section.gradient_checkpointing
     return model
@@ -57,13 +57,13 @@ def build_model(
 def build_vision(
     section: ModelSection, text: TextSection, *, frozen_dtype: torch.dtype
 ) -> TinyGPTVForConditionalGeneration:
-    """As `build_model`, but ViT and Q-Former alone, for `encode_vision`: nothing else takes memory or is read.
+    """Build ViT and Q-Former alone, for `encode_vision`; nothing else takes memory or is read.
 
-    All files are checked as for training, and the weights come from where training takes them: a Q-Former that
-    `init_from` holds goes before that of the base.
+    All files are checked as in `build_model`, and the weights are those that it takes: a Q-Former in `init_from`
+    replaces that of the base.
     """
     config = model_config(section, text)
-    model = meta_model(config).to(frozen_dtype)
+    model = meta_model(config).to(dtype=frozen_dtype)
     trained = None
     if section.init_from is not None:
         trained = fitting_source(model, Path(section.init_from), section.allow_missing)
@@ -78,10 +78,10 @@ def build_vision(
 
 
 def model_config(section: ModelSection, text: TextSection) -> TinyGPTVConfig:
-    """The model's sizes, from Phi's config.json, the shapes in the files, and the recipe for what they do not tell.
+    """Return the model's sizes, from Phi's config.json, the shapes in the files, and the recipe for the rest.
 
     Raises:
-        WeightsError: a file is missing, unreadable or no such model, or the parts do not fit together.
+        WeightsError: a file is missing, unreadable or of another model, or the parts do not fit together.
     """
     blip2 = blip2_source(Path(section.qformer))
     qformer = qformer_config(blip2, section.qformer_heads)
@@ -93,8 +93,8 @@ def model_config(section: ModelSection, text: TextSection) -> TinyGPTVConfig:
     )
     if vision.hidden_size != qformer.encoder_hidden_size:
         raise WeightsError(
-            f"{section.eva_vit} is {vision.hidden_size} wide, but the Q-Former of {section.qformer} looks at "
-            f"features of {qformer.encoder_hidden_size}; model.eva_vit and model.qformer must be of one BLIP-2"
+            f"{section.eva_vit} is {vision.hidden_size} wide, but the Q-Former of {section.qformer} reads "
+            f"features of {qformer.encoder_hidden_size}; model.eva_vit and model.qformer must be of the same BLIP-2"
         )
     phi = phi_config(Path(section.phi))
     if section.resid_dropout is not None:
@@ -116,12 +116,12 @@ def model_config(section: ModelSection, text: TextSection) -> TinyGPTVConfig:
 
 
 def base_paths(section: ModelSection) -> dict[str, Path]:
-    """Where the base weights of a recipe lie, by part."""
+    """Return the paths of the base weights of a recipe by part."""
     return {"phi": Path(section.phi), "eva_vit": Path(section.eva_vit), "qformer": Path(section.qformer)}
 
 
 def meta_model(config: TinyGPTVConfig) -> TinyGPTVForConditionalGeneration:
-    """A model of these sizes without any memory, for the names and shapes of its parameters."""
+    """Build a model on the meta device, for the names and shapes of its parameters."""
     with torch.device("meta"):
         return TinyGPTVForConditionalGeneration(config)
 
@@ -132,39 +132,39 @@ def assemble(
     trained: Source | None,
     *,
     frozen_dtype: torch.dtype,
-    learning: Sequence[Part] = (),
+    trainable: Sequence[Part] = (),
 ) -> TinyGPTVForConditionalGeneration:
-    """Build a model of these sizes in memory and fill it.
+    """Build a model of these sizes on the CPU with all its weights.
 
     Args:
         config: the sizes.
         base: files of "phi", "eva_vit" and "qformer".
         trained: trained weights, checked by `fitting_source`.
-        frozen_dtype: of everything that no stage trains as published.
-        learning: parts that are fp32 all the same.
+        frozen_dtype: of all weights that the published stages keep frozen.
+        trainable: parts that are fp32 nevertheless.
 
     Raises:
         WeightsError: see `build_model`.
     """
-    model = empty_model(config, frozen_dtype, learning)
+    model = empty_model(config, frozen_dtype, trainable)
     parameters = dict(model.named_parameters())
     sources = _sources(_shapes(model), config, base, trained)
     for source in sources:
         copy_weights(parameters, source.weights)
         LOGGER.info("%s: %d tensors loaded, %d ignored", source.path, len(source.weights), len(source.ignored))
-    _initialise(model, {name for source in sources for name in source.weights})
+    _initialize(model, {name for source in sources for name in source.weights})
     if trained is not None:
-        model.frozen_updates = {name: trained.weights[name].read() for name in frozen_updates(trained)}
+        model.frozen_updates = {name: trained.weights[name].read() for name in trained.frozen_updates}
     return model.eval()
 
 
 def all_weights(config: TinyGPTVConfig, base: Mapping[str, Path], trained: Source) -> dict[str, Stored]:
-    """Every parameter of the model as it lies in the files, in the model's order; nothing is read yet.
+    """Return every parameter of the model as the files have it, in the model's order; nothing is read yet.
 
     Args:
         config: the sizes.
         base: files of "phi", "eva_vit" and "qformer".
-        trained: trained weights, checked by `fitting_source` without fresh parts.
+        trained: trained weights, checked by `fitting_source` with nothing allowed to be missing.
 
     Raises:
         WeightsError: a file is missing or does not fit, or no file supplies a parameter.
@@ -174,7 +174,7 @@ def all_weights(config: TinyGPTVConfig, base: Mapping[str, Path], trained: Sourc
         name: stored for source in _sources(shapes, config, base, trained) for name, stored in source.weights.items()
     }
     left = shapes.keys() - found.keys()
-    # The biases of the added norms are never trained: they are what they started from.
+    # The biases of the added norms are never trained, so they have their initial values.
     constant = {name: in_memory(_initial_norm(name, shapes[name])) for name in left if ADDED_NORMS.fullmatch(name)}
     if left - constant.keys():
         raise WeightsError(f"no file supplies {listing(left - constant.keys())}")
@@ -182,7 +182,7 @@ def all_weights(config: TinyGPTVConfig, base: Mapping[str, Path], trained: Sourc
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Phi folder.
+    """Load the tokenizer of a Phi folder.
 
     Raises:
         WeightsError: there is none, or it is damaged.
@@ -195,23 +195,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _set_special_tokens(phi: PhiConfig, folder: Path) -> int:
-    """Take begin, end and pad from the tokenizer into `phi`; returns the id that stands at image positions."""
+    """Copy the BOS, EOS and padding ids from the tokenizer into `phi`; return the id for image positions."""
     tokenizer = load_tokenizer(folder)
     end = tokenizer.eos_token_id
     if end is None:
-        raise WeightsError(f"{folder}: the tokenizer has no end token; fetch Phi's tokenizer files again")
+        raise WeightsError(f"{folder}: the tokenizer has no EOS token; fetch Phi's tokenizer files again")
     if phi.eos_token_id not in (None, end):
         LOGGER.warning(
-            "%s: config.json ends at %s, the tokenizer at %d; the latter holds", folder, phi.eos_token_id, end
+            "%s: the EOS token is %s in config.json and %d in the tokenizer, which is used",
+            folder,
+            phi.eos_token_id,
+            end,
         )
-    # As in the original, one token begins, ends and pads.
+    # As in the original, one token is BOS, EOS and padding.
     phi.bos_token_id = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     phi.eos_token_id = phi.pad_token_id = end
     largest, image_token = max(tokenizer.get_vocab().values()), phi.vocab_size - 1
     if largest >= image_token:
         raise WeightsError(
             f"{folder}: the tokenizer uses ids up to {largest} of a vocabulary of {phi.vocab_size}, whose last row "
-            "must be free to stand for images; use a Phi whose embedding has a spare row, as Phi-2's has"
+            "must be free to mark images; use a Phi whose embedding has a spare row, as Phi-2's does"
         )
     return image_token
 
@@ -219,20 +222,20 @@ def _set_special_tokens(phi: PhiConfig, folder: Path) -> int:
 def empty_model(
     config: TinyGPTVConfig,
     frozen_dtype: torch.dtype,
-    learning: Sequence[Part] = (),
+    trainable: Sequence[Part] = (),
     device: torch.device | str = "cpu",
 ) -> TinyGPTVForConditionalGeneration:
-    """The model in its final dtypes with uninitialised memory: built without any, so that nothing is held twice.
+    """Build a model in its final dtypes with uninitialized memory, by way of the meta device: nothing is held twice.
 
     Args:
         config: the sizes.
-        frozen_dtype: of everything that no stage trains as published.
-        learning: parts that are fp32 all the same.
-        device: where its memory lies.
+        frozen_dtype: of all weights that the published stages keep frozen.
+        trainable: parts that are fp32 nevertheless.
+        device: the device of its memory.
     """
-    model = meta_model(config).to(frozen_dtype)
+    model = meta_model(config).to(dtype=frozen_dtype)
     for name, parameter in model.named_parameters():
-        if always_fp32(name) or any(part(name) for part in learning):
+        if always_fp32(name) or any(part(name) for part in trainable):
             parameter.data = parameter.data.float()
     return model.to_empty(device=device)
 
@@ -244,7 +247,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def _sources(
     shapes: Mapping[str, tuple[int, ...]], config: TinyGPTVConfig, base: Mapping[str, Path], trained: Source | None
 ) -> list[Source]:
-    """The base files, checked, and the trained weights, which replace what both hold."""
+    """Return the base files, checked, and then the trained weights, which replace what both hold."""
     sources = []
     for source, belongs, advice in _base_sources(config, base):
         check_weights({name: shape for name, shape in shapes.items() if belongs(name, source)}, source, advice)
@@ -255,10 +258,10 @@ def _sources(
 def _base_sources(
     config: TinyGPTVConfig, base: Mapping[str, Path]
 ) -> list[tuple[Source, Callable[[str, Source], bool], str]]:
-    """Each base file with the rule of what it must supply and the likely cause if it does not."""
+    """Return each base file with the rule of what it must supply, and the likely cause if it does not."""
 
     def of_phi(name: str, source: Source) -> bool:
-        # TinyGPT-V's own norms are in no Phi-2 file, but a file may have them.
+        # No Phi-2 file has TinyGPT-V's own norms, but an exported one may.
         optional = lora(name) or (ADDED_NORMS.fullmatch(name) and not _has_kind(name, source.weights))
         return name.startswith("language_model.") and not optional
 
@@ -289,22 +292,22 @@ def _base_sources(
 
 
 def _has_kind(name: str, names: Collection[str]) -> bool:
-    """Whether this norm is in `names` for any layer: it must then be there for all."""
+    """Whether any layer has this norm in `names`: then all layers must."""
     return any(ADDED_NORMS.fullmatch(other) and in_layer(other) == in_layer(name) for other in names)
 
 
-def _initialise(model: TinyGPTVForConditionalGeneration, loaded: set[str]) -> None:
-    """Give the values they start from to the projections, LoRA and added norms that no file supplied.
+def _initialize(model: TinyGPTVForConditionalGeneration, loaded: set[str]) -> None:
+    """Give initial values to the projections, LoRA and added norms that no file supplied.
 
     Raises:
-        WeightsError: anything else was not supplied.
+        WeightsError: no file supplied something else.
     """
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     left = parameters.keys() - loaded
     unexplained = {n for n in left if not (projections(n) or lora(n) or ADDED_NORMS.fullmatch(n))}
     unexplained |= {name for name in buffers if not name.endswith(".attn.k_bias")}
     if unexplained:
-        raise WeightsError(f"no file supplies {listing(unexplained)}; see the files above for what each one held")
+        raise WeightsError(f"no file supplies {listing(unexplained)}; the log lists what each file held")
     with torch.no_grad():
         for name in filter(ADDED_NORMS.fullmatch, left):
             parameters[name].copy_(_initial_norm(name, tuple(parameters[name].shape)))
@@ -315,13 +318,13 @@ def _initialise(model: TinyGPTVForConditionalGeneration, loaded: set[str]) -> No
                 module.reset_parameters()
     _zero_buffers(model)
     if left:
-        kinds = {"projections": projections, "LoRA": lora, "added norms": ADDED_NORMS.fullmatch}
-        counts = {kind: sum(bool(part(name)) for name in left) for kind, part in kinds.items()}
-        LOGGER.info("initialised: %s", ", ".join(f"{n} tensors of {kind}" for kind, n in counts.items() if n))
+        added = {name for name in left if ADDED_NORMS.fullmatch(name)}
+        counts = {"projections": sum(map(projections, left)), "LoRA": sum(map(lora, left)), "added norms": len(added)}
+        LOGGER.info("initialized: %s", ", ".join(f"{n} tensors of {kind}" for kind, n in counts.items() if n))
 
 
 def _zero_buffers(model: nn.Module) -> None:
-    """timm's key bias, fixed at zero and in no file."""
+    """Zero timm's key bias, which is constant and in no file."""
     for buffer in model.buffers():
         buffer.zero_()
 

@@ -1,4 +1,4 @@
-"""`python -m tinygptv_ds convert`: weights of any layout as safetensors in the one that is wanted."""
+"""The verb `convert`: weights of any layout as safetensors in the layout that is wanted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.weights.paths import refuse_existing, require
+from tinygptv_ds.weights.paths import refuse_existing, require_path
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tinygptv_ds.weights.detect import Opened
     from tinygptv_ds.weights.source import Source
 
-# What a tokenizer may consist of; copied as it is, since older code wants the older files.
+# The files of a tokenizer, copied as they are because older code reads the older ones.
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE_OR_DIR",
         help="Phi-2 in any of its layouts, eva_vit_g.pth, a BLIP-2 file or folder, MiniGPT-4's projection, trained "
-        "weights of TinyGPT-V in any form, a run, or a checkpoint of ours or of DeepSpeed's",
+        "weights of TinyGPT-V in any form, a run, an adapter, or a checkpoint of a run or of DeepSpeed",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the file (Phi: folder) to write")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of all weights (default: as they are)")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of all weights (default: unchanged)")
     parser.add_argument(
         "--layout",
         choices=["fused", "split"],
-        help="Phi: query_key_value in one, as TinyGPT-V has it, or q, k and v apart, as transformers has them "
+        help="Phi: one query_key_value, as TinyGPT-V has it, or separate q, k and v, as transformers has them "
         "(default: fused)",
     )
     parser.add_argument(
@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Carry out the verb."""
-    require(args.source)
+    """Convert the weights."""
+    require_path(args.source)
     refuse_existing(args.out)
 
     from tinygptv_ds.dtypes import DTYPES
@@ -73,24 +73,24 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_options(args: argparse.Namespace, opened: Opened) -> None:
     if args.layout and opened.kind != "phi":
-        raise ConfigError(f"--layout is for Phi; {args.source} is of another kind, leave it out")
+        raise ConfigError(f"--layout is for Phi; {args.source} is of another kind, so leave it out")
     if args.image_size and opened.kind != "eva_vit":
-        raise ConfigError(f"--image-size is for an EVA ViT; {args.source} is of another kind, leave it out")
+        raise ConfigError(f"--image-size is for an EVA ViT; {args.source} is of another kind, so leave it out")
     if opened.kind == "model":
         raise ConfigError(
-            f"{args.source} is a whole model already; export its run with another --dtype, or as --to adapter"
+            f"{args.source} is already a whole model; export its run with another --dtype, or with --to adapter"
         )
 
 
 def _checked(opened: Opened) -> Source:
-    """The weights under canonical names, complete.
+    """Return the weights under canonical names, checked to be complete.
 
     Raises:
         WeightsError: anything is missing, unknown or of another shape.
     """
-    from tinygptv_ds.weights.canonical import canonical_source
+    from tinygptv_ds.weights.detect import canonical_source
     from tinygptv_ds.weights.layouts.expected_shapes import expected_shapes, in_order
-    from tinygptv_ds.weights.layouts.phi_config import check_config, phi_config
+    from tinygptv_ds.weights.layouts.phi2 import check_config, phi_config
     from tinygptv_ds.weights.source import Source, check_weights
     from tinygptv_ds.weights.trained import init_from_of, whole_source
 
@@ -99,7 +99,7 @@ def _checked(opened: Opened) -> Source:
     if opened.of_one_stage:
         source = whole_source(opened, init_from_of(opened))
     expected = expected_shapes(opened.kind, source)
-    check_weights(expected, source, f"`python -m tinygptv_ds inspect {opened.path}` tells what is there")
+    check_weights(expected, source, f"`tinygptv-ds inspect {opened.path}` lists what is there")
     if config is not None:
         check_config(config, expected, _phi_folder(opened) / "config.json")
     ordered = {name: source.weights[name] for name in in_order(source.weights, expected)}
@@ -107,7 +107,7 @@ def _checked(opened: Opened) -> Source:
 
 
 def _phi_folder(opened: Opened) -> Path:
-    """Where the config.json of Phi's weights lies."""
+    """Return the folder of the config.json of Phi's weights."""
     return opened.path if opened.path.is_dir() else opened.path.parent
 
 
@@ -126,8 +126,7 @@ def _write_file(opened: Opened, source: Source, out: Path, image_size: int | Non
 
 def _write_phi(opened: Opened, source: Source, out: Path, layout: str, dtype: torch.dtype | None) -> None:
     from tinygptv_ds.files import whole_folder
-    from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, to_layout
-    from tinygptv_ds.weights.layouts.phi_config import phi_config, save_config
+    from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, phi_config, save_config, to_layout
     from tinygptv_ds.weights.safetensors_writer import stored_dtype, write_weights
 
     folder = _phi_folder(opened)

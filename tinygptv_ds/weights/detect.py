@@ -1,4 +1,8 @@
-"""What a path holds: a run, a checkpoint, a file of the original's, a base model; told from names, never asked for."""
+"""What a path holds: a run, a checkpoint, a file of the original's, an adapter, a base model; detected from names.
+
+`Opened` has the tensors under the names of their file; `canonical_source` gives them their canonical names, and
+`guess_stage` finds the stage that trained them.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.models.parameters import lora
 from tinygptv_ds.weights.io import Stored, listing, open_file, open_weights, read_json, weight_files
+from tinygptv_ds.weights.layouts.blip2 import canonical_name as blip2_name
 from tinygptv_ds.weights.layouts.deepspeed_checkpoint import open_deepspeed, step_folder
-from tinygptv_ds.weights.layouts.original import unwrapped
+from tinygptv_ds.weights.layouts.eva import canonical_name as eva_name
+from tinygptv_ds.weights.layouts.phi2 import to_canonical
+from tinygptv_ds.weights.layouts.tinygptv import original_source, without_wrappers
 from tinygptv_ds.weights.released import Released, released_by_size
+from tinygptv_ds.weights.source import Source, rename_all
 
 WEIGHTS = "trained.safetensors"
 PROVENANCE = "provenance.json"
 RECIPE = "recipe.yaml"
 STATE = "state.safetensors"
-_SIBLINGS = {WEIGHTS: PROVENANCE, STATE: "state.json"}  # with which a file is more than a file
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's own names of its two files
+ADAPTER_CONFIG = "adapter_config.json"
+# A weight file that has the second file next to it is opened as the folder of both.
+_NOTES_OF = {WEIGHTS: PROVENANCE, STATE: "state.json", ADAPTER_WEIGHTS: ADAPTER_CONFIG}
 KINDS = {
     "phi": "Phi",
     "eva_vit": "EVA ViT",
@@ -39,15 +51,15 @@ class Opened:
     """Weights that were found, under the names of their file.
 
     Attributes:
-        path: what was asked for.
-        container: the sort of file or folder, in words.
+        path: the path that was given.
+        container: the sort of file or folder, for messages.
         kind: a key of `KINDS`.
         files: the files that hold the weights.
         stored: tensors by the file's own names.
-        folder: the folder of a run or a model with its notes next to, else None.
+        folder: the folder of a run, a model or an adapter with its notes; None for a file alone.
         notes: what else is there: of a `.pth` all but "model"; of a folder its provenance.json or state.json.
-        ignored: names that are there and of no use.
-        of_one_stage: whether this holds no more than its stage trains, as checkpoints do.
+        ignored: names that are there and that nothing needs.
+        of_one_stage: whether this holds only what its stage trains, as checkpoints do.
     """
 
     path: Path
@@ -62,18 +74,18 @@ class Opened:
 
     @property
     def released(self) -> Released | None:
-        """Which of the authors' released files this seems to be, by its size."""
+        """The released file of the authors that this seems to be, by its size."""
         return released_by_size(self.path.stat().st_size) if self.path.is_file() else None
 
 
 def open_any(path: Path) -> Opened:
-    """Open a file, a folder of weights, a run directory, its `model/`, a checkpoint of ours or of DeepSpeed's.
+    """Open a file, a folder of weights, a run directory, its `model/`, an adapter, or a checkpoint.
 
     Raises:
         WeightsError: nothing is there, it is damaged, or it is none of these.
     """
     path = Path(path)
-    if path.is_file() and path.name in (WEIGHTS, STATE) and (path.parent / _SIBLINGS[path.name]).is_file():
+    if path.is_file() and path.name in _NOTES_OF and (path.parent / _NOTES_OF[path.name]).is_file():
         return open_any(path.parent)
     if path.is_file():
         _refuse_broken(path)
@@ -82,7 +94,7 @@ def open_any(path: Path) -> Opened:
         return Opened(path, container, kind_of(stored, path), [path], stored, notes=notes)
     if not path.is_dir():
         raise WeightsError(
-            f"{path}: no such run or file; give a run directory, a checkpoint, a folder of weights or a weights' file"
+            f"{path}: no such run or file; give a run directory, a checkpoint, a folder of weights or a weight file"
         )
     for folder, container in ((path / "model", "run directory"), (path, "model/ folder of a run")):
         if (folder / WEIGHTS).is_file():
@@ -93,20 +105,23 @@ def open_any(path: Path) -> Opened:
     if step is not None:
         return _deepspeed(path, step)
     _refuse_unfinished(path)
+    adapter = (path / ADAPTER_CONFIG).is_file()
+    if adapter:
+        _refuse_unknown_adapter(path / ADAPTER_CONFIG)
     stored = open_weights(path)
     notes = read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else {}
     kind = kind_of(stored, path)
-    container = "exported model" if kind == "model" else "folder of weights"
+    container = "peft adapter" if adapter else "exported model" if kind == "model" else "folder of weights"
     return Opened(path, container, kind, weight_files(path), stored, path, notes)
 
 
 def kind_of(names: Iterable[str], path: Path) -> str:
-    """Which of `KINDS` these names are of; `path` is named in errors.
+    """Return the key of `KINDS` that these names belong to; `path` is named in errors.
 
     Raises:
-        WeightsError: of none.
+        WeightsError: they belong to none.
     """
-    names = [unwrapped(name) for name in names]
+    names = [without_wrappers(name) for name in names]
     if any(map(_TRAINED.match, names)):
         if all(re.fullmatch(r"llama_proj\.(weight|bias)", name) for name in names):
             return "projection"
@@ -123,8 +138,76 @@ def kind_of(names: Iterable[str], path: Path) -> str:
     )
 
 
-def _trained(names: Iterable[str], path: Path) -> str:
-    """The kind of a run's own weights: trained, even where they are the whole model or one of its base models."""
+def canonical_source(opened: Opened, heads: int) -> Source:
+    """Return all that a file holds under canonical names; names that nothing needs are among `ignored`.
+
+    Args:
+        opened: the file.
+        heads: Phi's attention heads, by which its rows are reordered when they are read; names and shapes do not
+            depend on them.
+
+    Raises:
+        WeightsError: it mixes layouts.
+    """
+    if opened.kind == "phi":
+        return to_canonical(opened.stored, heads, opened.path)
+    if opened.kind == "eva_vit":
+        return rename_all(opened.stored, eva_name, opened.path)
+    if opened.kind == "blip2":
+        return rename_all(opened.stored, blip2_name, opened.path)
+    source = original_source(opened.stored, opened.path)
+    return Source(opened.path, source.weights, [*source.ignored, *opened.ignored])
+
+
+@dataclass(frozen=True)
+class StageGuess:
+    """The stages that may have trained the weights, and the evidence."""
+
+    stages: tuple[int, ...]
+    why: str
+
+    def __str__(self) -> str:
+        return f"{' or '.join(map(str, self.stages))} ({self.why})"
+
+
+def guess_stage(opened: Opened, source: Source) -> StageGuess:
+    """Find the stage from a run's notes, the size of a released file, the original's configuration, or the names.
+
+    Args:
+        opened: the file or folder.
+        source: the same weights under canonical names.
+    """
+    if isinstance(opened.notes.get("stage"), int):
+        return StageGuess((opened.notes["stage"],), "its provenance.json")
+    if opened.released is not None:
+        return StageGuess((opened.released.stage,), f"the size of the released {opened.released.name}")
+    has_lora = any(map(lora, source.weights))
+    stage = _stage_by_configuration(opened.notes.get("config"), has_lora)
+    if stage is not None:
+        return StageGuess((stage,), "the configuration in the file")
+    if any(name.startswith("qformer.") for name in source.weights):
+        return StageGuess((4,), "a trained Q-Former, as in the first release")
+    if has_lora:
+        return StageGuess((2, 3, 4), "LoRA; these three train the same parts")
+    return StageGuess((1,), "no LoRA")
+
+
+def _stage_by_configuration(config: Any, has_lora: bool) -> int | None:
+    """Find the stage from the configuration that the original saves: model class and datasets differ by stage."""
+    if not isinstance(config, dict):
+        return None
+    model, datasets = config.get("model"), config.get("datasets")
+    if isinstance(model, dict) and model.get("arch") == "minigpt_v2":
+        return 4
+    if not isinstance(datasets, dict):
+        return None
+    if "cc_sbu_align" in datasets:
+        return 3
+    return (2 if has_lora else 1) if {"laion", "cc_sbu"} & datasets.keys() else None
+
+
+def _kind_of_run(names: Iterable[str], path: Path) -> str:
+    """Return "trained" for a run's own weights, even if they are the whole model or one of its base models."""
     kind = kind_of(names, path)
     return kind if kind == "projection" else "trained"
 
@@ -133,17 +216,17 @@ def _model_folder(path: Path, folder: Path, container: str) -> Opened:
     file = folder / WEIGHTS
     stored, _ = open_file(file)
     notes = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
-    return Opened(path, container, _trained(stored, file), [file], stored, folder, notes)
+    return Opened(path, container, _kind_of_run(stored, file), [file], stored, folder, notes)
 
 
 def _checkpoint(path: Path) -> Opened:
-    """A checkpoint of a run's; its optimizer moments are left aside."""
+    """Open a checkpoint of a run without its optimizer moments."""
     stored, _ = open_file(path / STATE)
     weights = {name.removeprefix("weight/"): value for name, value in stored.items() if name.startswith("weight/")}
     moments = sorted(stored.keys() - {f"weight/{name}" for name in weights})
     run = path.resolve().parents[1]
     notes = read_json(path / "state.json")
-    kind = _trained(weights, path)
+    kind = _kind_of_run(weights, path)
     return Opened(path, "checkpoint of a run", kind, [path / STATE], weights, run, notes, moments, True)
 
 
@@ -167,4 +250,17 @@ def _refuse_unfinished(path: Path) -> None:
     if checkpoints:
         raise WeightsError(f"{path}: the run has not finished; let it finish, or name its checkpoint {checkpoints[-1]}")
     if (path / RECIPE).is_file() and not any(path.glob("*.safetensors")):
-        raise WeightsError(f"{path}: the run has not finished and has no checkpoint yet; start it again to go on")
+        raise WeightsError(f"{path}: the run has not finished and has no checkpoint yet; start it again to resume it")
+
+
+def _refuse_unknown_adapter(path: Path) -> None:
+    """Refuse an adapter of peft that computes anything but `W + alpha / r * B A` on each of its layers."""
+    config = read_json(path)
+    wrong = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)]
+    if config.get("peft_type") != "LORA":
+        wrong.insert(0, f"peft_type {config.get('peft_type')}")
+    if wrong:
+        raise WeightsError(
+            f"{path}: TinyGPT-V has plain LoRA of one rank and one alpha, not {', '.join(wrong)}; merge the adapter "
+            "into its model with peft's merge_and_unload instead"
+        )

@@ -1,4 +1,4 @@
-"""`python -m tinygptv_ds inspect`: what a file or folder of weights is, and whether it is whole."""
+"""The verb `inspect`: what a file or folder of weights is, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.weights.paths import require
+from tinygptv_ds.weights.paths import require_path
 
 if TYPE_CHECKING:
     from tinygptv_ds.weights.detect import Opened
@@ -32,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Carry out the verb.
+    """Print the report of `inspect`.
 
     Raises:
-        WeightsError: the weights are damaged, unknown, or not complete; the report is printed before.
+        WeightsError: the weights are damaged, unknown, or not complete; in the last case the report is printed first.
     """
-    require(args.path)
+    require_path(args.path)
     report = inspect(args.path)
     print(json.dumps(asdict(report), indent=2) if args.json else report)
     if report.incomplete:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """Values of one part of the model: how many, and their dtypes."""
+    """One part of the model: its number of values, and their dtypes."""
 
     values: int
     dtypes: list[str]
@@ -54,26 +54,26 @@ class Part:
 
 @dataclass
 class Report:
-    """What `inspect` tells.
+    """The findings of `inspect`.
 
     Attributes:
-        path: what was inspected.
-        container: the sort of file or folder.
-        kind: what the weights are of.
+        path: the file or folder.
+        container: its sort.
+        kind: the model, or the part of one, that the weights belong to.
         files: SHA-256 of each file by its name.
-        released: which of the authors' files it is, or None.
-        stage: which stage trained it, with the reason; None for base models.
-        layout: of the attention's weights and of LoRA's names, or None.
-        lora_r: LoRA's rank, 0 without.
-        lora_targets: the linear layers that have it.
-        qformer: whether a Q-Former is inside.
-        next to: what else the file holds (optimizer, epoch, ...).
+        released: the authors' released file that it is, or None.
+        stage: the stage that trained it, with the reason; None for base models.
+        layout: of the attention's weights, or the spelling of trained weights; None for other kinds.
+        lora_r: LoRA's rank, 0 without LoRA.
+        lora_targets: the linear layers that have LoRA.
+        qformer: whether it holds a Q-Former.
+        also_contains: what else the file holds (optimizer, epoch, ...).
         parts: sizes of the model's parts.
-        matched: canonical names that a complete file has too, in the same shape.
-        missing: those that are not there.
-        unexpected: names that such a file has not.
-        wrong_shape: in words.
-        ignored: names of the file that are known and of no use.
+        matched: canonical names that are there in the shape of a complete file.
+        missing: names of a complete file that are not there.
+        unexpected: names that a complete file does not have.
+        wrong_shape: a sentence for each tensor of another shape.
+        ignored: names that are known and that nothing needs.
         incomplete: the reason why it cannot be used as it is, or "".
     """
 
@@ -87,7 +87,7 @@ class Report:
     lora_r: int = 0
     lora_targets: list[str] = field(default_factory=list)
     qformer: bool = False
-    adjacent: list[str] = field(default_factory=list)
+    also_contains: list[str] = field(default_factory=list)
     parts: dict[str, Part] = field(default_factory=dict)
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -105,8 +105,8 @@ class Report:
             ("stage", self.stage),
             ("layout", self.layout),
             ("LoRA", f"rank {self.lora_r} on {', '.join(self.lora_targets)}" if self.lora_r else "none"),
-            ("Q-Former", "inside" if self.qformer else "not inside"),
-            ("adjacent", ", ".join(self.adjacent) or None),
+            ("Q-Former", "yes" if self.qformer else "no"),
+            ("also contains", ", ".join(self.also_contains) or None),
             *(("sha256", f"{digest}  {name}") for name, digest in self.files.items()),
             ("parameters", f"{sum(part.values for part in self.parts.values()):,}"),
             *(("", f"{part.values:>15,}  {name} ({', '.join(part.dtypes)})") for name, part in self.parts.items()),
@@ -121,22 +121,20 @@ class Report:
                 )
             ),
         ]
-        return "\n".join(f"{name:12} {text}" for name, text in rows if text is not None)
+        return "\n".join(f"{name:13} {text}" for name, text in rows if text is not None)
 
 
 def inspect(path: Path) -> Report:
-    """Look at weights without loading them.
+    """Examine weights without loading them.
 
     Raises:
-        WeightsError: they are damaged, or of no kind that is known.
+        WeightsError: they are damaged, or of no known kind.
     """
-    from tinygptv_ds.weights.canonical import canonical_source
-    from tinygptv_ds.weights.detect import KINDS, open_any
+    from tinygptv_ds.weights.detect import KINDS, canonical_source, open_any
     from tinygptv_ds.weights.layouts.expected_shapes import expected_shapes
     from tinygptv_ds.weights.provenance import hashes
     from tinygptv_ds.weights.released import released_by_hash
-    from tinygptv_ds.weights.source import compare
-    from tinygptv_ds.weights.trained import lora_rank
+    from tinygptv_ds.weights.source import compare, lora_rank
 
     opened = open_any(path)
     source = canonical_source(opened, heads=1)
@@ -153,7 +151,7 @@ def inspect(path: Path) -> Report:
         lora_r=lora_rank(source.shapes),
         lora_targets=sorted({n.split(".lora_A.")[0].rpartition(".")[2] for n in source.weights if ".lora_A." in n}),
         qformer=any(name.startswith("qformer.") for name in source.weights),
-        adjacent=_siblings(opened),
+        also_contains=_other_content(opened),
         parts=_parts(source),
         ignored=sorted(source.ignored),
     )
@@ -169,23 +167,24 @@ def inspect(path: Path) -> Report:
 
 
 def _stage(opened: Opened, source: Source) -> str | None:
-    from tinygptv_ds.weights.guess_stage import guess_stage
+    from tinygptv_ds.weights.detect import guess_stage
 
-    tells = opened.kind == "trained" or (opened.kind == "model" and "stage" in opened.notes)
-    return str(guess_stage(opened, source)) if tells else None
+    trained = opened.kind == "trained" or (opened.kind == "model" and "stage" in opened.notes)
+    return str(guess_stage(opened, source)) if trained else None
 
 
 def _layout(opened: Opened) -> str | None:
-    """Of Phi's attention, or how LoRA's keys are spelled."""
-    from tinygptv_ds.weights.layouts.original import spelling
+    """Return the layout of Phi's attention, or how the names of trained weights are spelled."""
     from tinygptv_ds.weights.layouts.phi2 import layout
+    from tinygptv_ds.weights.layouts.tinygptv import spelling
 
     if opened.kind == "phi":
         return layout(opened.stored, opened.path)
     return spelling(opened.stored) if opened.kind in ("trained", "projection", "model") else None
 
 
-def _siblings(opened: Opened) -> list[str]:
+def _other_content(opened: Opened) -> list[str]:
+    """Name what `Opened.notes` holds, with the value where it is a plain one."""
     simple = {key: value for key, value in opened.notes.items() if isinstance(value, int | float | str)}
     return [f"{key} {simple[key]}" if key in simple else key for key in opened.notes]
 

@@ -1,4 +1,4 @@
-"""The paths of a command line that reads weights and writes others, checked before torch is loaded."""
+"""Checks of the paths on a command line that reads and writes weights, made before torch is loaded."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 from tinygptv_ds.errors import WeightsError
 
 
-def require(path: Path) -> None:
-    """See that there is anything to read.
+def require_path(path: Path) -> None:
+    """Check that a path to read exists.
 
     Raises:
-        WeightsError: there is not.
+        WeightsError: it does not.
     """
     if not path.exists():
         raise WeightsError(f"{path}: no such file or folder; correct the path")
 
 
 def refuse_existing(out: Path) -> None:
-    """See that nothing is overwritten.
+    """Check that nothing would be overwritten.
 
     Raises:
-        WeightsError: `out` is there and no empty folder.
+        WeightsError: `out` exists and is not an empty folder.
     """
     if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise WeightsError(f"{out} is already there; choose another --out, or remove it")
+        raise WeightsError(f"{out} already exists; choose another --out, or remove it")

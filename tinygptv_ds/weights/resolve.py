@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError, WeightsError
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.resources import project_root
 from tinygptv_ds.weights.assemble import (
     all_weights,
     assemble,
@@ -22,14 +24,11 @@ from tinygptv_ds.weights.assemble import (
     meta_model,
     model_config,
 )
-from tinygptv_ds.weights.detect import Opened, open_any
-from tinygptv_ds.weights.guess_stage import guess_stage
-from tinygptv_ds.weights.io import Stored
-from tinygptv_ds.weights.provenance import size_of
+from tinygptv_ds.weights.detect import Opened, guess_stage, open_any
+from tinygptv_ds.weights.io import Stored, weight_files
+from tinygptv_ds.weights.provenance import hashes, provenance_of, recipe_with_base, size_of
 from tinygptv_ds.weights.source import Source
-from tinygptv_ds.weights.trained import adjacent_recipe, check_fit, trained_source, whole_source
-
-STAGES = Path(__file__).resolve().parents[2] / "stages"
+from tinygptv_ds.weights.trained import check_fit, recipe_of_run, trained_source, whole_source
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,10 @@ class Resolved:
     """A whole model of which nothing is read yet.
 
     Attributes:
-        opened: where the trained weights lie.
-        recipe: of the stage that trained them, with the base weights' present places.
+        opened: the file or folder of the trained weights.
+        recipe: of the stage that trained them, with the present paths of the base weights.
         config: the model's.
-        trained: the trained weights, and what else replaces the base models'.
+        trained: the trained weights, and whatever else replaces weights of the base models.
     """
 
     opened: Opened
@@ -50,30 +49,44 @@ class Resolved:
 
     @property
     def base(self) -> dict[str, Path]:
-        """Where the base weights lie, by part."""
+        """The paths of the base weights by part."""
         return base_paths(self.recipe.model)
 
     def weights(self) -> dict[str, Stored]:
-        """Every parameter by canonical name, in the model's order."""
+        """Return every parameter by canonical name, in the model's order."""
         return all_weights(self.config, self.base, self.trained)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Phi's."""
+        """Return Phi's tokenizer."""
         return load_tokenizer(self.base["phi"])
 
     def model(self, dtype: torch.dtype) -> TinyGPTVForConditionalGeneration:
-        """The model in memory on the CPU, LoRA apart, all of it in `dtype`."""
-        return assemble(self.config, self.base, self.trained, frozen_dtype=dtype).to(dtype)
+        """Return the model in memory on the CPU, with LoRA kept apart, all of it in `dtype`."""
+        return assemble(self.config, self.base, self.trained, frozen_dtype=dtype).to(dtype=dtype)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return `provenance_of` the recipe and the SHA-256 of every file of base and trained weights."""
+        notes = provenance_of(self.recipe)
+        for part, path in self.base.items():
+            notes["base"][part]["files"] = hashes(weight_files(path))
+        return notes | {"trained": hashes(self.opened.files), "frozen_updates": self.trained.frozen_updates}
+
+    def shareable_provenance(self) -> dict[str, Any]:
+        """Return `provenance` with the names of the base weights instead of their paths on this machine."""
+        notes = self.provenance()
+        notes["base"] = {part: {"files": base["files"]} for part, base in notes["base"].items()}
+        names = {part: path.name for part, path in self.base.items()}
+        return notes | {"recipe": recipe_with_base(self.recipe, names)}
 
 
 def resolve(path: Path, recipe: Path | None = None, overrides: Sequence[str] = ()) -> Resolved:
-    """Find all that a model consists of.
+    """Find everything that a model consists of.
 
     Args:
         path: anything that `open_any` opens and that holds trained weights.
-        recipe: the stage's YAML; None takes the one that lies with a run's weights, and for the original's files the
+        recipe: the stage's YAML; None takes the one noted with a run's weights, and for the original's files the
             published recipe of their stage.
-        overrides: `key=value` changes to the recipe as of `--set`, such as other places of base weights.
+        overrides: `key=value` changes to the recipe as of `--set`, e.g. other paths of base weights.
 
     Raises:
         WeightsError: something is missing or does not fit, or the stage is not known.
@@ -90,7 +103,7 @@ def resolve(path: Path, recipe: Path | None = None, overrides: Sequence[str] = (
 
 
 def resolve_trained(path: Path, recipe: Path | None = None, overrides: Sequence[str] = ()) -> tuple[Opened, Source]:
-    """The trained weights alone, for which no base is needed; arguments and errors as of `resolve`."""
+    """Find the trained weights alone, for which no base is needed; arguments and errors as of `resolve`."""
     opened = open_any(Path(path))
     if not opened.of_one_stage:
         return opened, trained_source(opened)
@@ -102,15 +115,16 @@ def _recipe_of(opened: Opened, overrides: Sequence[str]) -> Recipe:
     noted = opened.notes.get("recipe")
     if isinstance(noted, dict) and isinstance(noted.get("model"), dict):  # a checkpoint notes hashes alone
         return build_recipe(apply_overrides(noted, overrides), f"{opened.folder}/provenance.json")
-    adjacent = adjacent_recipe(opened, overrides)
-    if adjacent is not None:
-        return adjacent
+    of_run = recipe_of_run(opened, overrides)
+    if of_run is not None:
+        return of_run
     guess = guess_stage(opened, trained_source(opened))
     if len(guess.stages) > 1:
         raise WeightsError(
-            f"{opened.path} does not tell its stage: {guess}. Name its recipe, e.g. --recipe stages/stage3.yaml"
+            f"the stage of {opened.path} cannot be determined: {guess}. Name its recipe, e.g. --recipe "
+            "stages/stage3.yaml"
         )
-    published = STAGES / f"stage{guess.stages[0]}.yaml"
+    published = project_root() / f"stages/stage{guess.stages[0]}.yaml"
     if not published.is_file():
         raise ConfigError(f"{opened.path} seems to be of stage {guess}; name that stage's recipe with --recipe FILE")
     return load_recipe(published, overrides)
@@ -126,13 +140,13 @@ def _check_stage(opened: Opened, recipe: Recipe) -> None:
 
 
 def _check_base(opened: Opened, recipe: Recipe) -> None:
-    """The base weights must be there, and those that the run has noted must not have changed since."""
+    """Check that the base weights exist and that those noted by the run have not changed since."""
     paths = base_paths(recipe.model)
     gone = [f"{part} ({path})" for part, path in paths.items() if not path.exists()]
     if gone:
         raise WeightsError(
-            f"the base weights of {opened.path} are not there: {', '.join(gone)}; put them back, or say where they "
-            f"are, e.g. --set model.{gone[0].split()[0]}=PATH"
+            f"base weights of {opened.path} are missing: {', '.join(gone)}; put them back, or give their new place, "
+            f"e.g. --set model.{gone[0].split()[0]}=PATH"
         )
     noted = opened.notes.get("base")
     for part, path in paths.items():
@@ -140,5 +154,5 @@ def _check_base(opened: Opened, recipe: Recipe) -> None:
         if note.get("path") == str(path) and note.get("bytes") not in (None, size_of(path)):
             raise WeightsError(
                 f"{path} has changed since {opened.path} was trained on it: {size_of(path)} bytes instead of "
-                f"{note['bytes']}. Put the old files back, or say where they are with --set model.{part}=PATH"
+                f"{note['bytes']}. Put the old files back, or give their place with --set model.{part}=PATH"
             )

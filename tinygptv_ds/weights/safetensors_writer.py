@@ -1,10 +1,14 @@
-"""safetensors files written tensor by tensor, so that a model of any size goes through in the memory of one tensor."""
+"""The writer of safetensors files: tensor by tensor, so that a model of any size needs the memory of one tensor.
+
+Exports, converted weights, a run's `model/` and checkpoints are all written here. The library's own writer needs every
+tensor in memory at once and holds Python's lock while it writes, which would stop the training during a checkpoint.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +32,7 @@ def write_weights(
     """Write `model.safetensors` into a folder, or shards with their index, as transformers reads them.
 
     Args:
-        folder: where; it exists.
+        folder: an existing folder.
         tensors: by name.
         dtype: of all floating-point tensors; None keeps each one's own.
         shard_bytes: a new shard begins before this many bytes are exceeded.
@@ -40,29 +44,55 @@ def write_weights(
     if len(shards) == 1:
         write_file(folder / "model.safetensors", tensors, dtype=dtype)
         return
-    weight_map = {}
-    with _bar(tensors, dtype, folder.name) as bar:
-        for number, names in enumerate(shards, 1):
+    weight_map: dict[str, str] = {}
+    with _progress_bar(shards, dtype, folder.name) as bar:
+        for number, shard in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            _write(folder / file, {name: tensors[name] for name in names}, dtype, bar)
-            weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": bar.total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_tensors(folder / file, shard, dtype=dtype, on_write=lambda data: bar.update(len(data)))
+            weight_map |= dict.fromkeys(shard, file)
+    total = sum(_bytes(stored, dtype) for stored in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_file(path: Path, tensors: Mapping[str, Stored], *, dtype: torch.dtype | None = None) -> None:
-    """Write one safetensors file; arguments and errors as of `write_weights`."""
-    with _bar(tensors, dtype, path.name) as bar:
-        _write(path, tensors, dtype, bar)
+    """Write one safetensors file under a progress bar; arguments and errors as of `write_weights`."""
+    with _progress_bar([tensors], dtype, path.name) as bar:
+        write_tensors(path, tensors, dtype=dtype, on_write=lambda data: bar.update(len(data)))
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Stored],
+    *,
+    dtype: torch.dtype | None = None,
+    on_write: Callable[[bytes | memoryview], object],
+) -> None:
+    """Write one safetensors file; the file is not synced and is incomplete until this returns.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        dtype: of all floating-point tensors; None keeps each one's own.
+        on_write: called with each piece of the file before it is written, e.g. to hash the file on the way.
+
+    Raises:
+        WeightsError: as of `write_weights`.
+    """
+    ordered = _in_file_order(tensors, dtype)
+    with path.open("wb", buffering=0) as file:
+        for piece in _pieces(ordered, dtype):
+            on_write(piece)
+            _write_all(file.write, piece)
 
 
 def stored_dtype(stored: Stored, dtype: torch.dtype | None) -> torch.dtype:
-    """What a tensor is written in: `dtype` where it is of floating point and one is asked for, else its own."""
+    """Return what a tensor is written in: `dtype` if it is of floating point and one is asked for, else its own."""
     return dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
 
 
 def convert_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in `dtype`.
+    """Return the tensor in `dtype`.
 
     Raises:
         WeightsError: a finite value became infinite.
@@ -77,8 +107,8 @@ def convert_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return converted
 
 
-def _bar(tensors: Mapping[str, Stored], dtype: torch.dtype | None, desc: str) -> tqdm:
-    total = sum(_bytes(stored, dtype) for stored in tensors.values())
+def _progress_bar(files: list[Mapping[str, Stored]], dtype: torch.dtype | None, desc: str) -> tqdm:
+    total = sum(len(_header(tensors, dtype)) + sum(_bytes(s, dtype) for s in tensors.values()) for tensors in files)
     return tqdm(total=total, desc=desc, unit="B", unit_scale=True, disable=None, leave=False)
 
 
@@ -86,31 +116,26 @@ def _bytes(stored: Stored, dtype: torch.dtype | None) -> int:
     return stored.numel * stored_dtype(stored, dtype).itemsize
 
 
-def _shards(tensors: Mapping[str, Stored], dtype: torch.dtype | None, limit: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+def _shards(tensors: Mapping[str, Stored], dtype: torch.dtype | None, limit: int) -> list[Mapping[str, Stored]]:
+    shards: list[dict[str, Stored]] = [{}]
     filled = 0
     for name, stored in tensors.items():
         size = _bytes(stored, dtype)
         if shards[-1] and filled + size > limit:
-            shards.append([])
+            shards.append({})
             filled = 0
-        shards[-1].append(name)
+        shards[-1][name] = stored
         filled += size
-    return shards
+    return [*shards]
 
 
-def _write(path: Path, tensors: Mapping[str, Stored], dtype: torch.dtype | None, bar: tqdm) -> None:
-    # Widest first, as the format's own library does: every tensor then lies at a multiple of its item size.
-    order = sorted(tensors, key=lambda name: -stored_dtype(tensors[name], dtype).itemsize)
-    with path.open("wb") as file:
-        file.write(_header({name: tensors[name] for name in order}, dtype))
-        for data in _data(order, tensors, dtype):
-            file.write(data.numpy())
-            bar.update(len(data))
+def _in_file_order(tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Stored]:
+    """Order the widest dtypes first, as the library does: every tensor then begins at a multiple of its item size."""
+    return dict(sorted(tensors.items(), key=lambda item: -stored_dtype(item[1], dtype).itemsize))
 
 
 def _header(tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> bytes:
-    """Eight bytes of length, then JSON: dtype, shape and place of every tensor (the safetensors format)."""
+    """Return eight bytes of length, then JSON: dtype, shape and place of every tensor (the safetensors format)."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, stored in tensors.items():
@@ -122,11 +147,21 @@ def _header(tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _data(order: list[str], tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> Iterator[Tensor]:
-    for name in order:
-        stored = tensors[name]
+def _pieces(tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> Iterator[bytes | memoryview]:
+    yield _header(tensors, dtype)
+    for name, stored in tensors.items():
         tensor = stored.read()
         if tuple(tensor.shape) != stored.shape:
-            raise WeightsError(f"{name} is {list(tensor.shape)}, announced as {list(stored.shape)}; the file changed")
+            raise WeightsError(
+                f"{name} is {list(tensor.shape)}, but was {list(stored.shape)} when the file was opened; the file "
+                "changed in the meantime, run the command again"
+            )
         tensor = convert_tensor(name, tensor.detach(), stored_dtype(stored, dtype))
-        yield tensor.contiguous().reshape(-1).view(torch.uint8)
+        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_all(write: Callable[[memoryview], int], data: bytes | memoryview) -> None:
+    """Write all of `data`: one unbuffered write may take less than it is given."""
+    left = memoryview(data)
+    while left:
+        left = left[write(left) :]

@@ -1,4 +1,4 @@
-"""What a file supplies to the model: tensors under canonical names, checked by name and shape before they are read."""
+"""Tensors under canonical names that one file supplies, checked by name and shape before they are read."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.models.parameters import learnt
 from tinygptv_ds.weights.io import Stored, listing
 from tinygptv_ds.weights.safetensors_writer import convert_tensor
 
 
 @dataclass(frozen=True)
 class Source:
-    """What one file or folder supplies to the model.
+    """The weights that one file or folder supplies to the model.
 
     Attributes:
         path: the file or folder.
         weights: tensors by canonical name.
-        ignored: names of the file that the model has no use for, known one by one.
+        ignored: names in the file that are known and that the model does not need.
     """
 
     path: Path
@@ -33,9 +34,14 @@ class Source:
         """Shapes by canonical name."""
         return {name: stored.shape for name, stored in self.weights.items()}
 
+    @property
+    def frozen_updates(self) -> list[str]:
+        """Names of trained weights that the published stages keep frozen; they replace those of the base models."""
+        return [name for name in self.weights if not learnt(name)]
+
 
 def rename_all(stored: Mapping[str, Stored], rename: Callable[[str], str | None], path: Path) -> Source:
-    """Give every tensor its canonical name; those renamed to None are ignored.
+    """Give every tensor its canonical name; those whose new name is None are ignored.
 
     Raises:
         WeightsError: two tensors get the same name.
@@ -47,21 +53,26 @@ def rename_all(stored: Mapping[str, Stored], rename: Callable[[str], str | None]
         if canonical is None:
             ignored.append(name)
         elif canonical in weights:
-            raise WeightsError(f"{path}: two tensors stand for {canonical}; the file mixes two layouts")
+            raise WeightsError(f"{path}: two tensors are both {canonical}; the file mixes two layouts")
         else:
             weights[canonical] = tensor
     return Source(path, weights, ignored)
 
 
+def lora_rank(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return LoRA's rank from the shapes of its A matrices; 0 if there are none."""
+    return max((shape[0] for name, shape in shapes.items() if ".lora_A." in name), default=0)
+
+
 @dataclass(frozen=True)
 class Match:
-    """How the names and shapes of a source agree with those that are expected.
+    """How the names and shapes of a source compare with the expected ones.
 
     Attributes:
-        matched: names that agree in shape.
-        missing: names that are not there.
-        unexpected: names that are there besides.
-        wrong_shape: name, shape there and shape expected, in words.
+        matched: expected names with the expected shape.
+        missing: expected names that the source lacks.
+        unexpected: names in the source that are not expected.
+        wrong_shape: a sentence with name, shape found and shape expected for each that differs.
     """
 
     matched: list[str]
@@ -70,12 +81,12 @@ class Match:
     wrong_shape: list[str]
 
     def __str__(self) -> str:
-        told = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": self.wrong_shape}
-        return "; ".join(f"{what}: {listing(names)}" for what, names in told.items() if names)
+        problems = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": self.wrong_shape}
+        return "; ".join(f"{what}: {listing(names)}" for what, names in problems.items() if names)
 
 
 def compare(expected: Mapping[str, tuple[int, ...]], source: Source) -> Match:
-    """Hold a source's names and shapes against expected ones; the `Match` reads "" where all agree."""
+    """Compare a source's names and shapes with expected ones; `str` of the result is "" if all agree."""
     given = source.shapes
     differing = [name for name, shape in expected.items() if given.get(name, shape) != tuple(shape)]
     return Match(
@@ -87,12 +98,12 @@ def compare(expected: Mapping[str, tuple[int, ...]], source: Source) -> Match:
 
 
 def check_weights(expected: Mapping[str, tuple[int, ...]], source: Source, advice: str) -> None:
-    """See that a source supplies exactly these names in these shapes.
+    """Check that a source supplies exactly these names in these shapes.
 
     Args:
         expected: shapes by canonical name.
-        source: what is there.
-        advice: the likely cause and what to do, for the message.
+        source: what the file holds.
+        advice: the likely cause and the remedy, for the error.
 
     Raises:
         WeightsError: anything is missing, unexpected or of another shape.
@@ -103,7 +114,7 @@ def check_weights(expected: Mapping[str, tuple[int, ...]], source: Source, advic
 
 
 def copy_weights(targets: Mapping[str, Tensor], weights: Mapping[str, Stored]) -> None:
-    """Read each tensor and copy it into its target, one at a time, in the target's dtype.
+    """Read the tensors one at a time and copy each into its target, in the target's dtype.
 
     Raises:
         WeightsError: a value does not fit into that dtype.

@@ -1,26 +1,32 @@
-"""What a stage trained, in whatever form it comes, under canonical names and loaded into a model.
+"""What a stage trained: a run's `model/` folder written, and trained weights of any form checked against a model.
 
-Taken are run directories and their `model/`, checkpoints of ours and of DeepSpeed's, exported models with LoRA kept,
-adapters, MiniGPT-4's projection, and the original's own `checkpoint_N.pth` and released files.
+Trained weights are read from run directories and their `model/`, checkpoints of this program and of DeepSpeed, exported
+models with LoRA kept, adapters of this program and of peft, MiniGPT-4's projection, and the original's own
+`checkpoint_N.pth` and released files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.files import sha256, whole_folder
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.parameters import learnt, lora, norms
-from tinygptv_ds.weights.detect import KINDS, RECIPE, Opened, open_any
-from tinygptv_ds.weights.io import read_json
-from tinygptv_ds.weights.layouts.original import original_source
-from tinygptv_ds.weights.source import Source, check_weights, copy_weights
+from tinygptv_ds.weights.detect import ADAPTER_CONFIG, KINDS, RECIPE, WEIGHTS, Opened, open_any
+from tinygptv_ds.weights.io import Stored, in_memory, read_json
+from tinygptv_ds.weights.layouts.tinygptv import original_source
+from tinygptv_ds.weights.provenance import write_provenance
+from tinygptv_ds.weights.safetensors_writer import write_file
+from tinygptv_ds.weights.source import Source, check_weights, lora_rank
 
 PARTS = {
     "llama_proj": lambda name: name.startswith("llama_proj."),
@@ -29,86 +35,103 @@ PARTS = {
     "lora": lora,
 }
 _ABSENT = {
-    "llama_proj": "first projection; it is no whole file of TinyGPT-V: name the whole checkpoint",
-    "llama_proj2": "second projection; it is no whole file of TinyGPT-V: name the whole checkpoint",
-    "norms": "trained norms, without which Phi answers 'the the the'; a file with LoRA alone, as peft saves it, is not "
-    "enough: name the whole checkpoint",
-    "lora": "LoRA: it is of stage 1, or of a run without; name the weights of the stage before this one",
+    "llama_proj": "first projection, so it is not a complete file of TinyGPT-V: name the whole checkpoint",
+    "llama_proj2": "second projection, so it is not a complete file of TinyGPT-V: name the whole checkpoint",
+    "norms": "trained norms, without which Phi answers 'the the the'; a file with LoRA alone, as peft saves it by "
+    "default, is not enough: name the whole checkpoint",
+    "lora": "LoRA: it is of stage 1, or of a run without LoRA; name the weights of the stage before this one",
 }
 
 
-def load_trained(model: nn.Module | Mapping[str, Tensor], path: Path, allow_missing: Collection[str] = ()) -> set[str]:
-    """Copy the trained weights of an earlier stage into a model.
-
-    Projections, norms and, where the model has it, LoRA must all be there; other weights (the Q-Former that the first
-    release had trained) are taken where they are.
+def save_trained(state: Mapping[str, Tensor], config: TinyGPTVConfig, out: Path, provenance: Mapping[str, Any]) -> None:
+    """Write a run's `model/` folder, complete or not at all; an existing one is replaced.
 
     Args:
-        model: the model, or its parameters by canonical name.
-        path: anything that `open_any` opens.
-        allow_missing: of `PARTS`, those that the file may be without; they keep the values that they have.
+        state: the trained weights by canonical name; stored in fp32.
+        config: the model's.
+        out: the folder; it gets `trained.safetensors`, `config.json` and `provenance.json`.
+        provenance: from `provenance_of`; the hash of the weights and the versions are added.
+    """
+    weights = {name: in_memory(tensor.detach().cpu()) for name, tensor in state.items()}
+    with whole_folder(out) as partial:
+        write_model(partial, weights, config, provenance, dtype=torch.float32)
 
-    Returns:
-        The canonical names that were loaded.
+
+def write_model(
+    folder: Path,
+    weights: Mapping[str, Stored],
+    config: TinyGPTVConfig,
+    notes: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None,
+) -> None:
+    """Write the three files of `save_trained` into an existing folder; `dtype` None keeps each weight's own."""
+    write_file(folder / WEIGHTS, weights, dtype=dtype)
+    config.save_pretrained(folder)
+    write_provenance(folder, {**notes, "sha256": {WEIGHTS: sha256(folder / WEIGHTS)}})
+
+
+def fitting_source(model: nn.Module, path: Path, allow_missing: Collection[str] = ()) -> Source:
+    """Return trained weights that fit a model, checked by name and shape but not read yet.
+
+    Projections, norms and, if the model has it, LoRA must all be there; other weights (the Q-Former that the first
+    release had trained) are taken where the file has them.
+
+    Args:
+        model: the model, which may be on the meta device.
+        path: anything that `open_any` opens.
+        allow_missing: names of `PARTS` that the file may lack.
 
     Raises:
         WeightsError: a key is missing, unknown or of another shape, or LoRA does not fit the model's.
     """
-    source = fitting_source(model, path, allow_missing)
-    copy_weights(_parameters(model), source.weights)
-    return set(source.weights)
-
-
-def fitting_source(model: nn.Module | Mapping[str, Tensor], path: Path, allow_missing: Collection[str] = ()) -> Source:
-    """The weights that `load_trained` would load, checked against the model but not read yet."""
     opened = open_any(Path(path))
     source = whole_source(opened, init_from_of(opened))
     check_fit(model, opened, source, allow_missing)
     return source
 
 
-def check_fit(
-    model: nn.Module | Mapping[str, Tensor], opened: Opened, source: Source, allow_missing: Collection[str] = ()
-) -> None:
-    """See that trained weights are those of this model; arguments and errors as of `load_trained`."""
+def check_fit(model: nn.Module, opened: Opened, source: Source, allow_missing: Collection[str] = ()) -> None:
+    """Check that trained weights belong to this model; arguments and errors as of `fitting_source`."""
     config = getattr(model, "config", None)
     if config is not None and config.lora_r:
         _check_lora_scale(config, opened)
-    _check_trained({name: tuple(target.shape) for name, target in _parameters(model).items()}, source, allow_missing)
+    _check_trained({name: tuple(p.shape) for name, p in model.named_parameters()}, source, allow_missing)
 
 
 def trained_source(opened: Opened) -> Source:
-    """Trained weights under canonical names.
+    """Return the trained weights that a file or folder holds under canonical names.
 
     Raises:
-        WeightsError: the file holds something else, or a model whose LoRA is merged into its base.
+        WeightsError: it holds something else, or a model whose LoRA is merged into its base.
     """
     if opened.kind not in ("trained", "projection", "model"):
         place = {"phi": "phi", "eva_vit": "eva_vit", "blip2": "qformer"}[opened.kind]
         raise WeightsError(
-            f"{opened.path} is a base model ({KINDS[opened.kind]}), not what TinyGPT-V has trained; its place is "
+            f"{opened.path} is a base model ({KINDS[opened.kind]}), not trained weights of TinyGPT-V; its place is "
             f"model.{place}"
         )
     source = original_source(opened.stored, opened.path)
     if opened.kind != "model":
         return Source(opened.path, source.weights, [*source.ignored, *opened.ignored])
-    if opened.notes.get("lora") == "merged":
+    if opened.notes.get("lora") in ("merged", "dropped"):
+        what = "LoRA merged into its base" if opened.notes["lora"] == "merged" else "LoRA left out"
         raise WeightsError(
-            f"{opened.path} is an exported model with LoRA merged into its base, from which a stage cannot go on; name "
-            "the run that it comes from, or export it with --to adapter or --keep-lora"
+            f"{opened.path} is an exported model with {what}, from which a stage cannot start; name the run that it "
+            "comes from, or export it with --to adapter or --keep-lora"
         )
-    adjacent = set(opened.notes.get("frozen_updates", ()))
-    wanted = {name for name in source.weights if learnt(name) or name in adjacent}
+    frozen_updates = set(opened.notes.get("frozen_updates", ()))
+    wanted = {name for name in source.weights if learnt(name) or name in frozen_updates}
     base = sorted(source.weights.keys() - wanted)
     return Source(opened.path, {n: t for n, t in source.weights.items() if n in wanted}, base)
 
 
 def whole_source(opened: Opened, init_from: str | None) -> Source:
-    """As `trained_source`, and for a checkpoint what `init_from` held besides: still part of the model.
+    """Return what `trained_source` does and, for a checkpoint, what only `init_from` held: also part of the model.
 
     Args:
-        opened: where the weights lie.
-        init_from: what the stage began from, by its recipe.
+        opened: the file or folder.
+        init_from: what the stage started from, by its recipe.
 
     Raises:
         WeightsError: as of `trained_source`, or `init_from` is no longer there.
@@ -121,15 +144,15 @@ def whole_source(opened: Opened, init_from: str | None) -> Source:
         carried = whole_source(before, init_from_of(before))
     except WeightsError as error:
         raise WeightsError(
-            f"{opened.path} began from {init_from}, which may hold more than this stage trains: {error}. Put it back, "
-            "or say where it is with --set model.init_from=PATH (null if it was without a Q-Former)"
+            f"{opened.path} started from {init_from}, which may hold more than this stage trains: {error}. Put it "
+            "back, or give its new place with --set model.init_from=PATH (null if it had no Q-Former)"
         ) from None
     added = {name: stored for name, stored in carried.weights.items() if name not in source.weights}
     return Source(source.path, added | source.weights, source.ignored)
 
 
-def adjacent_recipe(opened: Opened, overrides: Sequence[str] = ()) -> Recipe | None:
-    """The recipe of the run that a checkpoint lies in, with `overrides` as of `--set`; None where there is none.
+def recipe_of_run(opened: Opened, overrides: Sequence[str] = ()) -> Recipe | None:
+    """Return the recipe of the run that a checkpoint belongs to, with `overrides` as of `--set`; None without one.
 
     Raises:
         ConfigError: recipe.yaml is damaged.
@@ -140,23 +163,9 @@ def adjacent_recipe(opened: Opened, overrides: Sequence[str] = ()) -> Recipe | N
 
 
 def init_from_of(opened: Opened) -> str | None:
-    """What the stage of a checkpoint began from, by the recipe next to it."""
-    recipe = adjacent_recipe(opened)
+    """Return what the stage of a checkpoint started from, by the recipe of its run."""
+    recipe = recipe_of_run(opened)
     return None if recipe is None else recipe.model.init_from
-
-
-def frozen_updates(source: Source) -> list[str]:
-    """What trained weights hold of the parts that come from the base models otherwise: they replace theirs."""
-    return [name for name in source.weights if not learnt(name)]
-
-
-def lora_rank(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """LoRA's rank from the shapes of its A matrices; 0 without any."""
-    return max((shape[0] for name, shape in shapes.items() if ".lora_A." in name), default=0)
-
-
-def _parameters(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return dict(model.named_parameters()) if isinstance(model, nn.Module) else model
 
 
 def _check_trained(shapes: Mapping[str, tuple[int, ...]], source: Source, allow_missing: Collection[str]) -> None:
@@ -168,7 +177,7 @@ def _check_trained(shapes: Mapping[str, tuple[int, ...]], source: Source, allow_
         if wanted and not any(map(belongs, given)):
             if part not in allow_missing:
                 raise WeightsError(_without(part, source))
-            LOGGER.info("%s holds no %s, which starts afresh", source.path, part)
+            LOGGER.info("%s has no %s, which starts from initial values", source.path, part)
             continue
         required |= wanted
     check_weights(
@@ -180,10 +189,12 @@ def _check_trained(shapes: Mapping[str, tuple[int, ...]], source: Source, allow_
 
 def _without(part: str, source: Source) -> str:
     if source.weights.keys() <= {"llama_proj.weight", "llama_proj.bias"}:
-        told = "llama_proj alone, as MiniGPT-4's files do: a start for stage 1, in which all else starts afresh"
-        return f"{source.path} holds {told} (--set 'model.allow_missing=[llama_proj2, norms, lora]')"
+        return (
+            f"{source.path} holds llama_proj alone, as MiniGPT-4's files do; stage 1 can start from it, with initial "
+            "values for the rest: --set 'model.allow_missing=[llama_proj2, norms, lora]'"
+        )
     return (
-        f"{source.path} holds no {_ABSENT[part]}, or let that part start from its initial values with "
+        f"{source.path} holds no {_ABSENT[part]}, or let that part start from initial values with "
         f"--set 'model.allow_missing=[{part}]'"
     )
 
@@ -200,11 +211,11 @@ def _check_lora_rank(shapes: Mapping[str, tuple[int, ...]], source: Source) -> N
 
 
 def _likely_cause(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Why these weights may not fit, by the names that do not."""
+    """Return why these weights may not fit, judging by the names that do not."""
     unknown = [name for name in source.weights if name not in shapes]
     first = source.weights.get("llama_proj.weight")
     if any(".lora_magnitude" in name for name in unknown):
-        return "The LoRA is of the kind DoRA, which the model has not"
+        return "The LoRA is DoRA, which this model does not have"
     if any(f".{letter}_proj.lora_" in name for name in unknown for letter in "qkv"):
         return (
             "LoRA was trained on split q/k/v projections, each with an A of its own; TinyGPT-V has one on the fused "
@@ -213,13 +224,13 @@ def _likely_cause(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> str:
     if first is not None and first.shape[0] == 5120 != shapes.get("llama_proj.weight", (0,))[0]:
         return "This is the projection of MiniGPT-4's 13B model; take that of Vicuna-7B, which is 4096 wide"
     return (
-        "Trained weights go with the Phi, Q-Former, proj_hidden_size and lora_targets that they were trained with: "
+        "Trained weights fit the Phi, Q-Former, proj_hidden_size and lora_targets that they were trained with: "
         "point model.* at the same ones, or init_from at another run"
     )
 
 
 def _check_lora_scale(config: TinyGPTVConfig, opened: Opened) -> None:
-    """Weights trained under another alpha would be applied with another strength."""
+    """Check alpha: weights trained under another one would be applied with another strength."""
     trained = _trained_alpha(opened)
     if trained is not None and trained != config.lora_alpha:
         raise WeightsError(
@@ -229,9 +240,11 @@ def _check_lora_scale(config: TinyGPTVConfig, opened: Opened) -> None:
 
 
 def _trained_alpha(opened: Opened) -> float | None:
-    """The alpha that a run's own files note; the original's checkpoints do not tell it reliably."""
+    """Return the alpha that the files of a run or an adapter note; the original's checkpoints do not reliably."""
+    if opened.folder is not None and (opened.folder / ADAPTER_CONFIG).is_file():
+        return read_json(opened.folder / ADAPTER_CONFIG).get("lora_alpha")
     if opened.folder is not None and (opened.folder / "config.json").is_file():
         config = read_json(opened.folder / "config.json")
         return config.get("lora_alpha") if config.get("lora_r") else None
-    recipe = adjacent_recipe(opened)
+    recipe = recipe_of_run(opened)
     return recipe.model.lora_alpha if recipe is not None and recipe.model.lora_r else None

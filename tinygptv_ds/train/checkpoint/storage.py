@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import shutil
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from torch import Tensor
 
 from tinygptv_ds.errors import CheckpointError
 from tinygptv_ds.files import sha256, whole_folder
+from tinygptv_ds.weights.io import in_memory
+from tinygptv_ds.weights.safetensors_writer import write_tensors
 
 TENSORS, STATE, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
 FOLDER = "checkpoints"
@@ -58,36 +59,10 @@ def write_checkpoint(checkpoints: Path, snapshot: Snapshot) -> Path:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write a safetensors file of fp32 tensors; returns its SHA-256.
-
-    Written here, hashed on the way: the library's own writer copies every tensor first and holds Python's lock while it
-    writes, which would stop the training next to it.
-    """
+    """Write a safetensors file of fp32 tensors, hashed on the way; return its SHA-256."""
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
-        for data in (_header(tensors), *(tensor.contiguous().numpy().data.cast("B") for tensor in tensors.values())):
-            digest.update(data)
-            _write_all(file.write, data)
+    write_tensors(path, {name: in_memory(tensor) for name, tensor in tensors.items()}, on_write=digest.update)
     return digest.hexdigest()
-
-
-def _write_all(write: Any, data: bytes | memoryview) -> None:
-    """An unbuffered write may take less than it is given."""
-    left = memoryview(data)
-    while left:
-        left = left[write(left) :]
-
-
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
-    """Eight bytes of length, then JSON: dtype, shape and place of every tensor (the safetensors format)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.weights.paths import refuse_existing, require
+from tinygptv_ds.weights.paths import refuse_existing, require_path
 
 FORMS = ("hf", "adapter", "original", "phi")
 _WHOLE = ("hf", "phi")  # written in bf16 unless told otherwise; what is small stays as it is
@@ -77,32 +77,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Carry out the verb."""
-    require(args.trained)
+    require_path(args.trained)
     refuse_existing(args.out)
     _check_options(args)
     if args.recipe is not None:
         load_recipe(args.recipe, args.set)  # mistakes in it show before torch is loaded
 
     from tinygptv_ds.dtypes import DTYPES
-    from tinygptv_ds.weights.export import hf as export_hf
-    from tinygptv_ds.weights.export import parts as export_parts
+    from tinygptv_ds.weights.export.adapter import export_adapter
+    from tinygptv_ds.weights.export.hf import export_hf
+    from tinygptv_ds.weights.export.original import export_original
+    from tinygptv_ds.weights.export.phi import export_phi
     from tinygptv_ds.weights.resolve import resolve, resolve_trained
 
     dtype = DTYPES["bf16"] if args.dtype is None and args.to in _WHOLE else DTYPES.get(args.dtype)
     if args.to == "original":
         opened, trained = resolve_trained(args.trained, args.recipe, args.set)
-        export_parts.export_original(opened, trained, args.out, dtype=dtype)
+        export_original(opened, trained, args.out, dtype=dtype)
         print(f"{args.out}: name it as `ckpt` in a configuration of the original's")
         return
     resolved = resolve(args.trained, args.recipe, args.set)
     if args.to == "hf":
-        export_hf.export_hf(resolved, args.out, dtype=dtype, merge=not args.keep_lora, scores=args.scores)
+        export_hf(resolved, args.out, dtype=dtype, merge=not args.keep_lora, scores=args.scores)
         print(f"{args.out}: load it with TinyGPTVForConditionalGeneration.from_pretrained")
     elif args.to == "adapter":
-        export_parts.export_adapter(resolved, args.out, dtype=dtype)
+        export_adapter(resolved, args.out, dtype=dtype)
         print(f"{args.out}: name it as model.init_from of a recipe, or as the model of eval/, on the same base weights")
     else:
-        export_parts.export_phi(resolved, args.out, layout=args.layout, dtype=dtype)
+        export_phi(resolved, args.out, layout=args.layout, dtype=dtype)
         print(f"{args.out}: name it as model.phi of a recipe; its README.md says what else can load it")
 
 

@@ -17,7 +17,7 @@ from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.weights.export.model_card import model_card
 from tinygptv_ds.weights.merge_lora import merge_lora
-from tinygptv_ds.weights.provenance import shareable, write_provenance
+from tinygptv_ds.weights.provenance import write_provenance
 from tinygptv_ds.weights.resolve import Resolved
 from tinygptv_ds.weights.safetensors_writer import write_weights
 
@@ -67,7 +67,7 @@ def export_hf(
         generation_config(config, processor).save_pretrained(partial)
         processor.save_pretrained(partial)
         (partial / f"{_MODULE}.py").write_text(_CODE, encoding="utf-8")
-        notes = {**shareable(resolved), "lora": "merged" if merged else "kept" if config.lora_r else "none"}
+        notes = {**resolved.shareable_provenance(), "lora": "merged" if merged else "kept" if config.lora_r else "none"}
         write_provenance(partial, notes)
         recipe = yaml.safe_dump(notes["recipe"], sort_keys=False, allow_unicode=True)
         (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a complete file of each kind holds, by its own sizes: for checking one file without a model around it.
+"""Names and shapes of a complete file of each kind, from its own sizes: checks one file without building a model.
 
 All names are canonical.
 """
@@ -19,8 +19,7 @@ from tinygptv_ds.models.parameters import lora, norms
 from tinygptv_ds.models.phi import PhiForCausalLM
 from tinygptv_ds.weights.layouts import blip2
 from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, in_layer
-from tinygptv_ds.weights.source import Source
-from tinygptv_ds.weights.trained import lora_rank
+from tinygptv_ds.weights.source import Source, lora_rank
 
 Shapes = dict[str, tuple[int, ...]]
 _LLM = "language_model."
@@ -28,14 +27,14 @@ _LAYER = _LLM + "model.layers.0."
 
 
 def expected_shapes(kind: str, source: Source) -> Shapes:
-    """Names and shapes of a complete file as wide and with as many layers as this one, in the model's order.
+    """Return names and shapes of a complete file of this width and number of layers, in the model's order.
 
     Args:
-        kind: of `opened.KINDS`.
-        source: what is there.
+        kind: a key of `detect.KINDS`.
+        source: what the file holds.
 
     Raises:
-        WeightsError: too little is there to tell the sizes.
+        WeightsError: the file holds too little to know the sizes.
     """
     shapes = source.shapes
     try:
@@ -56,13 +55,13 @@ def expected_shapes(kind: str, source: Source) -> Shapes:
 
 
 def in_order(weights: Mapping[str, object], expected: Shapes) -> list[str]:
-    """The names of `weights` in the model's order, those that are not expected last."""
+    """Sort the names of `weights` into the model's order, with unexpected ones last."""
     rank = {name: number for number, name in enumerate(expected)}
     return sorted(weights, key=lambda name: (rank.get(name, len(rank)), name))
 
 
 def _phi(shapes: Shapes) -> Shapes:
-    """With LoRA and the added norms where any layer has them."""
+    """Return Phi's shapes, with LoRA and each kind of added norm if any layer has it."""
     vocabulary, width = shapes[_LLM + "model.embed_tokens.weight"]
     inner = shapes[_LAYER + "mlp.fc1.weight"][0]
     given = {in_layer(name) for name in filter(ADDED_NORMS.fullmatch, shapes)}
@@ -77,16 +76,22 @@ def _trained(source: Source, shapes: Shapes) -> Shapes:
     projections = _projections(shapes)
     width = shapes["llama_proj2.weight"][0]
     inner = shapes.get(_LAYER + "mlp.fc1.lora_B.weight", (width,))[0]
-    learnt = {n: s for n, s in _llm(shapes, PHI_2["vocab_size"], width, inner).items() if norms(n) or lora(n)}
+    llm = _llm(shapes, PHI_2["vocab_size"], width, inner)
+    trained = {name: shape for name, shape in llm.items() if norms(name) or lora(name) or _norm_bias(name, shapes)}
     qformer: Shapes = {}
     if any(name.startswith("qformer.") for name in shapes):
         qformer = {n: s for n, s in _blip2(source, shapes).items() if not n.startswith("ln_vision.")}
-    return qformer | projections | learnt
+    return qformer | projections | trained
+
+
+def _norm_bias(name: str, given: Shapes) -> bool:
+    """Whether this is the bias of a norm, and in the file: no stage trains it, but peft saves norms whole."""
+    return name in given and norms(name.removesuffix(".bias") + ".weight")
 
 
 def _llm(shapes: Shapes, vocabulary: int, width: int, inner: int) -> Shapes:
     adapters = [name for name in shapes if ".lora_A." in name]
-    # The norm over a head tells its size; where there is none, no other shape depends on it.
+    # The norm over a head has its size; without one, no other shape depends on it.
     head = shapes.get(_LAYER + "self_attn.q_layernorm.weight", (width,))[0]
     text = {
         "vocab_size": vocabulary,

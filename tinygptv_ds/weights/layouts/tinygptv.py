@@ -1,7 +1,8 @@
 """The original TinyGPT-V's own names, as in its `checkpoint_N.pth` and in the released files of stages 1 to 4.
 
 Such a file holds what was trained, and a buffer, under "model". With LoRA, peft puts `base_model.model.` into the
-names; from 0.3 on it adds the adapter's name (`lora_A.default.weight`), later also `base_layer`. All are read.
+names; from 0.3 on it adds the adapter's name (`lora_A.default.weight`), later also `base_layer`. All are read, and so
+are the names of an adapter that peft has on the whole model (`base_model.model.language_model. ...`).
 """
 
 from __future__ import annotations
@@ -18,48 +19,51 @@ from tinygptv_ds.weights.source import Source, rename_all
 BUFFER = "Qformer.bert.embeddings.position_ids"
 BUFFER_LENGTH = 512
 
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
-_LLM = re.compile(r"^(llama_model\.(base_model\.model\.)?|base_model\.model\.)")
+_WHOLE_IN_PEFT = r"base_model\.model\.(?=(?:language_model|llama_proj2?)\.)"
+_WRAPPERS = re.compile(rf"^(module\.|_orig_mod\.|{_WHOLE_IN_PEFT})+")
+_LLM = re.compile(r"^(llama_model\.(base_model\.model\.)?|base_model\.model\.|language_model\.)")
 _ADAPTER_NAME = re.compile(r"\.lora_([AB])\.(?!weight$)[^.]+\.weight$")
 _COPIED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
-def unwrapped(name: str) -> str:
-    """Without what DistributedDataParallel and torch.compile put in front."""
+def without_wrappers(name: str) -> str:
+    """Return a name without what DistributedDataParallel, torch.compile or peft put before a whole model's names."""
     return _WRAPPERS.sub("", name)
 
 
 def canonical_name(name: str) -> str | None:
-    """The canonical name of one of the original's tensors; None for what nothing needs."""
-    name = unwrapped(name)
+    """Return the canonical name of one of the original's tensors, or None for one that nothing needs."""
+    name = without_wrappers(name)
     if name.startswith("Qformer."):
         return blip2.canonical_name(name)
+    if ".original_module." in name:  # peft's copy of a module from before the training
+        return None
+    name = _COPIED_MODULE.sub(".", name)
     if _LLM.match(name):
-        if ".original_module." in name:  # peft's copy of a module from before the training
-            return None
         name = _LLM.sub("language_model.", name).replace(".base_layer.", ".")
-        name = _COPIED_MODULE.sub(".", name)
         return _ADAPTER_NAME.sub(r".lora_\1.weight", name)
     return name
 
 
 def original_name(name: str, *, lora: bool) -> str:
-    """The original's name of a canonical one, with peft's prefix where the model has LoRA."""
+    """Return the original's name of a canonical one, with peft's prefix if the model has LoRA."""
     if name.startswith("qformer."):
         return blip2.original_name(name)
     return re.sub(r"^language_model\.", "llama_model.base_model.model." if lora else "llama_model.", name)
 
 
 def original_source(stored: Mapping[str, Stored], path: Path) -> Source:
-    """The tensors of one of the original's files under canonical names."""
+    """Return the tensors of one of the original's files under canonical names."""
     return rename_all(stored, canonical_name, path)
 
 
 def spelling(names: Iterable[str]) -> str:
-    """How the names of trained weights are spelled, in words."""
+    """Describe how the names of trained weights are spelled."""
     names = list(names)
     if any(name.startswith("language_model.") for name in names):
         return "canonical names"
+    if any(re.match(_WHOLE_IN_PEFT, name) for name in names):
+        return "peft's names of an adapter on the whole model"
     if any(".base_layer." in name or re.search(r"\.lora_A\.[^.]+\.weight$", name) for name in names):
         return "the original's names, LoRA as peft spells it from 0.3 on"
     if any(".lora_A." in name for name in names):
