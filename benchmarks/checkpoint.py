@@ -32,10 +32,11 @@ from tinygptv_ds.files import sha256, whole_folder
 from tinygptv_ds.models.parameters import learnt
 from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.checkpoint.resume import load_weights, open_checkpoint
-from tinygptv_ds.train.checkpoint.saver import take_snapshot
+from tinygptv_ds.train.checkpoint.snapshot import take_snapshot
 from tinygptv_ds.train.checkpoint.storage import STATE, TENSORS, Snapshot, read_state, write_checkpoint
-from tinygptv_ds.train.engine import MOMENTS, Engine, start_distributed
+from tinygptv_ds.train.engine import MOMENTS, Engine
 from tinygptv_ds.train.setup.job import Job, default_deepspeed_json
+from tinygptv_ds.train.setup.session import join_ranks
 from tinygptv_ds.weights.assemble import meta_model
 
 
@@ -59,18 +60,19 @@ def start(run_dir: Path, size: str) -> Engine:
     path = default_deepspeed_json()
     config = resolve_deepspeed(load_deepspeed_json(path), recipe, 1, str(path))
     job = Job(recipe, config, run_dir, "never", ranks_from_env())
-    start_distributed(job)
+    join_ranks(job)
     model = Trained(size)
-    model.attention, model.vision_is_frozen, model.frozen_updates = "auto", True, {}
-    engine = Engine(model, job)
+    model.attention, model.vision_is_frozen = "auto", True
+    engine = Engine(model, job.deepspeed, recipe.optimizer, job.ranks)
     engine.set_boundary(True)
-    engine.backward_and_step(engine.deepspeed())
+    engine.backward(engine.deepspeed())
+    engine.step()
     return engine
 
 
 def synchronous(engine: Engine, folder: Path) -> None:
     """A save as it is mostly made: while training waits, with the library's writer, the hash from what was written."""
-    snapshot = take_snapshot(engine, 1, {})
+    snapshot = take_snapshot(engine, 1, batch_size=1, fingerprint={})
     with whole_folder(folder) as partial_folder:
         save_file(dict(snapshot.tensors), partial_folder / TENSORS)
         state = {**snapshot.state, "sha256": sha256(partial_folder / TENSORS)}
@@ -107,7 +109,9 @@ def one_round(engine: Engine, folder: Path, number: int) -> dict[str, float]:
     """Both ways of saving, and a resumption from the second's checkpoint."""
     row = {"synchronous_seconds": seconds(partial(synchronous, engine, folder / "old"))}
     snapshots: list[Snapshot] = []
-    row["stall_seconds"] = seconds(lambda: snapshots.append(take_snapshot(engine, number, {})))
+    row["stall_seconds"] = seconds(
+        lambda: snapshots.append(take_snapshot(engine, number, batch_size=1, fingerprint={}))
+    )
     end = time.perf_counter() + 1.0
     alone = work_rate(lambda: time.perf_counter() > end)
     write = partial(write_checkpoint, folder / "run/checkpoints", snapshots[0])

@@ -59,20 +59,20 @@ class Notes:
 
 def note(file: Path) -> None:
     """Count in this process from now on; rank 0 writes `file` after every step."""
-    from tinygptv_ds.train.checkpoint.saver import Saver
+    from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
 
-    notes, before_step, after_step = Notes(), Saver.before_step, Saver.after_step
+    notes, on_batch, on_step = Notes(), Checkpoints.on_batch, Checkpoints.on_step
 
-    def begun(self: Saver) -> None:
+    def begun(self: Checkpoints, *batch: Any) -> None:
         notes.begin_step()
-        before_step(self)
+        on_batch(self, *batch)
 
-    def ended(self: Saver, done: int) -> None:
-        after_step(self, done)
+    def ended(self: Checkpoints, step: int) -> None:
+        on_step(self, step)
         if int(os.environ["RANK"]) == 0:
             file.write_text(json.dumps(vars(notes)))
 
-    Saver.before_step, Saver.after_step = begun, ended
+    Checkpoints.on_batch, Checkpoints.on_step = begun, ended
     for name in (*PAYLOAD, *UNKNOWN):
         counted = _counted(notes, name, getattr(distributed, name))
         setattr(distributed, name, counted)

@@ -8,28 +8,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.gpu.machine import wait
-from tinygptv_ds.train.checkpoint.saver import take_snapshot
+from tinygptv_ds.train.checkpoint.snapshot import take_snapshot
 from tinygptv_ds.train.checkpoint.storage import FOLDER, TENSORS, Snapshot, write_checkpoint
-from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.run import Run
 
 
-def save_times(engine: Engine, step: Callable[[], object]) -> dict[str, float]:
+def save_times(run: Run, step: Callable[[], object]) -> dict[str, float]:
     """Seconds, and a step's next to the writing against one alone. To be called on all ranks.
 
     Args:
-        engine: has made a step, so that there are moments.
+        run: has made a step, so that there are moments.
         step: makes one more and waits for it.
     """
     alone = _mean_seconds(step, times=3)
     stalls = []
     for _ in range(2):  # the first takes memory that the next finds
-        wait(engine.device)
+        wait(run.engine.device)
         began = time.perf_counter()
-        snapshot = take_snapshot(engine, 1, {})
+        snapshot = take_snapshot(run.engine, 1, batch_size=1, fingerprint={})
         stalls.append(time.perf_counter() - began)
-    checkpoints = engine.job.run_dir / FOLDER
+    checkpoints = run.job.run_dir / FOLDER
     with ThreadPoolExecutor(1) as thread:
-        writing = thread.submit(_write, checkpoints, snapshot) if engine.job.ranks.is_main else None
+        writing = thread.submit(_write, checkpoints, snapshot) if run.ranks.is_main else None
         adjacent = _mean_seconds(step, times=3)
         seconds, size = writing.result() if writing is not None else (0.0, 0)
     return {

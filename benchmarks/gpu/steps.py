@@ -27,12 +27,16 @@ from tinygptv_ds.estimate.memory import GIB, MicroBatch, step_memory
 from tinygptv_ds.estimate.sizes import trained_parts
 from tinygptv_ds.models.flops import peak_flops, step_flops
 from tinygptv_ds.resources import project_root
-from tinygptv_ds.train.checkpoint.saver import Saver
-from tinygptv_ds.train.engine import Engine, start_distributed
-from tinygptv_ds.train.loop import optimizer_step
-from tinygptv_ds.train.metrics.accumulator import RankTimes, Sums
+from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
+from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.liveness.group_timeout import set_group_timeout
+from tinygptv_ds.train.liveness.progress import Progress
+from tinygptv_ds.train.metrics.accumulator import Accumulator, RankTimes
 from tinygptv_ds.train.metrics.reporter import memory_gib, rates
+from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.setup.job import Job
+from tinygptv_ds.train.setup.session import join_ranks
+from tinygptv_ds.train.step import optimizer_step
 from tinygptv_ds.train.transfer import Transfer
 
 WARM_UP, BY_PART = 3, 3  # steps; those by part come after the timed ones
@@ -57,20 +61,21 @@ class Bench:
     """Runs steps of cases on an engine and makes figures of them.
 
     Args:
-        engine: of the group.
+        run: with the engine of the group.
         timed: how many steps are timed. Always as many: cases under ZeRO-2 and ZeRO-3 are then alike step by step.
     """
 
-    def __init__(self, engine: Engine, timed: int) -> None:
-        self._engine = engine
+    def __init__(self, run: Run, checkpoints: Checkpoints, timed: int) -> None:
+        self._run, self._engine = run, run.engine
+        self._checkpoints = checkpoints
         self._timed = timed
-        self._sums, self._transfer = Sums(engine, [DATASET]), Transfer(engine.device)
+        self._accumulator, self._transfer = Accumulator(run.engine, [DATASET]), Transfer(run.engine.device)
         self._done = 0
 
     def measure(self, case: Case) -> dict[str, Any]:
         """The figures of a case, the same on every rank but for memory."""
         engine = self._engine
-        model, rank, before = engine.module, engine.job.ranks.rank, self._done
+        model, rank, before = engine.module, engine.ranks.rank, self._done
         model.language_model.model.gradient_checkpointing = int(case.recompute)
         batches = make_batches(model.config, case, rank, pinned=engine.device.type == "cuda")
         if engine.device.type == "cuda":
@@ -107,14 +112,15 @@ class Bench:
         wait(engine.device)
         began = time.perf_counter()
         for step in range(self._done, self._done + count):
-            engine.progress.begin_step(step)
-            engine.saver.before_step()
-            optimizer_step(engine, step, [batches.loaded[step % len(batches.loaded)]], self._sums, self._transfer)
-            engine.saver.after_step(step + 1)
+            micro_batches = [batches.loaded[step % len(batches.loaded)]]
+            self._run.progress.begin_step(step)
+            self._checkpoints.on_batch(step, micro_batches)
+            optimizer_step(self._run, step, micro_batches, self._accumulator, self._transfer)
+            self._checkpoints.on_step(step)
         wait(engine.device)
         seconds = time.perf_counter() - began
         self._done += count
-        totals = self._sums.read(RankTimes(0.0, engine.forward_clock.read()))
+        totals = self._accumulator.read(RankTimes(0.0, engine.forward_clock.read()))
         return {
             "seconds": seconds,
             "losses": [loss for _, loss, _ in totals.steps],
@@ -141,7 +147,7 @@ class Bench:
 
     def _estimated(self, case: Case, batches: Batches) -> float:
         """What `estimate` says for the same samples, in bytes."""
-        job = self._engine.job
+        job = self._run.job
         batch = MicroBatch(case.batch, batches.mean, float(case.recompute), case.source == "features")
         sizes = sizes_of(self._engine.module.config)
         return step_memory(sizes, trained_parts(job.recipe), batch, job.ranks.world_size)[f"ZeRO-{case.zero}"].total
@@ -160,22 +166,23 @@ def main() -> None:
     cases = [Case(**each) for each in json.loads(args.cases)]
     job = make_job(cases[0], args.size, args.run_dir)
     began = time.perf_counter()
-    start_distributed(job)
+    join_ranks(job)
     device = torch.device("cuda", job.ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     case = cases[0]
     try:
         model = build(model_config(job.recipe, args.size), DTYPES[job.precision], device)
-        engine = Engine(model, job)
+        engine = Engine(model, job.deepspeed, job.recipe.optimizer, job.ranks)
+        run = Run(job, engine, Progress(job.ranks.rank, job.recipe.train, set_group_timeout))
         print(f"model and engine: {time.perf_counter() - began:.1f} s", flush=True)
-        with Saver(engine, {}) as engine.saver:
-            bench = Bench(engine, args.steps)
+        with Checkpoints(run, {}) as checkpoints:
+            bench = Bench(run, checkpoints, args.steps)
             for case in cases:
                 figures = bench.measure(case)
                 if job.ranks.is_main:
                     add(args.out, "steps", figures)
             if args.save:
                 batches = make_batches(model.config, cases[0], job.ranks.rank, pinned=device.type == "cuda")
-                times = save_times(engine, lambda: bench.run(batches, 1))
+                times = save_times(run, lambda: bench.run(batches, 1))
                 if job.ranks.is_main:
                     add(args.out, "save", {"group": cases[0].group, **times})
     except torch.OutOfMemoryError as error:

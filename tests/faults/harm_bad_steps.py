@@ -23,9 +23,13 @@ from tinygptv_ds.models import tinygptv
 from tinygptv_ds.models.parameters import lora, norms, projections, train_only
 from tinygptv_ds.train import loop
 from tinygptv_ds.train.callbacks.guard import Guard
-from tinygptv_ds.train.engine import MOMENTS, Engine, start_distributed
-from tinygptv_ds.train.metrics.accumulator import Sums
+from tinygptv_ds.train.engine import MOMENTS, Engine
+from tinygptv_ds.train.liveness.group_timeout import set_group_timeout
+from tinygptv_ds.train.liveness.progress import Progress
+from tinygptv_ds.train.metrics.accumulator import Accumulator
+from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.setup.job import Job, parse_job
+from tinygptv_ds.train.setup.session import join_ranks
 from tinygptv_ds.train.transfer import Transfer
 from tinygptv_ds.weights.assemble import build_model
 
@@ -60,17 +64,20 @@ def one_case(job: Job, kind: str) -> dict:
     model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])
     train_only(model, projections, norms, lora)
     stream, tokens = open_stream(job.recipe), open_tokens(job.recipe, model.config)
-    engine = Engine(model, job)
+    engine = Engine(model, job.deepspeed, job.recipe.optimizer, job.ranks)
+    run = Run(job, engine, Progress(job.ranks.rank, job.recipe.train, set_group_timeout))
     batches = MicroBatches(stream, tokens, rank=RANK, world_size=job.ranks.world_size)
-    sums, guard, transfer = Sums(engine, stream.names), Guard(engine, stream), Transfer(engine.device)
+    accumulator, transfer = Accumulator(engine, stream.names), Transfer(engine.device)
+    guard = Guard(run, stream, accumulator)
     states, said = [], ""
     for step, bad in enumerate((None, kind, None)):
         fault = bad
-        loop.optimizer_step(engine, step, [batches[step, n] for n in range(batches.count(step))], sums, transfer)
+        micro_batches = [batches[step, n] for n in range(batches.count(step))]
+        loop.optimizer_step(run, step, micro_batches, accumulator, transfer)
         fault = None
         states.append(state(engine))
         try:
-            guard.stop_if_left_out(step, sums.recent)
+            guard.on_step(step)
         except TinyGPTVError as error:
             said = str(error)
     first, second, third = states
@@ -85,7 +92,7 @@ def one_case(job: Job, kind: str) -> dict:
 def all_cases() -> None:
     job = parse_job(None, ROOT / "stages/stage4.yaml")
     job = replace(job, run_dir=REPORT / "cases")  # the run's own folder is for the stage that follows
-    start_distributed(job)
+    join_ranks(job)
     found = {}
     for zero in (1, 2, 3):
         for precision in ("fp32", "bf16"):
@@ -107,11 +114,11 @@ def noted_exit(code: int) -> None:
     leave(code)
 
 
-def with_bad_step(engine: Engine, step: int, *rest: object) -> None:
+def with_bad_step(run: Run, step: int, *rest: object) -> None:
     global fault
     fault = "nan" if step == 2 else None
-    optimizer_step(engine, step, *rest)
-    torch.save(engine.trained_state(), REPORT / f"weights-{RANK}-{step}.pt")
+    optimizer_step(run, step, *rest)
+    torch.save(run.engine.trained_state(), REPORT / f"weights-{RANK}-{step}.pt")
 
 
 leave, os._exit = os._exit, noted_exit

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.train import loop
-from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.run import Run
 
 
 def watched(at: int = -1, number: int = 0, rank: int = 0, after: str = "", pause: str = "") -> None:
@@ -22,12 +22,12 @@ def watched(at: int = -1, number: int = 0, rank: int = 0, after: str = "", pause
     """
     optimizer_step = loop.optimizer_step
 
-    def noted(engine: Engine, step: int, loaded: list[MicroBatch], *rest: object) -> None:
-        run, mine = engine.job.run_dir, engine.job.ranks.rank
+    def noted(training: Run, step: int, loaded: list[MicroBatch], *rest: object) -> None:
+        run, mine = training.job.run_dir, training.ranks.rank
         with (run / f"fed-{mine}.jsonl").open("a") as file:
             ids = [[list(vars(ref).values()) for ref in item.batch.sample_ids] for item in loaded]
             file.write(json.dumps([step, ids]) + "\n")
-        optimizer_step(engine, step, loaded, *rest)
+        optimizer_step(training, step, loaded, *rest)
         if step == at and mine == rank:
             (run / "reached").touch()
             for name in filter(None, (after and f"checkpoints/{after}", pause)):

@@ -6,8 +6,9 @@ import signal
 import threading
 import time
 
-from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train import step as step_module
 from tinygptv_ds.train.liveness import progress, watchdog
+from tinygptv_ds.train.run import Run
 
 HOWS = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
@@ -21,18 +22,18 @@ HOWS = {
 
 def in_step(at: int, rank: int, how: str, after: float = 0.0) -> None:
     """Between the first two micro-batches of step `at`, from 0, this happens to one rank, after so many seconds."""
-    micro_step = Engine.micro_step
+    micro_step = step_module.micro_step
     watchdog._WAY_OUT = 2.0
     steps = iter(range(1000))
 
-    def broken(engine: Engine, *given: object, number: int, count: int) -> object:
-        if number == 1 and next(steps) == at and engine.job.ranks.rank == rank:
+    def broken(run: Run, *given: object, number: int, count: int) -> object:
+        if number == 1 and next(steps) == at and run.ranks.rank == rank:
             time.sleep(after)
-            (engine.job.run_dir / "reached").touch()
+            (run.job.run_dir / "reached").touch()
             HOWS[how]()
-        return micro_step(engine, *given, number=number, count=count)
+        return micro_step(run, *given, number=number, count=count)
 
-    Engine.micro_step = broken
+    step_module.micro_step = broken
 
 
 def hanging(at: int, rank: int, margin: float) -> None:
@@ -40,20 +41,20 @@ def hanging(at: int, rank: int, margin: float) -> None:
 
     Collectives may wait `margin` seconds more than the watchdog allows; what becomes of them is noted.
     """
-    micro_step = Engine.micro_step
+    micro_step = step_module.micro_step
     progress._MARGIN = margin
     in_step(at, rank, "asleep")
-    asleep = Engine.micro_step
+    asleep = step_module.micro_step
 
-    def noted(engine: Engine, *given: object, number: int, count: int) -> object:
-        if engine.job.ranks.rank == rank:
-            if engine.progress.starting and number == 1:
+    def noted(run: Run, *given: object, number: int, count: int) -> object:
+        if run.ranks.rank == rank:
+            if run.progress.starting and number == 1:
                 time.sleep(3)
-            return asleep(engine, *given, number=number, count=count)
+            return asleep(run, *given, number=number, count=count)
         try:
-            return micro_step(engine, *given, number=number, count=count)
+            return micro_step(run, *given, number=number, count=count)
         except RuntimeError as error:
-            (engine.job.run_dir / f"failed-{engine.job.ranks.rank}").write_text(str(error))
+            (run.job.run_dir / f"failed-{run.ranks.rank}").write_text(str(error))
             raise
 
-    Engine.micro_step = noted
+    step_module.micro_step = noted

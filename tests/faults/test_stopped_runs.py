@@ -55,7 +55,7 @@ def test_killed_in_the_middle_of_an_epoch(recipe: Callable[..., Path], tmp_path:
     killed = {"at": 12, "number": signal.SIGKILL, "after": "step-00000010"}
     ended(path, tmp_path / "broken", fault=watched, **killed, code=-signal.SIGKILL)
     broken = ended(path, tmp_path / "broken", fault=watched)
-    assert "going on from" in broken.output and "step-00000010" in broken.output
+    assert "resuming from" in broken.output and "step-00000010" in broken.output
     assert numbers(broken) == numbers(whole) and len(numbers(whole)) == 20
     assert files(broken.folder) == files(whole.folder)
     seen, unbroken = fed(broken.folder, 1), fed(whole.folder, 1)
@@ -113,7 +113,7 @@ def test_two_jobs_in_one_run_directory(recipe: Callable[..., Path], tmp_path: Pa
         for process in first.processes:
             process.kill()
     third = ended(path, run, ranks=2)
-    assert "going on from" in third.output and third.metrics[-1]["step"] == 6
+    assert "resuming from" in third.output and third.metrics[-1]["step"] == 6
 
 
 def test_of_another_recipe(recipe: Callable[..., Path], tmp_path: Path) -> None:

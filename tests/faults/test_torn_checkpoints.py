@@ -18,9 +18,9 @@ from helpers import tiny
 from helpers.forked import ended
 
 from tinygptv_ds.errors import CheckpointError
-from tinygptv_ds.train.checkpoint import resume, saver
+from tinygptv_ds.train.checkpoint import resume
 from tinygptv_ds.train.checkpoint import storage as checkpoint
-from tinygptv_ds.train.checkpoint.saver import Writer
+from tinygptv_ds.train.checkpoint import writer as writer_module
 from tinygptv_ds.train.checkpoint.storage import (
     Snapshot,
     complete_ones,
@@ -28,6 +28,7 @@ from tinygptv_ds.train.checkpoint.storage import (
     step_of,
     write_checkpoint,
 )
+from tinygptv_ds.train.checkpoint.writer import CheckpointWriter
 from tinygptv_ds.weights import safetensors_writer
 
 TRAIN = SimpleNamespace(keep_checkpoints=2, keep_every=0)
@@ -70,7 +71,7 @@ def save_and_die(checkpoints: Path, last: int) -> None:
 
     safetensors_writer._write_all, os.fsync = in_pieces, synced
     sys.addaudithook(lambda name, args: event() if name in EVENTS and str(checkpoints) in str(args[0]) else None)
-    writer = Writer(checkpoints, TRAIN)
+    writer = CheckpointWriter(checkpoints, TRAIN)
     writer._write(snapshot(3))
     os._exit(0)
 
@@ -91,7 +92,7 @@ def test_killed_at_every_point_of_a_save(tmp_path: Path) -> None:
         found = resume.choose_checkpoint(job(checkpoints.parent), {})
         newest.append(step_of(Path(found)))
         assert newest[-1] == whole[-1]
-        Writer(checkpoints, TRAIN)._write(snapshot(3))  # a restart gets there, whatever was left behind
+        CheckpointWriter(checkpoints, TRAIN)._write(snapshot(3))  # a restart gets there, whatever was left behind
         assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000003"]
         if process.exitcode == 0:
             break
@@ -208,7 +209,7 @@ def test_a_failure_that_passes_is_forgiven(tmp_path: Path, monkeypatch: pytest.M
 
     real = safetensors_writer._write_all
     monkeypatch.setattr(safetensors_writer, "_write_all", write)
-    writer, stopped = Writer(tmp_path, SimpleNamespace(keep_checkpoints=1, keep_every=0)), {}
+    writer, stopped = CheckpointWriter(tmp_path, SimpleNamespace(keep_checkpoints=1, keep_every=0)), {}
     for step in range(1, 6):
         writer.write(snapshot(step))
         writer.wait()
@@ -222,8 +223,8 @@ def test_a_failure_that_passes_is_forgiven(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_bug_in_writing_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what the system says is forgiven; anything else surfaces as it is."""
-    monkeypatch.setattr(saver, "write_checkpoint", lambda *_: 1 / 0)
-    writer = Writer(tmp_path, TRAIN)
+    monkeypatch.setattr(writer_module, "write_checkpoint", lambda *_: 1 / 0)
+    writer = CheckpointWriter(tmp_path, TRAIN)
     writer.write(snapshot(1))
     with pytest.raises(ZeroDivisionError):
         writer.wait()

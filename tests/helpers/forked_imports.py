@@ -12,10 +12,10 @@ for name in (
     "tinygptv_ds.weights.provenance",
     "tinygptv_ds.data.loader.dataset",
     "tinygptv_ds.processing.resize",
-    "tinygptv_ds.train.engine",
+    "tinygptv_ds.train.setup.session",
     "tinygptv_ds.features.verify",
     "tinygptv_ds.train.loop",
-    "tinygptv_ds.train.checkpoint.saver",
+    "tinygptv_ds.train.checkpoint.result",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it when an engine is made; it takes seconds
 ):
     import_module(name)

@@ -9,20 +9,20 @@ from pathlib import Path
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.train import loop
-from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.run import Run
 
 KILL_AFTER = int(os.environ.get("KILL_AFTER", -1))
 
 
-def recorded(engine: Engine, step: int, loaded: list[MicroBatch], *rest: object) -> None:
+def recorded(run: Run, step: int, loaded: list[MicroBatch], *rest: object) -> None:
     ids = [
         [(ref.position, ref.dataset, ref.epoch, ref.shard, ref.index) for ref in item.batch.sample_ids]
         for item in loaded
     ]
-    with (engine.job.run_dir / f"fed-{engine.job.ranks.rank}.jsonl").open("a") as file:
+    with (run.job.run_dir / f"fed-{run.ranks.rank}.jsonl").open("a") as file:
         file.write(json.dumps([step, ids]) + "\n")
-    optimizer_step(engine, step, loaded, *rest)
-    if step == KILL_AFTER and engine.job.ranks.rank == 1:
+    optimizer_step(run, step, loaded, *rest)
+    if step == KILL_AFTER and run.ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
 

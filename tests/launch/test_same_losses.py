@@ -149,7 +149,7 @@ def resumed(place: Place, stopped: Run, name: str, *options: str, ranks: int) ->
 def test_resumed_under_another_zero_stage(place: Place, zero_2: Run) -> None:
     """Six steps are three and three, saved under ZeRO-2 and gone on with under ZeRO-3."""
     again = resumed(place, zero_2, "resumed3", ZERO_3, ranks=2)
-    assert "going on from" in (again.folder / "log.txt").read_text()
+    assert "resuming from" in (again.folder / "log.txt").read_text()
     same(again, zero_2, first=3, **EXACT)
 
 

@@ -115,7 +115,7 @@ def test_stopped_requeued_and_gone_on_with(raw_recipe: Callable[..., dict[str, A
         assert (run / f"checkpoints/step-{reached:08d}").is_dir()
     assert slurm.requeued == ["4711", "4711"]
     log = (run / "log.txt").read_text()
-    assert log.count("going on from") == 1
+    assert log.count("resuming from") == 1
     steps = [int(step) for step in re.findall(r"step (\d+)/100000 \|", log)]
     assert steps == [*range(1, reached + 1)]  # the second start left out none and did none again
 

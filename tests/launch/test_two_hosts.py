@@ -69,7 +69,7 @@ def test_stopped_and_gone_on_with(two: TwoHosts, recipe: Callable[..., Path], tm
 
     code, output = two.run(command(two, path, run, "deepspeed"))
     assert code == 0, output
-    assert f"going on from {run}/checkpoints/step-{stopped:08d}" in output
+    assert f"resuming from {run}/checkpoints/step-{stopped:08d}" in output
     assert "stage 4 on 2 rank(s) of cpu" in output
     nothing_is_left(two)
     one = ended(path, tmp_path / "one")

@@ -21,8 +21,10 @@ from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import TinyGPTVError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.flops import BatchCounts
-from tinygptv_ds.train.callbacks.guard import Guard, Spikes
-from tinygptv_ds.train.metrics.accumulator import Done, RankTimes, Totals
+from tinygptv_ds.train.callbacks.callback import LogRecord
+from tinygptv_ds.train.callbacks.guard import Guard
+from tinygptv_ds.train.metrics.accumulator import Computed, RankTimes, Totals
+from tinygptv_ds.train.metrics.loss_spikes import LossSpikes
 
 RAW = Callable[..., dict[str, Any]]
 
@@ -44,19 +46,34 @@ def watched(raw: dict[str, Any], run_dir: Path, precision: str = "fp32") -> tupl
         all_reduce=lambda tensor: tensor,
         grad_norm=lambda: math.inf,
         loss_scale=lambda: 1.0,
-        job=SimpleNamespace(recipe=recipe, ranks=Ranks(0, 0, 1, 1), precision=precision, run_dir=run_dir),
+        precision=precision,
     )
+    job = SimpleNamespace(run_dir=run_dir)
+    run = SimpleNamespace(engine=engine, recipe=recipe, ranks=Ranks(0, 0, 1, 1), job=job)
     stream = open_stream(recipe)
-    return Guard(engine, stream), engine, stream
+    return Guard(run, stream, SimpleNamespace(recent=[])), engine, stream
 
 
-def computed(stream: OpenStream, step: int, losses: dict[int, float], dropped: tuple[int, ...] = ()) -> list[Done]:
+def on_step(guard: Guard, step: int, recent: list[Computed]) -> None:
+    """A step after which these are the latest micro-batches."""
+    guard._accumulator.recent = recent
+    guard.on_step(step)
+
+
+def spikes(guard: Guard, totals: Totals) -> float:
+    """The number of spikes in a log line."""
+    record = LogRecord(0, totals)
+    guard.on_log(record)
+    return record.metrics["train/spike"]
+
+
+def computed(stream: OpenStream, step: int, losses: dict[int, float], dropped: tuple[int, ...] = ()) -> list[Computed]:
     """A step in one micro-batch, two targets a sample; `losses` by place in it, 1.0 for the others."""
     refs = [ref for place, ref in enumerate(stream.order.step(step)) if place not in dropped]
     first = step * stream.batch_size
     values = [losses.get(ref.position - first, 1.0) for ref in refs for _ in range(2)]
     which = torch.arange(len(refs)).repeat_interleave(2)
-    return [Done(step, tuple(refs), which, torch.tensor(values))]
+    return [Computed(step, tuple(refs), which, torch.tensor(values))]
 
 
 def test_fp16_may_overflow_now_and_then(raw_recipe: RAW, tmp_path: Path) -> None:
@@ -64,9 +81,9 @@ def test_fp16_may_overflow_now_and_then(raw_recipe: RAW, tmp_path: Path) -> None
     guard, engine, stream = watched(raw_recipe(train__max_overflows=3), tmp_path, "fp16")
     for step, taken in enumerate((False, False, True, False, False, True, False, False)):
         engine.step_taken = taken
-        guard.stop_if_left_out(step, computed(stream, step, {}))
+        on_step(guard, step, computed(stream, step, {}))
     with pytest.raises(TinyGPTVError, match=r"3 steps in a row overflowed in fp16 \(train.max_overflows\).*at step 9"):
-        guard.stop_if_left_out(8, computed(stream, 8, {}))
+        on_step(guard, 8, computed(stream, 8, {}))
     assert json.loads((tmp_path / "bad_step-9.json").read_text())["left_out_in_a_row"] == 3
 
 
@@ -76,7 +93,7 @@ def test_elsewhere_the_first_bad_step_ends_the_run(precision: str, raw_recipe: R
     guard, engine, stream = watched(raw_recipe(), tmp_path, precision)
     engine.step_taken = False
     with pytest.raises(TinyGPTVError, match="a gradient is not finite at step 6, though the loss of every sample is"):
-        guard.stop_if_left_out(5, computed(stream, 5, {3: 2.5}, dropped=(1,)))
+        on_step(guard, 5, computed(stream, 5, {3: 2.5}, dropped=(1,)))
     written = json.loads((tmp_path / "bad_step-6.json").read_text())
     losses = [sample["loss"] for sample in written["ranks"][0]["samples"]]
     assert losses == [1.0, None, 1.0, 2.5, 1.0, 1.0, 1.0, 1.0]
@@ -90,20 +107,20 @@ def test_what_cannot_be_written_does_not_hide_the_stop(
     engine.step_taken = False
     (tmp_path / "bad_step-1.json.partial").mkdir()
     with pytest.raises(TinyGPTVError, match="not finite at step 1, for these samples"):
-        guard.stop_if_left_out(0, computed(stream, 0, {0: math.nan}))
+        on_step(guard, 0, computed(stream, 0, {0: math.nan}))
     assert "bad_step-1.json could not be written" in warnings.text
 
 
-def totals(losses: list[tuple[int, float, float]], recent: list[Done]) -> Totals:
+def totals(losses: list[tuple[int, float, float]], recent: list[Computed]) -> Totals:
     return Totals(1.0, {}, losses, {}, {}, BatchCounts(), [RankTimes(0, 0)], recent)
 
 
 def test_a_spike_names_its_samples(raw_recipe: RAW, tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
     guard, _, stream = watched(raw_recipe(), tmp_path)
     calm = [(step, 2.0 + 0.1 * (step % 5), 16.0) for step in range(60)]
-    assert guard.judge(totals(calm, [])) == 0
+    assert spikes(guard, totals(calm, [])) == 0
     recent = computed(stream, 60, {2: 70.0, 5: 90.0}) + computed(stream, 61, {})
-    assert guard.judge(totals([(60, 20.75, 16.0), (61, 2.1, 16.0)], recent)) == 1
+    assert spikes(guard, totals([(60, 20.75, 16.0), (61, 2.1, 16.0)], recent)) == 1
     (said,) = [record.getMessage() for record in warnings.records]
     assert said.startswith("the loss of step 61 spikes: 20.7500, ")
     worst, next_one = (stream.order.step(60)[place] for place in (5, 2))
@@ -113,7 +130,7 @@ def test_a_spike_names_its_samples(raw_recipe: RAW, tmp_path: Path, warnings: py
 
 def test_a_step_without_targets_is_told(raw_recipe: RAW, tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
     guard, _, _ = watched(raw_recipe(), tmp_path)
-    assert guard.judge(totals([(4, math.nan, 0.0)], [])) == 0
+    assert spikes(guard, totals([(4, math.nan, 0.0)], [])) == 0
     assert "step 5 had no target token on any rank" in warnings.text
 
 
@@ -123,19 +140,19 @@ def test_a_micro_batch_without_targets_is_told(
     """With the samples that were planned for it; where none was, as when ranks outnumber samples, nothing is odd."""
     guard, _, stream = watched(raw_recipe(), tmp_path)
     full, empty = (SimpleNamespace(batch=SimpleNamespace(targets=torch.zeros(n))) for n in (3, 0))
-    guard.look(2, [full, empty, full, full])
+    guard.on_batch(2, [full, empty, full, full])
     (said,) = [record.getMessage() for record in warnings.records]
     planned = guard._planner.plan(2).micro_batch(1, 0)
     assert said.startswith("step 3: micro-batch 1 has no target token: ")
     assert len(planned) == 2 and all(f"{stream.shards[ref.dataset][ref.shard]}: sample" in said for ref in planned)
-    guard.look(2, [full, full, full, full, empty])
+    guard.on_batch(2, [full, full, full, full, empty])
     assert len(warnings.records) == 1
 
 
 @given(level=st.floats(0.01, 100), spread=st.floats(0, 0.7), seed=st.integers(0, 2**16))
 def test_a_calm_run_has_no_spikes(level: float, spread: float, seed: int) -> None:
     """Whatever the level of the loss and its spread, as wide as that of very small batches; a falling loss is none."""
-    draw, spikes = random.Random(seed), Spikes()
+    draw, spikes = random.Random(seed), LossSpikes()
     for step in range(300):
         loss = level * math.exp(draw.uniform(-spread, spread) - step / 100)
         assert spikes.score(loss) <= 6.0
@@ -144,7 +161,7 @@ def test_a_calm_run_has_no_spikes(level: float, spread: float, seed: int) -> Non
 
 def test_spikes_do_not_hide_spikes() -> None:
     """A loss that is not a number is no reference, and there is no verdict before there is something to go by."""
-    spikes = Spikes()
+    spikes = LossSpikes()
     assert spikes.score(1e9) == 0.0
     for step in range(128):
         spikes.add((math.nan, math.inf)[step % 2] if step % 8 == 7 else 50.0 if step % 32 == 3 else 2.0 + step % 2 / 10)
@@ -155,7 +172,7 @@ def test_spikes_do_not_hide_spikes() -> None:
 
 def test_what_comes_often_is_no_spike() -> None:
     """One dataset a step, of which every tenth has three times the loss of the others."""
-    spikes = Spikes()
+    spikes = LossSpikes()
     scores = []
     for step in range(300):
         loss = (6.0 if step % 10 == 0 else 2.0) * (1 + 0.001 * (step % 7))
@@ -170,7 +187,7 @@ def test_the_table_of_losses_has_every_sample(raw_recipe: RAW, tmp_path: Path) -
     refs = stream.order.step(7)
     halves = [refs[1::2], refs[::2]]
     recent = [
-        Done(7, tuple(half), torch.arange(len(half)), torch.tensor([float(ref.position) for ref in half]))
+        Computed(7, tuple(half), torch.arange(len(half)), torch.tensor([float(ref.position) for ref in half]))
         for half in halves
     ]
     losses = guard._sample_losses(7, recent)

@@ -20,9 +20,9 @@ from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.tinygptv import PackedOutput
 from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Rendered, load_prompts
-from tinygptv_ds.train.engine import Engine
-from tinygptv_ds.train.loop import warn_of_rising_rate
-from tinygptv_ds.train.metrics.stopwatch import Stopwatch
+from tinygptv_ds.train.run import Run
+from tinygptv_ds.train.schedule import warn_if_rising
+from tinygptv_ds.train.step import micro_step
 
 STAGES = Path(__file__).parents[2] / "stages"
 RAW = Callable[..., dict[str, Any]]
@@ -33,7 +33,7 @@ def test_stage_1_is_without_lora_or_as_its_code_was(overrides: list[str]) -> Non
     """Without: 13,809,664 values are trained; with it 45,266,944 (a test of the model counts both)."""
     recipe = load_recipe(STAGES / "stage1.yaml", overrides)
     assert recipe.model.lora_r == (64 if overrides else 0)
-    assert "if job.recipe.model.lora_r:" in (STAGES / "stage1.py").read_text()
+    assert "if job.recipe.model.lora_r " in (STAGES / "stage1.py").read_text()
 
 
 @pytest.mark.parametrize("reduction", ["step_mean", "micro_batch_mean"])
@@ -42,16 +42,16 @@ def test_the_loss_of_a_step(reduction: str) -> None:
     tokens = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([5.0]), torch.tensor([]), torch.tensor([4.0, 0.0])]
     ranks, losses, boundaries = 2, [], []
     engine = SimpleNamespace(
-        job=SimpleNamespace(ranks=SimpleNamespace(world_size=ranks)),
-        backward_and_step=losses.append,
+        ranks=SimpleNamespace(world_size=ranks),
+        backward=losses.append,
+        step=lambda: None,
         set_boundary=boundaries.append,
-        forward_clock=Stopwatch(torch.device("cpu")),
-        progress=SimpleNamespace(enter=lambda phase: None),
     )
+    run = Run(SimpleNamespace(), engine, SimpleNamespace(enter=lambda phase: None))
     divisor = torch.tensor(6.0) if reduction == "step_mean" else None
     for place, each in enumerate(tokens):
-        engine.deepspeed = lambda each=each: PackedOutput(each, torch.zeros(()))
-        Engine.micro_step(engine, {}, divisor, number=place % 2, count=2)
+        engine.forward = lambda _, each=each: PackedOutput(each, torch.zeros(()))
+        micro_step(run, {}, divisor, number=place % 2, count=2)
     assert boundaries == [False, True] * 2
     step = sum(losses) / ranks
     assert step == pytest.approx({"step_mean": 18 / 6, "micro_batch_mean": (3 + 5 + 0 + 2) / 4}[reduction])
@@ -106,7 +106,7 @@ def test_the_prompts_of_stage_3_are_the_published_ones() -> None:
     assert list(load_prompts()["stage3"]) == [
         f"{IMAGE_TAG} Describe this image in detail.",
         f"{IMAGE_TAG} Take a look at this image and describe what you notice.",
-        f"{IMAGE_TAG} Please provide a detailed description of the image.",
+        f"{IMAGE_TAG} Please provide a detailed description of the picture.",
         f"{IMAGE_TAG} Could you describe the contents of this image for me?",
     ]
 
@@ -127,7 +127,7 @@ def test_stage_4_rises_as_published_and_says_so(
     recipe = load_recipe(STAGES / "stage4.yaml", [f"optimizer.min_lr={min_lr}"])
     assert (recipe.optimizer.lr, load_recipe(STAGES / "stage4.yaml").optimizer.min_lr) == (1e-5, 8e-5)
     with caplog.at_level(logging.WARNING, logger=LOGGER.name):
-        warn_of_rising_rate(recipe.optimizer)
+        warn_if_rising(recipe.optimizer)
     assert ("rises from 1e-05 towards 8e-05" in caplog.text) is warned
 
 

@@ -20,10 +20,12 @@ from tinygptv_ds.errors import DataError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.processing.image import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens
-from tinygptv_ds.train import loop
-from tinygptv_ds.train.callbacks.sample_panel import Shown, _choose
+from tinygptv_ds.train.callbacks.sample_panel import PanelSample, _choose
+from tinygptv_ds.train.callbacks.skipped_samples import SkippedSamples
+from tinygptv_ds.train.callbacks.token_limit import TokenLimit
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.loss_scale import LossScale
+from tinygptv_ds.train.step import dropout_seed
 
 REF = SampleRef(0, "vqa", 0, 0, 0)
 
@@ -48,7 +50,7 @@ def seen(skipped: dict[str, int], samples: int) -> SimpleNamespace:
 
 
 def test_skipped_samples_are_named(warnings: pytest.LogCaptureFixture) -> None:
-    loop.SkipCounter(0.5, 100).report(dropped(2))
+    SkippedSamples(0.5, 100).on_batch(0, dropped(2))
     assert [r.getMessage() for r in warnings.records] == [
         "skipped (corrupt_image) a.tar: sample k0: torn",
         "skipped (corrupt_image) a.tar: sample k1: torn",
@@ -57,10 +59,10 @@ def test_skipped_samples_are_named(warnings: pytest.LogCaptureFixture) -> None:
 
 def test_too_many_skipped_samples_stop_the_run(warnings: pytest.LogCaptureFixture) -> None:
     """The share is judged against all samples seen, and of a short run against its whole length."""
-    counter = loop.SkipCounter(0.1, samples_of_run=50)
+    counter = SkippedSamples(0.1, samples_of_run=50)
     counter.judge(seen({"corrupt_image": 3, "too_long": 2}, 5))  # 5 of 50
     assert counter.summary() == "3 corrupt_image, 2 too_long"
-    counter.report(dropped(12))
+    counter.on_batch(0, dropped(12))
     with pytest.raises(
         DataError, match=r"6 of 20 samples .*\(4 corrupt_image, 2 too_long\), more than .*share \(0.1\)"
     ) as caught:
@@ -70,7 +72,7 @@ def test_too_many_skipped_samples_stop_the_run(warnings: pytest.LogCaptureFixtur
 
 
 def test_a_long_run_is_judged_by_what_it_has_seen() -> None:
-    counter = loop.SkipCounter(0.01, samples_of_run=10**6)
+    counter = SkippedSamples(0.01, samples_of_run=10**6)
     counter.judge(seen({"truncated": 10}, 90))  # of the first 1000
     counter.judge(seen({"truncated": 10}, 1890))  # 20 of 2000
     with pytest.raises(DataError, match="21 of 2001"):
@@ -78,15 +80,15 @@ def test_a_long_run_is_judged_by_what_it_has_seen() -> None:
 
 
 def test_none_may_be_skipped_with_a_share_of_zero() -> None:
-    counter = loop.SkipCounter(0.0, samples_of_run=100)
+    counter = SkippedSamples(0.0, samples_of_run=100)
     counter.judge(seen({}, 10))
     with pytest.raises(DataError, match="1 of 11 samples"):
         counter.judge(seen({"bad_json": 1}, 0))
 
 
 def test_the_random_seed_is_a_function_of_step_and_rank() -> None:
-    seeds = [loop._seed(42, step, rank) for step in range(10) for rank in range(4)]
-    assert len(set(seeds)) == 40 and seeds == [loop._seed(42, s, r) for s in range(10) for r in range(4)]
+    seeds = [dropout_seed(42, step, rank) for step in range(10) for rank in range(4)]
+    assert len(set(seeds)) == 40 and seeds == [dropout_seed(42, s, r) for s in range(10) for r in range(4)]
     for seed in seeds:
         torch.manual_seed(seed)
 
@@ -145,7 +147,7 @@ def test_skipped_steps_count_over_resumptions() -> None:
 # ---- the panel -------------------------------------------------------------------------------------------------------
 
 
-def chosen(raw: dict[str, Any], count: int) -> list[Shown]:
+def chosen(raw: dict[str, Any], count: int) -> list[PanelSample]:
     recipe = build_recipe(raw, "test")
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
     tokens = Tokens(tokenizer, recipe.text, ImageTokens(len(tokenizer) + 4, tiny.QUERIES), tiny.IMAGE_SIZE)
@@ -178,10 +180,10 @@ def test_the_panel_leaves_out_what_cannot_be_read(raw_recipe: Callable[..., dict
 def test_micro_batches_above_the_limit_are_told(warnings: pytest.LogCaptureFixture) -> None:
     """Once for those since the last log line; without a limit never."""
     lengths = [SimpleNamespace(batch=SimpleNamespace(input_ids=torch.zeros(n))) for n in (90, 130, 110)]
-    over, free = loop.OverLimit(100), loop.OverLimit(None)
+    over, free = TokenLimit(100), TokenLimit(None)
     for counter in (over, free):
-        counter.look(lengths)
-        counter.report()
-        counter.report()
+        counter.on_batch(0, lengths)
+        counter.on_log(None)
+        counter.on_log(None)
     (told,) = [record.getMessage() for record in warnings.records]
     assert told.startswith("2 micro-batches of this rank had more than train.max_tokens (100) tokens, 130 at most")

@@ -25,9 +25,10 @@ from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.sequence import IGNORE, Sequence
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.liveness.progress import Progress
-from tinygptv_ds.train.loop import optimizer_step
-from tinygptv_ds.train.metrics.accumulator import Sums
+from tinygptv_ds.train.metrics.accumulator import Accumulator
 from tinygptv_ds.train.metrics.stopwatch import Stopwatch
+from tinygptv_ds.train.run import Run
+from tinygptv_ds.train.step import optimizer_step
 from tinygptv_ds.train.transfer import Transfer
 
 # Reading a value; shapes that depend on values; a tensor of the host's values, which is then copied to the device.
@@ -95,14 +96,15 @@ def test_a_step(source: str, raw_recipe: Callable[..., dict[str, Any]]) -> None:
         None,
     )
     engine.forward_clock = Stopwatch(engine.device)
-    engine.job = SimpleNamespace(recipe=build_recipe(raw_recipe(), "test"), ranks=Ranks(0, 0, 1, 1))
-    engine.progress = Progress(0, engine.job.recipe.train, lambda timeout: None)
+    engine.ranks = Ranks(0, 0, 1, 1)
+    job = SimpleNamespace(recipe=build_recipe(raw_recipe(), "test"), ranks=engine.ranks)
+    run = Run(job, engine, Progress(0, job.recipe.train, lambda timeout: None))
     none = torch.zeros(0, config.num_query_tokens, config.qformer_config.hidden_size) if features else None
     sizes = {"queries": config.num_query_tokens, "image_size": 28, "bos": 1, "no_features": none}
     loaded = [MicroBatch(collate([sample(n, features), sample(n + 1, features)], ["vqa"], **sizes), ()) for n in (0, 2)]
-    sums, transfer = Sums(engine, ["vqa"]), Transfer(engine.device)
+    accumulator, transfer = Accumulator(engine, ["vqa"]), Transfer(engine.device)
     with Watch() as watch:
-        optimizer_step(engine, 1, loaded, sums, transfer)
+        optimizer_step(run, 1, loaded, accumulator, transfer)
     assert watch.seen == []
     assert watch.calls > 100
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

@@ -19,7 +19,7 @@ from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import CheckpointError, ConfigError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.checkpoint.resume import began_from, choose_checkpoint, load_weights, open_checkpoint
-from tinygptv_ds.train.checkpoint.run_fingerprint import differences, facts_of
+from tinygptv_ds.train.checkpoint.run_fingerprint import differences, run_fingerprint
 from tinygptv_ds.train.checkpoint.storage import Snapshot, complete_ones, remove_old, step_of, write_checkpoint
 from tinygptv_ds.train.metrics.reporter import forget_after
 from tinygptv_ds.train.setup import run_dir_lock as lock
@@ -47,7 +47,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
 
 
 def facts(job: Job) -> dict[str, Any]:
-    return facts_of(job.recipe, open_stream(job.recipe))
+    return run_fingerprint(job.recipe, open_stream(job.recipe))
 
 
 def write(job: Job, step: int, began_from: str | None = None) -> Path:
@@ -75,7 +75,7 @@ def test_the_newest_is_taken(job: MakeJob) -> None:
 def test_none_is_taken_where_none_is_whole(job: MakeJob) -> None:
     """Beginning again over what could not be read would hide that weeks are lost."""
     (write(job(), 1) / "state.json").unlink()
-    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoint\(s\) in .* is whole"):
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoint\(s\) in .* is complete"):
         chosen(job())
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tinygptv_ds.config.data_section import DataSection, DatasetSection
 from tinygptv_ds.config.recipe import ModelSection, OptimizerSection, Recipe, TrainSection
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.train.schedule import begins_cycle, learning_rate, rate_of_step
+from tinygptv_ds.train.schedule import begins_cycle, learning_rate, learning_rate_of_step
 
 
 def rates(total: int, **options: object) -> list[float]:
@@ -82,8 +82,8 @@ def test_cycles_repeat_the_schedule() -> None:
     """The published stage 1: 17 runs in a row, each with its own warm-up."""
     once, often = recipe(1), recipe(17)
     assert often.train.total_steps == 17 * once.train.total_steps
-    of_one = [rate_of_step(step, once) for step in range(10)]
-    assert [rate_of_step(step, often) for step in range(170)] == of_one * 17
+    of_one = [learning_rate_of_step(step, once) for step in range(10)]
+    assert [learning_rate_of_step(step, often) for step in range(170)] == of_one * 17
     assert [step for step in range(30) if begins_cycle(step, often)] == [10, 20]
     assert not any(begins_cycle(step, once) for step in range(10))
 

@@ -11,7 +11,7 @@ import pytest
 
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.train.metrics.wandb_tracker import Tracking, check_tracking
+from tinygptv_ds.train.metrics.wandb_tracker import WandbTracker, check_tracking
 
 RAW = Callable[..., dict[str, Any]]
 
@@ -29,13 +29,13 @@ def test_a_resumed_run_keeps_its_entry(raw_recipe: RAW, tmp_path: Path, monkeypa
     recipe = build_recipe(raw_recipe(train__wandb="mine"), "test")
     for folder in ("a", "a", "b"):
         (tmp_path / folder).mkdir(exist_ok=True)
-        Tracking(recipe, tmp_path / folder)
+        WandbTracker(recipe, tmp_path / folder)
     ids = [settings["id"] for settings in started]
     assert ids[0] == ids[1] != ids[2] and len(ids[0]) == 16
 
 
 def test_without_a_project_nothing_is_sent(raw_recipe: RAW, tmp_path: Path) -> None:
-    tracking = Tracking(build_recipe(raw_recipe(), "test"), tmp_path)
+    tracking = WandbTracker(build_recipe(raw_recipe(), "test"), tmp_path)
     tracking.log({"train/loss": 1.0}, 1)
     tracking.close()
     assert list(tmp_path.iterdir()) == [] and "wandb" not in sys.modules

@@ -23,7 +23,7 @@ from tinygptv_ds.models.parameters import (
     weight_decay_groups,
 )
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.train.loop import model_inputs
+from tinygptv_ds.train.transfer import model_inputs
 from tinygptv_ds.weights.assemble import build_model
 from tinygptv_ds.weights.provenance import provenance_of
 from tinygptv_ds.weights.resolve import resolve
@@ -130,7 +130,7 @@ def test_the_result_holds_all_that_learnt_and_goes_on(built: Callable[..., Any],
 
     recipe, model = built("projections", model__init_from=str(tmp_path / "first"))
     assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
-    model.frozen_updates |= frozen_learnt(model)  # as the engine does
+    model.frozen_updates |= frozen_learnt(model)  # as the session does
     trained = {name: p.detach() * 2 for name, p in model.named_parameters() if p.requires_grad}
     save_trained(model.frozen_updates | trained, model.config, tmp_path / "second/model", provenance_of(recipe))
     found = resolve(tmp_path / "second").weights()

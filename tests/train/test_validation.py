@@ -21,7 +21,7 @@ from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.sequence import ImageTokens
-from tinygptv_ds.train.callbacks.validation_loss import Validation
+from tinygptv_ds.train.callbacks.validation_loss import ValidationLoss
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.transfer import model_inputs
 from tinygptv_ds.weights.assemble import build_model
@@ -29,25 +29,22 @@ from tinygptv_ds.weights.assemble import build_model
 RAW = Callable[..., dict[str, Any]]
 
 
-def fake_engine(raw: dict[str, Any]) -> tuple[SimpleNamespace, Tokens]:
+def fake_run(raw: dict[str, Any]) -> tuple[SimpleNamespace, Tokens]:
     """One rank without DeepSpeed; `inference` is the real engine's."""
     recipe = build_recipe(raw, "test")
     torch.manual_seed(0)
     model = build_model(recipe.model, recipe.text, frozen_dtype=torch.float32).train()
     engine = SimpleNamespace(
-        module=model,
-        device=torch.device("cpu"),
-        all_reduce=lambda tensor: tensor,
-        on_hang=None,
-        job=SimpleNamespace(recipe=recipe, ranks=Ranks(0, 0, 1, 1), precision="fp32"),
+        module=model, device=torch.device("cpu"), all_reduce=lambda tensor: tensor, precision="fp32"
     )
     engine.inference = lambda: Engine.inference(engine)
-    return engine, open_tokens(recipe, model.config)
+    run = SimpleNamespace(engine=engine, recipe=recipe, ranks=Ranks(0, 0, 1, 1), on_hang=None)
+    return run, open_tokens(recipe, model.config)
 
 
-def alone(model: TinyGPTVForConditionalGeneration, engine: SimpleNamespace, tokens: Tokens, ref: SampleRef) -> Any:
+def alone(model: TinyGPTVForConditionalGeneration, run: SimpleNamespace, tokens: Tokens, ref: SampleRef) -> Any:
     """Token losses of one sample by itself, in evaluation mode."""
-    stream = open_stream(engine.job.recipe, held_out=True)
+    stream = open_stream(run.recipe, held_out=True)
     batches = MicroBatches(stream, tokens, rank=0, world_size=1)
     batches._planner = SimpleNamespace(plan=lambda _: SimpleNamespace(micro_batch=lambda *_: [ref]))
     with torch.no_grad():
@@ -57,23 +54,23 @@ def alone(model: TinyGPTVForConditionalGeneration, engine: SimpleNamespace, toke
 def test_it_is_the_mean_over_all_targets(raw_recipe: RAW) -> None:
     """Of the first held-out samples of each dataset, one by one, and with dropout only where training has it."""
     raw = raw_recipe(data__validation_share=0.5, train__validation_samples=4, model__resid_dropout=0.5)
-    engine, tokens = fake_engine(raw)
-    validation = Validation(engine, tokens)
+    run, tokens = fake_run(raw)
+    validation = ValidationLoss(run, tokens, None)
     measured = validation.measure(1)
-    assert engine.module.training and all(p.grad is None for p in engine.module.parameters())
+    assert run.engine.module.training and all(p.grad is None for p in run.engine.module.parameters())
     assert validation.measure(2) == measured
-    held_out = open_stream(engine.job.recipe, held_out=True)
+    held_out = open_stream(run.recipe, held_out=True)
     losses = {}
     for name in held_out.names:
         refs = [SampleRef(0, name, *held_out.orders[name].locate(k)) for k in range(4)]
-        losses[name] = torch.cat([alone(engine.module, engine, tokens, ref) for ref in refs])
+        losses[name] = torch.cat([alone(run.engine.module, run, tokens, ref) for ref in refs])
         assert measured[f"val/loss_{name}"] == pytest.approx(losses[name].mean().item(), rel=1e-5)
     assert measured["val/loss"] == pytest.approx(torch.cat(list(losses.values())).mean().item(), rel=1e-5)
 
 
 def test_without_validation_samples_there_is_no_loss(raw_recipe: RAW) -> None:
-    engine, tokens = fake_engine(raw_recipe())
-    assert Validation(engine, tokens).measure(1) == {}
+    run, tokens = fake_run(raw_recipe())
+    assert ValidationLoss(run, tokens, None).measure(1) == {}
 
 
 def test_to_validate_on_nothing_is_a_mistake(raw_recipe: RAW) -> None:

@@ -1,14 +1,15 @@
-"""The learning rate as a pure function of the step. No torch."""
+"""The learning rate as a pure function of the step; imports no torch."""
 
 from __future__ import annotations
 
 import math
 
 from tinygptv_ds.config.recipe import OptimizerSection, Recipe
+from tinygptv_ds.log import LOGGER
 
 
-def rate_of_step(step: int, recipe: Recipe) -> float:
-    """The rate of optimizer step `step` of a run, counted from 0 over all of its cycles."""
+def learning_rate_of_step(step: int, recipe: Recipe) -> float:
+    """Return the learning rate of a run's optimizer step, counted from 0 over all of its cycles."""
     train = recipe.train
     return learning_rate(
         step % train.steps_per_cycle,
@@ -19,17 +20,31 @@ def rate_of_step(step: int, recipe: Recipe) -> float:
 
 
 def begins_cycle(step: int, recipe: Recipe) -> bool:
-    """Whether step `step` is the first of a cycle that follows another one."""
+    """Return whether a step is the first of a cycle that follows another one."""
     return step > 0 and step % recipe.train.steps_per_cycle == 0
 
 
+def warn_if_rising(optimizer: OptimizerSection) -> None:
+    """Warn where the learning rate rises over the run.
+
+    The published stage 4 does, most likely by mistake; MiniGPT-v2's own recipe falls to 1e-6.
+    """
+    if optimizer.min_lr > optimizer.lr:
+        LOGGER.warning(
+            "the learning rate rises from %g towards %g: optimizer.min_lr is above optimizer.lr, as in the published "
+            "stage 4; --set optimizer.min_lr=1e-6 lets it fall",
+            optimizer.lr,
+            optimizer.min_lr,
+        )
+
+
 def learning_rate(step: int, optimizer: OptimizerSection, *, steps_per_epoch: int, total_steps: int) -> float:
-    """The rate of step `step` of one cycle, counted from 0.
+    """Return the learning rate of a step of one cycle.
 
     Args:
-        step: from 0 to `total_steps`.
+        step: counted from 0, up to `total_steps`.
         optimizer: names the schedule; see `OptimizerSection`.
-        steps_per_epoch: counts in the published schedule alone.
+        steps_per_epoch: used by the published schedule only.
         total_steps: of the cycle.
     """
     if optimizer.schedule == "published":
@@ -45,7 +60,7 @@ def learning_rate(step: int, optimizer: OptimizerSection, *, steps_per_epoch: in
 
 
 def _published(step: int, optimizer: OptimizerSection, steps_per_epoch: int, total_steps: int) -> float:
-    """As the original computes it (LAVIS `LinearWarmupCosineLRScheduler`).
+    """Return the learning rate as the original computes it (LAVIS `LinearWarmupCosineLRScheduler`).
 
     The warm-up counts steps within an epoch, so one longer than an epoch starts again, and the cosine runs over all
     steps, the warm-up included.

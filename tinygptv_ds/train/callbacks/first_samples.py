@@ -1,39 +1,65 @@
-"""At the start of a run: one sample of every dataset as the model will see it, with what is learnt marked."""
+"""The first sample of every dataset as the model will see it, its target tokens marked."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from tinygptv_ds.data.checks.preview_samples import CUT, LEARNT, PROMPT, Preview
 from tinygptv_ds.data.checks.preview_text import first_of_each, marked
+from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.log import LOGGER
+from tinygptv_ds.train.callbacks.callback import Callback
 from tinygptv_ds.train.callbacks.sample_panel import cell
+from tinygptv_ds.train.metrics.reporter import Reporter
+from tinygptv_ds.train.run import Run
 
 
-def show_first_samples(stream: OpenStream, tokens: Tokens, board: SummaryWriter) -> None:
-    """To the log and to TensorBoard (`data/first_samples`, `data/first_images`). For rank 0 alone."""
-    previews = list(first_of_each(stream, tokens))
-    rows = ["| dataset | sample | tokens | row, learnt parts in <<...>> |", "|-|-|-|-|"]
-    LOGGER.info("the first sample of each dataset; what is learnt stands in <<...>>:")
-    for preview in previews:
-        told = _told(preview)
-        LOGGER.info("  %s", " | ".join(told))
-        rows.append(f"| {' | '.join(cell(text) for text in told)} |")
-    board.add_text("data/first_samples", "\n".join(rows), 0)
-    images = [torch.from_numpy(image) for preview in previews for image in preview.images]
-    if images:
-        board.add_images("data/first_images", torch.stack(images), 0)
+class FirstSamples(Callback):
+    """Shows one sample of every dataset before the first step of a run, on rank 0.
+
+    Settings: none. TensorBoard: `data/first_samples`, `data/first_images`; the log has the texts. Metrics: none.
+
+    Args:
+        run: the run on this rank.
+        stream: the training stream.
+        tokens: how samples become rows.
+        reporter: holds TensorBoard's writer.
+    """
+
+    def __init__(self, run: Run, stream: OpenStream, tokens: Tokens, reporter: Reporter) -> None:
+        self._due = run.first_step == 0 and run.ranks.is_main
+        self._stream = stream
+        self._tokens = tokens
+        self._board = reporter.board
+
+    def on_batch(self, step: int, micro_batches: Sequence[MicroBatch]) -> None:
+        """Write the log and TensorBoard once."""
+        if not self._due or self._board is None:
+            return
+        self._due = False
+        previews = list(first_of_each(self._stream, self._tokens))
+        rows = ["| dataset | sample | tokens | row, target tokens in <<...>> |", "|-|-|-|-|"]
+        LOGGER.info("the first sample of each dataset; target tokens are in <<...>>:")
+        for preview in previews:
+            cells = _cells(preview)
+            LOGGER.info("  %s", " | ".join(cells))
+            rows.append(f"| {' | '.join(cell(text) for text in cells)} |")
+        self._board.add_text("data/first_samples", "\n".join(rows), 0)
+        images = [torch.from_numpy(image) for preview in previews for image in preview.images]
+        if images:
+            self._board.add_images("data/first_images", torch.stack(images), 0)
 
 
-def _told(preview: Preview) -> tuple[str, str, str, str]:
-    """Dataset, shard with key, number of tokens, and the row or why it is left out."""
+def _cells(preview: Preview) -> tuple[str, str, str, str]:
+    """Return dataset, shard with key, number of tokens, and the row or why it is left out."""
     where = f"{preview.shard}: {preview.key}"
     if preview.skipped:
         return preview.ref.dataset, where, "left out", preview.skipped[1]
     counts = preview.counts
     cut = f", {counts[CUT]} cut off" if counts[CUT] else ""
-    amount = f"{counts[PROMPT] + counts[LEARNT]} tokens, {counts[LEARNT]} learnt{cut}"
+    amount = f"{counts[PROMPT] + counts[LEARNT]} tokens, {counts[LEARNT]} target tokens{cut}"
     return preview.ref.dataset, where, amount, marked(preview.pieces)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and putting its state back."""
+"""Resuming: which checkpoint a run resumes from, and restoring its state."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Checkpoint:
     """A complete checkpoint of ours or of DeepSpeed's.
 
     Attributes:
-        folder: where it lies.
+        folder: where it is.
         state: step, optimizer steps, loss scale and what has to match, as in `state.json`.
-        names: of the parameters that it holds.
+        names: the parameters that it holds.
         tensor: reads `weight`, `exp_avg` or `exp_avg_sq` of a parameter, fp32.
     """
 
@@ -40,23 +40,23 @@ class Checkpoint:
     tensor: Callable[[str, str], Tensor]
 
 
-def choose_checkpoint(job: Job, facts: dict[str, Any]) -> str | None:
-    """The folder that the run goes on from, verified; None: it begins. To be called on rank 0, which holds the lock.
+def choose_checkpoint(job: Job, fingerprint: dict[str, Any]) -> str | None:
+    """Return the verified folder that the run resumes from; None: it begins. Call on rank 0, which holds the lock.
 
-    With `--resume auto` the newest checkpoint of the run directory that is whole; damaged ones are named in the log.
+    With `--resume auto` it is the newest complete checkpoint of the run directory; damaged ones are named in the log.
 
     Raises:
-        CheckpointError: none is whole, the one that is named is damaged, or it is of another recipe, other data or
+        CheckpointError: none is complete, the one that is named is damaged, or it is of another recipe, other data or
             other base weights; what differs is named.
     """
     own = job.run_dir / FOLDER
     _sweep(own)
     if job.resume == "never":
         return None
-    folder = _newest_whole(own) if job.resume == "auto" else _named(job, Path(job.resume))
+    folder = _newest_complete(own) if job.resume == "auto" else _named(job, Path(job.resume))
     if folder is not None:
-        _check_facts(job, folder, _state_of(folder), facts)
-        LOGGER.info("going on from %s", folder)
+        _check_fingerprint(job, folder, _state_of(folder), fingerprint)
+        LOGGER.info("resuming from %s", folder)
     return None if folder is None else str(folder)
 
 
@@ -75,14 +75,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def began_from(job: Job, folder: Path) -> str | None:
-    """The checkpoint of another run that this one began from, now or in an earlier attempt."""
+    """Return the checkpoint of another run that this one began from, now or in an earlier attempt."""
     if folder.resolve().parent == (job.run_dir / FOLDER).resolve():
         return _state_of(folder).get("began_from")
     return str(folder.resolve())
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put the trained weights into a model that DeepSpeed has not seen yet (its master copies are made from it).
+    """Load the trained weights into a model before DeepSpeed makes its master copies from it.
 
     Raises:
         CheckpointError: it holds other parameters than the model trains, or of other shapes.
@@ -102,7 +102,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def restore_optimizer(engine: Engine, checkpoint: Checkpoint) -> int:
-    """Put the moments and step counters back; returns the step to go on with. To be called on all ranks."""
+    """Restore moments and step counters; returns the step to resume at. Call on all ranks."""
     _prime_optimizer(engine)
     for moment in MOMENTS:
         engine.set_moments(moment, partial(checkpoint.tensor, moment))
@@ -121,7 +121,7 @@ def _sweep(checkpoints: Path) -> None:
             shutil.rmtree(leftover)
 
 
-def _newest_whole(checkpoints: Path) -> Path | None:
+def _newest_complete(checkpoints: Path) -> Path | None:
     folders = complete_ones(checkpoints)
     for folder in reversed(folders):
         try:
@@ -132,20 +132,20 @@ def _newest_whole(checkpoints: Path) -> Path | None:
         return folder
     if folders:
         raise CheckpointError(
-            f"none of the {len(folders)} checkpoint(s) in {checkpoints} is whole; the log above says why. Name another "
-            "one with --resume PATH, or begin again in another --run-dir"
+            f"none of the {len(folders)} checkpoint(s) in {checkpoints} is complete; the log above says why. Name "
+            "another one with --resume PATH, or begin again in another --run-dir"
         )
     return None
 
 
 def _named(job: Job, path: Path) -> Path:
-    """The checkpoint of `--resume PATH`, in the run directory or for it to begin from."""
+    """Return the checkpoint of `--resume PATH`: one of the run directory, or one for the run to begin from."""
     own = job.run_dir / FOLDER
     if path.resolve().parent != own.resolve():
-        mine = _newest_whole(own)
+        mine = _newest_complete(own)
         if mine is not None and _state_of(mine).get("began_from") != str(path.resolve()):
             raise CheckpointError(
-                f"{job.run_dir} has checkpoints of its own, which do not come from {path}; go on from them with "
+                f"{job.run_dir} has checkpoints of its own, which do not come from {path}; resume from them with "
                 "--resume auto, or choose another --run-dir"
             )
         return _is_checkpoint(path) if mine is None else mine
@@ -160,7 +160,7 @@ def _named(job: Job, path: Path) -> Path:
 
 
 def _is_checkpoint(path: Path) -> Path:
-    """See that a path is a whole checkpoint of either format."""
+    """Return a path after verifying that it is a complete checkpoint of either format."""
     try:
         if step_folder(path) is not None:
             open_deepspeed(step_folder(path))
@@ -179,16 +179,16 @@ def _state_of(folder: Path) -> dict[str, Any]:
     return open_checkpoint(folder).state
 
 
-def _check_facts(job: Job, folder: Path, state: dict[str, Any], facts: dict[str, Any]) -> None:
+def _check_fingerprint(job: Job, folder: Path, state: dict[str, Any], fingerprint: dict[str, Any]) -> None:
     if state["must_match"] is None:
-        LOGGER.warning("%s does not tell its recipe, data and base weights: nothing could be compared", folder)
+        LOGGER.warning("%s holds no fingerprint of recipe, data and base weights: nothing could be compared", folder)
         return
-    differing = differences(state["must_match"], facts)
+    differing = differences(state["must_match"], fingerprint)
     if not differing:
         return
     listed = "\n".join(f"  - {line}" for line in differing)
     if job.resume_anyway:
-        LOGGER.warning("going on although %s is of another run (--resume-anyway):\n%s", folder, listed)
+        LOGGER.warning("resuming although %s is of another run (--resume-anyway):\n%s", folder, listed)
         return
     raise CheckpointError(
         f"{folder} is of another recipe, other data or other base weights:\n{listed}\nChoose another --run-dir, put "
@@ -219,7 +219,7 @@ def _read_tensor(file: Path, kind: str, name: str) -> Tensor:
 
 
 def _prime_optimizer(engine: Engine) -> None:
-    """One step at rate 0 on a loss of zero: AdamW's states do not exist before a first step."""
+    """Take one step at learning rate 0 on a loss of zero: AdamW's states do not exist before a first step."""
     ids = torch.tensor([engine.module.config.bos_token_id], device=engine.device)
     row = torch.zeros(1, dtype=torch.long, device=engine.device)
     inputs = {
@@ -234,4 +234,5 @@ def _prime_optimizer(engine: Engine) -> None:
     engine.set_learning_rate(0.0)
     engine.set_boundary(True)
     output = engine.deepspeed(**inputs)
-    engine.backward_and_step(output.token_losses.sum() * 0.0 + output.anchor)
+    engine.backward(output.token_losses.sum() * 0.0 + output.anchor)
+    engine.step()

@@ -1,4 +1,4 @@
-"""What a resumed run must share with the one that it goes on from, as plain values by name. No torch."""
+"""The fingerprint of a run: what a resumed run must share with it, as plain values by name; imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.features.format import read_notes
 
-# What changes no number of a run: how it is computed, reported and kept. Paths are not compared but what they hold.
+# What changes no number of a run: how it is computed, reported and kept. Not paths are compared but their contents.
 LEFT_OUT = {
     "model": ("phi", "eva_vit", "qformer", "init_from", "attention", "gradient_checkpointing"),
     "data": (
@@ -52,31 +52,31 @@ LEFT_OUT = {
 }
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens")
-_IN_PASSING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map")
+_IRRELEVANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "auto_map")
 _BLOCK, _BLOCKS = 4096, 64
 
 
-def facts_of(recipe: Recipe, stream: OpenStream) -> dict[str, Any]:
-    """The recipe's values by dotted key, and fingerprints of its samples, base weights and tokenizer.
+def run_fingerprint(recipe: Recipe, stream: OpenStream) -> dict[str, Any]:
+    """Return the recipe's values by dotted key, and hashes for its samples, base weights and tokenizer.
 
-    The fingerprint of a dataset counts its shards by name with their samples; that of a weight file its size and 64
-    blocks of 4 KiB spread over it (a change of a few bytes elsewhere goes unseen; hashing 8 GB whole would take longer
-    than a step).
+    A dataset is known by the names of its shards and their numbers of samples; a weight file by its size and 64 blocks
+    of 4 KiB spread over it (a change of a few bytes elsewhere goes unseen; hashing 8 GB whole would take longer than a
+    step).
     """
-    return {**_recipe_facts(recipe), **_data_facts(recipe.data, stream), **_base_facts(recipe)}
+    return {**_recipe_values(recipe), **_datasets(recipe.data, stream), **_base_weights(recipe)}
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What a checkpoint's facts and a run's disagree in, each with both values."""
+    """Return where the fingerprints of a checkpoint and of a run differ, each with both values."""
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    return [f"{name}: {_told(there, name)} in the checkpoint, {_told(here, name)} here" for name in names]
+    return [f"{name}: {_value(there, name)} in the checkpoint, {_value(here, name)} here" for name in names]
 
 
-def _told(facts: Mapping[str, Any], name: str) -> str:
-    return json.dumps(facts[name], ensure_ascii=False) if name in facts else "nothing"
+def _value(fingerprint: Mapping[str, Any], name: str) -> str:
+    return json.dumps(fingerprint[name], ensure_ascii=False) if name in fingerprint else "nothing"
 
 
-def _recipe_facts(recipe: Recipe) -> dict[str, Any]:
+def _recipe_values(recipe: Recipe) -> dict[str, Any]:
     plain = recipe_dict(recipe)
     for section in ("deepspeed", "evaluation"):
         plain.pop(section)
@@ -99,19 +99,19 @@ def _flat(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _data_facts(data: DataSection, stream: OpenStream) -> dict[str, str]:
-    facts = {}
+def _datasets(data: DataSection, stream: OpenStream) -> dict[str, str]:
+    hashes = {}
     for name, shards in stream.shards.items():
         names = [shard.name for shard in shards]
         if data.features is not None:  # the same samples under other names
             names = [source["name"] for source in read_notes(Path(data.features) / name).sources]
         counts = stream.orders[name].counts.tolist()
         digest = hashlib.sha256(json.dumps([names, counts]).encode()).hexdigest()
-        facts[f"samples of {name}"] = f"{sum(counts)} in {len(counts)} shard(s), {digest[:16]}"
-    return facts
+        hashes[f"samples of {name}"] = f"{sum(counts)} in {len(counts)} shard(s), {digest[:16]}"
+    return hashes
 
 
-def _base_facts(recipe: Recipe) -> dict[str, str | None]:
+def _base_weights(recipe: Recipe) -> dict[str, str | None]:
     model, phi = recipe.model, Path(recipe.model.phi)
     init_from = None if model.init_from is None else _weights_under(Path(model.init_from))
     return {
@@ -125,7 +125,7 @@ def _base_facts(recipe: Recipe) -> dict[str, str | None]:
 
 
 def _weights_under(path: Path) -> list[Path]:
-    """The weight files of whatever may be named as weights: a file, a folder of them, a run directory."""
+    """Return the weight files of a path that a recipe names: a file, a folder of them, a run directory."""
     if path.is_file():
         return [path]
     for trained in (path / "model/trained.safetensors", path / "trained.safetensors"):
@@ -155,7 +155,7 @@ def _whole(files: Iterable[Path]) -> str:
 
 
 def _configuration(path: Path) -> str:
-    """Of config.json, what is not there in passing."""
+    """Return a hash of what matters in config.json."""
     values = json.loads(path.read_text(encoding="utf-8"))
-    kept = {key: value for key, value in values.items() if key not in _IN_PASSING}
+    kept = {key: value for key, value in values.items() if key not in _IRRELEVANT}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Being told to stop: signals, a launcher that has gone, and how all ranks come to act on it after the same step."""
+"""Requests to stop: signals, a launcher that has gone, and how all ranks act on them after the same step."""
 
 from __future__ import annotations
 
@@ -18,66 +18,66 @@ _LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed", "torch.distributed.run",
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1 instead of dying of them.
+    """Records SIGTERM and SIGUSR1, which no longer end the process.
 
-    The launcher's end counts as a SIGTERM: DeepSpeed's and torchrun leave their ranks behind when they are killed.
+    The launcher's end counts as a SIGTERM: DeepSpeed's launcher and torchrun leave their ranks behind when killed.
     """
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
         self._launchers = launchers_above()
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self._seen.add(number)
 
     def seen(self) -> list[bool]:
-        """Which of `SIGNALS` have reached this process."""
+        """Return which of `SIGNALS` have reached this process."""
         if self._launchers and launchers_above() != self._launchers:
             self._seen.add(signal.SIGTERM)
         return [number in self._seen for number in SIGNALS]
 
     def restore(self) -> None:
-        """Die of them again."""
+        """Let them end the process again."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
 class Votes:
-    """What the ranks wish for, summed over all of them, without waiting for what the device has still to do.
+    """Requests of the ranks, summed over all of them without waiting for work that is queued on the device.
 
-    Cast before a step and counted after it: by then the sum has long been made.
+    Cast before a step and counted after it: by then the sum is long complete.
     """
 
-    def __init__(self, engine: Engine, wishes: int) -> None:
+    def __init__(self, engine: Engine, requests: int) -> None:
         self._engine = engine
         on_gpu = engine.device.type == "cuda"
         # Pinned, so that neither copy waits for the device.
-        self._ours, self._sums = (torch.zeros(wishes, pin_memory=on_gpu) for _ in range(2))
-        self._made = torch.cuda.Event() if on_gpu else None
+        self._ours, self._sums = (torch.zeros(requests, pin_memory=on_gpu) for _ in range(2))
+        self._ready = torch.cuda.Event() if on_gpu else None
 
-    def cast(self, wishes: Sequence[bool]) -> None:
-        """This rank's. To be called on all ranks."""
-        self._ours.copy_(torch.tensor([float(wish) for wish in wishes]))
+    def cast(self, requests: Sequence[bool]) -> None:
+        """Add this rank's requests to the sum. Call on all ranks."""
+        self._ours.copy_(torch.tensor([float(request) for request in requests]))
         ours = self._ours.to(self._engine.device, non_blocking=True, copy=True)
         self._sums.copy_(self._engine.all_reduce(ours), non_blocking=True)
-        if self._made is not None:
-            self._made.record()
+        if self._ready is not None:
+            self._ready.record()
 
     def count(self) -> list[bool]:
-        """Which wishes any rank has cast."""
-        if self._made is not None:
-            self._made.synchronize()
+        """Return which requests any rank has made."""
+        if self._ready is not None:
+            self._ready.synchronize()
         return [bool(total) for total in self._sums.tolist()]
 
 
 def launchers_above() -> list[int]:
-    """The processes of a launcher, DeepSpeed's or torchrun, that this one was started by, the nearest first."""
+    """Return the processes of the launcher, DeepSpeed's or torchrun, that started this one, the nearest first."""
     return launchers_of(os.getppid())
 
 
 def launchers_of(pid: int) -> list[int]:
-    """This process and those above it, as far as they are a launcher's."""
+    """Return this process and those above it as long as they are a launcher's."""
     found = []
     while _is_launcher(pid):
         found.append(pid)

@@ -1,4 +1,4 @@
-"""What a run adds up between two log lines. Nothing here waits for the device, and ranks meet once a line."""
+"""Losses and counts between two log lines: nothing here waits for the device, and ranks meet once per line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tinygptv_ds.train.engine import Engine
 
 
 @dataclass(frozen=True)
-class Done:
-    """A micro-batch of this rank that has been computed, as far as a warning about it may need it.
+class Computed:
+    """A micro-batch of this rank that has been computed, with what a warning about it may need.
 
     Attributes:
         step: the optimizer step that it is part of, from 0.
@@ -35,7 +35,7 @@ class Done:
     token_losses: Tensor
 
     def sample_losses(self) -> Iterator[tuple[SampleRef, float, int]]:
-        """(sample, sum of its token losses, number of its targets). Waits for the device."""
+        """Yield (sample, sum of its token losses, number of its targets). Waits for the device."""
         sums = torch.zeros(len(self.sample_ids), dtype=torch.float64)
         sums.index_add_(0, self.sample_of_target, self.token_losses.double().cpu())
         counts = torch.bincount(self.sample_of_target, minlength=len(self.sample_ids))
@@ -51,7 +51,7 @@ class RankTimes:
 
     @property
     def own(self) -> float:
-        """What the others may have to wait for."""
+        """The time that the other ranks may have to wait for."""
         return self.data_wait + self.forward
 
 
@@ -77,28 +77,28 @@ class Totals:
     skipped: dict[str, int]
     work: BatchCounts
     ranks: list[RankTimes]
-    recent: list[Done]
+    recent: list[Computed]
 
 
-class Sums:
+class Accumulator:
     """Losses and counts since the last log line.
 
-    Losses stay on the device; what is known on the host is counted there. `read` brings both together in one sum over
-    the ranks.
+    Losses stay on the device; what is known on the host is counted there. `read` combines both in one sum over the
+    ranks.
     """
 
     def __init__(self, engine: Engine, datasets: list[str]) -> None:
         self._engine = engine
         self._datasets = datasets
         self._losses = torch.zeros(2 * len(datasets), dtype=torch.float64, device=engine.device)
-        self._start_anew()
+        self._reset()
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self._losses.zero_()
         self._samples = dict.fromkeys(self._datasets, 0)
         self._skipped = dict.fromkeys(REASONS, 0)
         self._work = [0.0, 0.0, 0.0, 0.0]
-        self.recent: list[Done] = []
+        self.recent: list[Computed] = []
 
     def add(self, step: int, loaded: MicroBatch, batch: Batch, token_losses: Tensor) -> None:
         """Count one micro-batch.
@@ -118,15 +118,15 @@ class Sums:
         for skipped in loaded.skipped:
             self._skipped[skipped.reason] += 1
         self._work = [a + b for a, b in zip(self._work, _work(loaded.batch), strict=True)]
-        self.recent.append(Done(step, loaded.batch.sample_ids, _sample_of_target(loaded.batch), token_losses))
+        self.recent.append(Computed(step, loaded.batch.sample_ids, _sample_of_target(loaded.batch), token_losses))
 
     def read(self, times: RankTimes) -> Totals:
-        """Totals over all ranks, which are then set back to nothing. To be called on all ranks.
+        """Return the totals over all ranks and start again from zero. Call on all ranks.
 
         Args:
             times: of this rank.
         """
-        ranks, rank = self._engine.job.ranks.world_size, self._engine.job.ranks.rank
+        ranks, rank = self._engine.ranks.world_size, self._engine.ranks.rank
         mine = [0.0] * (2 * ranks)
         mine[2 * rank : 2 * rank + 2] = [times.data_wait, times.forward]
         host = [*self._samples.values(), *self._skipped.values(), *self._work, *mine]
@@ -146,14 +146,14 @@ class Sums:
             ranks=[RankTimes(next(values), next(values)) for _ in range(ranks)],
             recent=self.recent,
         )
-        self._start_anew()
+        self._reset()
         return totals
 
     def _by_step(self) -> tuple[list[int], Tensor]:
-        """The steps since the last line, and on the device float64 `[2 * steps]`: their losses, then their targets."""
-        parts = {step: list(done) for step, done in groupby(self.recent, key=lambda done: done.step)}
-        losses = [sum(done.token_losses.sum(dtype=torch.float64) for done in each) for each in parts.values()]
-        tokens = [float(sum(len(done.token_losses) for done in each)) for each in parts.values()]
+        """Return the steps since the last line and, on the device, float64 `[2 * steps]`: losses, then targets."""
+        parts = {step: list(group) for step, group in groupby(self.recent, key=lambda micro: micro.step)}
+        losses = [sum(micro.token_losses.sum(dtype=torch.float64) for micro in each) for each in parts.values()]
+        tokens = [float(sum(len(micro.token_losses) for micro in each)) for each in parts.values()]
         if not parts:
             return [], self._losses[:0]
         return list(parts), torch.cat([torch.stack(losses), self._losses.new_tensor(tokens)])
@@ -164,7 +164,7 @@ def _take(values: Iterator[float], keys: Iterable) -> dict:
 
 
 def _work(batch: Batch) -> tuple[float, float, float, float]:
-    """The fields of `BatchCounts`, of a batch on the CPU."""
+    """Return the fields of `BatchCounts` for a batch on the CPU."""
     images = batch.pixel_values if batch.image_features is None else batch.image_features
     squares = float(np.square(np.diff(batch.cu_seqlens.numpy()), dtype=np.float64).sum())
     return len(batch.input_ids), squares, len(batch.targets), len(images)

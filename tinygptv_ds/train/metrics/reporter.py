@@ -1,4 +1,4 @@
-"""What is made of a run's sums: the console's line, TensorBoard, JSON lines, and the rank that holds up the rest."""
+"""Reports of a run: console, TensorBoard, `metrics.jsonl`, Weights & Biases, and the rank that holds up the others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +18,35 @@ from tqdm import tqdm
 from tinygptv_ds.config.load import recipe_dict
 from tinygptv_ds.log import LOGGER, note
 from tinygptv_ds.models.flops import FlopRates, peak_flops, step_flops
+from tinygptv_ds.train.callbacks.callback import LogRecord
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.metrics.accumulator import RankTimes, Totals
-from tinygptv_ds.train.metrics.wandb_tracker import Tracking
+from tinygptv_ds.train.metrics.wandb_tracker import WandbTracker
+from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.setup.job import Job
 
 _LAG = 0.1  # of the time of a step: what the others may lose to one rank before it is named
 
 
 class Reporter:
-    """Rank 0's console line, TensorBoard, `metrics.jsonl` and Weights & Biases; the other ranks' does nothing."""
+    """Rank 0's console line, TensorBoard, `metrics.jsonl` and Weights & Biases; it does nothing on other ranks.
 
-    def __init__(self, engine: Engine, total_steps: int, first_step: int) -> None:
-        job = engine.job
+    Attributes:
+        board: TensorBoard's writer on rank 0, None elsewhere.
+    """
+
+    def __init__(self, run: Run) -> None:
+        job, first_step, total_steps = run.job, run.first_step, run.job.last_step
         self._job = job
-        self._device = engine.device
-        self._costs, self._peak = _costs(engine), _peak(engine)
-        self._clock = time.perf_counter()
-        self.board = None
+        self._clock = run.clock
+        self._device = run.engine.device
+        self._costs, self._peak = _costs(run), _peak(run.engine)
+        self.board: SummaryWriter | None = None
         if job.ranks.is_main:
             forget_after(job.run_dir / "metrics.jsonl", first_step)
             purge = first_step + 1 if first_step else None
             self.board = SummaryWriter(job.run_dir / "tensorboard", purge_step=purge)
-            self._tracking = Tracking(job.recipe, job.run_dir)
+            self._tracker = WandbTracker(job.recipe, job.run_dir)
             if not first_step:
                 write_hparams(self.board, job)
         self._bar = tqdm(
@@ -57,42 +61,28 @@ class Reporter:
         self._first, self._total = first_step, total_steps
 
     def step_done(self) -> None:
-        """Move the bar."""
+        """Move the progress bar."""
         self._bar.update()
 
     def is_due(self, done: int) -> bool:
-        """Whether a line is to be logged after `done` steps: after the first one, too, and the last."""
+        """Return whether a line is due after `done` steps; after the first one and the last it always is."""
         return done in (self._first + 1, self._total) or done % self._job.recipe.train.log_every == 0
 
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What happens inside is no training and counts in no rate."""
-        start = time.perf_counter()
-        yield
-        self._clock += time.perf_counter() - start
-
-    def log(self, step: int, totals: Totals, figures: dict[str, float], skips: str) -> None:
-        """Write one line.
-
-        Args:
-            step: steps done.
-            totals: since the last line.
-            figures: learning rate, gradient norm, loss scale, skipped optimizer steps, spikes of the loss.
-            skips: samples that dropped out so far, by reason; empty: none.
-        """
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
+    def log(self, record: LogRecord) -> None:
+        """Write one line, with the speed since the last one."""
+        seconds = self._clock.read()
         if self.board is None:
             return
+        step, totals = record.step, record.totals
         perf = rates(totals, seconds, self._costs, self._peak) | {"perf/mem_gib": memory_gib(self._device)}
-        self.scalars(step, training_scalars(totals, figures) | perf)
+        self.scalars(step, training_scalars(totals) | record.metrics | perf)
         straggler = straggling(totals.ranks, seconds)
         remaining = (self._total - step) * perf["perf/step_seconds"]
         parts = [
             f"step {step}/{self._total}",
             f"loss {totals.loss:.4f}",
-            f"lr {figures['lr']:.2e}",
-            f"grad norm {figures['grad_norm']:.3f}",
+            f"lr {record.metrics['train/lr']:.2e}",
+            f"grad norm {record.metrics['train/grad_norm']:.3f}",
             f"{perf['perf/samples_s']:.1f} samples/s",
             f"{perf['perf/target_tokens_s']:.0f} target tokens/s",
             f"MFU {perf['perf/mfu']:.0f} %" if "perf/mfu" in perf else "MFU -",
@@ -100,13 +90,13 @@ class Reporter:
             f"{perf['perf/mem_gib']:.1f} GiB",
             f"ETA {_clock_time(remaining)}",
             *([straggler] if straggler else []),
-            *([f"skipped so far: {skips}"] if skips else []),
+            *record.remarks,
         ]
         self._bar.set_postfix(loss=f"{totals.loss:.3f}", sps=f"{perf['perf/samples_s']:.0f}", refresh=False)
         (LOGGER.info if self._plain_lines else note)(" | ".join(parts))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Write values under their names everywhere; what is not finite is null in `metrics.jsonl`."""
+        """Write values under their names everywhere; those that are not finite become null in `metrics.jsonl`."""
         if self.board is None or not values:
             return
         for name, value in values.items():
@@ -114,19 +104,19 @@ class Reporter:
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with (self._job.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": time.time(), **line}) + "\n")
-        self._tracking.log(values, step)
+        self._tracker.log(values, step)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close all outputs."""
         self._bar.close()
         if self.board is not None:
             self.board.close()
-            self._tracking.close()
+            self._tracker.close()
 
 
-def training_scalars(totals: Totals, figures: dict[str, float]) -> dict[str, float]:
-    """`train/` and `data/` of a line: losses, the engine's figures, what dropped out, datasets' shares in per cent."""
-    scalars = {"train/loss": totals.loss, **{f"train/{name}": value for name, value in figures.items()}}
+def training_scalars(totals: Totals) -> dict[str, float]:
+    """Return losses, samples skipped, and the datasets' shares in per cent under their TensorBoard names."""
+    scalars = {"train/loss": totals.loss}
     scalars |= {f"train/loss_{name}": loss for name, loss in totals.loss_by_dataset.items()}
     scalars["data/skipped"] = sum(totals.skipped.values())
     scalars |= {f"data/skipped_{reason}": count for reason, count in totals.skipped.items()}
@@ -135,7 +125,7 @@ def training_scalars(totals: Totals, figures: dict[str, float]) -> dict[str, flo
 
 
 def rates(totals: Totals, seconds: float, costs: FlopRates, peak: float | None) -> dict[str, float]:
-    """`perf/` of a line.
+    """Return the speed since the last line under `perf/`.
 
     Args:
         totals: since the last line.
@@ -169,10 +159,10 @@ def rates(totals: Totals, seconds: float, costs: FlopRates, peak: float | None) 
 
 
 def straggling(ranks: list[RankTimes], seconds: float) -> str | None:
-    """Names the rank that the others wait for, if that costs them more than a tenth of the time.
+    """Name the rank that the others wait for, if that costs them more than a tenth of the time.
 
-    Told by each rank's own seconds, data wait and forward passes, against the median of the others'. Under ZeRO-3 ranks
-    wait for each other inside their forward passes too, so there mainly data waits tell.
+    Each rank's own seconds, data wait and forward passes, are compared with the median of the others'. Under ZeRO-3
+    ranks wait for each other inside their forward passes too, so that there mainly data waits show.
     """
     if len(ranks) < 2:
         return None
@@ -188,19 +178,19 @@ def straggling(ranks: list[RankTimes], seconds: float) -> str | None:
     return f"rank {slowest} holds up the others: data wait {wait}, forward passes {forward} (the others' median)"
 
 
-def _costs(engine: Engine) -> FlopRates:
-    trained = [name for name, _ in engine.trained_parameters()]
-    return step_flops(engine.module.config, trained, from_features=engine.job.recipe.data.features is not None)
+def _costs(run: Run) -> FlopRates:
+    trained = [name for name, _ in run.engine.trained_parameters()]
+    return step_flops(run.engine.module.config, trained, from_features=run.recipe.data.features is not None)
 
 
 def _peak(engine: Engine) -> float | None:
     if engine.device.type != "cuda":
         return None
-    return peak_flops(torch.cuda.get_device_name(engine.device), engine.job.precision)
+    return peak_flops(torch.cuda.get_device_name(engine.device), engine.precision)
 
 
 def write_hparams(board: SummaryWriter, job: Job) -> None:
-    """The recipe as TensorBoard's one entry of hyperparameters, next to this run's losses."""
+    """Write the recipe as TensorBoard's one entry of hyperparameters, next to this run's losses."""
     values = _flat(recipe_dict(job.recipe))
     values |= {"precision": job.precision, "zero_stage": job.zero_stage, "world_size": job.ranks.world_size}
     for summary in hparams(values, {"train/loss": 0.0, "val/loss": 0.0}):
@@ -208,7 +198,7 @@ def write_hparams(board: SummaryWriter, job: Job) -> None:
 
 
 def _flat(node: Any, where: str = "") -> dict[str, Any]:
-    """Dotted keys; what is neither number, text nor true or false becomes JSON text."""
+    """Flatten to dotted keys; what is neither number, text nor boolean becomes JSON text."""
     if isinstance(node, dict) and node:
         prefix = f"{where}." if where else ""
         return {key: value for name, child in node.items() for key, value in _flat(child, prefix + name).items()}
@@ -224,7 +214,7 @@ def forget_after(metrics: Path, step: int) -> None:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank so far: the GPU's, or the process's own on a CPU."""
+    """Return this rank's peak memory so far: the GPU's, or the process's own on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""Where one rank's time goes between two log lines: waiting for data, and its forward passes."""
+"""Clocks: what one rank's time is spent on between two log lines."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 class Stopwatch:
     """Seconds inside blocks, added up until they are read.
 
-    On a GPU the work of a block is timed there, by events, without waiting for it; `read` has to come after something
-    that has.
+    On a GPU the work of a block is timed there, by events, without waiting for it; call `read` after something that
+    has waited.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,31 @@ class Stopwatch:
         self._seconds += time.perf_counter() - start
 
     def read(self) -> float:
-        """Seconds since the last call."""
+        """Return the seconds since the last call."""
         seconds = self._seconds + sum(begin.elapsed_time(end) / 1000 for begin, end in self._events)
         self._seconds, self._events = 0.0, []
+        return seconds
+
+
+class TrainingClock:
+    """Seconds of training since the last reading; what happens in a pause does not count."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave a block out of the count."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
+    def read(self) -> float:
+        """Return the seconds since the last call, and restart."""
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
         return seconds

@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who keep their runs there. An extra: the run directory has everything anyway."""
+"""Weights & Biases, an optional extra: the run directory has everything in any case."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinygptv_ds.files import whole_file
 
 
 def check_tracking(recipe: Recipe) -> None:
-    """Raise ConfigError where `train.wandb` names a project and the package is not there. Imports nothing of it."""
+    """Raise ConfigError where `train.wandb` names a project and the package is not installed; does not import it."""
     if recipe.train.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"train.wandb is {recipe.train.wandb!r}, but the package wandb is not installed: 'pip install wandb' and "
@@ -22,10 +22,10 @@ def check_tracking(recipe: Recipe) -> None:
         )
 
 
-class Tracking:
+class WandbTracker:
     """The scalars of a run in a project of Weights & Biases; without a project it does nothing.
 
-    A resumed run goes on in the same entry there, whose id the run directory keeps in `wandb.json`.
+    A resumed run continues the same entry there, whose id is kept in the run directory's `wandb.json`.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path) -> None:

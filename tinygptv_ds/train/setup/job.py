@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.config.deepspeed import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
@@ -20,6 +20,9 @@ from tinygptv_ds.evaluation.benchmarks.question import Task
 from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.metrics.wandb_tracker import check_tracking
 from tinygptv_ds.train.setup.preflight import check_files
+
+if TYPE_CHECKING:
+    import torch
 
 DRY_STEPS = 2
 DRY_SUFFIX = ".dry-run"
@@ -60,6 +63,13 @@ class Job:
     def precision(self) -> str:
         """ "bf16", "fp16" or "fp32"."""
         return precision(self.deepspeed)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of frozen weights, that of `precision`; imports torch."""
+        from tinygptv_ds.dtypes import DTYPES
+
+        return DTYPES[self.precision]
 
     @property
     def zero_stage(self) -> int:

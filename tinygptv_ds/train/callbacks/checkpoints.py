@@ -1,0 +1,128 @@
+"""When a run is saved, the same on all ranks, and when a signal ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tinygptv_ds.data.loader.batch import MicroBatch
+from tinygptv_ds.errors import CheckpointError, Stopped
+from tinygptv_ds.log import LOGGER
+from tinygptv_ds.train.callbacks.callback import Callback
+from tinygptv_ds.train.checkpoint.snapshot import take_snapshot
+from tinygptv_ds.train.checkpoint.storage import FOLDER, Snapshot, complete_ones, remove_old
+from tinygptv_ds.train.checkpoint.writer import CheckpointWriter
+from tinygptv_ds.train.liveness.stop_signals import SIGNALS, StopSignals, Votes
+from tinygptv_ds.train.run import Run
+
+DEEPSPEED_FOLDER = "deepspeed"
+
+
+class Checkpoints(Callback):
+    """Saves the run every N steps or minutes, at its end, and when a signal tells any rank to stop.
+
+    Settings: `train.checkpoint_every`, `train.checkpoint_minutes`, `train.keep_checkpoints`, `train.keep_every`,
+    `train.deepspeed_checkpoints`. Metrics: none.
+
+    A context manager that all ranks enter; leaving it waits for what is still being written, whatever the reason.
+
+    Args:
+        run: the run on this rank.
+        fingerprint: what a resumed run must share (`run_fingerprint`); needed on rank 0 only.
+        began_from: the checkpoint of another run that this one began from.
+    """
+
+    def __init__(self, run: Run, fingerprint: dict[str, Any], began_from: str | None = None) -> None:
+        self._run = run
+        self._fingerprint = fingerprint
+        self._began_from = began_from
+        self._train = run.recipe.train
+        self._saved = run.first_step
+        self._writer = CheckpointWriter(run.job.run_dir / FOLDER, self._train)
+        self._signals = StopSignals()
+        self._votes = Votes(run.engine, len(SIGNALS) + 2)
+        self._last_time = time.monotonic()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After an error nothing may end the process with another code, or before it has reported why: signals come
+        # twice, and the launcher sends its own as soon as one rank has gone.
+        if error is None:
+            self._signals.restore()
+        self._writer.close()
+
+    def on_batch(self, step: int, micro_batches: Sequence[MicroBatch]) -> None:
+        """Share with the other ranks what this one has noticed: the sum is ready once the step is computed."""
+        self._votes.cast([*self._signals.seen(), self._is_time(), self._writer.has_failed()])
+
+    def on_step(self, step: int) -> None:
+        """Save where it is due, and stop where a signal came.
+
+        Raises:
+            Stopped: a signal has come; the run is saved.
+            CheckpointError: two checkpoints in a row could not be written.
+        """
+        with self._run.clock.pause():
+            self._save_or_stop(step + 1)
+
+    def _save_or_stop(self, done: int) -> None:
+        *signals, is_time, has_failed = self._votes.count()
+        if has_failed:
+            raise CheckpointError(
+                f"two checkpoints in a row could not be written ({self._writer.reason or 'see the log of rank 0'}); "
+                "the newest complete one is intact. Make room, then start the same command again to resume from it"
+            )
+        finished = done == self._train.total_steps
+        every = self._train.checkpoint_every
+        if finished or any(signals) or is_time or (every and done % every == 0):
+            self._save(done)
+        if any(signals) and not finished:
+            number = next(each for each, came in zip(SIGNALS, signals, strict=True) if came)
+            self._stop(number, done)
+
+    def _is_time(self) -> bool:
+        minutes = self._train.checkpoint_minutes
+        return self._run.ranks.is_main and bool(minutes) and time.monotonic() - self._last_time >= 60 * minutes
+
+    def _save(self, done: int) -> None:
+        if done == self._saved:
+            return
+        began = time.perf_counter()
+        with self._run.progress.patience("saving"):
+            self._writer.wait()
+            snapshot = take_snapshot(
+                self._run.engine,
+                done,
+                batch_size=self._train.batch_size,
+                fingerprint=self._fingerprint,
+                began_from=self._began_from,
+            )
+            if self._run.ranks.is_main:
+                LOGGER.info("step %d: saving; training waited %.2f s", done, time.perf_counter() - began)
+                self._writer.write(snapshot)
+            if self._train.deepspeed_checkpoints:
+                self._save_deepspeed(snapshot)
+        self._saved, self._last_time = done, time.monotonic()
+
+    def _save_deepspeed(self, snapshot: Snapshot) -> None:
+        """Let DeepSpeed write its own checkpoint while training waits. Call on all ranks."""
+        folder: Path = self._run.job.run_dir / DEEPSPEED_FOLDER
+        self._run.engine.save_deepspeed(folder, snapshot.name, dict(snapshot.state))
+        if self._run.ranks.is_main:
+            remove_old(complete_ones(folder), self._train.keep_checkpoints, self._train.keep_every)
+
+    def _stop(self, number: int, done: int) -> None:
+        self._writer.wait()
+        signal = f"{SIGNALS[SIGNALS.index(number)].name} at step {done} of {self._train.total_steps}"
+        if self._writer.reason is None:
+            raise Stopped(number, f"{signal}; saved. Start the same command again to resume")
+        raise Stopped(
+            number, f"{signal}; NOT saved ({self._writer.reason}): the run will resume from the checkpoint before"
+        )

@@ -1,0 +1,118 @@
+"""From a job to a run that can train: ranks, run directory, log, watchdog, engine, resume, and the end of it all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from tinygptv_ds.data.stream.plan import OpenStream
+from tinygptv_ds.distributed import complete_env, cores_per_rank
+from tinygptv_ds.errors import Stopped
+from tinygptv_ds.log import LOGGER, set_up_logging
+from tinygptv_ds.models.parameters import frozen_learnt
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
+from tinygptv_ds.train.checkpoint import resume
+from tinygptv_ds.train.checkpoint.run_fingerprint import run_fingerprint
+from tinygptv_ds.train.engine import Engine, init_process_group
+from tinygptv_ds.train.liveness.group_timeout import set_group_timeout
+from tinygptv_ds.train.liveness.progress import first_group_timeout
+from tinygptv_ds.train.liveness.watchdog import Watchdog
+from tinygptv_ds.train.run import Run
+from tinygptv_ds.train.setup.broadcast import broadcast_from_rank0
+from tinygptv_ds.train.setup.dry_run import finish_dry_run
+from tinygptv_ds.train.setup.job import Job
+from tinygptv_ds.train.setup.run_dir import note_run, start_run_dir
+
+
+def join_ranks(job: Job) -> None:
+    """Join the other ranks, open the run directory and its log, and seed torch. Call on all ranks.
+
+    Raises:
+        ConfigError: another job holds the run directory.
+    """
+    complete_env()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores_per_rank(job.ranks))
+    device = init_process_group(job.ranks, first_group_timeout(job.recipe.train))
+    log_file = broadcast_from_rank0(job.ranks, lambda: str(start_run_dir(job)))
+    set_up_logging(job.ranks.rank, Path(log_file))
+    torch.manual_seed(job.recipe.seed)
+    torch.distributed.barrier()
+    LOGGER.info(
+        "stage %d on %d rank(s) of %s, ZeRO-%d, %s, run directory %s",
+        job.recipe.stage,
+        job.ranks.world_size,
+        device,
+        job.zero_stage,
+        job.precision,
+        job.run_dir,
+    )
+
+
+class Session:
+    """Ranks that have joined, under a watchdog.
+
+    Args:
+        job: what they work on.
+        watchdog: running.
+    """
+
+    def __init__(self, job: Job, watchdog: Watchdog) -> None:
+        self._job = job
+        self._watchdog = watchdog
+
+    @contextmanager
+    def start_engine(self, model: TinyGPTVForConditionalGeneration, stream: OpenStream) -> Iterator[Run]:
+        """Wrap the model in DeepSpeed and restore the checkpoint that `job.resume` asks for. Enter on all ranks.
+
+        Yields:
+            The run, ready to train. When the block ends, checkpoints are complete and the ranks have parted.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or of another recipe, other data or other base weights.
+        """
+        job = self._job
+        fingerprint = run_fingerprint(job.recipe, stream) if job.ranks.is_main else {}
+        chosen = broadcast_from_rank0(job.ranks, lambda: resume.choose_checkpoint(job, fingerprint))
+        if job.ranks.is_main:
+            note_run(job)
+        checkpoint = None if chosen is None else resume.open_checkpoint(Path(chosen))
+        if checkpoint is not None:
+            resume.load_weights(model, checkpoint)
+        model.frozen_updates |= frozen_learnt(model)
+        engine = Engine(model, job.deepspeed, job.recipe.optimizer, job.ranks)
+        checkpointing = job.recipe.model.gradient_checkpointing
+        LOGGER.info("attention: %s, gradient checkpointing: %s", engine.attention, checkpointing)
+        first_step = 0 if checkpoint is None else resume.restore_optimizer(engine, checkpoint)
+        began_from = None if checkpoint is None else resume.began_from(job, checkpoint.folder)
+        run = Run(job, engine, self._watchdog.progress, first_step, self._watchdog.stacks.dump_workers)
+        try:
+            with Checkpoints(run, fingerprint, began_from) as checkpoints:
+                run.callbacks = [checkpoints]
+                yield run
+                if job.dry_run:
+                    finish_dry_run(run)
+        except Stopped:
+            self._part()
+            raise
+        self._part()
+
+    def _part(self) -> None:
+        """Let the ranks end without one taking the end of another for a loss."""
+        self._watchdog.leave()
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def open_session(job: Job) -> Iterator[Session]:
+    """Join the ranks, open the run directory and its log, and watch over what follows. Enter on all ranks."""
+    join_ranks(job)
+    with Watchdog(job, set_group_timeout) as watchdog:
+        yield Session(job, watchdog)

@@ -1,0 +1,96 @@
+"""One optimizer step: its micro-batches forward and backward, then the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinygptv_ds.data.loader.batch import MicroBatch
+from tinygptv_ds.models.tinygptv import PackedOutput
+from tinygptv_ds.train.liveness.progress import BACKWARD, FORWARD
+from tinygptv_ds.train.metrics.accumulator import Accumulator
+from tinygptv_ds.train.run import Run
+from tinygptv_ds.train.schedule import begins_cycle, learning_rate_of_step
+from tinygptv_ds.train.transfer import Transfer, model_inputs
+
+
+def optimizer_step(
+    run: Run, step: int, micro_batches: Sequence[MicroBatch], accumulator: Accumulator, transfer: Transfer
+) -> None:
+    """Train on this rank's micro-batches of a step. Call on all ranks.
+
+    The host waits for the device once, where ZeRO checks whether a gradient is not finite.
+
+    Args:
+        run: the run on this rank.
+        step: counted from 0 over the whole run.
+        micro_batches: from the dataloader; as many on every rank.
+        accumulator: collects losses and counts for the log.
+        transfer: copies batches to the device.
+    """
+    engine, recipe = run.engine, run.recipe
+    batches = [transfer(micro_batch.batch) for micro_batch in micro_batches]
+    divisor = None
+    if recipe.train.loss_reduction == "step_mean":
+        targets = sum(len(batch.targets) for batch in batches)
+        # Filled in on the device: torch.tensor would wait for what is queued there.
+        divisor = engine.all_reduce(torch.full((), float(targets), device=engine.device)).clamp(min=1)
+    if begins_cycle(step, recipe):
+        engine.reset_optimizer()
+    engine.set_learning_rate(learning_rate_of_step(step, recipe))
+    # Dropout is a function of step and rank, so a resumed run draws what an unbroken one would have drawn.
+    torch.manual_seed(dropout_seed(recipe.seed, step, run.ranks.rank))
+    for number, (micro_batch, batch) in enumerate(zip(micro_batches, batches, strict=True)):
+        output = micro_step(run, model_inputs(batch), divisor, number=number, count=len(batches))
+        accumulator.add(step, micro_batch, batch, output.token_losses)
+
+
+def micro_step(run: Run, inputs: Mapping[str, Any], divisor: Tensor | None, *, number: int, count: int) -> PackedOutput:
+    """Run forward and backward passes and, after the last micro-batch, move the weights, on all ranks or on none.
+
+    Args:
+        run: the run on this rank.
+        inputs: keyword arguments of the model's packed forward.
+        divisor: see `micro_batch_loss`.
+        number: the micro-batch's place in its step, from 0.
+        count: micro-batches of the step.
+    """
+    engine = run.engine
+    engine.set_boundary(number + 1 == count)
+    run.progress.enter(FORWARD)
+    output = engine.forward(inputs)
+    loss = micro_batch_loss(output, divisor, count=count, world_size=engine.ranks.world_size)
+    run.progress.enter(BACKWARD)
+    engine.backward(loss)
+    engine.step()
+    return output
+
+
+def micro_batch_loss(output: PackedOutput, divisor: Tensor | None, *, count: int, world_size: int) -> Tensor:
+    """Return this micro-batch's part of the step's loss; not-a-number where it is infinite.
+
+    Args:
+        output: of the packed forward pass.
+        divisor: target tokens of the whole step over all ranks, a scalar on the device; None takes the mean over this
+            micro-batch, as the original does.
+        count: micro-batches of the step.
+        world_size: ranks, over which DeepSpeed averages gradients.
+    """
+    loss = output.token_losses.sum()
+    if divisor is None:
+        here = max(len(output.token_losses), 1)
+        loss = loss / here / count
+    else:
+        loss = loss / divisor * world_size  # DeepSpeed averages over ranks; the divisor already counts all of them
+    loss = loss + output.anchor
+    # An infinite loss may have finite gradients. Times NaN it has none, and ZeRO skips the step on all ranks.
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def dropout_seed(*parts: int) -> int:
+    """Return a seed for torch that depends on all parts: the recipe's seed, the step and the rank."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
