@@ -75,7 +75,7 @@ def test_stopped_by_signals_and_gone_on_with_other_ranks(recipe: Callable[..., P
     first = ended(path, run, ranks=4, fault=watched, at=2, number=signal.SIGUSR1, rank=3, code=138)
     # Sent in the third step: the fourth is the first that all ranks know of it in.
     assert [folder.name for folder in complete_ones(run / "checkpoints")] == ["step-00000004"]
-    assert "stopped: SIGUSR1 at step 4 of 12; saved. Start the same command again to go on" in first.output
+    assert "stopped: SIGUSR1 at step 4 of 12; saved. Start the same command again to resume" in first.output
     assert first.output.count("stopped: ") == 1 and "Traceback" not in first.output
     workers = "--set=data.num_workers=1"
     ended(path, run, ZERO_3, workers, ranks=2, fault=watched, at=6, number=signal.SIGTERM, rank=1, code=143)
