@@ -12,7 +12,7 @@ import pytest
 from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.cli import VERBS
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.evaluation.cli import KINDS, add_options
+from tinygptv_ds.evaluation.cli import EVALUATIONS, add_options
 from tinygptv_ds.train.setup.job import stage_parser
 
 ROOT = Path(__file__).parents[1]
@@ -96,4 +96,4 @@ def test_it_is_taken(command: str) -> None:
         parser = argparse.ArgumentParser()
         add_options(parser, kind)
         args = taken(parser, after)
-        assert args.shards or set(args.benchmarks.split(",")) <= set(KINDS[kind].benchmarks)
+        assert args.shards or set(args.benchmarks.split(",")) <= set(EVALUATIONS[kind].benchmarks)

@@ -206,8 +206,8 @@ def summary(seconds: dict[str, float]) -> dict:
                 "samples_per_second": lines[-1]["perf/samples_s"],
             }
         )
-    vqa = [question.facts for question in read_held_out("vqa", str(DATA / "digits_vqa/test"))]
-    refer = [question.facts for question in read_held_out("refer", str(DATA / "digits_refer/test"))]
+    vqa = [question.metadata for question in read_held_out("vqa", str(DATA / "digits_vqa/test"))]
+    refer = [question.metadata for question in read_held_out("refer", str(DATA / "digits_refer/test"))]
     return {
         "stages": stages,
         "vqa_accuracy": stages[-1]["vqa_accuracy"],
@@ -242,7 +242,7 @@ def show_answer() -> None:
     template = choose_template(TEMPLATE, processor.prompt_template, "###")
     prompt = Conversation(template).ask(question.text, question.images())
     (answer,) = answers(model, processor, [prompt], Generation(max_new_tokens=20))
-    print(f"{image}: {question.facts['text']}\n  answer: {answer}   (true: {question.truth})")
+    print(f"{image}: {question.metadata['text']}\n  answer: {answer}   (true: {question.truth})")
 
 
 def print_table(result: dict) -> None:

@@ -15,7 +15,7 @@ from tinygptv_ds.evaluation.answer_scores import (
 from tinygptv_ds.evaluation.benchmarks.question import Question
 from tinygptv_ds.evaluation.benchmarks.table import PUBLISHED
 from tinygptv_ds.evaluation.box_scores import counts_as_hit, parse_box, pixel_iou
-from tinygptv_ds.evaluation.vqa_accuracy import normalise, remove_punctuation, vqa_accuracy
+from tinygptv_ds.evaluation.vqa_accuracy import normalize, remove_punctuation, vqa_accuracy
 from tinygptv_ds.evaluation.wording import Settings, wording
 
 REFERENCES = ["red"] * 9 + ["blue"]
@@ -176,7 +176,7 @@ def test_parsed_boxes_are_cleaned() -> None:
     ],
 )
 def test_normalised(answer: str, expected: str) -> None:
-    assert normalise(answer) == expected
+    assert normalize(answer) == expected
 
 
 def test_no_more_than_32_periods_go() -> None:

@@ -1,4 +1,4 @@
-"""Every benchmark is read as it is distributed, worded as published, and what is missing or odd is told at once."""
+"""Every benchmark is read as distributed, worded as published, and everything missing or wrong is reported at once."""
 
 import json
 import subprocess
@@ -116,7 +116,7 @@ def test_the_choose_text_file_is_made_of_problems(root: Path) -> None:
     assert question.choices == ("x", "y")
 
 
-def test_all_that_is_missing_is_told_at_once(root: Path) -> None:
+def test_all_that_is_missing_is_reported_at_once(root: Path) -> None:
     for file in ("gqa/testdev_balanced_questions.json", "okvqa/OpenEnded_mscoco_val2014_questions_clean.json"):
         (root / file).unlink()
     for path in (root / "vizwiz/vizwiz_images").iterdir():
@@ -128,16 +128,16 @@ def test_all_that_is_missing_is_told_at_once(root: Path) -> None:
     with pytest.raises(DataError) as caught:
         checks.finish()
     message = str(caught.value)
-    for told in (
-        "5 thing(s)",
-        f"{root}/gqa/testdev_balanced_questions.json is not there; put it there, or name another place with gqa.quest",
-        f"{root}/okvqa/OpenEnded_mscoco_val2014_questions_clean.json is not there",
+    for problem in (
+        "5 problem(s) with the benchmarks' files",
+        f"{root}/gqa/testdev_balanced_questions.json is missing; put it there, or name another file with gqa.questions",
+        f"{root}/okvqa/OpenEnded_mscoco_val2014_questions_clean.json is missing",
         "dev.jsonl: entry 0 has no 'text'",
         "dev.jsonl: entry 1 has the label 7, which is neither 0 nor 1",
-        f"2 of 2 images are not there, the first: {root}/vizwiz/vizwiz_images/VizWiz_val_0.jpg, ",
-        "or name another place with vizwiz.images=FOLDER",
+        f"2 of 2 images are missing, the first: {root}/vizwiz/vizwiz_images/VizWiz_val_0.jpg, ",
+        "or name another folder with vizwiz.images=FOLDER",
     ):
-        assert told in message, (told, message)
+        assert problem in message, (problem, message)
 
 
 def gqa_torn(root: Path) -> None:
@@ -165,14 +165,14 @@ def edit(file: str, key: str | int, **changes: object) -> Callable[[Path], None]
 
 
 @pytest.mark.parametrize(
-    ("name", "harm", "told"),
+    ("name", "harm", "message"),
     [
         ("gqa", gqa_torn, r"testdev_balanced_questions\.json: is no JSON"),
         ("gqa", lambda root: write(root / "gqa/testdev_balanced_questions.json", "x"), "holds a str, neither a list"),
         ("gqa", lambda root: write(root / "gqa/testdev_balanced_questions.json", []), "holds no entries"),
         ("gqa", lambda root: write(root / "gqa/testdev_balanced_questions.json", [3]), "entry 0 is a int, not an obj"),
         ("gqa", edit("gqa/testdev_balanced_questions.json", "201", answer=5), "entry 201 has '5' as 'answer', which"),
-        ("vsr", vsr_torn, r"test\.jsonl: line 3 is no JSON"),
+        ("vsr", vsr_torn, r"test\.jsonl: line 3 is not JSON"),
         ("vsr", edit("vsr/test.jsonl", 1, label=True), "entry 1 has 'True' as 'label', which must be a whole number"),
         ("vizwiz", edit("vizwiz/val.json", 1, answers=["red"]), r"entry 1 has \['red'\] as 'answers', not a list of o"),
         ("iconvqa", edit("iconvqa/problems.json", "11", answer=3), "entry 1 has the answer 3, but 3 choices"),
@@ -182,9 +182,9 @@ def edit(file: str, key: str | int, **changes: object) -> Callable[[Path], None]
         ("okvqa", lambda root: write(root / "okvqa/mscoco_val2014_annotations_clean.json", {}), "has no 'annotations'"),
     ],
 )  # fmt: skip
-def test_odd_files_are_told(name: str, harm: Callable[[Path], object], told: str, root: Path) -> None:
+def test_odd_files_are_reported(name: str, harm: Callable[[Path], object], message: str, root: Path) -> None:
     harm(root)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         read(name, root)
 
 
@@ -195,11 +195,11 @@ def test_many_odd_entries_are_counted(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [("gqa.image=x", "did you mean gqa.images"), ("gqa.images", "write BENCHMARK.PLACE"), ("images=x", "write BENCH")],
 )
-def test_a_wrong_place_is_told(override: str, told: str, root: Path) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_a_wrong_place_is_reported(override: str, message: str, root: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
         places_of("gqa", root, [override])
 
 
@@ -221,7 +221,7 @@ def test_a_recipe_names_them_with_their_places(root: Path) -> None:
     write(root / "q.json", {"1": {"imageId": "n0", "question": "?", "answer": "x"}})
     task = open_section(section, 5, checks)
     assert (task.name, len(task.questions)) == ("mine", 1)
-    with pytest.raises(DataError, match=r"1 of 1 images are not there.*none/gqa/gqa_images/n0\.jpg"):
+    with pytest.raises(DataError, match=r"1 of 1 images are missing.*none/gqa/gqa_images/n0\.jpg"):
         checks.finish()
     assert ScoredSection("refcocog", root="x").label == "refcocog_val"
 
@@ -241,7 +241,7 @@ def test_prompts_can_be_looked_at(root: Path, exported: Path, capsys: pytest.Cap
     assert scores("vqa", [*options, "--template", "training"]) == []
     memes, icons = capsys.readouterr().out.splitlines()
     assert memes.startswith('hm: "[INST] <Img><ImageHere></Img> This is an image writting')
-    assert icons.endswith(" [/INST]'; the likeliest choice counts, each with '###' behind it")
+    assert icons.endswith(" [/INST]'; the likeliest choice counts, each followed by '###'")
     with pytest.raises(ConfigError, match="'gpa' is none of these; did you mean gqa"):
         scores("vqa", ["--model", str(exported), "--benchmarks", "gpa"])
     with pytest.raises(ConfigError, match="refcocog has val, test"):

@@ -20,7 +20,7 @@ from tinygptv_ds.processing.boxes import iou
 def scored(kind: str, truths: list, answers: list[str], facts: list[dict] | None = None) -> dict:
     facts = facts or [{}] * len(truths)
     questions = [
-        Question(f"k{n}", "what?", t, tuple, facts=f) for n, (t, f) in enumerate(zip(truths, facts, strict=True))
+        Question(f"k{n}", "what?", t, tuple, metadata=f) for n, (t, f) in enumerate(zip(truths, facts, strict=True))
     ]
     return score(Task(kind, KINDS[kind], questions), answers, "###")
 
@@ -94,7 +94,7 @@ def test_questions_are_read_in_stored_order_and_up_to_the_limit(tmp_path) -> Non
     made = samples("vqa", 7)
     write_samples(iter(made), tmp_path / "vqa", samples_per_shard=3, total=7, settings={})
     questions = read_held_out("vqa", str(tmp_path / "vqa"), 5)
-    assert [q.facts["text"] for q in questions] == [sample.record["text"] for sample in made[:5]]
+    assert [q.metadata["text"] for q in questions] == [sample.record["text"] for sample in made[:5]]
     assert [(q.images(), q.image_count) for q in questions] == [(sample.images, 1) for sample in made[:5]]
     assert (
         questions[0].text

@@ -16,8 +16,8 @@ def read(golden: Path, name: str) -> dict:
     return json.loads((golden / f"metrics/{name}.json").read_bytes())
 
 
-def points(name: str, raw: str, truth: object, **facts: object) -> float:
-    question = Question("k", "?", truth, tuple, facts=facts)
+def points(name: str, raw: str, truth: object, **metadata: object) -> float:
+    question = Question("k", "?", truth, tuple, metadata=metadata)
     return score(Task(name, PUBLISHED[name].benchmark, [question]), [raw], "###")["compat"]
 
 

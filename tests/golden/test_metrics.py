@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tinygptv_ds.evaluation.answer_scores import (
-    cut,
+    cut_turn,
     gqa_hit,
     hateful_memes_label,
     okvqa_answer,
@@ -24,7 +24,7 @@ from tinygptv_ds.evaluation.box_scores import (
     pixel_iou,
 )
 from tinygptv_ds.evaluation.vqa_accuracy import (
-    normalise,
+    normalize,
     remove_punctuation,
     single_line,
     vqa_accuracy,
@@ -44,7 +44,7 @@ def test_vqa_accuracy(golden: Path) -> None:
         answer, truths = row["prediction"], row["ground_truths"]
         ours = {
             "after_punctuation": remove_punctuation(single_line(answer)),
-            "normalised": normalise(answer),
+            "normalised": normalize(answer),
             "accuracy_official": vqa_accuracy(answer, truths),
         }
         assert row | ours == row, row
@@ -92,7 +92,7 @@ def test_vizwiz(golden: Path) -> None:
     cases = read(golden, "answer_cleaning")["vizwiz"]
     assert cases
     for case in cases:
-        ours = cut(case["raw"]), vizwiz_accuracy(case["raw"], case["ground_truths"], compat=True)
+        ours = cut_turn(case["raw"]), vizwiz_accuracy(case["raw"], case["ground_truths"], compat=True)
         assert ours == (case["answer"], case["accuracy"]), case
 
 
@@ -102,7 +102,7 @@ def test_hateful_memes(golden: Path) -> None:
     assert cases
     for case in cases:
         label = hateful_memes_label(case["raw"], compat=True)
-        assert (cut(case["raw"]) if label is None else label) == case["prediction"], case
+        assert (cut_turn(case["raw"]) if label is None else label) == case["prediction"], case
 
 
 def test_labels_in_the_text(golden: Path) -> None:

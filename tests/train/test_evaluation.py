@@ -75,7 +75,7 @@ def test_an_unreadable_image_stops_before_the_first_step(recipe_file: Callable[.
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "message"),
     [
         ({"benchmarks": [{"kind": "gpa", "root": "x"}]}, "kind 'gpa' is unknown; did you mean gqa"),
         ({"benchmarks": [{"kind": "gqa"}]}, "gqa: name the folder of its files with root"),
@@ -90,6 +90,6 @@ def test_an_unreadable_image_stops_before_the_first_step(recipe_file: Callable[.
         ({"limit": 0}, "evaluation.limit must be positive"),
     ],
 )
-def test_mistakes_in_the_recipe(section: dict, told: str, raw_recipe: RAW) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_mistakes_in_the_recipe(section: dict, message: str, raw_recipe: RAW) -> None:
+    with pytest.raises(ConfigError, match=message):
         build_recipe(raw_recipe(evaluation=section), "test")

@@ -1,7 +1,7 @@
 """CIDEr and BLEU of captions, as the COCO caption server computes them, without its Java.
 
-CIDEr is pycocoevalcap's, the server's own code; BLEU is sacrebleu's. Both count the words that the server's
-PTBTokenizer would make, which NLTK's Treebank tokeniser makes without Java.
+CIDEr is pycocoevalcap's, the server's own code; BLEU is sacrebleu's. Both count the words of the server's
+PTBTokenizer, which NLTK's Treebank tokenizer reproduces without Java.
 """
 
 from __future__ import annotations
@@ -9,26 +9,27 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.evaluation.benchmarks.question import Question
 
 PACKAGES = ("pycocoevalcap", "sacrebleu", "nltk")
-# What the server leaves out; its list has brackets too, in capitals that its lower-cased words never match.
+# Punctuation that the server removes; its list also has brackets, in capitals that its lower-case words never match.
 _PUNCTUATION = re.compile(r"''|'|``|`|\.+|[?!,:;]|--?")
 
 
 def check_packages() -> None:
-    """Raise ConfigError where the packages for captions are not there; imports nothing of them."""
+    """Raise ConfigError if a package for caption scores is missing; imports none of them."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"caption scores need {', '.join(missing)}, not installed here: pip install -r requirements-eval.txt"
+            f"caption scores need {', '.join(missing)}, not installed: pip install -r requirements-eval.txt"
         )
 
 
-def words(caption: str) -> str:
-    """The caption's words with spaces between, lower case, punctuation left out."""
+def caption_words(caption: str) -> str:
+    """Return the words of a caption joined by spaces, in lower case, without punctuation."""
     from nltk.tokenize import TreebankWordTokenizer
 
     found = TreebankWordTokenizer().tokenize(" ".join(caption.split()), convert_parentheses=True)
@@ -36,22 +37,23 @@ def words(caption: str) -> str:
 
 
 def caption_scores(questions: Sequence[Question], captions: Sequence[str]) -> dict[str, float]:
-    """`cider` (times 100, as papers print it) and `bleu_1` to `bleu_4` in per cent, over all captions.
+    """Return `cider` (times 100, as papers print it) and `bleu_1` to `bleu_4` in per cent, over all captions.
 
     Args:
-        questions: whose truth is the list of people's captions; unequal numbers of them are fine.
-        captions: one generated caption each.
+        questions: their truths are lists of people's captions, which may differ in length.
+        captions: one generated caption for each question.
     """
     from pycocoevalcap.cider.cider import Cider
     from sacrebleu.metrics import BLEU
 
-    ours = [words(caption) for caption in captions]
-    theirs = [[words(truth) for truth in question.truth] for question in questions]
+    ours = [caption_words(caption) for caption in captions]
+    theirs = [[caption_words(truth) for truth in question.truth] for question in questions]
     if not ours:
         return {}
     cider, _ = Cider().compute_score(dict(enumerate(theirs)), {number: [each] for number, each in enumerate(ours)})
     most = max(map(len, theirs))
-    references = [[each[k] if k < len(each) else None for each in theirs] for k in range(most)]
+    # sacrebleu takes None for a missing reference, which its annotation does not allow.
+    references: Any = [[each[k] if k < len(each) else None for each in theirs] for k in range(most)]
     scores = {"cider": 100.0 * float(cider)}
     for order in range(1, 5):
         bleu = BLEU(tokenize="none", max_ngram_order=order, smooth_method="none", force=True)

@@ -16,8 +16,8 @@ from tinygptv_ds.evaluation.evaluate import evaluate
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of questions with a command line of its own.
+class EvaluationKind:
+    """A kind of evaluation, which has a command line of its own.
 
     Attributes:
         summary: what it does.
@@ -30,16 +30,16 @@ class Kind:
     max_new_tokens: int = 20
 
 
-KINDS = {
-    "vqa": Kind(
+EVALUATIONS = {
+    "vqa": EvaluationKind(
         "score short answers, on published benchmarks or held-out shards",
         ("gqa", "vsr", "iconvqa", "vizwiz", "hm", "okvqa"),
     ),
-    "refer": Kind(
+    "refer": EvaluationKind(
         "score boxes for referring expressions, on RefCOCO, RefCOCO+, RefCOCOg or held-out shards",
         ("refcoco", "refcoco+", "refcocog"),
     ),
-    "caption": Kind("compute CIDEr and BLEU of captions of held-out shards", max_new_tokens=60),
+    "caption": EvaluationKind("compute CIDEr and BLEU of captions of held-out shards", max_new_tokens=60),
 }
 
 
@@ -50,29 +50,31 @@ def scores(kind: str, argv: Sequence[str] | None = None) -> list[dict[str, Any]]
         TinyGPTVError: options, files or weights that the user has to fix.
     """
     parser = argparse.ArgumentParser(
-        description=f"{KINDS[kind].summary[0].upper()}{KINDS[kind].summary[1:]}.",
+        description=f"{EVALUATIONS[kind].summary[0].upper()}{EVALUATIONS[kind].summary[1:]}.",
         epilog=f"On several GPUs: deepspeed eval/{kind}.py ... or torchrun --nproc-per-node 8 eval/{kind}.py ...",
     )
     add_options(parser, kind)
-    return evaluate(parser.parse_args(hyphenated(sys.argv[1:] if argv is None else argv)), kind, KINDS[kind].benchmarks)
+    return evaluate(
+        parser.parse_args(hyphenated(sys.argv[1:] if argv is None else argv)), kind, EVALUATIONS[kind].benchmarks
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all kinds of evaluations as subcommands, for `run`."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for name, kind in KINDS.items():
+    for name, kind in EVALUATIONS.items():
         description = f"{kind.summary[0].upper()}{kind.summary[1:]}."
         add_options(kinds.add_parser(name, help=kind.summary, description=description), name)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the evaluation of a command line with `add_arguments`."""
-    evaluate(args, args.kind, KINDS[args.kind].benchmarks)
+    evaluate(args, args.kind, EVALUATIONS[args.kind].benchmarks)
 
 
 def add_options(parser: argparse.ArgumentParser, kind: str) -> None:
     """Add the options of one kind of evaluation."""
-    benchmarks = KINDS[kind].benchmarks
+    benchmarks = EVALUATIONS[kind].benchmarks
     parser.add_argument("--model", type=Path, required=True, help="an exported folder, a run, a checkpoint or a file")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--shards", help="a folder, glob or brace pattern of held-out shards")
@@ -102,7 +104,7 @@ def add_options(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        default=KINDS[kind].max_new_tokens,
+        default=EVALUATIONS[kind].max_new_tokens,
         help="maximum length of an answer (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="questions per batch of a rank (default: 32)")

@@ -16,7 +16,7 @@ from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.config.template_names import BENCHMARK
 from tinygptv_ds.distributed import Ranks, ranks_from_env, together, wait_for_all
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.evaluation import answer_log
+from tinygptv_ds.evaluation.answer_log import AnswerLog, check_settings, record_settings
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Task
 from tinygptv_ds.evaluation.benchmarks.table import open_held_out, open_published, places_of
@@ -32,7 +32,9 @@ _PUBLISHED = Path(__file__).with_name("published.yaml")
 
 
 def evaluate(args: argparse.Namespace, kind: str, benchmarks: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Check, ask, score, write and print; return the results on rank 0, nothing on the others.
+    """Run the evaluation that a command line asks for; return its results on rank 0, nothing on the others.
+
+    All files are checked first. Answers, results and scores are written to the output folder, and scores are printed.
 
     Args:
         args: parsed with `cli.add_options`.
@@ -75,6 +77,7 @@ def open_tasks(args: argparse.Namespace, kind: str, benchmarks: Sequence[str]) -
 
 
 def _splits(name: str, asked: str | None) -> Sequence[str]:
+    """Return the splits of a benchmark that are asked for, all of them by default."""
     if asked is None:
         return SPLITS[name] or ("",)
     chosen = asked.split(",")
@@ -91,16 +94,16 @@ def _splits(name: str, asked: str | None) -> Sequence[str]:
 def _show_prompts(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings) -> None:
     from tinygptv_ds.evaluation.scored_model import config_of
 
-    config = config_of(args.model, _of_model(args), args.recipe)
+    config = config_of(args.model, _model_overrides(args), args.recipe)
     for task in tasks:
         words = wording(task.benchmark, settings, config.prompt_template, config.end_sym)
         until = f"the answer ends at {words.stop or 'the end token'!r}"
         if task.questions[0].choices:
-            until = f"the likeliest choice counts, each with {words.choice_end!r} behind it"
+            until = f"the likeliest choice counts, each followed by {words.choice_end!r}"
         print(f"{task.name}: {words.text(task.questions[0])!r}; {until}")
 
 
-def _of_model(args: argparse.Namespace) -> list[str]:
+def _model_overrides(args: argparse.Namespace) -> list[str]:
     return [text for text in args.set if text.startswith("model.")]
 
 
@@ -114,9 +117,9 @@ def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, 
     scored = identify(args.model)
     board, step = args.tensorboard or scored.board, args.step if args.step is not None else scored.step
     if args.tensorboard and step is None:
-        raise ConfigError(f"{args.model} does not tell its step: give --step for TensorBoard")
+        raise ConfigError(f"the step of {args.model} is unknown: give --step for TensorBoard")
     out = args.out or Path("runs/eval") / args.model.resolve().name
-    model, processor = load_model(args.model, DTYPES[dtype], recipe=args.recipe, overrides=_of_model(args))
+    model, processor = load_model(args.model, DTYPES[dtype], recipe=args.recipe, overrides=_model_overrides(args))
     runner = Runner(model, processor, settings, ranks)
     results = []
     for task in tasks:
@@ -125,7 +128,7 @@ def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, 
         folder = out / task.name
         _begin(folder, {"checkpoint": scored.checkpoint, **decoding}, ranks, fresh=args.fresh)
         asked = [f"{question.key}\n{words.text(question)}\n{question.choices}" for question in task.questions]
-        with answer_log.opened(folder, ranks.rank, asked) as log:
+        with AnswerLog(folder, ranks.rank, asked) as log:
             answers = runner.answer(task, words, log)
         if ranks.is_main:
             result = _result(task, score(task, answers, words.end), scored, step, decoding)
@@ -142,12 +145,12 @@ def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, 
 
 
 def _begin(folder: Path, settings: dict[str, Any], ranks: Ranks, *, fresh: bool) -> None:
-    """Rank 0 makes the folder ready; where it holds other answers, all ranks end alike."""
+    """Have rank 0 prepare the folder; where it holds answers of other settings, every rank raises the same error."""
     if not fresh:
-        answer_log.refuse_others(folder, settings)
+        check_settings(folder, settings)
     wait_for_all(ranks)
     if ranks.is_main:
-        answer_log.begin(folder, settings, fresh=fresh)
+        record_settings(folder, settings, fresh=fresh)
     wait_for_all(ranks)
 
 
@@ -172,7 +175,7 @@ def _result(
 
 
 def _write_table(out: Path, scored: ScoredModel) -> None:
-    """Of all results of this model in the folder, those of earlier calls too."""
+    """Write `results.md` from all results of this model in the folder, including those of earlier calls."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(out.glob("*/results.json"))]
     results = [result for result in found if result["checkpoint"] == scored.checkpoint]
     published = yaml.safe_load(_PUBLISHED.read_text(encoding="utf-8"))

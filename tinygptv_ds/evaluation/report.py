@@ -1,4 +1,4 @@
-"""Results for people: files, a Markdown table next to published numbers, scalars on TensorBoard."""
+"""Results of an evaluation as files, as a Markdown table next to published numbers, and as scalars on TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,40 +9,43 @@ from typing import Any
 
 from tinygptv_ds.files import whole_file
 
-Row = tuple[str, Mapping[str, float]]  # a name, and scores by benchmark
+NamedScores = tuple[str, Mapping[str, float]]  # the name of a model, and its scores by benchmark
 
 
 def save_json(path: Path, result: Any) -> None:
-    """Write `result`, complete or not at all."""
+    """Write `result`; the file is complete or not there."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def line_of(result: Mapping[str, Any]) -> str:
-    """One result on a console."""
-    told = ", ".join(
+    """Return the scores of one result as a line for the console."""
+    scores = ", ".join(
         f"{name} {value:.3f}" if name == "iou" else f"{name} {value:.2f}" for name, value in _scores(result).items()
     )
     return (
-        f"{result['benchmark']}: {told} of {result['questions']} questions "
+        f"{result['benchmark']}: {scores} of {result['questions']} questions "
         f"({result['empty_answers']} empty, {result['unparsable_answers']} unparsable answers)"
     )
 
 
 def markdown(results: Sequence[Mapping[str, Any]], published: Mapping[str, Any]) -> str:
-    """A page: the strict and compat scores of these results next to the published ones, then all counts.
+    """Return a page with the strict and compat scores of results next to the published ones, then all counts.
 
     Args:
-        results: of one model.
-        published: `rows`, a list of {model, scores by benchmark}, and `note`, how far they can be trusted.
+        results: results of one model.
+        published: `rows`, a list of {model, scores by benchmark}, and `note`, how reliable they are.
     """
     names = [result["benchmark"] for result in results]
     page = [f"# {results[0]['model']}", f"Checkpoint `{results[0]['checkpoint']}`, step {results[0]['step']}."]
-    adjacent = [(row["model"], {name: row["scores"][name] for name in names if name in row["scores"]})
-              for row in published["rows"]]  # fmt: skip
-    compared = [name for name in names if any(name in scores for _, scores in adjacent)]
+    known = {name for row in published["rows"] for name in row["scores"]}
+    compared = [name for name in names if name in known]
     if compared:
-        rows: list[Row] = [(model, scores) for model, scores in adjacent if scores]
+        rows: list[NamedScores] = []
+        for row in published["rows"]:
+            scores = {name: row["scores"][name] for name in compared if name in row["scores"]}
+            if scores:
+                rows.append((row["model"], scores))
         for rule in ("strict", "compat"):
             ours = {result["benchmark"]: result[rule] for result in results if rule in result}
             rows.append((f"**this model, {rule}**", ours))
@@ -61,8 +64,8 @@ def write_scalars(folder: Path, values: Mapping[str, float], step: int) -> None:
             board.add_scalar(name, value, step)
 
 
-def _table(names: Sequence[str], rows: Sequence[Row]) -> str:
-    """A column for each benchmark, and the mean of those that a row has."""
+def _table(names: Sequence[str], rows: Sequence[NamedScores]) -> str:
+    """Return a table with a column for each benchmark, and the mean of those that a row has."""
     lines = []
     for model, scores in rows:
         given = [scores[name] for name in names if name in scores]
@@ -79,7 +82,7 @@ def _counts(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _scores(result: Mapping[str, Any]) -> dict[str, float]:
-    """What of a result is a score: its counts are whole numbers."""
+    """Return the scores of a result; its counts are integers."""
     return {name: value for name, value in result.items() if isinstance(value, float)}
 
 

@@ -1,9 +1,9 @@
-"""From answers to scores: the rules of a benchmark over all its questions. No torch."""
+"""From the answers to all questions of a benchmark to its scores. No torch."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -12,7 +12,7 @@ from tinygptv_ds.evaluation.benchmarks.question import Answer, Question, Task
 
 
 def score(task: Task, answers: Sequence[Answer], end: str) -> dict[str, Any]:
-    """All that is to be told of a task's answers, plain values as of JSON.
+    """Score the answers to the questions of a task; the result holds plain values, as in JSON.
 
     Args:
         task: benchmark and questions.
@@ -21,12 +21,12 @@ def score(task: Task, answers: Sequence[Answer], end: str) -> dict[str, Any]:
 
     Returns:
         The scores by rule, "strict" and "compat" in per cent; `questions`, `empty_answers`, `unparsable_answers`; the
-        strict score `by_type`, where questions have a type; and every one of the `predictions`.
+        strict score `by_type`, where questions have a type; and all `predictions`.
     """
     rows = [_row(task, question, answer, end) for question, answer in zip(task.questions, answers, strict=True)]
     result: dict[str, Any] = {rule: _mean(row[rule] for row in rows) for rule in task.benchmark.rules}
-    if task.benchmark.over_all is not None:
-        result |= task.benchmark.over_all(task.questions, [row["answer"] for row in rows])
+    if task.benchmark.corpus_scores is not None:
+        result |= task.benchmark.corpus_scores(task.questions, [row["answer"] for row in rows])
     result["questions"] = len(rows)
     result["empty_answers"] = sum(clean_answer(row["answer"]) == "" for row in rows)
     result["unparsable_answers"] = sum(not row.pop("parsable") for row in rows)
@@ -35,34 +35,33 @@ def score(task: Task, answers: Sequence[Answer], end: str) -> dict[str, Any]:
 
 
 def scalars(result: Mapping[str, Any], name: str) -> dict[str, float]:
-    """The numbers of a result under their TensorBoard names, `eval/NAME/strict` and so on."""
+    """Return the numbers of a result under their TensorBoard tags, e.g. `eval/NAME/strict`."""
     numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
     return {f"eval/{name}/{key}": float(value) for key, value in numbers.items() if key not in ("questions", "step")}
 
 
 def _row(task: Task, question: Question, answer: Answer, end: str) -> dict[str, Any]:
-    """One prediction."""
+    """Return one prediction with its points."""
     benchmark = task.benchmark
     stopped, whole, raw = answer, answer, {"losses": answer}
     if isinstance(answer, str):
         whole = as_decoded(answer)
         stopped, raw = whole.partition(end)[0].strip(), {"raw": answer}
-    row = {"key": question.key, "question": question.text, "answer": benchmark.shown(question, stopped), **raw}
+    row = {"key": question.key, "question": question.text, "answer": benchmark.readable(question, stopped), **raw}
     points = {
-        rule: points(question, whole if rule.startswith("compat") else stopped)
-        for rule, points in benchmark.rules.items()
+        name: rule(question, whole if name.startswith("compat") else stopped) for name, rule in benchmark.rules.items()
     }
     return row | {"truth": question.truth, **points, "parsable": benchmark.parsable(question, stopped)}
 
 
 def _by_type(questions: Sequence[Question], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    kinds: dict[str, list[float]] = defaultdict(list)
+    points: dict[str, list[float]] = defaultdict(list)
     for question, row in zip(questions, rows, strict=True):
-        if "question_type" in question.facts and "strict" in row:
-            kinds[question.facts["question_type"]].append(row["strict"])
-    return {kind: fmean(points) for kind, points in sorted(kinds.items())}
+        if "question_type" in question.metadata and "strict" in row:
+            points[question.metadata["question_type"]].append(row["strict"])
+    return {question_type: fmean(of_type) for question_type, of_type in sorted(points.items())}
 
 
-def _mean(points: Any) -> float:
+def _mean(points: Iterable[float]) -> float:
     found = list(points)
     return fmean(found) if found else 0.0

@@ -1,6 +1,6 @@
-"""Accuracy of VQA v2 (vqaEval.py of GT-Vision-Lab/VQA): an answer against those of ten people.
+"""VQA accuracy (vqaEval.py of GT-Vision-Lab/VQA): an answer compared with those of ten people.
 
-Its normaliser is kept with its oddities, since every published OK-VQA and VQA v2 number went through it.
+Its normalization is kept with its oddities, because every published OK-VQA and VQA v2 number depends on it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS_WITH_COMMA = re.compile(r"\d,\d")
-# The published pattern, `(?!<=\d)(\.)(?!\d)`, has its look-behind mistyped: the digits before a period do not matter.
+# The published pattern, `(?!<=\d)(\.)(?!\d)`, has a mistyped look-behind: digits before a period do not matter.
 _PERIOD = re.compile(r"\.(?!\d)")
-_MOST_PERIODS = 32  # re.UNICODE, which vqaEval.py gives where re.sub expects a count
+_MOST_PERIODS = 32  # re.UNICODE, which vqaEval.py passes where re.sub expects a count
 
 _ARTICLES = {"a", "an", "the"}
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(number) for number, word in enumerate(_DIGITS)} | {"none": "0"}
 
-# vqaEval.py has the forms of "I" too, with a capital that lower-cased words never match: "im" stays "im".
+# vqaEval.py also has the forms of "I", with a capital that lower-case words never match: "im" stays "im".
 _CONTRACTED = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -35,46 +35,46 @@ _CONTRACTIONS = {
 
 
 def single_line(answer: str) -> str:
-    """Newlines and tabs made spaces, none of these around the answer."""
+    """Replace newlines and tabs by spaces, and strip the answer."""
     return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def remove_punctuation(answer: str) -> str:
-    """Without punctuation: made spaces, or left out where it stands next to a space or the answer has a 1,000.
+    """Replace punctuation by spaces, or delete it if it is next to a space or the answer has a number like 1,000.
 
-    Periods go where no digit follows. Apostrophes, `%`, `$`, `&`, `:` and the like stay.
+    Periods are deleted unless a digit follows. Apostrophes, `%`, `$`, `&`, `:` and others remain.
     """
     has_comma = _DIGITS_WITH_COMMA.search(answer) is not None
     result = answer
     for mark in _PUNCTUATION:
-        beside_space = f"{mark} " in answer or f" {mark}" in answer
-        result = result.replace(mark, "" if has_comma or beside_space else " ")
+        next_to_space = f"{mark} " in answer or f" {mark}" in answer
+        result = result.replace(mark, "" if has_comma or next_to_space else " ")
     return _PERIOD.sub("", result, count=_MOST_PERIODS)
 
 
-def normalise(answer: str) -> str:
-    """Lower case, without punctuation and articles, `two` as `2`, `dont` as `don't`, single spaces."""
+def normalize(answer: str) -> str:
+    """Return lower case without punctuation and articles, `two` as `2`, `dont` as `don't`, with single spaces."""
     words = (_NUMBERS.get(word, word) for word in remove_punctuation(single_line(answer)).lower().split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def vqa_accuracy(prediction: str, ground_truths: Sequence[str]) -> float:
-    """Accuracy of one answer in per cent, as the official scorer of VQA v2 and OK-VQA gives it.
+    """Return the accuracy of one answer in per cent, as the official scorer of VQA v2 and OK-VQA computes it.
 
-    The mean, over the people asked, of min(1, n / 3) with n the others who gave this answer. Both sides are normalised
-    only where the people differ; upper and lower case never matter.
+    It is the mean, over the people, of min(1, n / 3), where n of the others gave this answer. Both sides are normalized
+    only if the people differ; case never matters.
 
     Args:
-        prediction: the answer, cleaned of what is no answer.
-        ground_truths: what each person said, at least one; ten in the published sets.
+        prediction: the answer alone.
+        ground_truths: the answer of each person, at least one; ten in the published sets.
     """
     answer, truths = single_line(prediction), [single_line(truth) for truth in ground_truths]
     if len(set(truths)) > 1:
-        answer, truths = normalise(answer), [normalise(truth) for truth in truths]
+        answer, truths = normalize(answer), [normalize(truth) for truth in truths]
     return _percent([truth.lower() == answer.lower() for truth in truths])
 
 
 def _percent(matches: Sequence[bool]) -> float:
-    """From who agrees with the answer; in whole thirds, so that 90 is no 89.99999."""
+    """Return the accuracy from whose answer matches; computed in thirds, so that 90 is not 89.99999."""
     agreeing = sum(matches)
     return 100 * sum(min(3, agreeing - match) for match in matches) / (3 * len(matches))

@@ -1,1 +1,1 @@
-"""The benchmarks that TinyGPT-V reports, from their files as distributed to scores. One module a benchmark."""
+"""The benchmarks that TinyGPT-V reports: their files as distributed, prompts and scores. One module per benchmark."""

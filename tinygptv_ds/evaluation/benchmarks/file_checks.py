@@ -1,4 +1,4 @@
-"""Reads benchmarks' files and notes all that is missing or odd in them, so that it is told at once. No torch."""
+"""Reading of benchmark files, which collects everything that is missing or wrong for one error. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES = {str: "text", int: "a whole number", list: "a list", dict: "an object",
 
 
 class Checks:
-    """Collects problems over all benchmarks that are to be scored; `finish` raises them together."""
+    """Collects the problems of all benchmarks that are to be scored; `finish` raises them together."""
 
     def __init__(self) -> None:
         self._problems: list[str] = []
@@ -25,18 +25,18 @@ class Checks:
         self._wanted: dict[str, set[Path]] = {}
 
     def problem(self, message: str) -> None:
-        """Note that something is wrong."""
+        """Add a problem."""
         self._problems.append(message)
 
     def content(self, path: Path, option: str) -> Any:
-        """A JSON file, or the list of a `.jsonl` file's lines; None where it cannot be read.
+        """Return the content of a JSON file, or a list of the lines of a `.jsonl` file; None if it cannot be read.
 
         Args:
             path: the file.
-            option: what names another place, such as "gqa.questions=FILE".
+            option: the override that names another file, e.g. "gqa.questions=FILE".
         """
         if not path.is_file():
-            self.problem(f"{path} is not there; put it there, or name another place with {option}")
+            self.problem(f"{path} is missing; put it there, or name another file with {option}")
             return None
         try:
             return load_json(path) if path.suffix != ".jsonl" else list(_lines(path))
@@ -51,9 +51,13 @@ class Checks:
         fields: Fields,
         also: Callable[[dict[str, Any]], str | None] = lambda entry: None,
     ) -> list[tuple[str, dict[str, Any]]]:
-        """The (id or number, entry) pairs that have all `fields`, from a list, or from an object by id.
+        """Return the valid entries of a list with their number, or of an object with their id.
 
-        What others lack is noted, the first with their number and field; so is what `also` says of an entry.
+        Args:
+            path: the file, for messages.
+            content: from `content`.
+            fields: the fields that each entry must have, with their types.
+            also: returns another problem of an entry, if it has one.
         """
         if content is None:
             return []
@@ -72,7 +76,7 @@ class Checks:
         return [(str(number), entry) for number, entry in pairs if number not in bad]
 
     def image(self, option: str, *places: Path) -> Path:
-        """The first of `places` where an image lies; if there is none, the first of them, noted under `option`."""
+        """Return the first of `places` that is a file; if none is, the first one, and add a problem for `option`."""
         found = next((place for place in places if self._is_file(place)), None)
         self._wanted.setdefault(option, set()).add(found or places[0])
         if found is None and places[0] not in self._missing.setdefault(option, []):
@@ -80,10 +84,10 @@ class Checks:
         return found or places[0]
 
     def finish(self) -> None:
-        """Raise DataError with all that was noted."""
+        """Raise DataError with all problems, if there are any."""
         images = [
-            f"{len(missing)} of {len(self._wanted[option])} images are not there, the first: "
-            f"{', '.join(str(path) for path in missing[:_LISTED])}; put them there, or name another place with "
+            f"{len(missing)} of {len(self._wanted[option])} images are missing, the first: "
+            f"{', '.join(str(path) for path in missing[:_LISTED])}; put them there, or name another folder with "
             f"{option}=FOLDER"
             for option, missing in self._missing.items()
             if missing
@@ -91,7 +95,7 @@ class Checks:
         problems = [*self._problems, *images]
         if problems:
             listed = "\n".join(f"  - {problem}" for problem in problems)
-            raise DataError(f"{len(problems)} thing(s) of the benchmarks are missing or odd:\n{listed}")
+            raise DataError(f"{len(problems)} problem(s) with the benchmarks' files:\n{listed}")
 
     def _is_file(self, path: Path) -> bool:
         if path not in self._seen:
@@ -100,7 +104,7 @@ class Checks:
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    """One JSON value a line; empty lines are left out. Raises DataError."""
+    """Yield one JSON value per line, without empty lines. Raises DataError."""
     try:
         lines: Iterable[bytes] = path.read_bytes().splitlines()
     except OSError as error:
@@ -110,11 +114,11 @@ def _lines(path: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}: line {number} is no JSON ({error}); fetch it again") from error
+                raise DataError(f"{path}: line {number} is not JSON ({error}); download it again") from error
 
 
 def _odd(entry: Any, fields: Fields) -> str | None:
-    """What is wrong with an entry."""
+    """Return what is wrong with an entry; None if nothing is."""
     if not isinstance(entry, dict):
         return f"is a {type(entry).__name__}, not an object"
     for field, kind in fields.items():

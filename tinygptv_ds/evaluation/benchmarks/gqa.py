@@ -25,7 +25,7 @@ BENCHMARK = Benchmark(
 
 
 def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
-    """Entries hold `question`, `answer`, and `image`, a file's name, or `imageId`, as GQA itself has it."""
+    """Read the questions; entries hold `question`, `answer`, and `image`, a file name, or `imageId`, as in GQA."""
     content = checks.content(places["questions"], "gqa.questions=FILE")
     image = "imageId" if isinstance(content, dict) else "image"
     fields = {"question": str, "answer": str, image: str}

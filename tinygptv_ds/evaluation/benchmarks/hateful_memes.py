@@ -23,11 +23,11 @@ BENCHMARK = Benchmark(
     template=PUBLISHED,
     parsable=lambda question, text: hateful_memes_label(text) is not None,
 )
-_TEXT = "This is an image writting '{}'. Is this image hateful? Answer yes or no. Answer:"  # the published words
+_TEXT = "This is an image writting '{}'. Is this image hateful? Answer yes or no. Answer:"  # the published wording
 
 
 def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
-    """Entries hold `img` (below the folder of images), `text` and `label` (0 or 1)."""
+    """Read the questions; entries hold `img` (a path in the folder of images), `text` and `label` (0 or 1)."""
     file = places["questions"]
     fields = {"img": str, "text": str, "label": int}
     questions = []

@@ -1,10 +1,11 @@
-"""Held-out shards, as `prepare` writes them: questions, expressions and captions that no training has seen."""
+"""Held-out shards, as `prepare` writes them: questions, expressions and captions that no training has used."""
 
 from __future__ import annotations
 
 from tinygptv_ds.data.shards.cache import ShardCache, count_samples
 from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.reader import ShardReader, parse_record
+from tinygptv_ds.data.shards.remote import Shard
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER, gqa_hit
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, strict_and_compat
@@ -17,7 +18,7 @@ CAPTION = "[caption] Briefly describe this image."  # one of those that training
 
 
 def without_marks(answer: str) -> str:
-    """Lower case, without punctuation around it."""
+    """Return the answer in lower case, without surrounding punctuation."""
     return answer.lower().strip(" .,!?:;\"'")
 
 
@@ -47,19 +48,19 @@ KINDS = {
         rules={**strict_and_compat(_hit), "iou": _overlap},
         parsable=lambda question, text: is_well_formed(clean_box_answer(text)),
     ),
-    "caption": Benchmark(rules={}, over_all=caption_scores),
+    "caption": Benchmark(rules={}, corpus_scores=caption_scores),
 }
 _WORDS = {"vqa": SHORT_ANSWER, "refer": LOCATE, "caption": CAPTION}
 
 
 def read_held_out(kind: str, shards: str, limit: int | None = None, instruction: str | None = None) -> list[Question]:
-    """Single-turn questions or captions of shards, in stored order.
+    """Read single-turn questions or captions from shards, in stored order.
 
     Args:
         kind: vqa, refer or caption.
         shards: a folder, glob or brace pattern.
-        limit: only the first so many.
-        instruction: other words to ask in, `{}` standing for the stored ones, if there are any; None: the kind's own.
+        limit: read only the first questions, up to this number.
+        instruction: the instruction, with `{}` for the stored text, if there is any; None: the default of `kind`.
 
     Raises:
         DataError: no shards, or a sample that holds no single question or caption.
@@ -72,7 +73,7 @@ def read_held_out(kind: str, shards: str, limit: int | None = None, instruction:
     return [_question(kind, words, reader, tar, index) for tar, index in places[:limit]]
 
 
-def _question(kind: str, instruction: str, reader: ShardReader, tar: object, index: int) -> Question:
+def _question(kind: str, instruction: str, reader: ShardReader, tar: Shard, index: int) -> Question:
     key, stored, images = reader.stored(tar, index)
     record = {} if stored is None else parse_record(stored, f"{tar}: sample {key}")
     fields = ("caption", "caption") if kind == "caption" and "caption" in record else ("text", "answer")
@@ -90,5 +91,5 @@ def _question(kind: str, instruction: str, reader: ShardReader, tar: object, ind
         truth=truth,
         images=lambda: reader.read(tar, index).images,
         image_count=images,
-        facts=record,
+        metadata=record,
     )

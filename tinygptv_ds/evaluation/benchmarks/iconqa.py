@@ -1,6 +1,6 @@
-"""IconQA, choose_txt, val: the likeliest of a question's choices.
+"""IconQA, choose_txt, val: the likeliest of a question's choices counts.
 
-`choose_text_val.json` is no part of the download; without it the same questions are taken from `problems.json`.
+`choose_text_val.json` is not part of the download; without it the same questions are read from `problems.json`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER
-from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
+from tinygptv_ds.evaluation.benchmarks.file_checks import Checks, Fields
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file
 from tinygptv_ds.generate.templates import ICONQA
 
@@ -22,7 +22,7 @@ PLACES = {
 
 
 def likeliest(losses: list[float]) -> int:
-    """The number of the choice with the lowest loss, the first of equal ones."""
+    """Return the index of the choice with the lowest loss, the first of equal ones."""
     return min(range(len(losses)), key=losses.__getitem__)
 
 
@@ -31,15 +31,15 @@ def _points(question: Question, losses: list[float]) -> float:
 
 
 BENCHMARK = Benchmark(
-    # One rule under both names: the original's ranking, asked one question at a time, as it was published, is the same.
+    # One rule under both names: the original ranks by the mean losses of a batch, and its published batch size is one.
     rules={"strict": _points, "compat": _points},
     template=ICONQA,
-    shown=lambda question, losses: question.choices[likeliest(losses)],
+    readable=lambda question, losses: question.choices[likeliest(losses)],
 )
 
 
 def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
-    """Entries hold `image_id`, `question`, `choices` and `answer`, the number of the right one."""
+    """Read the questions; entries hold `image_id`, `question`, `choices` and `answer`, the index of the right one."""
     file, images = places["questions"], places["images"]
     if file.is_file() or not places["problems"].is_file():
         content = checks.content(
@@ -48,7 +48,7 @@ def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
     else:
         file = places["problems"]
         content = choose_text(checks.content(file, "iconvqa.problems=FILE"))
-    fields = {"image_id": (str, int), "question": str, "choices": list, "answer": int}
+    fields: Fields = {"image_id": (str, int), "question": str, "choices": list, "answer": int}
     questions = []
     for key, entry in checks.entries(file, content, fields, _odd_choices):
         number = str(entry["image_id"])
@@ -60,7 +60,7 @@ def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
 
 
 def choose_text(problems: Any) -> Any:
-    """What `choose_text_val.json` holds, from the content of the download's `problems.json`."""
+    """Return the content of `choose_text_val.json`, from that of the download's `problems.json`."""
     if not isinstance(problems, dict):
         return problems
     return [

@@ -1,4 +1,4 @@
-"""OK-VQA: questions that need knowledge next to the image, scored as VQA v2 is."""
+"""OK-VQA: questions that need knowledge beyond the image, scored as in VQA v2."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BENCHMARK = Benchmark(
 
 
 def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
-    """Questions of the split with the people's answers; every question of the official list must be among them.
+    """Read the questions of the split with their ten answers; the split must hold every question of the official list.
 
     Images have COCO 2017's names (`000000000042.jpg`) or those of 2014 (`COCO_val2014_000000000042.jpg`).
     """

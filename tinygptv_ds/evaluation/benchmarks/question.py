@@ -1,4 +1,4 @@
-"""What a benchmark is: questions with their true answers, and rules that score answers. No torch."""
+"""The parts of a benchmark: questions with their true answers, and rules that score answers. No torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Question:
 
     Attributes:
         key: its id in the benchmark's files.
-        text: the words that go into the template, instruction included, images not.
-        truth: the true answer as the rules take it; plain values as of JSON.
-        images: gives its images, paths or encoded bytes, when they are needed.
-        image_count: how many these are.
-        facts: what else is known of it, such as an image's size.
-        choices: the answers to choose from, where the likeliest is looked for.
+        text: its words, including the instruction, without images and template.
+        truth: the true answer as the rules take it; plain values, as in JSON.
+        images: returns its images, paths or encoded bytes, when they are needed.
+        image_count: the number of its images.
+        metadata: anything else that is known about it, such as the size of its image.
+        choices: the answers to choose from, on benchmarks where the likeliest one counts.
     """
 
     key: str
@@ -32,7 +32,7 @@ class Question:
     truth: Any
     images: Callable[[], Sequence[Path | bytes]]
     image_count: int = 1
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     choices: tuple[str, ...] = ()
 
 
@@ -40,7 +40,7 @@ Rule = Callable[[Question, Answer], float]
 
 
 def strict_and_compat(points: Callable[..., float]) -> dict[str, Rule]:
-    """The rules of these two names, from `points(question, answer, compat=...)`."""
+    """Return the rules of these two names, from `points(question, answer, compat=...)`."""
     return {"strict": partial(points, compat=False), "compat": partial(points, compat=True)}
 
 
@@ -49,26 +49,26 @@ class Benchmark:
     """How a set of questions is asked and scored.
 
     Attributes:
-        rules: points of one answer by rule; a score is their mean. Those called "compat..." see the whole
-            continuation, the others what stands before the stop.
-        template: that of the published script; None: the training's.
+        rules: the points of one answer, by name of the rule; a score is their mean. Rules whose name starts with
+            "compat" get the whole continuation, the others the text before the stop.
+        template: the template of the published script; None: that of the training.
         parsable: whether an answer has the form that is asked for.
-        shown: the answer as people read it, from the stopped text or the losses.
-        whole_continuation: a rule looks behind `###`, so generation must not stop there.
-        over_all: scores that need all answers at once, by name.
+        readable: the answer for the results, from the stopped text or the losses.
+        whole_continuation: whether a rule reads on after `###`, so that generation must not stop there.
+        corpus_scores: scores that need all answers at once, by name.
     """
 
     rules: Mapping[str, Rule]
     template: Template | None = None
     parsable: Callable[[Question, Answer], bool] = lambda question, answer: True
-    shown: Callable[[Question, Answer], Any] = lambda question, answer: answer
+    readable: Callable[[Question, Answer], Any] = lambda question, answer: answer
     whole_continuation: bool = False
-    over_all: Callable[[Sequence[Question], Sequence[str]], dict[str, float]] | None = None
+    corpus_scores: Callable[[Sequence[Question], Sequence[str]], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark with its questions, named for logs and files."""
+    """A benchmark with its questions, and its name in logs and files."""
 
     name: str
     benchmark: Benchmark
@@ -76,5 +76,5 @@ class Task:
 
 
 def image_file(path: Path) -> Callable[[], Sequence[Path]]:
-    """`Question.images` of one file."""
+    """Return the `Question.images` of one file."""
     return lambda: (path,)

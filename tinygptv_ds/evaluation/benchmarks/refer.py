@@ -1,11 +1,11 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: where in the image an expression points to, in MiniGPT-v2's evaluation files."""
+"""RefCOCO, RefCOCO+ and RefCOCOg: the box that an expression refers to, from MiniGPT-v2's evaluation files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
+from tinygptv_ds.evaluation.benchmarks.file_checks import Checks, Fields
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 from tinygptv_ds.evaluation.box_scores import clean_box_answer, counts_as_hit, is_well_formed
 from tinygptv_ds.generate.templates import PUBLISHED
@@ -15,13 +15,13 @@ _NUMBER = (int, float)
 
 
 def places(name: str) -> dict[str, str]:
-    """Of `refcoco`, `refcoco+` or `refcocog`: the folder of `NAME_SPLIT.json`, and COCO 2014's training images."""
+    """Return the files of `refcoco`, `refcoco+` or `refcocog`: `NAME_SPLIT.json` and COCO 2014's training images."""
     return {"annotations": name, "images": "coco/train2014"}
 
 
 def _points(question: Question, text: str, *, compat: bool) -> float:
-    facts = question.facts
-    return 100.0 * counts_as_hit(text, question.truth, facts["width"], facts["height"], compat=compat)
+    size = question.metadata
+    return 100.0 * counts_as_hit(text, question.truth, size["width"], size["height"], compat=compat)
 
 
 BENCHMARK = Benchmark(
@@ -32,16 +32,16 @@ BENCHMARK = Benchmark(
 
 
 def read(name: str, split: str, places: Mapping[str, Path], checks: Checks) -> list[Question]:
-    """Entries hold `img_id` (an image's name and an object's number), `sents`, `bbox`, `width` and `height`."""
+    """Read a split; entries hold `img_id` (image name and object number), `sents`, `bbox`, `width` and `height`."""
     file = places["annotations"] / f"{name}_{split}.json"
-    fields = {"img_id": str, "sents": str, "bbox": list, "width": _NUMBER, "height": _NUMBER}
+    fields: Fields = {"img_id": str, "sents": str, "bbox": list, "width": _NUMBER, "height": _NUMBER}
     content = checks.content(file, f"{name}.annotations=FOLDER")
     questions = []
     for key, entry in checks.entries(file, content, fields, _odd_box):
         path = checks.image(f"{name}.images", places["images"] / f"{entry['img_id'].rpartition('_')[0]}.jpg")
         size = {"width": entry["width"], "height": entry["height"], "img_id": entry["img_id"]}
         text = LOCATE.format(entry["sents"])
-        questions.append(Question(key, text, entry["bbox"], image_file(path), facts=size))
+        questions.append(Question(key, text, entry["bbox"], image_file(path), metadata=size))
     return questions
 
 

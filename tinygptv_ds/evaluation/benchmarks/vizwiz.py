@@ -1,4 +1,4 @@
-"""VizWiz, val: questions of blind people, each with ten answers."""
+"""VizWiz, val: questions of blind people, with ten answers each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TEXT = (
 
 
 def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
-    """Entries hold `image`, `question` and `answers`, a list of objects with `answer`."""
+    """Read the questions; entries hold `image`, `question` and `answers`, a list of objects with `answer`."""
     file = places["questions"]
     fields = {"image": str, "question": str, "answers": list}
     questions = []
@@ -40,7 +40,7 @@ def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
 
 
 def odd_answers(entry: dict) -> str | None:
-    """What is wrong with people's `answers`."""
+    """Return what is wrong with the `answers` of an entry; None if they are correct."""
     answers = entry["answers"]
     fine = answers and all(isinstance(each, dict) and isinstance(each.get("answer"), str) for each in answers)
     return None if fine else f"has {str(answers)[:60]} as 'answers', not a list of objects with the text 'answer'"

@@ -30,7 +30,10 @@ _TEXT = "[vqa] Based on the image, is this statement true or false? {}"
 
 
 def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
-    """Entries hold `image`, `caption` and `label` (0 or 1); images lie in `train2017`, `val2017` or flat."""
+    """Read the statements; entries hold `image`, `caption` and `label` (0 or 1).
+
+    Images are in `train2017` and `val2017`, or directly in the folder.
+    """
     file, images = places["questions"], places["images"]
     fields = {"image": str, "caption": str, "label": int}
     questions = []
@@ -43,5 +46,5 @@ def read(places: Mapping[str, Path], checks: Checks) -> list[Question]:
 
 
 def binary_label(entry: dict) -> str | None:
-    """What is wrong with an entry's `label`."""
+    """Return what is wrong with the `label` of an entry; None if it is correct."""
     return None if entry["label"] in (0, 1) else f"has the label {entry['label']}, which is neither 0 nor 1"
