@@ -29,7 +29,7 @@ from tinygptv_ds.config.deepspeed import load_deepspeed_json, resolve_deepspeed
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.files import sha256, whole_folder
-from tinygptv_ds.models.parameters import learnt
+from tinygptv_ds.models.parameters import is_trainable
 from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.checkpoint.resume import load_weights, open_checkpoint
 from tinygptv_ds.train.checkpoint.snapshot import take_snapshot
@@ -45,7 +45,7 @@ class Trained(nn.Module):
 
     def __init__(self, size: str) -> None:
         super().__init__()
-        shapes = {name: tuple(p.shape) for name, p in meta_model(SIZES[size]).named_parameters() if learnt(name)}
+        shapes = {name: tuple(p.shape) for name, p in meta_model(SIZES[size]).named_parameters() if is_trainable(name)}
         for name, shape in shapes.items():
             self.register_parameter(name.replace(".", "/"), nn.Parameter(random(shape, torch.float32)))
 

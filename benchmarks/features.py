@@ -22,7 +22,7 @@ from torch import Tensor
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.features.encode import encode
 from tinygptv_ds.models.configuration import PHI_2, TinyGPTVConfig
-from tinygptv_ds.models.parameters import learnt
+from tinygptv_ds.models.parameters import is_trainable
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 
 _SPECIAL = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), 40)
@@ -128,7 +128,7 @@ def make_model(size: str, image_size: int) -> TinyGPTVForConditionalGeneration:
     )
     model = TinyGPTVForConditionalGeneration(config)
     for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(learnt(parameter_name))
+        parameter.requires_grad_(is_trainable(parameter_name))
     return model.train()
 
 

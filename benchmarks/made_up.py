@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from tinygptv_ds.models.configuration import PHI_2, TinyGPTVConfig
-from tinygptv_ds.models.parameters import learnt, lora
+from tinygptv_ds.models.parameters import is_trainable, lora
 from tinygptv_ds.weights.assemble import meta_model
 from tinygptv_ds.weights.io import Stored
 from tinygptv_ds.weights.layouts import blip2
@@ -78,7 +78,7 @@ def make_weights(folder: Path, size: str) -> MadeUp:
         trained=folder / "stage4.pth",
         recipe=folder / "stage4.yaml",
         larger=2 * config.vision_config.image_size,
-        model_bytes=sum(torch.Size(shape).numel() * (4 if learnt(name) else 2) for name, shape in shapes.items()),
+        model_bytes=sum(torch.Size(shape).numel() * (4 if is_trainable(name) else 2) for name, shape in shapes.items()),
     )
     _make_phi(made, shapes, config)
     depth = config.vision_config.num_hidden_layers
@@ -88,7 +88,7 @@ def make_weights(folder: Path, size: str) -> MadeUp:
     parts = ("qformer.", "ln_vision.", "query_tokens")
     qformer = {blip2.original_name(n): random(s, torch.float32) for n, s in shapes.items() if n.startswith(parts)}
     torch.save({"model": qformer}, made.qformer)
-    trained = {original_name(n, lora=True): random(s, torch.float32) for n, s in shapes.items() if learnt(n)}
+    trained = {original_name(n, lora=True): random(s, torch.float32) for n, s in shapes.items() if is_trainable(n)}
     moments = {i: {"exp_avg": t, "exp_avg_sq": t.square()} for i, t in enumerate(trained.values())}
     torch.save({"model": trained, "optimizer": {"state": moments}, "epoch": 49}, made.trained)
     made.recipe.write_text(yaml.safe_dump(_recipe(made, config)), encoding="utf-8")

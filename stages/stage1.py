@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=job.dtype)
         # With LoRA as in the original's code; the published recipe builds none here.
         parts = (projections, norms, lora) if job.recipe.model.lora_r else (projections, norms)
-        train_only(model, *parts, instead=job.recipe.model.train)
+        train_only(model, *parts, override=job.recipe.model.train)
         stream = open_stream(job.recipe)
         check_features(model, job)  # where data.features names some: stale ones are refused
         with session.start_engine(model, stream) as run:  # DeepSpeed, from the last checkpoint where there is one

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with open_session(job) as session:  # the ranks meet; run directory, log and watchdog
         # Phi, ViT and Q-Former from their own files, then what the stage before has trained.
         model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=job.dtype)
-        train_only(model, projections, norms, lora, instead=job.recipe.model.train)
+        train_only(model, projections, norms, lora, override=job.recipe.model.train)
         stream = open_stream(job.recipe)
         check_features(model, job)  # where data.features names some: stale ones are refused
         with session.start_engine(model, stream) as run:  # DeepSpeed, from the last checkpoint where there is one

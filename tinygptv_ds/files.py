@@ -141,7 +141,7 @@ class FileLock:
 def lock_file(path: Path, *, wait: bool = False) -> FileLock:
     """Take the exclusive lock on a file, which is created if it is missing; its content is neither read nor changed.
 
-    The lock is the kernel's `flock`, so it ends with the process, however that ends. The package `filelock` is not used:
+    The lock is the kernel's `flock`, so it ends with the process, however that ends. The package `filelock` is no help:
     it polls where this waits, falls back to marker files that can outlive their process, and is slow to import.
 
     Args:

@@ -69,9 +69,9 @@ def train_tokenizer(seed: int) -> CodeGenTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=BPE_VOCAB, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_tokenizer_corpus(random.Random(f"tokenizer {seed}")), trainer)
-    learnt = json.loads(tokenizer.to_str())["model"]
-    vocab = learnt["vocab"] | {END: len(learnt["vocab"])}
-    merges = [tuple(pair) for pair in learnt["merges"]]
+    tokenizer_model = json.loads(tokenizer.to_str())["model"]
+    vocab = tokenizer_model["vocab"] | {END: len(tokenizer_model["vocab"])}
+    merges = [tuple(pair) for pair in tokenizer_model["merges"]]
     return CodeGenTokenizer(vocab=vocab, merges=merges, pad_token=END, model_max_length=PHI["max_position_embeddings"])
 
 
@@ -174,8 +174,8 @@ def text_loss(model: TinyGPTVForConditionalGeneration, texts: list[Text]) -> Ten
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     packing = make_packing(cu_seqlens, max(lengths), len(input_ids), "sdpa")
     hidden = model.language_model.model(x, position_ids, packing=packing)
-    learnt = (labels != IGNORE).nonzero().flatten()
-    return token_losses(model.language_model.lm_head(hidden[learnt - 1]), labels[learnt]).mean()
+    targets = (labels != IGNORE).nonzero().flatten()
+    return token_losses(model.language_model.lm_head(hidden[targets - 1]), labels[targets]).mean()
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def train_text(
 
     def losses() -> Iterator[Tensor]:
         for step in itertools.count():
-            # Looking up comes first: from terse facts it is learnt in a fraction of the time that questions would take.
+            # Looking up comes first: terse facts teach it in a fraction of the time that questions would take.
             easy = step < training.steps * training.first
             texts = [teacher.text("facts") for _ in range(training.batch)] if easy else teacher.texts(training.batch)
             yield text_loss(model, texts)

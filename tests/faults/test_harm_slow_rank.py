@@ -76,7 +76,7 @@ def test_validation_is_the_same_on_any_ranks(runs: Runs) -> None:
 
 
 def test_the_first_samples_are_shown(runs: Runs) -> None:
-    """One of each dataset, in the log and on TensorBoard, with what is learnt marked."""
+    """One of each dataset, in the log and on TensorBoard, with the target tokens marked."""
     log = (runs.slow.folder / "log.txt").read_text()
     events = EventAccumulator(str(runs.slow.folder / "tensorboard"), size_guidance={"images": 0})
     events.Reload()

@@ -94,7 +94,7 @@ def test_resumed_in_the_middle_of_a_cycle(place: Place, zero_2: Run) -> None:
     assert again.column("train/loss") == zero_2.column("train/loss")[SAVED:]
 
 
-def test_the_q_former_learnt_and_is_part_of_the_result(weights: Path, zero_2: Run) -> None:
+def test_the_q_former_is_trained_and_is_part_of_the_result(weights: Path, zero_2: Run) -> None:
     result = load_file(zero_2.folder / "model/trained.safetensors")
     before = torch.load(weights / "blip2_pretrained_flant5xxl.pth", weights_only=True)["model"]["query_tokens"]
     moved = (result["query_tokens"] - before).abs().max()

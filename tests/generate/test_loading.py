@@ -14,7 +14,7 @@ from tinygptv_ds.generate import load as loading
 from tinygptv_ds.generate.load import LoadedModel, load_model
 from tinygptv_ds.generate.quantize import AdaptedLinear, quantized_linear
 from tinygptv_ds.models.lora import LoRALinear
-from tinygptv_ds.models.parameters import learnt
+from tinygptv_ds.models.parameters import is_trainable
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.assemble import build_model
 from tinygptv_ds.weights.export.adapter import export_adapter
@@ -37,7 +37,9 @@ def wide_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = build_recipe(tiny.recipe(weights, {"vqa": Path("vqa")}), "the tests' recipe")
     torch.manual_seed(1)
     model = build_model(recipe.model, recipe.text, frozen_dtype=FP32)
-    state = {name: p.detach() + 0.1 * torch.randn(p.shape) for name, p in model.named_parameters() if learnt(name)}
+    state = {
+        name: p.detach() + 0.1 * torch.randn(p.shape) for name, p in model.named_parameters() if is_trainable(name)
+    }
     (folder / "run").mkdir()
     save_trained(state, model.config, folder / "run/model", provenance_of(recipe))
     return folder / "run"

@@ -65,7 +65,7 @@ def inputs(model: TinyGPTVForConditionalGeneration, expected: dict) -> tuple[Ten
 
 
 def labels_of(expected: dict) -> Tensor:
-    """Where none are stored every token is learnt."""
+    """Where none are stored every token is a target."""
     return expected["labels"] if "labels" in expected else expected["input_ids"]
 
 

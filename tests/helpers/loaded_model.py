@@ -10,7 +10,7 @@ from helpers import tiny
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.generate.load import LoadedModel, load_model
-from tinygptv_ds.models.parameters import learnt
+from tinygptv_ds.models.parameters import is_trainable
 from tinygptv_ds.weights.assemble import build_model
 from tinygptv_ds.weights.export.hf import export_hf
 from tinygptv_ds.weights.provenance import provenance_of
@@ -28,7 +28,7 @@ def trained_run(tiny_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -
     """A finished run whose LoRA and norms are far from where they began."""
     torch.manual_seed(3)
     model = build_model(tiny_recipe.model, tiny_recipe.text, frozen_dtype=torch.float32)
-    state: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters() if learnt(name)}
+    state: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters() if is_trainable(name)}
     for tensor in state.values():
         tensor.add_(torch.randn(tensor.shape) * 0.3)
     run = tmp_path_factory.mktemp("trained") / "run"

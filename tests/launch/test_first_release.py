@@ -12,7 +12,7 @@ from torch import Tensor
 from tinygptv_ds.cli import main
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.models.parameters import learnt
+from tinygptv_ds.models.parameters import is_trainable
 from tinygptv_ds.weights.assemble import build_model, meta_model, model_config
 from tinygptv_ds.weights.layouts.tinygptv import original_name
 from tinygptv_ds.weights.resolve import resolve, resolve_trained
@@ -27,7 +27,7 @@ def first_release(recipe: Path, file: Path) -> dict[str, Tensor]:
     values = {
         name: 0.1 * torch.randn(parameter.shape)
         for name, parameter in meta_model(model_config(loaded.model, loaded.text)).named_parameters()
-        if learnt(name) or name.startswith(QFORMER)
+        if is_trainable(name) or name.startswith(QFORMER)
     }
     torch.save({"model": {original_name(name, lora=True): tensor for name, tensor in values.items()}}, file)
     return {name: tensor for name, tensor in values.items() if name.startswith(QFORMER)}

@@ -43,9 +43,9 @@ def test_any_row(turns: list[tuple[str, str]], images: int, max_txt: int, max_co
     text = TextSection(prompt_template="<{}>", end_sym="#", max_txt_len=max_txt, max_context_len=max_context)
     row = build_sequence(Rendered(tuple(turns)), images, LETTERS, text, IMAGE, first)
     assert row.input_ids[0] == BOS and (row.input_ids[1:] != BOS).all()
-    learnt = row.labels != IGNORE
-    assert (row.labels[learnt] == row.input_ids[learnt]).all()
-    assert not learnt[0]
+    targets = row.labels != IGNORE
+    assert (row.labels[targets] == row.input_ids[targets]).all()
+    assert not targets[0]
     assert row.position_ids[0] == 0 and (np.diff(row.position_ids) >= 1).all()
     assert (row.input_ids[row.image_rows] == IMAGE.token_id).all()
     assert (row.image_index == np.arange((row.input_ids == IMAGE.token_id).sum())).all()
@@ -53,7 +53,7 @@ def test_any_row(turns: list[tuple[str, str]], images: int, max_txt: int, max_co
     prompt = min(prompt, 1 + max_context) if images else prompt
     assert row.position_ids[-1] < prompt + max_txt
     # Skipped positions are the BOS tokens of later questions within the length.
-    spoken = "".join(chr(t) for t in row.labels[learnt])
+    spoken = "".join(chr(t) for t in row.labels[targets])
     assert "".join(answer + "#" for _, answer in turns).startswith(spoken)
 
 

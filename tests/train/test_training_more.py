@@ -14,7 +14,7 @@ from tinygptv_ds.data.loader.sample import open_tokens
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.models.parameters import (
     PARTS,
-    frozen_learnt,
+    frozen_trainables,
     lora,
     norms,
     projections,
@@ -39,7 +39,7 @@ def built(raw_recipe: RawRecipe) -> Callable[..., tuple[Recipe, TinyGPTVForCondi
         recipe = build_recipe(raw_recipe(**{"model__train": list(parts), **changes}), "r")
         torch.manual_seed(0)
         model = build_model(recipe.model, recipe.text, frozen_dtype=dtype)
-        train_only(model, projections, norms, lora, instead=recipe.model.train)
+        train_only(model, projections, norms, lora, override=recipe.model.train)
         return recipe, model
 
     return build
@@ -117,7 +117,7 @@ def test_recomputed_blocks(every: bool | int, recomputed: int, built: Callable[.
     assert twice - once == recomputed
 
 
-def test_the_result_holds_all_that_learnt_and_goes_on(built: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_result_holds_all_that_is_trained_and_goes_on(built: Callable[..., Any], tmp_path: Path) -> None:
     """Of a run that trained everything, then of one from it that trained the projections alone."""
     recipe, model = built(*ALL)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_the_result_holds_all_that_learnt_and_goes_on(built: Callable[..., Any],
 
     recipe, model = built("projections", model__init_from=str(tmp_path / "first"))
     assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
-    model.frozen_updates |= frozen_learnt(model)  # as the session does
+    model.frozen_updates |= frozen_trainables(model)  # as the session does
     trained = {name: p.detach() * 2 for name, p in model.named_parameters() if p.requires_grad}
     save_trained(model.frozen_updates | trained, model.config, tmp_path / "second/model", provenance_of(recipe))
     found = resolve(tmp_path / "second").weights()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tinygptv_ds.config.data_section import DataSection, DatasetSection
 from tinygptv_ds.config.recipe import ModelSection, OptimizerSection, Recipe, TextSection, TrainSection
-from tinygptv_ds.models.parameters import learnt
+from tinygptv_ds.models.parameters import is_trainable
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.provenance import provenance_of
 from tinygptv_ds.weights.trained import save_trained
@@ -33,7 +33,7 @@ def values(reference: TinyGPTVForConditionalGeneration) -> dict[str, Tensor]:
 
 @pytest.fixture
 def trained(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in values.items() if learnt(name)}
+    return {name: tensor for name, tensor in values.items() if is_trainable(name)}
 
 
 @pytest.fixture

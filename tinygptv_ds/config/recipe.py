@@ -105,7 +105,7 @@ class TextSection:
         prompts: a pool of prompts.yaml that captions are asked for with ("stage3"), or None: bare captions.
         prompt_per: one of `prompts` is drawn for each "sample", or for each "step", as the original does.
         prompt_template: wraps every question, `{}` stands for it; None: no wrap.
-        end_sym: ends every answer; learnt, and where generation stops.
+        end_sym: ends every answer; a target in training, and where generation stops.
         max_txt_len: answer tokens at most, `end_sym` included (a longer answer loses it).
         max_context_len: prompt tokens at most, image rows included.
     """

@@ -72,27 +72,27 @@ def part_of(name: str) -> str | None:
 
 def always_fp32(name: str) -> bool:
     """What lies in fp32 whether it is trained or not: what the published stages train, and these norms' biases."""
-    return learnt(name) or norms(re.sub(r"\.bias$", ".weight", name))  # a norm's two have to be of one dtype
+    return is_trainable(name) or norms(re.sub(r"\.bias$", ".weight", name))  # a norm's two have to be of one dtype
 
 
-def learnt(name: str) -> bool:
+def is_trainable(name: str) -> bool:
     """All that the published stages train: projections, norm weights and LoRA."""
     return projections(name) or norms(name) or lora(name)
 
 
-def train_only(model: nn.Module, *parts: Part, instead: Sequence[str] | None = None) -> list[str]:
+def train_only(model: nn.Module, *parts: Part, override: Sequence[str] | None = None) -> list[str]:
     """Freeze everything but the parts given; returns the trained names in model order.
 
     Args:
         model: the model.
         parts: what the stage trains as published.
-        instead: names of `PARTS` that a recipe lists instead of them (`model.train`).
+        override: names of `PARTS` to train instead, from a recipe's `model.train`.
 
     Raises:
         ConfigError: a part matches nothing (LoRA asked for in a model with `lora_r: 0`).
     """
-    if instead is not None:
-        parts = tuple(PARTS[name] for name in instead)
+    if override is not None:
+        parts = tuple(PARTS[name] for name in override)
     matched = dict.fromkeys(parts, False)
     trained = []
     for name, parameter in model.named_parameters():
@@ -109,9 +109,9 @@ def train_only(model: nn.Module, *parts: Part, instead: Sequence[str] | None = N
     return trained
 
 
-def frozen_learnt(model: nn.Module) -> dict[str, Tensor]:
+def frozen_trainables(model: nn.Module) -> dict[str, Tensor]:
     """Copies of what the published stages train and this run does not: part of its result all the same."""
-    frozen = ((name, p) for name, p in model.named_parameters() if learnt(name) and not p.requires_grad)
+    frozen = ((name, p) for name, p in model.named_parameters() if is_trainable(name) and not p.requires_grad)
     return {name: p.detach().clone() for name, p in frozen}
 
 

@@ -1,7 +1,7 @@
 """From the words of a sample to token ids, labels and positions, laid out as TinyGPT-V was trained.
 
-A training row is `BOS | prompt with 32 rows per image | answer + end_sym`, learnt from the answer on. In a
-conversation every later question follows as a BOS that nothing attends to (the original's attention hole) and the
+A training row is `BOS | prompt with 32 rows per image | answer + end_sym`; the targets are the answer and `end_sym`. In
+a conversation every later question follows as a BOS that nothing attends to (the original's attention hole) and the
 wrapped question: here that BOS is left out and its position skipped, which is the same.
 """
 
@@ -37,7 +37,7 @@ class Sequence:
 
     Attributes:
         input_ids: int64 `[T]`, image positions hold the image token id.
-        labels: int64 `[T]`, -100 where nothing is learnt.
+        labels: int64 `[T]`, -100 where a token is no target.
         position_ids: int64 `[T]`, from 0; may skip.
         image_rows: int64 `[R]`, positions of the image tokens in the row.
         image_index: int64 `[R]`, which row of the sample's images (image * count + row) stands there.
@@ -130,14 +130,14 @@ def build_sequence(
     if num_images:
         prompt = prompt[: text.max_context_len]
     row = [bos, *prompt]
-    answers, learnt, holes = _turns(rendered, lambda t: tokenize(tokenizer, t), text, bos)
+    answers, targets, holes = _turns(rendered, lambda t: tokenize(tokenizer, t), text, bos)
     input_ids = np.array(row + answers[: text.max_txt_len], dtype=np.int64)
     labels = np.full(len(input_ids), IGNORE, dtype=np.int64)
-    learnt_here = np.zeros(len(input_ids), dtype=bool)
-    learnt_here[len(row) :] = learnt[: text.max_txt_len]
-    # The original finds padding by id, so an end token written inside an answer is not learnt.
-    learnt_here &= input_ids != bos
-    labels[learnt_here] = input_ids[learnt_here]
+    is_target = np.zeros(len(input_ids), dtype=bool)
+    is_target[len(row) :] = targets[: text.max_txt_len]
+    # The original finds padding by id, so an end token written inside an answer is no target.
+    is_target &= input_ids != bos
+    labels[is_target] = input_ids[is_target]
     keep = np.ones(len(input_ids), dtype=bool)
     keep[[len(row) + h for h in holes if h < text.max_txt_len]] = False
     position_ids = np.arange(len(input_ids), dtype=np.int64)
@@ -149,17 +149,17 @@ def build_sequence(
 def _turns(
     rendered: Rendered, tokens: Callable[[str], list[int]], text: TextSection, bos: int
 ) -> tuple[list[int], list[bool], list[int]]:
-    """Everything after the prompt: ids, whether each is learnt, and where the holes are."""
+    """Return everything after the prompt: ids, whether each is a target, and where the holes are."""
     ids: list[int] = []
-    learnt: list[bool] = []
+    targets: list[bool] = []
     holes: list[int] = []
     for number, (question, answer) in enumerate(rendered.turns):
         if number:
             holes.append(len(ids))
             asked = [bos, *tokens(wrap(text.prompt_template, question or ""))]
             ids += asked
-            learnt += [False] * len(asked)
+            targets += [False] * len(asked)
         answered = tokens(answer + text.end_sym)
         ids += answered
-        learnt += [True] * len(answered)
-    return ids, learnt, holes
+        targets += [True] * len(answered)
+    return ids, targets, holes

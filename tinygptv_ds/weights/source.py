@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.models.parameters import learnt
+from tinygptv_ds.models.parameters import is_trainable
 from tinygptv_ds.weights.io import Stored, listing
 from tinygptv_ds.weights.safetensors_writer import convert_tensor
 
@@ -37,7 +37,7 @@ class Source:
     @property
     def frozen_updates(self) -> list[str]:
         """Names of trained weights that the published stages keep frozen; they replace those of the base models."""
-        return [name for name in self.weights if not learnt(name)]
+        return [name for name in self.weights if not is_trainable(name)]
 
 
 def rename_all(stored: Mapping[str, Stored], rename: Callable[[str], str | None], path: Path) -> Source:

@@ -20,7 +20,7 @@ from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.files import sha256, whole_folder
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
-from tinygptv_ds.models.parameters import learnt, lora, norms
+from tinygptv_ds.models.parameters import is_trainable, lora, norms
 from tinygptv_ds.weights.detect import ADAPTER_CONFIG, KINDS, RECIPE, WEIGHTS, Opened, open_any
 from tinygptv_ds.weights.io import Stored, in_memory, read_json
 from tinygptv_ds.weights.layouts.tinygptv import original_source
@@ -121,7 +121,7 @@ def trained_source(opened: Opened) -> Source:
             "comes from, or export it with --to adapter or --keep-lora"
         )
     frozen_updates = set(opened.notes.get("frozen_updates", ()))
-    wanted = {name for name in source.weights if learnt(name) or name in frozen_updates}
+    wanted = {name for name in source.weights if is_trainable(name) or name in frozen_updates}
     base = sorted(source.weights.keys() - wanted)
     return Source(opened.path, {n: t for n, t in source.weights.items() if n in wanted}, base)
 

@@ -9,7 +9,7 @@ from helpers import tiny
 from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.checks.preview_samples import CUT, IMAGE, LEARNT, PROMPT, TURN, Piece, Preview
+from tinygptv_ds.data.checks.preview_samples import CUT, IMAGE, PROMPT, TARGET, TURN, Piece, Preview
 from tinygptv_ds.data.checks.preview_text import first_of_each, marked
 from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.stream.plan import OpenStream, open_stream
@@ -58,8 +58,8 @@ def test_marks() -> None:
         Piece("image 1: 3 tokens", IMAGE, 1, image=0),
         Piece("image 2: 3 tokens", IMAGE, 4, image=1),
         Piece("what", PROMPT, 7),
-        Piece("a", LEARNT, 8),
-        Piece(" bus\n", LEARNT, 9),
+        Piece("a", TARGET, 8),
+        Piece(" bus\n", TARGET, 9),
         Piece("", TURN, 10),
         Piece("and", PROMPT, 10),
         Piece(" then", CUT, 11),

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.data.checks import preview as verb
-from tinygptv_ds.data.checks.preview_samples import CUT, LEARNT, PROMPT, kinds_of, previews
+from tinygptv_ds.data.checks.preview_samples import CUT, PROMPT, TARGET, kinds_of, previews
 from tinygptv_ds.data.loader.sample import Sample, Tokens, load_sample
 from tinygptv_ds.data.sets.common import PreparedSample
 from tinygptv_ds.data.shards.reader import ShardReader
@@ -120,20 +120,20 @@ def data(folder: Path, *samples: tuple[dict[str, Any], int]) -> list[dict[str, s
 
 
 def test_the_page_is_what_training_reads(raw_recipe: RAW, recipe_file: FILE, tmp_path: Path) -> None:
-    """Sample by sample from the third step on: learnt words, read words, pixels, names."""
+    """Sample by sample from the third step on: target words, read words, pixels, names."""
     long = {"prompt_template": "[INST] {} [/INST]", "end_sym": "###", "max_txt_len": 500}
     shown = page(recipe_file(text=long), tmp_path, "--start-step", 2, "--count", 16).cards
     samples = list(loaded(raw_recipe(text=long), range(2, 4)))
     assert {sample.ref.dataset for sample in samples} == {"vqa", "text", "chat", "pair"}
     for card, sample in zip(shown, samples, strict=True):
         row = sample.sequence
-        learnt = row.labels != IGNORE
-        words = ~learnt & (row.input_ids != -1)
-        assert card.words("learnt") == decode(raw_recipe(), row.labels[learnt])
+        targets = row.labels != IGNORE
+        words = ~targets & (row.input_ids != -1)
+        assert card.words("target") == decode(raw_recipe(), row.labels[targets])
         assert card.words("prompt") == decode(raw_recipe(), row.input_ids[words])
         images = [f"image {n + 1}: {tiny.QUERIES} tokens" for n in range(len(sample.pixels))]
         assert [text for classes, text in card.spans if "image" in classes] == images
-        assert f"{len(row)} tokens, {learnt.sum()} learnt" in card.text and not card.words("cut")
+        assert f"{len(row)} tokens, {targets.sum()} of them targets" in card.text and not card.words("cut")
         assert len(card.images) == len(sample.pixels)
         for ours, theirs in zip(card.images, sample.pixels, strict=True):
             assert np.array_equal(ours, theirs.transpose(1, 2, 0))
@@ -148,7 +148,7 @@ def test_every_token_is_seen_apart(raw_recipe: RAW, recipe_file: FILE, tmp_path:
     assert [text for _, text in card.spans if text][-len(sample.sequence) :] == [
         decode(raw_recipe(), sample.sequence.input_ids[i : i + 1]) for i in range(len(sample.sequence))
     ]
-    words = [classes for classes, _ in card.spans if classes.split()[0] in (PROMPT, LEARNT)]
+    words = [classes for classes, _ in card.spans if classes.split()[0] in (PROMPT, TARGET)]
     assert all(("odd" in one) != ("odd" in other) for one, other in pairwise(words))
 
 
@@ -167,7 +167,7 @@ def test_what_is_cut_off_is_seen_as_cut(raw_recipe: RAW, max_txt_len: int, max_c
         kinds = kinds_of(kept, load_sample(stream, reader, shown.ref, answers).sequence, full, max_context_len)
         assert full.input_ids[kinds != CUT].tolist() == kept.input_ids.tolist()
         assert (full.position_ids[kinds != CUT] >= kept.position_ids).all()
-        assert kinds[kinds != CUT].tolist() == [PROMPT if label == IGNORE else LEARNT for label in kept.labels]
+        assert kinds[kinds != CUT].tolist() == [PROMPT if label == IGNORE else TARGET for label in kept.labels]
         assert shown.counts[CUT] == len(full) - len(kept)
         everything = "".join(piece.text for piece in shown.pieces if piece.image is None)
         assert everything == tokens.tokenizer.decode(full.input_ids[full.input_ids != -1].tolist())
@@ -179,9 +179,9 @@ def test_letters_of_several_tokens(recipe_file: FILE, raw_recipe: RAW, tmp_path:
     """Whole, although the tokenizer knows their bytes alone; where the limit falls inside one, the rest is cut."""
     datasets = data(tmp_path / "d", ({"text": "é 赤い\nbus", "answer": "🚌 赤"}, 0))
     (card,) = page(recipe_file(data__datasets=datasets), tmp_path, "--count", 1).cards
-    assert "é 赤い\\n\nbus" in card.words("prompt") and card.words("learnt") == "🚌 赤###"
+    assert "é 赤い\\n\nbus" in card.words("prompt") and card.words("target") == "🚌 赤###"
     (card,) = page(recipe_file(data__datasets=datasets), tmp_path, "--count", 1, "--set", "text.max_txt_len=4").cards
-    assert card.words("learnt") == "🚌" and card.words("cut") == " 赤###"
+    assert card.words("target") == "🚌" and card.words("cut") == " 赤###"
 
 
 def test_later_turns_begin_on_a_line_of_their_own(recipe_file: FILE, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_boxes_have_the_colour_of_their_words(recipe_file: FILE, tmp_path: Path)
     assert len(set(colours)) == 3
     texts = {colour: card.words(colour) for colour in colours}
     assert list(texts.values()) == [one * 2, two, out]
-    assert one in card.words("prompt") and card.words("learnt") == f"{two}<delim>{out} not {one}\\n\n"
+    assert one in card.words("prompt") and card.words("target") == f"{two}<delim>{out} not {one}\\n\n"
 
 
 def test_boxes_lie_on_the_image_before_them(recipe_file: FILE, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_boxes_lie_on_the_image_before_them(recipe_file: FILE, tmp_path: Path) -
     assert card.boxes == [] and box in card.words("prompt") and not card.words("box")
     datasets = data(tmp_path / "f", ({"text": "where", "answer": box}, 1))
     cut = page(recipe_file(data__datasets=datasets), tmp_path, "--count", 1, "--set", "text.max_txt_len=5").cards[0]
-    assert cut.boxes == [] and cut.words("learnt") + cut.words("cut") == f"{box}###"
+    assert cut.boxes == [] and cut.words("target") + cut.words("cut") == f"{box}###"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_data_is_text_and_nothing_else(recipe_file: FILE, tmp_path: Path) -> Non
     shown = page(recipe, tmp_path, "--count", 2)
     assert len(shown.cards) == 2
     for card in shown.cards:
-        assert evil in card.words("prompt") and evil in card.words("learnt") and card.text.count(evil) == 3
+        assert evil in card.words("prompt") and evil in card.words("target") and card.text.count(evil) == 3
     assert "http" not in shown.source and "url(" not in shown.source and "@import" not in shown.source
     assert "prefers-color-scheme: dark" in shown.source
 

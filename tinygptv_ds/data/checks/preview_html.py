@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tinygptv_ds.config.recipe import Recipe
-from tinygptv_ds.data.checks.preview_samples import CUT, IMAGE, LEARNT, PROMPT, TURN, Piece, Preview
+from tinygptv_ds.data.checks.preview_samples import CUT, IMAGE, PROMPT, TARGET, TURN, Piece, Preview
 from tinygptv_ds.files import whole_file
 from tinygptv_ds.processing.boxes import Box
 
@@ -22,11 +22,11 @@ SHOWN_AT_LEAST = 224  # pixels: smaller images are shown enlarged
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #f6f6f4; --card: #fff; --ink: #1c1c1a; --faint: #6b6b66; --line: #dcdcd6;
-  --prompt: #f0f0ec; --prompt2: #e5e5df; --learnt: #d5efd3; --learnt2: #c2e5c0; --learnt-line: #2b8a3e;
+  --prompt: #f0f0ec; --prompt2: #e5e5df; --target: #d5efd3; --target2: #c2e5c0; --target-line: #2b8a3e;
   --cut: #fbe3e0; --cut-ink: #a33327; %(light)s }
 @media (prefers-color-scheme: dark) { :root { --ground: #161615; --card: #20201e; --ink: #ecece6; --faint: #a0a099;
-  --line: #3a3a36; --prompt: #2b2b28; --prompt2: #363632; --learnt: #1d3a22; --learnt2: #264a2c;
-  --learnt-line: #69c77b; --cut: #43231f; --cut-ink: #ff9c8f; %(dark)s } }
+  --line: #3a3a36; --prompt: #2b2b28; --prompt2: #363632; --target: #1d3a22; --target2: #264a2c;
+  --target-line: #69c77b; --cut: #43231f; --cut-ink: #ff9c8f; %(dark)s } }
 * { box-sizing: border-box }
 body { margin: 0 auto; padding: 1.5rem; max-width: 110rem; background: var(--ground); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif }
@@ -44,10 +44,10 @@ figure svg { position: absolute; inset: 0; width: 100%%; height: 100%%; overflow
 rect { fill: none; stroke-width: 2px; vector-effect: non-scaling-stroke }
 rect.halo { stroke: #fff; stroke-width: 5px; opacity: .75 }
 .row { margin: 0; font: 13px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
-.prompt, .learnt, .cut, .image { padding: .15em 0; border-radius: 2px }
+.prompt, .target, .cut, .image { padding: .15em 0; border-radius: 2px }
 .prompt { background: var(--prompt) } .prompt.odd { background: var(--prompt2) }
-.learnt { background: var(--learnt); border-bottom: 2px solid var(--learnt-line) }
-.learnt.odd { background: var(--learnt2) }
+.target { background: var(--target); border-bottom: 2px solid var(--target-line) }
+.target.odd { background: var(--target2) }
 .cut { background: var(--cut); color: var(--cut-ink); text-decoration: line-through }
 .image { border: 1px dashed var(--faint); padding: .1em .4em; color: var(--faint) }
 .turn { display: block; height: .5em }
@@ -71,7 +71,7 @@ def write_html(out: Path, previews: Sequence[Preview], *, title: str, recipe: Re
 <header>
 <h1>{escape(title)}</h1>
 <p>{escape(summary(recipe, source))}</p>
-<p class="legend"><span class="prompt">read</span><span class="learnt">learnt</span><span class="cut">cut off by
+<p class="legend"><span class="prompt">read</span><span class="target">target</span><span class="cut">cut off by
 text.max_txt_len or text.max_context_len</span><span class="image">an image's tokens</span>shades tell tokens apart;
 boxes have the colour of their words</p>
 </header>
@@ -104,7 +104,7 @@ def amounts(preview: Preview) -> str:
     """How many tokens it has."""
     counts = preview.counts
     cut = f", {counts[CUT]} cut off" if counts[CUT] else ""
-    return f"{counts[PROMPT] + counts[LEARNT]} tokens, {counts[LEARNT]} learnt{cut}"
+    return f"{counts[PROMPT] + counts[TARGET]} tokens, {counts[TARGET]} of them targets{cut}"
 
 
 def _style() -> str:

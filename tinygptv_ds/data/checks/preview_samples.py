@@ -1,4 +1,4 @@
-"""Samples as the model will see them: their tokens with what is learnt and what is cut off, images and boxes."""
+"""Samples as the model will see them: their tokens with the target tokens and what is cut off, images and boxes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.processing.boxes import Box, FoundBox, find_boxes
 from tinygptv_ds.processing.sequence import IGNORE, Sequence
 
-PROMPT, LEARNT, CUT, IMAGE, TURN = "prompt", "learnt", "cut", "image", "turn"
-_READ = (PROMPT, LEARNT)
+PROMPT, TARGET, CUT, IMAGE, TURN = "prompt", "target", "cut", "image", "turn"
+_READ = (PROMPT, TARGET)
 _ENDLESS = 1 << 40  # tokens
 _TORN = "\ufffd"  # what the decoder gives for a part of a character
 
@@ -28,7 +28,7 @@ class Piece:
 
     Attributes:
         text: what they say.
-        kind: "prompt" (read), "learnt", "cut" (behind a limit of the recipe), "image" (the rows of one image), or
+        kind: "prompt" (read), "target", "cut" (behind a limit of the recipe), "image" (the rows of one image), or
             "turn" (no text: a later question begins).
         token: number of the token in the row; pieces of one token share it.
         box: number of the box in `Preview.boxes` that they belong to.
@@ -52,7 +52,7 @@ class Preview:
         shard: the tar.
         key: its key there.
         pieces: its row, cut tokens included.
-        counts: tokens by kind: "prompt" with those of images, "learnt" and "cut".
+        counts: tokens by kind: "prompt" with those of images, "target" and "cut".
         images: uint8 `[3, S, S]` each, as the model gets them.
         boxes: (number of the image, box in per cent of it) of each box that the model reads or learns.
         skipped: where training leaves the sample out: one word, and the whole message.
@@ -91,7 +91,7 @@ def preview(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tok
     except SampleError as error:
         return Preview(ref, step, str(tar), key, skipped=(error.reason, str(error)))
     kinds = kinds_of(sample.sequence, *whole, tokens.text.max_context_len)
-    counts = {kind: int((kinds == kind).sum()) for kind in (PROMPT, LEARNT, CUT)}
+    counts = {kind: int((kinds == kind).sum()) for kind in (PROMPT, TARGET, CUT)}
     pieces, boxes = _with_boxes(_pieces(whole[1], kinds, tokens), len(sample.pixels))
     return Preview(ref, step, str(tar), key, pieces, counts, list(sample.pixels), boxes)
 
@@ -103,10 +103,10 @@ def _unlimited(tokens: Tokens) -> tuple[TextSection, TextSection]:
 
 
 def kinds_of(kept: Sequence, answers: Sequence, whole: Sequence, max_context_len: int) -> np.ndarray:
-    """ "prompt", "learnt" or "cut" for each token of `whole`: str `[T]`.
+    """ "prompt", "target" or "cut" for each token of `whole`: str `[T]`.
 
     Args:
-        kept: the row that is trained on, whose labels say what is learnt.
+        kept: the row that is trained on, whose labels mark the targets.
         answers: the same row with the answers uncut, of which `kept` is the beginning.
         whole: the row with the prompt uncut, too.
         max_context_len: where the prompt was cut, not counting the BOS token.
@@ -114,7 +114,7 @@ def kinds_of(kept: Sequence, answers: Sequence, whole: Sequence, max_context_len
     kinds = np.full(len(whole), CUT, dtype="<U6")
     lost = len(whole) - len(answers)
     uncut = np.delete(np.arange(len(whole)), slice(max_context_len + 1, max_context_len + 1 + lost))
-    kinds[uncut[: len(kept)]] = np.where(kept.labels != IGNORE, LEARNT, PROMPT)
+    kinds[uncut[: len(kept)]] = np.where(kept.labels != IGNORE, TARGET, PROMPT)
     return kinds
 
 

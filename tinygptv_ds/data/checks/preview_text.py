@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from tinygptv_ds.data.checks.preview_samples import CUT, IMAGE, LEARNT, TURN, Piece, Preview, preview
+from tinygptv_ds.data.checks.preview_samples import CUT, IMAGE, TARGET, TURN, Piece, Preview, preview
 from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.shards.reader import ShardReader
 from tinygptv_ds.data.stream.mixture import SampleRef
@@ -26,9 +26,9 @@ def first_of_each(stream: OpenStream, tokens: Tokens) -> Iterator[Preview]:
 
 
 def marked(pieces: list[Piece]) -> str:
-    """What is learnt in <<...>>, what is cut off in ~~...~~, images and later turns in [...]; line ends as \\n."""
+    """Return one line: targets in <<...>>, tokens cut off in ~~...~~, images and later turns in [...]."""
     parts = []
     for kind, group in groupby(pieces, key=lambda piece: piece.kind):
         text = "".join(f"[{piece.text}]" if kind == IMAGE else piece.text for piece in group).replace("\n", "\\n")
-        parts.append({LEARNT: f"<<{text}>>", CUT: f"~~{text}~~", TURN: " [next turn] "}.get(kind, text))
+        parts.append({TARGET: f"<<{text}>>", CUT: f"~~{text}~~", TURN: " [next turn] "}.get(kind, text))
     return "".join(parts)

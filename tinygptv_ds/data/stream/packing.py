@@ -40,7 +40,7 @@ class Estimate:
         return 1 + asked + self._answered(answer)
 
     def targets(self, lengths: np.ndarray) -> np.ndarray:
-        """Of these rows, those that are learnt, float64 `[n]`."""
+        """The target tokens among these rows, float64 `[n]`."""
         return self._answered(lengths[:, 2].astype(np.float64))
 
     def cost(self, lengths: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tinygptv_ds.data.checks.preview_samples import CUT, LEARNT, PROMPT, Preview
+from tinygptv_ds.data.checks.preview_samples import CUT, PROMPT, TARGET, Preview
 from tinygptv_ds.data.checks.preview_text import first_of_each, marked
 from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.data.loader.sample import Tokens
@@ -61,5 +61,5 @@ def _cells(preview: Preview) -> tuple[str, str, str, str]:
         return preview.ref.dataset, where, "left out", preview.skipped[1]
     counts = preview.counts
     cut = f", {counts[CUT]} cut off" if counts[CUT] else ""
-    amount = f"{counts[PROMPT] + counts[LEARNT]} tokens, {counts[LEARNT]} target tokens{cut}"
+    amount = f"{counts[PROMPT] + counts[TARGET]} tokens, {counts[TARGET]} target tokens{cut}"
     return preview.ref.dataset, where, amount, marked(preview.pieces)

@@ -13,7 +13,7 @@ from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.distributed import complete_env, cores_per_rank
 from tinygptv_ds.errors import Stopped
 from tinygptv_ds.log import LOGGER, set_up_logging
-from tinygptv_ds.models.parameters import frozen_learnt
+from tinygptv_ds.models.parameters import frozen_trainables
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
 from tinygptv_ds.train.checkpoint import resume
@@ -85,7 +85,7 @@ class Session:
         checkpoint = None if chosen is None else resume.open_checkpoint(Path(chosen))
         if checkpoint is not None:
             resume.load_weights(model, checkpoint)
-        model.frozen_updates |= frozen_learnt(model)
+        model.frozen_updates |= frozen_trainables(model)
         engine = Engine(model, job.deepspeed, job.recipe.optimizer, job.ranks)
         checkpointing = job.recipe.model.gradient_checkpointing
         LOGGER.info("attention: %s, gradient checkpointing: %s", engine.attention, checkpointing)
