@@ -1,4 +1,4 @@
-"""The demo's page in a real browser, with a stand-in that says where things are, and with a tiny model."""
+"""The demo's page in a real browser, with a stand-in for the model whose answers have boxes, and with a tiny model."""
 
 import argparse
 import io
@@ -7,30 +7,32 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import browser, tiny
 from PIL import Image
 
 from tinygptv_ds.apps.demo import demo
-from tinygptv_ds.apps.demo.drawing import COLOURS, draw_regions
+from tinygptv_ds.apps.demo import page as page_module
+from tinygptv_ds.apps.demo.drawing import COLORS, draw_regions
 from tinygptv_ds.apps.demo.example_images import examples
 from tinygptv_ds.apps.demo.grounding import find_regions
-from tinygptv_ds.apps.demo.page import Reply, build_page, launch, opened
+from tinygptv_ds.apps.demo.page import AnswerFunction, build_page, image_and_mask, launch
 from tinygptv_ds.generate.conversation import Prompt
 from tinygptv_ds.generate.generate import answers
 from tinygptv_ds.generate.settings import Generation
 
 needs_browser = pytest.mark.skipif(browser.MISSING is not None, reason=str(browser.MISSING))
-SAID = "I see <p>a bus</p> {<20><30><60><70>} & a <b>, <p>men</p> {<0><0><10><10>}<delim>{<90><0><99><10>}."
+ANSWER = "I see <p>a bus</p> {<20><30><60><70>} & a <b>, <p>men</p> {<0><0><10><10>}<delim>{<90><0><99><10>}."
 
 
 @contextmanager
-def page_with(reply: Reply) -> Iterator[str]:
+def page_with(answer_question: AnswerFunction) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = build_page(reply, "tiny", Generation(max_new_tokens=12))
+    page = build_page(answer_question, "tiny", Generation(max_new_tokens=12))
     try:
         (address,) = launch(page, "127.0.0.1", port)
         yield address
@@ -45,8 +47,8 @@ def png(image: Image.Image) -> bytes:
 
 
 @needs_browser
-def test_a_image_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
-    """Painted on, too, and asked about again, with the history, which another image ends; all without a net."""
+def test_an_image_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
+    """Also painted on, and asked about again with the history, which another image ends; all without a network."""
     from playwright.sync_api import expect
 
     asked, ended = [], []
@@ -59,7 +61,7 @@ def test_a_image_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
                 yield "and "
         finally:
             ended.append(question)
-        yield from (SAID[at : at + 7] for at in range(0, len(SAID), 7))
+        yield from (ANSWER[at : at + 7] for at in range(0, len(ANSWER), 7))
 
     photo = Image.new("RGB", (400, 200), (10, 160, 250))
     with page_with(reply) as url, browser.visited(url) as (page, requests):
@@ -69,9 +71,9 @@ def test_a_image_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
         expect(page.locator("#chat .image-container img")).to_have_count(1)
         expect(page.locator("#chat .bot.message")).to_contain_text("I see a bus & a <b>, men.")
         colours = [phrase.get_attribute("style") for phrase in page.locator("#chat b").all()]
-        assert colours == [f"color: rgb{COLOURS[0]}", f"color: rgb{COLOURS[1]}"]
-        there = draw_regions(photo, find_regions(SAID))
-        assert browser.drawn(page).tobytes() == there.tobytes() and there.getpixel((100, 100)) == COLOURS[0]
+        assert colours == [f"color: rgb{COLORS[0]}", f"color: rgb{COLORS[1]}"]
+        there = draw_regions(photo, find_regions(ANSWER))
+        assert browser.drawn(page).tobytes() == there.tobytes() and there.getpixel((100, 100)) == COLORS[0]
         turns, question, image, settings = asked[0]
         assert (turns, question) == ([], "[grounding] describe this image in detail")
         assert image.tobytes() == photo.tobytes()
@@ -81,14 +83,14 @@ def test_a_image_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
         browser.ask(page, "Identify")
         expect(page.locator("#chat .image-container img")).to_have_count(3)  # the question's own box, and the answer's
         turns, question, _, _ = asked[1]
-        assert turns == [("[grounding] describe this image in detail", SAID)]
+        assert turns == [("[grounding] describe this image in detail", ANSWER)]
         box = [int(side) for side in question.removeprefix("[identify] what is this {<").removesuffix(">}").split("><")]
         assert 30 < box[0] < box[2] < 70 and 40 < box[1] < box[3] < 80
         assert browser.drawn(page, 1).tobytes() == draw_regions(photo, find_regions(question)).tobytes()
 
         with browser.another_image(page):
             page.get_by_text("[vqa] how many digits are there?").click()
-        expect(page.locator("#words textarea")).to_have_value("[vqa] how many digits are there?")
+        expect(page.locator("#question textarea")).to_have_value("[vqa] how many digits are there?")
         page.click("#send")
         expect(page.locator("#chat .user.message")).to_have_count(1)
         expect(page.locator("#chat .image-container img")).to_have_count(1)
@@ -102,22 +104,23 @@ def test_a_image_is_asked_about_and_the_answers_boxes_are_drawn() -> None:
         expect(answer).to_contain_text("and and")
         page.click("#reset")
         expect(answer).to_have_count(0)
-        page.wait_for_timeout(300)
-        assert ended[-1] == "go on"
+        while ended[-1] != "go on":  # as long as the test may take
+            page.wait_for_timeout(20)
+        expect(answer).to_have_count(0)
         assert [url for url in requests if not url.startswith(("http://127.0.0.1", "blob:", "data:"))] == []
 
 
 @needs_browser
 def test_the_page_with_a_model(exported: Path, loaded: object) -> None:
-    """A plain question is answered as by `answers`; what cannot be asked is said."""
+    """A plain question is answered as by `answers`; the page shows why a question cannot be asked."""
     from playwright.sync_api import expect
 
     args = argparse.ArgumentParser()
     demo.add_arguments(args)
-    reply, name = demo.replying(args.parse_args([str(exported), "--dtype", "fp32"]))
+    answer_question, name = demo.load_answer_function(args.parse_args([str(exported), "--dtype", "fp32"]))
     assert name == "exported"
     (image,) = tiny.encoded_images(1)
-    with page_with(reply) as url, browser.visited(url) as (page, _):
+    with page_with(answer_question) as url, browser.visited(url) as (page, _):
         browser.upload(page, image)
         browser.ask(page, "Chat", "what colour ?")
         model, processor = loaded
@@ -130,13 +133,33 @@ def test_the_page_with_a_model(exported: Path, loaded: object) -> None:
         expect(page.get_by_text("exceed the model's")).to_be_visible()
 
 
-def test_what_is_painted_on() -> None:
-    assert opened(None) == opened({"background": None, "layers": [], "composite": None}) == (None, None)
+def test_a_growing_answer_is_redrawn_at_most_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every token, a browser would let no click on Stop or Reset through. The whole answer is always shown."""
+    now = [0.0]
+    monkeypatch.setattr(page_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def answer_question(*_: object) -> Iterator[str]:
+        for number in range(100):
+            now[0] += 0.0625
+            yield f"{number} "
+
+    ask = page_module._ask_function(answer_question, Generation())
+    sliders = [1.0] * len(page_module._SLIDERS)
+    states = list(ask("count", None, [], page_module.ImageConversation(), *sliders))
+    texts = [chat[-1]["content"] for _, chat, _ in states]
+    assert texts[:2] == ["", "0 1 "]
+    assert len(texts) == 1 + 50 + 1  # the question, every second token, and the whole answer
+    assert texts[-1] == "".join(f"{number} " for number in range(100))
+    assert states[-1][2].turns == [("count", texts[-1])]
+
+
+def test_the_mask_of_what_is_painted() -> None:
+    assert image_and_mask(None) == image_and_mask({"background": None, "layers": [], "composite": None}) == (None, None)
     image, layer = Image.new("RGBA", (4, 2), (1, 2, 3, 0)), Image.new("RGBA", (4, 2))
-    seen, mask = opened({"background": image, "layers": [layer]})
+    seen, mask = image_and_mask({"background": image, "layers": [layer]})
     assert seen.mode == "RGB" and seen.getpixel((0, 0)) == (1, 2, 3) and mask is None
     layer.putpixel((3, 1), (0, 0, 0, 9))
-    _, mask = opened({"background": image, "layers": [layer, Image.new("RGBA", (4, 2))]})
+    _, mask = image_and_mask({"background": image, "layers": [layer, Image.new("RGBA", (4, 2))]})
     assert mask.getbbox() == (3, 1, 4, 2)
 
 

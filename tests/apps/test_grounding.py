@@ -1,4 +1,4 @@
-"""What an answer points at: regions found as the original's demo finds them, drawn where they are said to be."""
+"""Grounded answers: regions found as in the original's demo, and drawn at their coordinates."""
 
 from itertools import pairwise
 
@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tinygptv_ds.apps.demo import drawing
-from tinygptv_ds.apps.demo.drawing import COLOURS, WIDTH, colour, draw_regions
-from tinygptv_ds.apps.demo.grounding import Region, find_regions, painted_box, pieces, with_painted_box
+from tinygptv_ds.apps.demo.drawing import COLORS, WIDTH, color, draw_regions
+from tinygptv_ds.apps.demo.grounding import Region, find_regions, painted_box, text_spans, with_painted_box
 
 WHOLE = (0, 0, 100, 100)
 
@@ -39,10 +39,10 @@ def test_regions(answer: str, regions: list) -> None:
 
 
 def read(answer: str) -> list[tuple[str, int | None]]:
-    return pieces(answer, find_regions(answer))
+    return text_spans(answer, find_regions(answer))
 
 
-def test_text_without_boxes_and_the_colour_of_each_phrase() -> None:
+def test_text_without_boxes_and_the_color_of_each_phrase() -> None:
     answer = "I see <p>a bus</p> {<1><2><3><4>}<delim>{<5><6><7><8>}, <p>men</p> {<1><2><3><9>} and <p>fog</p>."
     assert read(answer) == [
         ("I see ", None),
@@ -55,7 +55,7 @@ def test_text_without_boxes_and_the_colour_of_each_phrase() -> None:
     ]
 
 
-def test_equal_phrases_have_one_colour() -> None:
+def test_equal_phrases_have_one_color() -> None:
     assert read("<p>a</p> {<1><2><3><4>} <p>b</p> {<1><2><3><4>} <p>a</p> {<5><6><7><8>}")[::2] == [
         ("a", 0),
         ("b", 1),
@@ -77,7 +77,7 @@ def test_nothing_that_a_model_says_makes_it_fail(answer: str) -> None:
     regions = find_regions(answer)
     assert all(region.boxes and all(len(box) == 4 for box in region.boxes) for region in regions)
     assert draw_regions(Image.new("RGB", (25, 10)), regions).size == (500, 200)
-    shown = pieces(answer, regions)
+    shown = text_spans(answer, regions)
     assert {number for _, number in shown} <= {None, *range(len(regions))}
     if not regions:
         assert "".join(text for text, _ in shown) == answer
@@ -87,7 +87,7 @@ def test_a_box_is_drawn_where_it_is_said_to_be() -> None:
     image = Image.new("RGB", (1000, 400), "white")
     drawn = draw_regions(image, [Region(None, ((20, 10, 60, 50),))])
     assert drawn.size == (WIDTH, 200)
-    red = {(x, y) for x in range(drawn.width) for y in range(drawn.height) if drawn.getpixel((x, y)) == COLOURS[0]}
+    red = {(x, y) for x in range(drawn.width) for y in range(drawn.height) if drawn.getpixel((x, y)) == COLORS[0]}
     inside = {(x, y) for x in range(102, 299) for y in range(22, 99)}
     assert red == {(x, y) for x in range(100, 301) for y in range(20, 101)} - inside
 
@@ -98,13 +98,13 @@ def test_corners_the_wrong_way_round_are_the_same_box() -> None:
     assert there.tobytes() == back.tobytes()
 
 
-def test_colours_come_round() -> None:
+def test_colors_repeat() -> None:
     image = Image.new("RGB", (500, 500), "white")
     regions = [Region(None, ((5 * n, 0, 5 * n + 4, 100),)) for n in range(17)]
     drawn = draw_regions(image, regions)
     ink = [drawn.getpixel((25 * n, 250)) for n in range(17)]
-    assert ink == [*COLOURS, COLOURS[0]] and len(set(COLOURS)) == 16
-    assert colour(33) == COLOURS[1]
+    assert ink == [*COLORS, COLORS[0]] and len(set(COLORS)) == 16
+    assert color(33) == COLORS[1]
 
 
 def labels(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], regions: list[Region]) -> list[tuple]:
@@ -129,7 +129,7 @@ def test_labels_cover_no_other_label(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_label_stands_above_its_box_or_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     regions = [Region("above", ((10, 50, 30, 70),)), Region("inside", ((50, 1, 90, 30),))]
     (_, above), (_, inside) = labels(monkeypatch, (500, 500), regions)
-    assert above[3] == 250 and inside[1] == 5 + drawing.LINE
+    assert above[3] == 250 and inside[1] == 5 + drawing.LINE_WIDTH
 
 
 def test_the_same_label_in_the_same_place_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:

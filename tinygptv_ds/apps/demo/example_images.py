@@ -1,4 +1,4 @@
-"""Made-up images for the demo's examples: a street, and scenes of handwritten digits as the quick start trains on."""
+"""Synthetic images for the demo's examples: a street, and handwritten digits like those of the quick start."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _SCALE = 4
 
 
 def examples() -> list[tuple[Image.Image, str]]:
-    """Images and what to ask about them."""
-    from tinygptv_ds.data.sets.digits import random_scene  # scikit-learn takes its time
+    """Return images with a question about each."""
+    from tinygptv_ds.data.sets.digits import random_scene  # imports scikit-learn, which is slow
 
     digits = [Image.fromarray(random_scene(random.Random(seed), "test").pixels) for seed in _DIGITS]
     return [
@@ -24,7 +24,7 @@ def examples() -> list[tuple[Image.Image, str]]:
 
 
 def street() -> Image.Image:
-    """A red bus on a road, a house, a tree and the sun: 480 x 320 pixels."""
+    """Draw a red bus on a road, a house, a tree and the sun: 480 x 320 pixels."""
     big = Image.new("RGB", (480 * _SCALE, 320 * _SCALE), (150, 205, 240))
     pen = ImageDraw.Draw(big)
 

@@ -1,6 +1,6 @@
-"""The regions that an answer names, `<p>phrase</p> {<x1><y1><x2><y2>}`, and the words around them.
+"""Grounded answers: the regions that an answer names, `<p>phrase</p> {<x1><y1><x2><y2>}`, and its text without them.
 
-The rules are those of the original's demo, MiniGPT-v2's. No text makes them fail: what is malformed names nothing.
+The rules are those of MiniGPT-v2's demo, the original's. No text raises an error: malformed parts name no region.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from PIL import Image
 
 from tinygptv_ds.processing.boxes import Box, find_boxes
 
-GRID = 100  # steps that span an image
+GRID = 100  # coordinates span an image in this many steps
 
-_PHRASE = re.compile(r"<p>(.*?)\}(?!<)")  # up to a brace that no <delim> follows
+_PHRASE = re.compile(r"<p>(.*?)\}(?!<)")  # up to a closing brace without <delim> after it
 _INTEGER = re.compile(r"-?\d+")
-_MOST_DIGITS = 4  # a longer number is none of an image
+_MAX_DIGITS = 4  # a longer number is not a coordinate
 _MARKED = re.compile(r"<p>(.*?)</p>")
 _DELIMITER = re.compile(r"\s*<delim>")
 
 
 @dataclass(frozen=True)
 class Region:
-    """What an answer points at: `boxes` (x1, y1, x2, y2) in per cent, corners in any order.
+    """A phrase of an answer with its boxes.
 
-    `phrase` is None for an answer that is nothing but a box, as to `[refer]`.
+    Attributes:
+        phrase: None for an answer that is only a box, for example to `[refer]`.
+        boxes: (x1, y1, x2, y2) in percent, corners in any order.
     """
 
     phrase: str | None
@@ -34,9 +36,9 @@ class Region:
 
 
 def find_regions(answer: str) -> list[Region]:
-    """The regions of an answer, one for each different phrase, in the order in which they come.
+    """Find the regions of an answer, one for each distinct phrase, in order of appearance.
 
-    An answer without any phrase, but with four integers in all of it, is one box. What has no box is left out.
+    An answer without a phrase that holds exactly four integers is one box. Phrases without a box are omitted.
     """
     whole = answer[: answer.rfind("}") + 1] or answer
     found = _PHRASE.findall(whole)
@@ -51,10 +53,10 @@ def find_regions(answer: str) -> list[Region]:
     return [Region(phrase, tuple(of_it)) for phrase, of_it in boxes.items() if of_it]
 
 
-def pieces(answer: str, regions: list[Region]) -> list[tuple[str, int | None]]:
-    """The answer for reading: pieces of text, each with the number of the region that it names, if it names one.
+def text_spans(answer: str, regions: list[Region]) -> list[tuple[str, int | None]]:
+    """Split an answer into readable spans of text, each with the number of the region that it names, or None.
 
-    Where phrases have regions, boxes and `<delim>` are left out; other answers stay as they are.
+    Where phrases have regions, boxes and `<delim>` are removed; other answers are one span, unchanged.
     """
     numbers = {region.phrase: number for number, region in enumerate(regions) if region.phrase is not None}
     if not numbers:
@@ -67,11 +69,11 @@ def pieces(answer: str, regions: list[Region]) -> list[tuple[str, int | None]]:
 
 
 def painted_box(mask: Image.Image) -> str:
-    """The box around what is painted, as a question has it; empty where nothing is.
+    """Return the bounding box of the painted pixels as text for a question; empty if nothing is painted.
 
     Args:
-        mask: of one band; what is not 0 is painted. It is looked at in 100 x 100 points, and both ends of the box
-            are points that are painted: 0 to 99.
+        mask: an image of one channel, not 0 where it is painted. It is sampled at 100 x 100 points; both corners of
+            the box are painted points, 0 to 99.
     """
     painted = np.asarray(mask.resize((GRID, GRID), Image.Resampling.NEAREST)) != 0
     rows, columns = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
@@ -81,23 +83,23 @@ def painted_box(mask: Image.Image) -> str:
 
 
 def with_painted_box(question: str, mask: Image.Image | None) -> str:
-    """A question of the task `[identify]` with the painted box behind it, unless it says four numbers itself."""
+    """Append the painted box to a question of the task `[identify]`, unless it holds four numbers already."""
     if "[identify]" not in question or mask is None or len(_INTEGER.findall(question)) == 4:
         return question
     return question + painted_box(mask)
 
 
 def _box(text: str) -> Box | None:
-    """The four integers of a text that has exactly four."""
+    """Return the four integers of a text that has exactly four."""
     numbers = _INTEGER.findall(text)
-    if len(numbers) != 4 or max(len(number.lstrip("-")) for number in numbers) > _MOST_DIGITS:
+    if len(numbers) != 4 or max(len(number.lstrip("-")) for number in numbers) > _MAX_DIGITS:
         return None
     x1, y1, x2, y2 = map(float, numbers)
     return x1, y1, x2, y2
 
 
 def _without_boxes(answer: str) -> str:
-    """Boxes, and the space before each, left out."""
+    """Remove boxes, the space before each, and delimiters."""
     kept, at = [], 0
     for found in find_boxes(answer):
         kept.append(answer[at : found.start].rstrip())

@@ -1,9 +1,10 @@
-"""The demo's page: an image, on which one can paint, next to a chat, and the answer's boxes drawn on the image."""
+"""The demo's page: an image that visitors can paint on, next to a chat that shows the boxes of an answer on it."""
 
 from __future__ import annotations
 
 import hashlib
 import html
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,13 +14,13 @@ from gradio import utils
 from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 
-from tinygptv_ds.apps.demo.drawing import colour, draw_regions
+from tinygptv_ds.apps.demo.drawing import color, draw_regions
 from tinygptv_ds.apps.demo.example_images import examples
-from tinygptv_ds.apps.demo.grounding import Region, find_regions, pieces, with_painted_box
+from tinygptv_ds.apps.demo.grounding import Region, find_regions, text_spans, with_painted_box
 from tinygptv_ds.errors import TinyGPTVError
 from tinygptv_ds.generate.settings import Generation
 
-# What each button puts before, or instead of, the question: those of MiniGPT-v2's demo, and captions.
+# The text that each button puts before, or instead of, the question: as in MiniGPT-v2's demo, and for captions.
 TASKS = {
     "Chat": "",
     "VQA": "[vqa] ",
@@ -38,15 +39,18 @@ HINTS = {
     "Identify": "Paint over a thing in the image, then send.",
     "Detection": "Every one of a kind: [detection] bus",
 }
-WAITING = 16  # questions in the queue; further ones are told to come back
-_MOST_BYTES = "20mb"
-_HOUR = 3600  # seconds after which temporary files go
-# (field of Generation, least, most, step, label)
+MAX_QUEUED = 16  # questions that wait; further ones are refused with a message
+# The least time between two states of a growing answer. A browser that redraws at every token lets no click through:
+# Stop and Reset would wait until the answer ends.
+_REDRAW_SECONDS = 0.1
+_MAX_FILE_SIZE = "20mb"
+_HOUR = 3600  # seconds after which temporary files are deleted
+# (field of Generation, minimum, maximum, step, label)
 _SLIDERS = (
-    ("temperature", 0, 2, 0.1, "Temperature (0: the likeliest word)"),
+    ("temperature", 0, 2, 0.1, "Temperature (0: the most probable token)"),
     ("top_p", 0.05, 1, 0.05, "Top p"),
     ("num_beams", 1, 10, 1, "Beams"),
-    ("max_new_tokens", 1, 500, 1, "Most new tokens"),
+    ("max_new_tokens", 1, 500, 1, "Maximum new tokens"),
     ("repetition_penalty", 1, 2, 0.05, "Repetition penalty"),
 )
 _CSS = """
@@ -57,80 +61,90 @@ button[title=Share] {display: none}
 """
 
 
-# (turns so far, question, image or None, settings) -> the answer in pieces
-Reply = Callable[[Sequence[tuple[str, str]], str, Image.Image | None, Generation], Iterator[str]]
+# (earlier turns, question, image or None, settings) -> the answer in pieces
+AnswerFunction = Callable[[Sequence[tuple[str, str]], str, Image.Image | None, Generation], Iterator[str]]
 
 
 @dataclass
-class Talk:
-    """One visitor's conversation about one image, which is known by its hash."""
+class ImageConversation:
+    """One visitor's conversation about one image.
 
-    image: bytes = b""
+    Attributes:
+        image_hash: from `_hash`; empty without an image.
+        turns: questions and their answers.
+    """
+
+    image_hash: bytes = b""
     turns: list[tuple[str, str]] = field(default_factory=list)
 
 
-def build_page(reply: Reply, name: str, defaults: Generation) -> gr.Blocks:
-    """The page, not launched yet.
+def build_page(answer_question: AnswerFunction, name: str, defaults: Generation) -> gr.Blocks:
+    """Build the page without launching it.
 
     Args:
-        reply: answers; raises a TinyGPTVError for what cannot be asked.
-        name: of the model.
-        defaults: where the sliders stand at first.
+        answer_question: generates the answers; it raises a TinyGPTVError for a question that cannot be answered.
+        name: the model's name.
+        defaults: the sliders' first values.
     """
     title = f"{name} - TinyGPT-V"
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _HOUR)) as page:
         gr.HTML(f"<h2>TinyGPT-V &nbsp;·&nbsp; {html.escape(name)}</h2>")
-        talk = gr.State(Talk())
+        conversation = gr.State(ImageConversation())
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=480):
                 image = _editor()
-                settings = _sliders(defaults)
+                sliders = _sliders(defaults)
                 samples = examples()
-                offered = _table(samples)
+                example_table = _example_table(samples)
             with gr.Column(scale=7, min_width=480):
                 chat = _chat()
                 task = gr.Radio(list(TASKS), value="Chat", show_label=False, container=False, elem_id="task")
-                words = gr.Textbox(
-                    placeholder=HINTS["Chat"], show_label=False, container=False, autofocus=True, elem_id="words"
+                question = gr.Textbox(
+                    placeholder=HINTS["Chat"], show_label=False, container=False, autofocus=True, elem_id="question"
                 )
                 with gr.Row():
                     send = gr.Button("Send", min_width=80, variant="primary", elem_id="send")
                     stop = gr.Button("Stop", min_width=80, elem_id="stop")
                     reset = gr.Button("Reset", min_width=80, elem_id="reset")
 
-        task.input(lambda chosen: gr.Textbox(TASKS[chosen], placeholder=HINTS[chosen]), task, words, queue=False)
+        task.input(lambda chosen: gr.Textbox(TASKS[chosen], placeholder=HINTS[chosen]), task, question, queue=False)
         # The editor keeps its image when it is given another one, unless it is emptied first.
-        offered.click(lambda: None, None, image, show_progress="hidden").then(
-            lambda number: (*samples[number], [], Talk()),
-            offered,
-            [image, words, chat, talk],
+        example_table.click(lambda: None, None, image, show_progress="hidden").then(
+            lambda number: (*samples[number], [], ImageConversation()),
+            example_table,
+            [image, question, chat, conversation],
             show_progress="hidden",
         )
-        given, shown = [words, image, chat, talk, *settings], [words, chat, talk]
         asked = gr.on(
-            [send.click, words.submit],
-            _asking(reply, defaults),
-            given,
-            shown,
+            [send.click, question.submit],
+            _ask_function(answer_question, defaults),
+            [question, image, chat, conversation, *sliders],
+            [question, chat, conversation],
             concurrency_limit=1,
             concurrency_id="model",
         )
         stop.click(None, cancels=[asked], queue=False)
-        # First an end, then the emptying: the other way round a late piece of the answer could undo it.
+        # End the answer first, then empty the chat: in the other order a late piece of the answer could undo it.
         ended = reset.click(None, cancels=[asked], queue=False)
-        ended.then(lambda: ([], Talk()), None, [chat, talk], queue=False)
-        image.upload(_another_image, [image, talk], [chat, talk], show_progress="hidden", trigger_mode="always_last")
-    return page.queue(max_size=WAITING, api_open=False)
+        ended.then(lambda: ([], ImageConversation()), None, [chat, conversation], queue=False)
+        image.upload(
+            _start_over_for_another_image,
+            [image, conversation],
+            [chat, conversation],
+            show_progress="hidden",
+            trigger_mode="always_last",
+        )
+    return page.queue(max_size=MAX_QUEUED, api_open=False)
 
 
 def launch(page: gr.Blocks, host: str, port: int, *, share: bool = False) -> list[str]:
-    """Serve the page from threads, and return its addresses; nothing on it comes from elsewhere.
+    """Serve the page from threads and return its addresses; the page loads nothing from other servers.
 
     Args:
         page: from `build_page`.
         host: address to listen on.
-        port: likewise.
-        share: whether gradio opens a public address, too, through its own servers.
+        port: port to listen on.
+        share: whether gradio also opens a public address through its own servers.
     """
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     _, local, public = page.launch(
@@ -141,7 +155,7 @@ def launch(page: gr.Blocks, host: str, port: int, *, share: bool = False) -> lis
         css=_CSS,
         footer_links=[],
         run_history=False,
-        max_file_size=_MOST_BYTES,
+        max_file_size=_MAX_FILE_SIZE,
         prevent_thread_lock=True,
         quiet=True,
     )
@@ -162,10 +176,12 @@ def _editor() -> gr.ImageEditor:
     )
 
 
-def _table(samples: list[tuple[Image.Image, str]]) -> gr.Dataset:
-    """The examples; a click gives the number of a row."""
+def _example_table(samples: list[tuple[Image.Image, str]]) -> gr.Dataset:
+    """Make the table of examples; a click on one gives the number of its row."""
     columns = [gr.Image(visible=False, label="Image"), gr.Textbox(visible=False, label="Question")]
-    return gr.Dataset(label="Examples", components=columns, samples=samples, type="index", elem_id="examples")
+    return gr.Dataset(
+        label="Examples", components=columns, samples=[*map(list, samples)], type="index", elem_id="examples"
+    )
 
 
 def _chat() -> gr.Chatbot:
@@ -173,7 +189,7 @@ def _chat() -> gr.Chatbot:
         show_label=False,
         height=520,
         buttons=["copy"],
-        render_markdown=False,  # what people and models say is shown as it is
+        render_markdown=False,  # questions and answers are shown literally
         feedback_options=None,
         placeholder="Upload an image, or take one of the examples, and ask.",
         elem_id="chat",
@@ -181,91 +197,97 @@ def _chat() -> gr.Chatbot:
 
 
 def _sliders(defaults: Generation) -> list[gr.Slider]:
-    """One for each of `_SLIDERS`."""
+    """Make a slider for each of `_SLIDERS`."""
     with gr.Accordion("Sampling", open=False):
         return [
-            gr.Slider(least, most, getattr(defaults, name), step=step, label=label)
-            for name, least, most, step, label in _SLIDERS
+            gr.Slider(minimum, maximum, getattr(defaults, name), step=step, label=label)
+            for name, minimum, maximum, step, label in _SLIDERS
         ]
 
 
-def _asking(reply: Reply, defaults: Generation) -> Callable[..., Iterator[tuple[Any, ...]]]:
-    """What happens when a question is sent."""
+def _ask_function(answer_question: AnswerFunction, defaults: Generation) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """Return the handler of a question that is sent; it yields new values of question, chat and conversation."""
 
     def ask(
-        words: str, editor: dict[str, Any] | None, chat: list[Any], talk: Talk, *sliders: float
+        typed: str, editor: dict[str, Any] | None, chat: list[Any], conversation: ImageConversation, *sliders: float
     ) -> Iterator[tuple[Any, ...]]:
-        image, mask = opened(editor)
-        question = with_painted_box(words, mask).strip()
+        image, mask = image_and_mask(editor)
+        question = with_painted_box(typed, mask).strip()
         if not question:
             raise gr.Error("There is no question.", print_exception=False)
-        if _key(image) != talk.image:  # another image is another conversation
-            chat, talk = [], Talk(_key(image))
-        chat = [*chat, *_question(question, image), _said("assistant", "")]
+        if _hash(image) != conversation.image_hash:  # another image starts another conversation
+            chat, conversation = [], ImageConversation(_hash(image))
+        chat = [*chat, *_question_messages(question, image)]
         names = [name for name, *_ in _SLIDERS]
-        settings = replace(defaults, **dict(zip(names, sliders, strict=True)))
+        chosen: dict[str, Any] = dict(zip(names, sliders, strict=True))
+        settings = replace(defaults, **chosen)
         answer = ""
-        yield "", chat, talk
+        yield "", [*chat, _message("assistant", "")], conversation
+        drawn_at = time.monotonic()
         try:
-            for piece in reply(talk.turns, question, image, settings):
+            for piece in answer_question(conversation.turns, question, image, settings):
                 answer += piece
-                chat[-1] = _said("assistant", answer)
-                yield "", chat, talk
+                if time.monotonic() - drawn_at >= _REDRAW_SECONDS:
+                    # The question stays as it is: the visitor may be typing the next one.
+                    yield gr.skip(), [*chat, _message("assistant", answer)], gr.skip()
+                    drawn_at = time.monotonic()
         except TinyGPTVError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        talk.turns.append((question, answer))
-        yield "", [*chat[:-1], *_answer(answer, image)], talk
+        conversation.turns.append((question, answer))
+        yield gr.skip(), [*chat, *_answer_messages(answer, image)], conversation
 
     return ask
 
 
-def _another_image(editor: dict[str, Any] | None, talk: Talk) -> tuple[Any, Any]:
-    """An empty conversation, unless it is about this image: an example's counts as uploaded a moment late."""
-    image, _ = opened(editor)
-    return (gr.skip(), gr.skip()) if _key(image) == talk.image else ([], Talk(_key(image)))
+def _start_over_for_another_image(editor: dict[str, Any] | None, conversation: ImageConversation) -> tuple[Any, Any]:
+    """Empty the chat, unless it is about this image already: the upload event of an example's image comes late."""
+    image, _ = image_and_mask(editor)
+    if _hash(image) == conversation.image_hash:
+        return gr.skip(), gr.skip()
+    return [], ImageConversation(_hash(image))
 
 
-def _key(image: Image.Image | None) -> bytes:
+def _hash(image: Image.Image | None) -> bytes:
     return b"" if image is None else hashlib.sha256(image.tobytes() + str(image.size).encode()).digest()
 
 
-def opened(editor: dict[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
-    """The image in RGB and the mask of what is painted on it, each None where there is none."""
+def image_and_mask(editor: dict[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
+    """Return the editor's image in RGB and the mask of its painted pixels, each None where there is none."""
     if editor is None or editor["background"] is None:
         return None, None
-    masks = [layer.getchannel("A") for layer in editor["layers"] if layer.getbbox()]
+    painted_layers = [layer.getchannel("A") for layer in editor["layers"] if layer.getbbox()]
     mask = Image.new("L", editor["background"].size)
-    for painted in masks:
+    for painted in painted_layers:
         mask.paste(255, mask=painted)
-    return editor["background"].convert("RGB"), mask if masks else None
+    return editor["background"].convert("RGB"), mask if painted_layers else None
 
 
-def _question(question: str, image: Image.Image | None) -> list[dict[str, Any]]:
-    """The question, and the box in it where it is to be identified."""
-    said = [_said("user", question)]
+def _question_messages(question: str, image: Image.Image | None) -> list[dict[str, Any]]:
+    """Return the messages of a question: its text, and for [identify] its box drawn on the image."""
+    messages = [_message("user", question)]
     regions = find_regions(question) if "[identify]" in question else []
-    return said + ([_said("user", _drawn(image, regions))] if image and regions else [])
+    return messages + ([_message("user", _drawn_file(image, regions))] if image and regions else [])
 
 
-def _answer(answer: str, image: Image.Image | None) -> list[dict[str, Any]]:
-    """The answer with its phrases in the colours of their boxes, and these on the image."""
+def _answer_messages(answer: str, image: Image.Image | None) -> list[dict[str, Any]]:
+    """Return the messages of an answer: its text, with phrases in the colors of their boxes, and the boxes drawn."""
     regions = find_regions(answer)
     if not regions or not image:
-        return [_said("assistant", answer or "(no answer)")]
+        return [_message("assistant", answer or "(no answer)")]
     text = "".join(
-        html.escape(text) if number is None else f'<b style="color: rgb{colour(number)}">{html.escape(text)}</b>'
-        for text, number in pieces(answer, regions)
+        html.escape(text) if number is None else f'<b style="color: rgb{color(number)}">{html.escape(text)}</b>'
+        for text, number in text_spans(answer, regions)
     )
     return [
-        _said("assistant", gr.HTML(f'<span style="white-space: pre-wrap">{text}</span>')),
-        _said("assistant", _drawn(image, regions)),
+        _message("assistant", gr.HTML(f'<span style="white-space: pre-wrap">{text}</span>')),
+        _message("assistant", _drawn_file(image, regions)),
     ]
 
 
-def _said(role: str, content: Any) -> dict[str, Any]:
+def _message(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _drawn(image: Image.Image, regions: list[Region]) -> dict[str, str]:
-    """A file in gradio's folder for such, written once; gradio would write a component's image at every piece."""
+def _drawn_file(image: Image.Image, regions: list[Region]) -> dict[str, str]:
+    """Draw the regions into a file of gradio's upload folder, once; gradio would write a component's at every yield."""
     return {"path": save_pil_to_cache(draw_regions(image, regions), utils.get_upload_folder(), format="png")}
