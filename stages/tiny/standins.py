@@ -13,12 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
-import os
 import sys
-import threading
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,6 +25,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from stages.tiny import pretrain_text, pretrain_vision
 from tinygptv_ds.cli import run_command
+from tinygptv_ds.data.process_pool import WorkerPool
 from tinygptv_ds.files import whole_file, whole_folder
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -63,23 +59,12 @@ def make_standins(out: Path, *, seed: int, steps: int | None = None) -> dict:
             return made
     out.mkdir(parents=True, exist_ok=True)
     manifest.unlink(missing_ok=True)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context, initializer=_end_with_parent) as pool:
+    with WorkerPool(2, remedy="close other programs and run it again") as pool:
         vision, text = pool.submit(make_vision, out, seed, steps), pool.submit(make_phi, out, seed, steps)
         made = {"settings": settings, "digits_read": vision.result(), "text_loss": text.result()}
     with whole_file(manifest) as partial:
         partial.write_text(json.dumps(made, indent=2) + "\n")
     return made
-
-
-def _end_with_parent() -> None:
-    """Let this worker end as soon as its parent has: a killed quick start must not leave trainings running."""
-
-    def watch() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _settings(seed: int, steps: int | None) -> dict:

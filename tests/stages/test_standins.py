@@ -92,7 +92,7 @@ def test_complete_ones_are_reused_and_others_made_again(made, monkeypatch, capsy
     def fail(*_, **__):
         raise RuntimeError("made again")
 
-    monkeypatch.setattr(standins, "ProcessPoolExecutor", fail)
+    monkeypatch.setattr(standins, "WorkerPool", fail)
     before = (made / standins.MANIFEST).read_text()
     assert standins.make_standins(made, seed=1, steps=2) == json.loads(before)
     assert "reused" in capsys.readouterr().out

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from tinygptv_ds.data.prepare.prepare import prepare, write_samples
-from tinygptv_ds.data.prepare.process_pool import run_tasks
 from tinygptv_ds.data.prepare.stored_images import Encoding
+from tinygptv_ds.data.process_pool import run_tasks
 from tinygptv_ds.data.sets.common import PreparedSample, Samples, Skipped
 from tinygptv_ds.data.shards.index import load_index, sample_count
 from tinygptv_ds.data.shards.patterns import expand_shards
@@ -251,7 +251,7 @@ def at_3(number: int, tick: object) -> None:
 )
 def test_errors_of_workers_are_raised_here(bad: int, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        run_tasks(at_3, iter([1, 2, bad, 4, 5]), 2, lambda n: None)
+        run_tasks(at_3, iter([1, 2, bad, 4, 5]), 2, lambda n: None, remedy="use fewer")
 
 
 def test_tasks_are_drawn_as_they_are_needed() -> None:
@@ -269,6 +269,6 @@ def test_tasks_are_drawn_as_they_are_needed() -> None:
         nonlocal done
         done += count
 
-    run_tasks(at_3, tasks(), 2, tick)
+    run_tasks(at_3, tasks(), 2, tick, remedy="")
     assert done == drawn == 40
     assert ahead <= 2 + 1

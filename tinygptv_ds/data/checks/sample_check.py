@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +13,7 @@ from tqdm import tqdm
 
 from tinygptv_ds.config.data_section import DatasetSection
 from tinygptv_ds.data.loader.sample import render_sample
+from tinygptv_ds.data.process_pool import WorkerPool
 from tinygptv_ds.data.shards.cache import ShardCache
 from tinygptv_ds.data.shards.index import load_index
 from tinygptv_ds.data.shards.reader import RawSample, SampleError, ShardReader
@@ -124,7 +123,7 @@ def _mapped(chunks: list[Chunk], workers: int) -> Iterator[Tally]:
     if workers < 2 or len(chunks) < 2:
         yield from map(check_chunk, chunks)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with WorkerPool(workers, remedy="use fewer --workers") as pool:
         yield from pool.map(check_chunk, chunks)
 
 

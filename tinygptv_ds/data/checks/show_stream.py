@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
+from tinygptv_ds.data.process_pool import WorkerPool
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.data.stream.plan import Planner, open_stream
 from tinygptv_ds.errors import ConfigError
@@ -48,10 +46,11 @@ class Steps:
 
 def show(steps: Steps, first: int, last: int, workers: int) -> Iterator[str]:
     """The lines of steps `first` to `last` - 1 in order, computed here or by `workers` processes."""
-    # spawn: nothing of this process is shared with them
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) if workers else nullcontext() as pool:
-        yield from (pool.map if pool else map)(steps.lines, range(first, last))
+    if workers == 0:
+        yield from map(steps.lines, range(first, last))
+        return
+    with WorkerPool(workers, remedy="use fewer --workers") as pool:
+        yield from pool.map(steps.lines, range(first, last))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 from tqdm import tqdm
 
 from tinygptv_ds.data.prepare.prepare_report import Report, file_state
-from tinygptv_ds.data.prepare.process_pool import run_tasks
 from tinygptv_ds.data.prepare.shard_task import Chunk, make_shard
 from tinygptv_ds.data.prepare.stored_images import Encoding
 from tinygptv_ds.data.prepare.workspace import finish, finished, workspace
+from tinygptv_ds.data.process_pool import run_tasks
 from tinygptv_ds.data.sets import DATASETS, full_name, how_to_get
 from tinygptv_ds.data.sets.common import Entry
 from tinygptv_ds.errors import DataError
@@ -25,6 +25,7 @@ from tinygptv_ds.errors import DataError
 SAMPLES_PER_SHARD = 10_000
 DIGITS_TRAIN, DIGITS_TEST = 2_000, 500  # samples of each embedded dataset
 AS_THEY_ARE = Encoding()
+REMEDY = "use fewer --workers. Finished shards are kept, the same command resumes from them"
 
 
 def prepare(
@@ -118,7 +119,7 @@ def write_samples(
         with workspace(out, settings), tqdm(desc=out.name, total=total, unit="sample", disable=None) as bar:
             parts: list[Path] = []
             chunks = _unmade(samples, samples_per_shard, out, encoding, parts, bar)
-            run_tasks(make_shard, chunks, workers, bar.update)
+            run_tasks(make_shard, chunks, workers, bar.update, remedy=REMEDY)
             return finish(out, settings, parts)
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
