@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "errors": set(),
     "resources": set(),
     "arguments": set(),
-    "config": {"errors", "resources"},
+    "config": {"errors", "files", "resources"},
     "log": {"errors"},
     "distributed": {"errors"},
     "files": {"errors"},

@@ -10,21 +10,21 @@ from tinygptv_ds.errors import require
 
 @dataclass(frozen=True)
 class DatasetSection:
-    """One dataset of the mixture.
-
-    Attributes:
-        name: its name in logs and on TensorBoard.
-        shards: a folder, a glob or a brace pattern of tars, relative to the working directory; or the same
-            as a URL that fsspec knows (``https://``, ``s3://``, ...; a folder ends in ``/``), or ``pipe:COMMAND``,
-            whose output is a tar. Braces are best for these: they need no listing.
-        weight: its share of the samples, relative to the others' (published: sampling ratio x batch size).
-        clean: apply the original's text cleaning to the fields that the original cleans.
-    """
+    """One dataset of the mixture."""
 
     name: str
+    """Name in logs and on TensorBoard."""
+
     shards: str
+    """A folder, a glob or a brace pattern of tars, relative to the working directory; or the same as a URL that fsspec
+    knows (`https://`, `s3://`, ...; a folder ends in `/`), or `pipe:COMMAND`, whose output is a tar. Braces are best
+    for URLs: they need no listing."""
+
     weight: float = 1.0
+    """Share of the samples, relative to the others' (published: sampling ratio x batch size)."""
+
     clean: bool = True
+    """Whether to apply the original's text cleaning to the fields that the original cleans."""
 
     def __post_init__(self) -> None:
         require(self.weight > 0, f"data.datasets, {self.name}: weight must be positive")
@@ -32,47 +32,55 @@ class DatasetSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """The stream of samples.
-
-    Attributes:
-        datasets: what is mixed.
-        only: names of those of `datasets` that this run uses, with their weights as listed; empty: all.
-        homogeneous: every step holds one dataset, drawn by weight; in the original each rank draws one for itself.
-        validation: datasets for the validation loss and the panel of generated answers; empty: no validation loss,
-            and the panel shows the training sets' first samples.
-        num_workers: dataloader workers per rank, whatever the number of datasets, and no more than the rank has cores;
-            0 loads in the training process.
-        shuffle_shards: samples are shuffled within windows of this many shards.
-        validation_share: of every training dataset, this share (the last samples of each shard) is kept from training
-            and used as `validation` is.
-        max_skipped_share: the run stops once more than this share of the samples seen was unreadable.
-        cache_dir: where remote shards are kept, best on a local disk of each node, whose processes share it; None:
-            `tinygptv_ds/shards` in the user's cache folder.
-        cache_gb: 10^9 bytes of remote shards kept at most; best several windows of `shuffle_shards` of every dataset.
-        allow_pipe: names of the datasets whose shards may be ``pipe:`` commands; each runs in a shell.
-        decoding: "exact" gives the original's pixels; "fast" decodes JPEGs of twice the input size or more at a
-            part of theirs, which moves pixels by 1 to 3 of 255 on average. Training only: inference and evaluation are
-            always exact.
-        read_timeout_seconds: a micro-batch that a dataloader worker has not given after so long: the process counts as
-            hung, is killed and begun again; more than the slowest fetch of a remote shard takes. 0: no limit.
-        features: folder that `python -m tinygptv_ds features` wrote for these datasets: they are read from there, with
-            the outputs of ViT and Q-Former in place of images; None reads images.
-    """
+    """The stream of samples."""
 
     datasets: list[DatasetSection]
+    """The datasets of the mixture. Their weights are shares of the samples (published: sampling ratio x batch size)."""
+
     only: list[str] = field(default_factory=list)
+    """Names of the datasets that this run uses, with their weights as listed, e.g. [cc_sbu]; empty: all."""
+
     homogeneous: bool = False
+    """Whether every step holds one dataset, drawn by weight; in the original each rank draws one for itself."""
+
     validation: list[DatasetSection] = field(default_factory=list)
+    """Datasets for the validation loss and the sample panel; empty: no validation loss, and a panel of the training
+    sets' first samples."""
+
     num_workers: int = 2
+    """Dataloader workers per rank, whatever the number of datasets, and no more than the rank has cores; 0 loads in the
+    training process."""
+
     shuffle_shards: int = 16
+    """Samples are shuffled within windows of this many shards."""
+
     validation_share: float = 0.0
+    """Share of every training dataset (the last samples of each shard) that is held out and used as `validation` is."""
+
     max_skipped_share: float = 0.01
+    """The run stops once more than this share of the samples was skipped."""
+
     cache_dir: str | None = None
+    """Where remote shards are kept, best on a local disk of each node, whose processes share it; null:
+    `tinygptv_ds/shards` in the user's cache folder."""
+
     cache_gb: float = 100.0
+    """Remote shards kept at most, in 10^9 bytes; best several windows of `shuffle_shards` of every dataset."""
+
     allow_pipe: list[str] = field(default_factory=list)
+    """Names of the datasets whose shards may be `pipe:` commands; each runs in a shell."""
+
     decoding: str = "exact"
+    """exact: the original's pixels; fast: JPEGs of at least twice the input size are decoded at a fraction of theirs,
+    which changes pixels by 1 to 3 of 255 on average. Inference and evaluation are always exact."""
+
     read_timeout_seconds: float = 600.0
+    """A dataloader worker that has not delivered a micro-batch after this many seconds is killed and restarted; choose
+    more than the slowest fetch of a remote shard takes. 0: no limit."""
+
     features: str | None = None
+    """Folder that `tinygptv-ds features` wrote for these datasets: train from these outputs of ViT and Q-Former instead
+    of images; null: read images."""
 
     def __post_init__(self) -> None:
         require(bool(self.datasets), "data.datasets is empty: name at least one dataset")

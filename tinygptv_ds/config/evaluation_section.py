@@ -25,30 +25,34 @@ SPLITS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ScoredSection:
-    """One set of questions that is scored.
-
-    Attributes:
-        kind: vqa, refer or caption for held-out shards, or a published benchmark: gqa, vsr, iconvqa, vizwiz, hm, okvqa,
-            refcoco, refcoco+, refcocog.
-        shards: of a held-out kind: a folder, glob or brace pattern of shards.
-        root: of a benchmark: the folder that holds it in the layout of docs/evaluation.md.
-        places: other places for some of these files, e.g. {images: PATH}.
-        split: of a RefCOCO benchmark; null: val.
-        name: in logs and on TensorBoard; null: the kind, with the split where there are several.
-        template: "training" asks in the recipe's own template, "benchmark" in that of the published scripts, A, B and C
-            in those of docs/inference.md; anything else is a template itself, with {} for the question. null: training
-            for held-out shards, else benchmark.
-        add_bos_token: start prompts with the BOS token, as training does; the published scripts do not.
-    """
+    """One set of questions that is scored."""
 
     kind: str
+    """vqa, refer or caption for held-out shards, or a published benchmark: gqa, vsr, iconvqa, vizwiz, hm, okvqa,
+    refcoco, refcoco+, refcocog."""
+
     shards: str | None = None
+    """For held-out kinds: a folder, glob or brace pattern of shards."""
+
     root: str | None = None
+    """For benchmarks: the folder that holds it in the layout of docs/evaluation.md."""
+
     places: dict = field(default_factory=dict)
+    """Other paths for some of these files, e.g. {images: PATH}."""
+
     split: str | None = None
+    """Split of a RefCOCO benchmark; null: val."""
+
     name: str | None = None
+    """Name in logs and on TensorBoard; null: the kind, with the split where there are several."""
+
     template: str | None = None
+    """training: the recipe's own template; benchmark: that of the published scripts; A, B, C: those of
+    docs/inference.md; anything else is a template itself, with {} for the question. null: training for held-out
+    shards, else benchmark."""
+
     add_bos_token: bool = False
+    """Start prompts with the BOS token, as training does; the published scripts do not."""
 
     def __post_init__(self) -> None:
         kinds = (*HELD_OUT, *SPLITS)
@@ -81,21 +85,23 @@ class ScoredSection:
 
 @dataclass(frozen=True)
 class EvaluationSection:
-    """Scores while training, logged as `eval/NAME/strict` and so on.
-
-    Attributes:
-        benchmarks: what is scored; empty: nothing.
-        every: steps between scores; 0: only at the end.
-        limit: the first questions of each that are asked; null: all.
-        batch_size: questions that one rank asks at once.
-        max_new_tokens: of an answer at most (published: 20).
-    """
+    """Scores while training, logged as `eval/NAME/strict` and so on."""
 
     benchmarks: list[ScoredSection] = field(default_factory=list)
+    """What is scored, e.g. [{kind: vqa, shards: data/held_out}, {kind: gqa, root: benchmarks}]; empty: nothing
+    (docs/evaluation.md)."""
+
     every: int = 0
+    """Steps between scores, which are on TensorBoard as eval/NAME/strict; 0: only at the end."""
+
     limit: int | None = 200
+    """Only the first questions of each; null: all."""
+
     batch_size: int = 16
+    """Questions that one GPU answers at once."""
+
     max_new_tokens: int = 20
+    """Tokens of an answer at most (published: 20)."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "evaluation.every must be 0 or more")

@@ -30,52 +30,66 @@ def _check_parts(where: str, parts: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class ModelSection:
-    """Weights to start from, and what is built around them.
-
-    Attributes:
-        phi: folder of a Phi checkpoint (config.json, tokenizer, weights).
-        eva_vit: `eva_vit_g.pth`, or a file of its names and other sizes.
-        qformer: `blip2_pretrained_flant5xxl.pth`, or a file of its names and other sizes.
-        init_from: trained weights of an earlier stage (a run directory, its `model/`, or a `.pth` of the original);
-            None: the projections start random.
-        allow_missing: of llama_proj, llama_proj2, norms and lora, those that `init_from` may be without, and that then
-            start from their initial values; what is not listed must be there.
-        image_size: side of the square input in pixels; position embeddings are interpolated to it.
-        eva_vit_depth: blocks used of the ViT (the published file holds one more than is used).
-        eva_vit_heads: attention heads of the ViT, which its file does not tell.
-        qformer_heads: attention heads of the Q-Former, which its file does not tell.
-        proj_hidden_size: width between the two projections.
-        train: what learns instead of what the stage trains as published, of `PARTS`; null: as published. Parts that
-            learn lie in fp32.
-        lora_r: LoRA rank; 0 builds no LoRA.
-        lora_alpha: LoRA scale, alpha / r.
-        lora_dropout: dropout before LoRA's A.
-        lora_targets: linear layers of a Phi block that get LoRA.
-        resid_dropout: dropout on attention and MLP outputs while training (Phi-2's own value is 0.1); None keeps the
-            value of Phi's config.json.
-        attention: auto, flash_attn, torch_varlen or sdpa.
-        gradient_checkpointing: recompute Phi's blocks in the backward pass, which takes less memory and, for all of
-            them, about a third more time: true for every block, N for every N-th one.
-    """
+    """Weights to start from, and what is built around them."""
 
     phi: str
+    """Folder of a Phi checkpoint (config.json, tokenizer, weights): hf download microsoft/phi-2."""
+
     eva_vit: str
+    """`eva_vit_g.pth` (LAVIS: models/BLIP2/eva_vit_g.pth), or a file with the same names and other sizes."""
+
     qformer: str
+    """`blip2_pretrained_flant5xxl.pth` (LAVIS: models/BLIP2), or a file with the same names and other sizes."""
+
     init_from: str | None = None
+    """Trained weights of an earlier stage: a run directory, its `model/`, or a `.pth` of the original; null: the
+    projections start from random values."""
+
     allow_missing: list[str] = field(default_factory=list)
+    """Which of llama_proj, llama_proj2, norms and lora `init_from` may lack; those start from their initial values.
+    Whatever is not listed must be there."""
+
     image_size: int = 224
+    """Side of the square input in pixels; position embeddings are interpolated to it. An image takes 32 tokens in any
+    case."""
+
     eva_vit_depth: int = 39
+    """Blocks of the ViT that are used (the published file holds one more)."""
+
     eva_vit_heads: int = 16
+    """Attention heads of the ViT, which its file does not state."""
+
     qformer_heads: int = 12
+    """Attention heads of the Q-Former, which its file does not state."""
+
     proj_hidden_size: int = 4096
+    """Width between the two projections."""
+
     train: list[str] | None = None
+    """What is trained: a list of projections, norms, lora, qformer, vit and llm; null: what the stage trains as
+    published. Trained parts are kept in fp32."""
+
     lora_r: int = 0
+    """LoRA rank; 0 builds no LoRA."""
+
     lora_alpha: float = 16.0
+    """LoRA scale: the update is multiplied by alpha / r."""
+
     lora_dropout: float = 0.05
+    """Dropout before LoRA's A."""
+
     lora_targets: list[str] = field(default_factory=lambda: ["query_key_value", "dense"])
+    """Linear layers of a Phi block that get LoRA, of query_key_value, dense, fc1 and fc2."""
+
     resid_dropout: float | None = None
+    """Dropout on attention and MLP outputs in training; null: the value of Phi's config.json (Phi-2: 0.1)."""
+
     attention: str = "auto"
+    """Attention backend: auto, flash_attn, torch_varlen or sdpa."""
+
     gradient_checkpointing: bool | int = False
+    """Recompute Phi's blocks in the backward pass, which takes less memory and up to a third more time: true for every
+    block, N for every N-th one."""
 
     def __post_init__(self) -> None:
         require(self.image_size > 0, "model.image_size must be positive")
@@ -99,23 +113,26 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class TextSection:
-    """How a sample becomes tokens.
-
-    Attributes:
-        prompts: a pool of prompts.yaml that captions are asked for with ("stage3"), or None: bare captions.
-        prompt_per: one of `prompts` is drawn for each "sample", or for each "step", as the original does.
-        prompt_template: wraps every question, `{}` stands for it; None: no wrap.
-        end_sym: ends every answer; a target in training, and where generation stops.
-        max_txt_len: answer tokens at most, `end_sym` included (a longer answer loses it).
-        max_context_len: prompt tokens at most, image rows included.
-    """
+    """How a sample becomes tokens."""
 
     prompts: str | None = None
+    """Name of a pool of prompts.yaml that captions are asked for with (stage3); null: bare captions, the image alone is
+    the prompt."""
+
     prompt_per: str = "sample"
+    """Whether one of `prompts` is drawn for each sample, or for each step as the original does: sample or step."""
+
     prompt_template: str | None = None
+    """Wrapped around every question, with {} in its place; null: no template."""
+
     end_sym: str = "\n"
+    """Text that ends every answer: a target in training, and where generation stops."""
+
     max_txt_len: int = 32
+    """Answer tokens at most, `end_sym` included (a longer answer loses it)."""
+
     max_context_len: int = 3800
+    """Prompt tokens at most, image tokens included."""
 
     def __post_init__(self) -> None:
         require(self.max_txt_len > 0, "text.max_txt_len must be positive")
@@ -130,34 +147,41 @@ SCHEDULES = ("published", "cosine", "constant", "wsd")
 
 @dataclass(frozen=True)
 class OptimizerSection:
-    """AdamW and its schedule.
-
-    Attributes:
-        lr: rate at the end of the warm-up.
-        lr_scale: factors on the rate by part (of `PARTS`, the first that a parameter belongs to); 1 for the others.
-        schedule: "published": a warm-up that counts steps within an epoch, then a cosine that has run since step 0, as
-            the original computes it. The others count the warm-up once, from the start: "cosine" falls from its end on
-            to `min_lr` at the last step, "constant" stays at `lr`, "wsd" (warm-up, stable, decay) stays there until
-            the last `decay_steps` and then falls to `min_lr` in a straight line.
-        min_lr: what the schedule heads for; above `lr` it rises (the published stage 4).
-        warmup_lr: rate of the first step.
-        warmup_steps: steps of warm-up.
-        decay_steps: steps of the fall at the end, for "wsd" alone.
-        weight_decay: for matrices; norms and biases have none.
-        betas: AdamW's betas.
-        gradient_clipping: None takes the DeepSpeed JSON's value; a number has to agree with it. 0: off.
-    """
+    """AdamW and its schedule."""
 
     lr: float
+    """Learning rate at the end of the warm-up."""
+
     min_lr: float
+    """Learning rate that the schedule approaches; above `lr` the learning rate rises (as in the published stage 4)."""
+
     warmup_lr: float = 1e-6
+    """Learning rate of the first step."""
+
     warmup_steps: int = 0
+    """Steps of warm-up."""
+
     schedule: str = "published"
+    """published: a warm-up that counts steps within an epoch, then a cosine since step 0, as the original computes it.
+    The others warm up once, from the start: cosine then falls to `min_lr` at the last step, constant stays at `lr`,
+    wsd (warm-up, stable, decay) stays there until the last `decay_steps` and then falls to `min_lr` linearly."""
+
     decay_steps: int = 0
+    """Steps of the decay at the end, for the schedule wsd only."""
+
     lr_scale: dict = field(default_factory=dict)
+    """Factors on the learning rate by part (as in model.train; the first that a parameter belongs to), e.g. {qformer:
+    0.1}; 1 for the others."""
+
     weight_decay: float = 0.05
+    """Weight decay of matrices; norms and biases have none."""
+
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """AdamW's betas."""
+
     gradient_clipping: float | None = None
+    """Largest gradient norm; null: the value of the DeepSpeed JSON (0: off, as published), with which a number must
+    agree."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0 and self.min_lr >= 0, "optimizer.lr must be positive and optimizer.min_lr not negative")
@@ -178,66 +202,84 @@ class OptimizerSection:
 
 @dataclass(frozen=True)
 class TrainSection:
-    """How long, how much at once, what is reported.
-
-    Attributes:
-        batch_size: samples of one optimizer step, over all ranks and accumulation steps.
-        micro_batch_size: samples of one forward pass on one rank; null where `max_tokens` is given.
-        max_tokens: instead of it: as many samples as have about this many tokens together, image rows included. A
-            longer sample is left out and counted.
-        cycles: runs in a row, each with a fresh optimizer and schedule, from the weights of the one before; samples go
-            on. The published stage 1 was run 17 times.
-        epochs: of one cycle, each of `steps_per_epoch`.
-        steps_per_epoch: optimizer steps of an "epoch" of the schedule.
-        loss_reduction: "step_mean" divides by the target tokens of the whole step; "micro_batch_mean" is the original's
-            mean over each micro-batch.
-        log_every: steps between log lines.
-        sample_every: steps between panels of generated answers; 0: only at the end.
-        sample_count: images in a panel.
-        validate_every: steps between validation losses, on `data.validation` or what `data.validation_share` holds
-            back; 0: only at the end.
-        validation_samples: samples of each dataset that they are measured on, the same each time.
-        max_overflows: in fp16, this many steps in a row that overflow, each skipped with the loss scale halved, end the
-            run (30 halve it by 10^9). In bf16 and fp32 the first loss or gradient that is not finite does.
-        wandb: a project of Weights & Biases to which the scalars go as well; null: none. The package is an extra:
-            pip install wandb.
-        checkpoint_every: steps between checkpoints; 0: none by steps. One is made at the end in any case.
-        checkpoint_minutes: minutes between checkpoints, by rank 0's clock; 0: none by time. Both may be given.
-        keep_checkpoints: the newest ones that are kept; older ones are removed.
-        keep_every: of the older ones, those whose step is a multiple of this are kept for ever; 0: none.
-        deepspeed_checkpoints: write each checkpoint in DeepSpeed's own format too, while training waits.
-        startup_minutes: that loading and the first step may take at most, and later a save, a validation or a panel.
-        step_minutes: that any other step may take, its wait for data included, before the run ends with the stacks of
-            all ranks written; 0: no limit.
-        slow_step_seconds: a step that has taken so long, and five times the median of those before, is reported, with
-            the stacks of all ranks written; 0: none is.
-        lost_after_seconds: without a sign of life after which a rank counts as lost, and the others end. A process that
-            ends is noticed at once. 0: ranks tell each other nothing.
-    """
+    """How long, how much at once, what is reported."""
 
     batch_size: int
+    """Samples of one optimizer step over all GPUs: micro_batch_size x GPUs x gradient accumulation."""
+
     micro_batch_size: int | None = None
+    """Samples of one forward pass on one GPU; null where `max_tokens` is given."""
+
     max_tokens: int | None = None
+    """Instead of micro_batch_size: as many samples as have about this many tokens together, image tokens included. A
+    longer sample is skipped and counted."""
+
     cycles: int = 1
+    """Runs in a row, each from the weights of the previous one with a fresh optimizer and schedule; the samples
+    continue. The published stage 1 was run 17 times."""
+
     epochs: int = 1
+    """Epochs of one cycle, each of `steps_per_epoch`."""
+
     steps_per_epoch: int = 1000
+    """Optimizer steps of an epoch of the schedule."""
+
     loss_reduction: str = "step_mean"
+    """step_mean: the mean over the target tokens of the whole step; micro_batch_mean: the original's mean over each
+    micro-batch."""
+
     log_every: int = 10
+    """Steps between log lines."""
+
     sample_every: int = 0
+    """Steps between panels of generated answers on TensorBoard; 0: only at the end."""
+
     sample_count: int = 4
+    """Images of a panel."""
+
     validate_every: int = 0
+    """Steps between validation losses, on `data.validation` or on what `data.validation_share` holds out; 0: only at
+    the end."""
+
     validation_samples: int = 200
+    """Samples of each dataset that the validation loss is computed on, the same each time."""
+
     max_overflows: int = 30
+    """fp16 only: the run ends after this many steps in a row that overflow, each skipped with the loss scale halved. In
+    bf16 and fp32 the first non-finite loss or gradient ends it."""
+
     wandb: str | None = None
+    """Project of Weights & Biases to log the scalars to as well (pip install wandb); null: none."""
+
     checkpoint_every: int = 1000
+    """Steps between checkpoints; 0: none by steps. One is written at the end in any case."""
+
     checkpoint_minutes: float = 0.0
+    """Minutes between checkpoints, by rank 0's clock; 0: none by time. Both may be given."""
+
     keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept; older ones are removed."""
+
     keep_every: int = 0
+    """Older checkpoints whose step is a multiple of this are kept, too; 0: none."""
+
     deepspeed_checkpoints: bool = False
+    """Write each checkpoint in DeepSpeed's own format as well, while training waits."""
+
     startup_minutes: float = 60.0
+    """Time limit in minutes for loading and the first step, and later for a save, a validation or a panel."""
+
     step_minutes: float = 20.0
+    """Time limit in minutes for any other step, its wait for data included; then the run ends with the stacks of all
+    ranks written. 0: no limit."""
+
     slow_step_seconds: float = 60.0
+    """A step that takes this many seconds, and five times the median so far, is reported with the stacks of all ranks;
+    0: never."""
+
     lost_after_seconds: float = 60.0
+    """Seconds without a sign of life after which a rank counts as lost, and the others end. A process that exits is
+    noticed at once. 0: ranks exchange no signs of life."""
 
     def __post_init__(self) -> None:
         positive = ("batch_size", "cycles", "epochs", "steps_per_epoch", "log_every", "validation_samples")
@@ -285,29 +327,34 @@ class TrainSection:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One stage of training.
-
-    Attributes:
-        stage: 1 to 4.
-        seed: of everything random; the same on every rank.
-        model: see `ModelSection`.
-        text: see `TextSection`.
-        data: see `DataSection`.
-        optimizer: see `OptimizerSection`.
-        train: see `TrainSection`.
-        evaluation: see `EvaluationSection`.
-        deepspeed: changes to the DeepSpeed JSON, by its own keys.
-    """
+    """One stage of training."""
 
     stage: int
+    """Stage of the training, 1 to 4."""
+
     model: ModelSection
+    """Weights to start from, and what is built around them."""
+
     data: DataSection
+    """The stream of samples."""
+
     optimizer: OptimizerSection
+    """AdamW and its learning-rate schedule."""
+
     train: TrainSection
+    """How long, how much at once, what is reported."""
+
     text: TextSection = field(default_factory=TextSection)
+    """How a sample becomes tokens."""
+
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    """Scores during training, logged as eval/NAME/strict and so on (docs/evaluation.md)."""
+
     seed: int = 42
+    """Seed of data order, prompts and dropout; the same on every rank."""
+
     deepspeed: dict = field(default_factory=dict)
+    """Changes to the DeepSpeed JSON by its own keys, e.g. {gradient_clipping: 1.0}."""
 
     def __post_init__(self) -> None:
         require(self.stage in (1, 2, 3, 4), f"stage must be 1, 2, 3 or 4, not {self.stage}")
@@ -319,8 +366,8 @@ class Recipe:
         read, limit = self.data.read_timeout_seconds, 60 * self.train.step_minutes
         require(
             not limit or read < limit,
-            f"data.read_timeout_seconds ({read:g}) must lie below train.step_minutes ({limit:g} s), so that a loader "
-            "process that hangs is begun again before the run ends",
+            f"data.read_timeout_seconds ({read:g}) must lie below train.step_minutes ({limit:g} s), so that a "
+            "dataloader worker that hangs is restarted before the run ends",
         )
         steps, o = self.train.steps_per_cycle, self.optimizer
         require(
