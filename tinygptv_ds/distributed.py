@@ -1,20 +1,35 @@
-"""Who this process is among the ranks, read from the launcher's environment. torch is loaded where they meet only."""
+"""Ranks and world size as the launcher sets them, and what ranks exchange: barriers, gathered and broadcast values.
+
+torch is imported only by the functions in which ranks meet.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
-_PATIENCE = timedelta(days=30)  # of the ranks that have finished their share
+from tinygptv_ds import errors
+
+_BARRIER_TIMEOUT = timedelta(days=30)  # a rank that has finished its share may wait long for the others
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Attributes: rank over all nodes, rank on this node, and how many there are of each."""
+    """The place of this process among those of a launcher.
+
+    Attributes:
+        rank: from 0 to `world_size` - 1, over all nodes.
+        local_rank: from 0 to `local_world_size` - 1, on this node.
+        world_size: number of ranks on all nodes.
+        local_world_size: number of ranks on this node.
+    """
 
     rank: int
     local_rank: int
@@ -23,12 +38,12 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and talks to the user."""
+        """Whether this rank writes files and prints."""
         return self.rank == 0
 
 
 def ranks_from_env() -> Ranks:
-    """Set by `deepspeed`, torchrun, or this program's SLURM script; without any of them, one single rank."""
+    """Read what `deepspeed`, torchrun or this program's SLURM script has set; without any of them, a single rank."""
     env = os.environ
     world = int(env.get("WORLD_SIZE", 1))
     local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or (world if "RANK" in env else 1))
@@ -36,7 +51,7 @@ def ranks_from_env() -> Ranks:
 
 
 def complete_env() -> None:
-    """Give a process that no launcher started the environment of a single rank."""
+    """Set the environment of a single rank in a process that no launcher started."""
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -46,26 +61,81 @@ def complete_env() -> None:
 
 
 def cores_per_rank(ranks: Ranks) -> int:
-    """CPU cores that one rank may use on this node."""
+    """Return the number of CPU cores that one rank may use on this node."""
     return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
 
 
 @contextmanager
-def together(ranks: Ranks) -> Iterator[None]:
-    """Inside, the ranks of a launcher can meet (`wait_for_all`), on the CPU: no GPU is waited on or held."""
+def process_group(ranks: Ranks) -> Iterator[None]:
+    """Connect the ranks of a launcher within a block, through gloo on the CPU: no GPU is waited on or held."""
     if ranks.world_size == 1:
         yield
         return
-    import torch.distributed
+    from torch import distributed
 
-    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    distributed.init_process_group("gloo", timeout=_BARRIER_TIMEOUT)
     yield
-    torch.distributed.destroy_process_group()
+    distributed.destroy_process_group()
 
 
-def wait_for_all(ranks: Ranks) -> None:
-    """Go on once all ranks have come here."""
+def barrier(ranks: Ranks) -> None:
+    """Wait until all ranks have called this."""
     if ranks.world_size > 1:
-        import torch.distributed
+        from torch import distributed
 
-        torch.distributed.barrier()
+        distributed.barrier()
+
+
+def gather(ranks: Ranks, value: _Value) -> list[_Value]:
+    """Return the values of all ranks, in their order; all ranks must call it. Values are pickled on the way."""
+    if ranks.world_size == 1:
+        return [value]
+    from torch import distributed
+
+    values: list[Any] = [None] * ranks.world_size
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def broadcast_from_rank0(ranks: Ranks, find: Callable[[], Any]) -> Any:
+    """Return on every rank what `find` returns on rank 0, where alone it is called; all ranks must call this.
+
+    Args:
+        ranks: this process among the others; of several, a process group must be connected.
+        find: returns a plain value, as JSON holds them.
+
+    Raises:
+        TinyGPTVError: the one that `find` raised on rank 0, raised on every rank, so that all of them end alike.
+    """
+    result: dict[str, Any] = {}
+    if ranks.is_main:
+        try:
+            result = {"value": find()}
+        except errors.TinyGPTVError as error:
+            result = {"error": _error_name(error), "message": str(error)}
+    if ranks.world_size > 1:
+        result = json.loads(_broadcast_text(json.dumps(result)))
+    if "error" in result:
+        raise getattr(errors, result["error"])(result["message"])
+    return result["value"]
+
+
+def _error_name(error: errors.TinyGPTVError) -> str:
+    """Return the name of the error's nearest class in `tinygptv_ds.errors`: the other ranks look it up there."""
+    return next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
+
+
+def _broadcast_text(text: str) -> str:
+    """Return rank 0's text, broadcast as bytes on the device of the process group."""
+    import torch
+    from torch import distributed
+
+    on_gpu = distributed.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor(len(data), device=device)
+    distributed.broadcast(size, 0)
+    if distributed.get_rank() != 0:
+        data = torch.empty(int(size), dtype=torch.uint8, device=device)
+    distributed.broadcast(data, 0)
+    return bytes(data.tolist()).decode()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from tinygptv_ds.apps.answer_files import Answered
 from tinygptv_ds.apps.question_file import Line, QuestionFile, read_images
-from tinygptv_ds.distributed import Ranks, ranks_from_env, together, wait_for_all
+from tinygptv_ds.distributed import Ranks, barrier, process_group, ranks_from_env
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.files import sha256
 from tinygptv_ds.generate.conversation import Prompt, Turn
@@ -97,11 +97,11 @@ def run(args: argparse.Namespace) -> None:
     answered.begin(_job(args, generation))
     done = answered.done()
     mine = [line for line in lines[ranks.rank :: ranks.world_size] if line.index not in done]
-    with together(ranks):
+    with process_group(ranks):
         with answered:
             if mine:
                 _answer_all(mine, len(lines[ranks.rank :: ranks.world_size]), answered, args, generation, ranks)
-        wait_for_all(ranks)
+        barrier(ranks)
         if ranks.is_main:
             failed = answered.finish(len(lines))
             errors = f", {failed} of them with an error in place of one" if failed else ""

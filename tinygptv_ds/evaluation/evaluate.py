@@ -14,7 +14,7 @@ import yaml
 from tinygptv_ds.config.evaluation_section import SPLITS
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.config.template_names import BENCHMARK
-from tinygptv_ds.distributed import Ranks, ranks_from_env, together, wait_for_all
+from tinygptv_ds.distributed import Ranks, barrier, process_group, ranks_from_env
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.evaluation.answer_log import AnswerLog, check_settings, record_settings
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
@@ -57,7 +57,7 @@ def evaluate(args: argparse.Namespace, kind: str, benchmarks: Sequence[str] = ()
         _show_prompts(args, tasks, settings)
         return []
     ranks = ranks_from_env()
-    with together(ranks):
+    with process_group(ranks):
         return _score(args, tasks, settings, ranks)
 
 
@@ -148,10 +148,10 @@ def _begin(folder: Path, settings: dict[str, Any], ranks: Ranks, *, fresh: bool)
     """Have rank 0 prepare the folder; where it holds answers of other settings, every rank raises the same error."""
     if not fresh:
         check_settings(folder, settings)
-    wait_for_all(ranks)
+    barrier(ranks)
     if ranks.is_main:
         record_settings(folder, settings, fresh=fresh)
-    wait_for_all(ranks)
+    barrier(ranks)
 
 
 def _decoding(words: Wording, settings: Settings, dtype: str) -> dict[str, Any]:

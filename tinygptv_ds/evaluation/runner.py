@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
-from torch import distributed
 from tqdm import tqdm
 
-from tinygptv_ds.distributed import Ranks
+from tinygptv_ds.distributed import Ranks, gather
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.evaluation.answer_log import AnswerLog
 from tinygptv_ds.evaluation.benchmarks.question import Answer, Question, Task
@@ -95,7 +93,7 @@ class Runner:
                     raise
                 LOGGER.error("rank %d stops, the others finish their share: %s", self._ranks.rank, error)
                 problem = str(error)
-        shares = _of_all((found, problem), self._ranks)
+        shares = gather(self._ranks, (found, problem))
         _raise([problem for _, problem in shares])
         by_number = {number: answer for found, _ in shares for number, answer in found.items()}
         return [by_number[number] for number in range(len(task.questions))]
@@ -149,7 +147,7 @@ def check_images(task: Task, image_size: int, batch_size: int, ranks: Ranks) -> 
                 _decode(task, question, question.images(), image_size)
     except DataError as error:
         problem = str(error)
-    _raise(_of_all(problem, ranks))
+    _raise(gather(ranks, problem))
 
 
 def _decode(task: Task, question: Question, images: Iterable, image_size: int) -> None:
@@ -181,15 +179,6 @@ def choose_device(dtype: str, ranks: Ranks) -> str:
     if on_gpu:
         torch.cuda.set_device(ranks.local_rank)
     return dtype if dtype != "auto" else "bf16" if on_gpu else "fp32"
-
-
-def _of_all(value: Any, ranks: Ranks) -> list[Any]:
-    """Return the values of all ranks, which must be plain, on each of them."""
-    values = [value]
-    if ranks.world_size > 1:
-        values = [None] * ranks.world_size
-        distributed.all_gather_object(values, value)
-    return values
 
 
 def _raise(problems: Sequence[str | None]) -> None:

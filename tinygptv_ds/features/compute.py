@@ -19,7 +19,7 @@ from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.shards.cache import count_samples, open_cache
 from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.remote import Shard
-from tinygptv_ds.distributed import Ranks, cores_per_rank, ranks_from_env, together, wait_for_all
+from tinygptv_ds.distributed import Ranks, barrier, cores_per_rank, process_group, ranks_from_env
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.features.format import (
     NOTES,
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     check_files(recipe)
     ranks = ranks_from_env()
     set_up_logging(ranks.rank)
-    with together(ranks):
+    with process_group(ranks):
         work = _load_vision(recipe, args, ranks)
         for section in recipe.data.used:
             _make(section, args.out / section.name, work)
@@ -127,10 +127,10 @@ def _make(section: DatasetSection, folder: Path, work: Work) -> None:
     with _one_writer(folder, work.ranks):
         if work.ranks.is_main:
             _begin(folder, notes)
-        wait_for_all(work.ranks)
+        barrier(work.ranks)
         mine = list(zip(sources, counts, tars, strict=True))[work.ranks.rank :: work.ranks.world_size]
         _encode(section.name, mine, work)
-        wait_for_all(work.ranks)
+        barrier(work.ranks)
         if work.ranks.is_main:
             sizes = [tar.stat().st_size for tar in tars]
             write_notes(folder, dataclasses.replace(notes, shard_bytes=sizes))

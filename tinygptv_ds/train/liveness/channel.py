@@ -11,9 +11,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from tinygptv_ds.distributed import Ranks
+from tinygptv_ds.distributed import Ranks, broadcast_from_rank0
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.train.setup.broadcast import broadcast_from_rank0
 
 Message = dict[str, Any]
 HELLO: Message = {}  # heard when a rank has connected

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tinygptv_ds.data.stream.plan import OpenStream
-from tinygptv_ds.distributed import complete_env, cores_per_rank
+from tinygptv_ds.distributed import broadcast_from_rank0, complete_env, cores_per_rank
 from tinygptv_ds.errors import Stopped
 from tinygptv_ds.log import LOGGER, set_up_logging
 from tinygptv_ds.models.parameters import frozen_trainables
@@ -23,7 +23,6 @@ from tinygptv_ds.train.liveness.group_timeout import set_group_timeout
 from tinygptv_ds.train.liveness.progress import first_group_timeout
 from tinygptv_ds.train.liveness.watchdog import Watchdog
 from tinygptv_ds.train.run import Run
-from tinygptv_ds.train.setup.broadcast import broadcast_from_rank0
 from tinygptv_ds.train.setup.dry_run import finish_dry_run
 from tinygptv_ds.train.setup.job import Job
 from tinygptv_ds.train.setup.run_dir import note_run, start_run_dir
