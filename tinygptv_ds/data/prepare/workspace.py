@@ -1,16 +1,15 @@
 """The output folder of a preparation: held by one process, resumed after an interruption, finished once."""
 
-import fcntl
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tinygptv_ds.data.prepare.prepare_report import Part, Report, load_part, save
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.files import FileLock, LockedError, LockRemovedError, fingerprint_differences, lock_file, sync
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +46,9 @@ def workspace(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     if out.exists() and (not out.is_dir() or (not marker.exists() and any(out.iterdir()))):
         raise DataError(f"{out}: is not empty, and not a preparation of this program; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    with marker.open("a+", encoding="utf-8") as file:
-        _lock(out, file)
+    with _lock(out, marker):
         _remove(out, _HALF_MADE)
-        _take_over(out, file, settings)
+        _take_over(out, marker, settings)
         try:
             yield
         except KeyboardInterrupt:
@@ -91,36 +89,39 @@ def _part(path: Path) -> Part:
     return part
 
 
-def _lock(out: Path, marker: TextIO) -> None:
+def _lock(out: Path, marker: Path) -> FileLock:
     try:
-        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        return lock_file(marker)
+    except LockRemovedError as error:
+        raise DataError(
+            f"{out}: another process has just finished preparing into this folder; start again to use its shards"
+        ) from error
+    except LockedError as error:
         raise DataError(f"{out}: another process is preparing into this folder; let it finish") from error
-    if os.fstat(marker.fileno()).st_nlink == 0:
-        raise DataError(f"{out}: another process has just finished preparing into this folder; start again to use it")
 
 
-def _take_over(out: Path, marker: TextIO, settings: dict[str, Any]) -> None:
-    """Keep what was made with the same settings. Other shards are not replaced without asking."""
-    marker.seek(0)
+def _take_over(out: Path, marker: Path, settings: dict[str, Any]) -> None:
+    """Keep what was made with the same settings, and remove other unfinished work.
+
+    Raises:
+        DataError: shards of other settings are finished; they are not replaced without asking.
+    """
     try:
-        before = json.loads(marker.read())
+        before = json.loads(marker.read_bytes())
     except ValueError:  # just begun
         before = None
     if before != settings:
         if before is not None and any(out.glob(".[0-9]*.part")):
             _check_settings(out, before, settings)
         _remove(out, _MADE)
-        marker.truncate(0)
-        json.dump(settings, marker)
-        marker.flush()
-        os.fsync(marker.fileno())
+        # In place, since the lock is on this very file; a torn marker reads as work that has just begun.
+        marker.write_text(json.dumps(settings), encoding="utf-8")
+        sync(marker)
 
 
 def _check_settings(out: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
     if before != settings:
-        names = sorted(before.keys() | settings.keys())
-        differing = [name for name in names if before.get(name) != settings.get(name)]
+        differing = fingerprint_differences(before, settings)
         raise DataError(
             f"{out}: holds shards made with other settings ({', '.join(differing)}); remove it or choose another folder"
         )
