@@ -1,6 +1,6 @@
-"""Stage 4 as its script has it; rank 0 notes every collective of every step, in bytes, in the file that $NOTED names.
+"""Stage 4's script with a record of every collective of every step; rank 0 writes it to $COLLECTIVES_FILE.
 
-Also to be given to the tests' forked ranks, which call `note`.
+The tests' forked ranks call `note` instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import distributed
 
 from tinygptv_ds.cli import run_command
 
-# Who in DeepSpeed 0.19 calls a collective, and what for, in the words of train/traffic.py; all others are small ones.
+# Functions of DeepSpeed 0.19 (and `take_snapshot`) that call collectives, and the names that traffic_counts.py has for
+# those; all other collectives are small. Remove when DeepSpeed reports its communication by purpose.
 CALLERS = {
     "allreduce_bucket": "gradients",
     "reduce_scatter_coalesced": "gradients",
@@ -30,35 +31,35 @@ CALLERS = {
     "_all_gather_sequential": "gathered weights",
     "take_snapshot": "checkpoint",
 }
-PAYLOAD = {  # its name in train/traffic.py, and which argument is the whole tensor
+PAYLOAD = {  # name in traffic_counts.py, and position and name of the argument that is the whole tensor
     "all_reduce": ("all_reduce", 0, "tensor"),
     "all_gather_into_tensor": ("all_gather", 0, "output_tensor"),
     "reduce_scatter_tensor": ("reduce_scatter", 1, "input"),
 }
-# Should one of these be called in a step, the count fails: its bytes are in no table.
+# No table has the bytes of these: if one is called in a step, the comparison with the counts fails.
 UNKNOWN = ("all_gather", "all_to_all_single", "barrier", "broadcast", "gather", "reduce", "reduce_scatter", "scatter")
 
 
 class Notes:
-    """What rank 0 has seen: a list of [what, kind, bytes, ranks] for each step, and the loopback's bytes before it."""
+    """The record of rank 0: a list of [what, kind, bytes, ranks] for each step, and the loopback's bytes before it."""
 
     def __init__(self) -> None:
         self.steps: list[list[list]] = []
         self.loopback: list[int] = []
 
     def begin_step(self) -> None:
-        """From here on it is another one."""
+        """Begin the list of another step."""
         self.steps.append([])
         self.loopback.append(_loopback_bytes())
 
     def add(self, kind: str, payload: int, ranks: int) -> None:
-        """One call. Before the first step it is start-up, which is not counted."""
+        """Record one call. Calls before the first step belong to start-up and are left out."""
         if self.steps:
             self.steps[-1].append([_purpose(sys._getframe(2)), kind, payload, ranks])
 
 
 def note(file: Path) -> None:
-    """Count in this process from now on; rank 0 writes `file` after every step."""
+    """Record the collectives of this process from now on; rank 0 writes `file` after every step."""
     from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
 
     notes, on_batch, on_step = Notes(), Checkpoints.on_batch, Checkpoints.on_step
@@ -101,12 +102,12 @@ def _purpose(frame: Any) -> str:
 
 
 def _loopback_bytes() -> int:
-    """Sent through this network namespace's loopback device so far."""
+    """Return the bytes sent through this network namespace's loopback device so far."""
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     fields = next(line.partition(":")[2].split() for line in lines if line.strip().startswith("lo:"))
     return int(fields[8])
 
 
 if __name__ == "__main__":
-    note(Path(os.environ["NOTED"]))
+    note(Path(os.environ["COLLECTIVES_FILE"]))
     run_command(runpy.run_path(str(Path(__file__).parents[1] / "stages/stage4.py"))["main"])

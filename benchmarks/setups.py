@@ -1,6 +1,7 @@
-"""One recipe under every engine set-up that runs without a GPU: the losses of each, side by side.
+"""Losses of one recipe under every engine set-up that runs without a GPU.
 
-The tiny model of the tests, with images, text alone and two images mixed, so that ranks often have unlike batches.
+The tests' tiny model trains on samples without, with one and with two images, so that ranks often have different kinds
+of batches.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
-DIVIDED = "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"  # else a tiny model stays whole
+DIVIDED = (
+    "deepspeed.zero_optimization.stage3_param_persistence_threshold=0"  # otherwise the tiny model would stay whole
+)
 IN_FP32 = "deepspeed.torch_autocast.enabled=false"
 
 
@@ -27,11 +30,11 @@ class Setup:
     """A row of the table.
 
     Attributes:
-        name: what it is called there.
-        precision: "fp32" or "bf16"; rows of one precision are compared with the first of it.
-        ranks: processes.
-        json_file: of ds_configs/.
-        changes: for `--set`.
+        name: its name in the table.
+        precision: "fp32" or "bf16"; rows are compared with the first row of their precision.
+        ranks: number of processes.
+        json_file: name of a file in ds_configs/, without its suffix.
+        changes: changes to the recipe for `--set`.
     """
 
     name: str
@@ -63,7 +66,7 @@ SETUPS = (
 def main() -> None:
     """Run every set-up and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the losses there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the losses to FILE")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         recipe = mixed_recipe(Path(folder))
@@ -75,7 +78,7 @@ def main() -> None:
 
 
 def table(losses: list[list[float]]) -> list[str]:
-    """Markdown: a row for each set-up, with the largest difference from the first of its precision and from fp32."""
+    """Return a Markdown table: losses, and their largest difference from the first of the precision and from fp32."""
     steps = " | ".join(f"step {step + 1}" for step in range(STEPS))
     lines = [f"| | ranks | set-up | {steps} | from its first | from fp32 |", f"|{'-|' * (STEPS + 5)}"]
     firsts: dict[str, list[float]] = {}
@@ -83,18 +86,18 @@ def table(losses: list[list[float]]) -> list[str]:
         own, fp32 = firsts.setdefault(setup.precision, row), firsts["fp32"]
         cells = " | ".join(f"{loss:.6f}" for loss in row)
         lines.append(
-            f"| {setup.precision} | {setup.ranks} | {setup.name} | {cells} | {_apart(row, own):.1e} | "
-            f"{_apart(row, fp32):.1e} |"
+            f"| {setup.precision} | {setup.ranks} | {setup.name} | {cells} | {_largest_difference(row, own):.1e} | "
+            f"{_largest_difference(row, fp32):.1e} |"
         )
     return lines
 
 
-def _apart(row: list[float], other: list[float]) -> float:
+def _largest_difference(row: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(row, other, strict=True))
 
 
 def mixed_recipe(folder: Path) -> Path:
-    """Write the tiny model's weights, shards of four kinds, and the recipe that trains on them."""
+    """Write the tiny model's weights, shards of four kinds, and a recipe that trains on them; return its path."""
     sys.path.insert(0, str(ROOT / "tests"))
     from helpers import tiny
 
@@ -119,27 +122,27 @@ def run(
     run_dir: Path,
     *,
     script: str = "stages/stage4.py",
-    before: Sequence[str] = (),
-    told: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
 ) -> None:
     """Train under a set-up, started by DeepSpeed's launcher.
 
     Args:
-        setup: which.
-        recipe: its YAML.
+        setup: the set-up.
+        recipe: the recipe's YAML file.
         run_dir: the run directory.
-        script: stage 4's, or one that runs it.
-        before: a command that the launcher is started by.
-        told: further environment variables.
+        script: stage 4's script, or one that runs it.
+        prefix: a command that starts the launcher.
+        env: additional environment variables.
     """
     start = ["deepspeed", "--num_gpus", str(setup.ranks), "--master_port", str(_free_port()), script]
     given = ["--recipe", str(recipe), "--run-dir", str(run_dir)]
     given += ["--deepspeed_config", f"ds_configs/{setup.json_file}.json"]
     changes = [part for change in setup.changes for part in ("--set", change)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    command = [*before, *start, *given, *changes]
-    done = subprocess.run(command, cwd=ROOT, env=env | dict(told or {}), capture_output=True, text=True, check=False)
+    on_cpu = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    command = [*prefix, *start, *given, *changes]
+    done = subprocess.run(command, cwd=ROOT, env=on_cpu | dict(env or {}), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{setup.precision}, {setup.name}, {setup.ranks} rank(s) failed:\n{done.stdout}{done.stderr}")
 

@@ -1,8 +1,8 @@
-"""What the ranks of a run send each other in a step: by count, and as real ranks do it.
+"""Bytes that the ranks of a run send each other in a step: the counts of traffic_counts.py next to measured ones.
 
-The tiny model of the tests, with a LoRA large enough that its tensors outweigh TCP's headers, trains on the CPU's cores
-under each set-up. Rank 0 notes the bytes of every collective; next to them stand those that `estimate` counts. Where
-network namespaces may be made, the bytes that the ranks put on the wire are compared with those of a ring, too.
+The tests' tiny model, with a LoRA large enough that its tensors outweigh TCP's headers, trains on the CPU under each
+set-up. Rank 0 records the bytes of every collective; the table shows them next to the counts. Where network namespaces
+are allowed, the bytes on the wire are also compared with those of a ring.
 
     python benchmarks/traffic.py [--json FILE]
 """
@@ -21,21 +21,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
 from benchmarks.setups import ROOT, Setup, mixed_recipe, run
+from benchmarks.traffic_counts import SMALL, Collective, Zero, step_of, step_traffic
+from benchmarks.zero3_gathers import Limits
 from tinygptv_ds.config.deepspeed import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.config.recipe import Recipe
-from tinygptv_ds.estimate.gathers import Limits
-from tinygptv_ds.estimate.scaling import step_of
-from tinygptv_ds.estimate.sizes import Sizes, Transformer
-from tinygptv_ds.estimate.traffic import SMALL, Collective, Zero, step_traffic
+from tinygptv_ds.weights.assemble import model_config
 
-WARM_UP = 2  # steps; until then ZeRO-3 is still recording in which order weights are used
+WARM_UP = 2  # steps in which ZeRO-3 still records the order in which weights are used
 OWN_NAMESPACE = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
 SIZES = ("model.lora_r=512", "model.proj_hidden_size=2048", "model.resid_dropout=0.1")
 _ZERO_3 = "deepspeed.zero_optimization.stage3_"
-FINE = (  # so that of the tiny model as of the published one a part stays whole, a part is kept, a part gathered twice
+FINE = (  # as in the published model, a part of the weights stays whole, a part is kept, a part is gathered twice
     f"{_ZERO_3}param_persistence_threshold=1000",
     f"{_ZERO_3}max_reuse_distance=100000",
     f"{_ZERO_3}prefetch_bucket_size=20000",
@@ -57,14 +54,14 @@ SETUPS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One set-up: bytes of a step by (what, kind, ranks), counted and measured, and those on the wire.
+    """One set-up: bytes of a step by collective, counted and measured, and those on the wire.
 
     Attributes:
-        setup: its name and ranks.
-        counted: payload by count.
-        measured: payload of the collectives that rank 0 called, the mean of the steps after the warm-up.
-        ring: what all ranks together send, by count: in rings, gloo scattering its sums by a whole all-reduce.
-        wire: what they sent, headers and acknowledgements included; None where it could not be told.
+        setup: the set-up's name and number of ranks.
+        counted: counted payload by `key`.
+        measured: payload of the collectives that rank 0 called in each step after the warm-up, by `key`.
+        ring: bytes that all ranks together send in rings, by count, where gloo's reduce-scatter is an all-reduce.
+        wire: bytes that they sent, headers and acknowledgements included; None where it could not be measured.
     """
 
     setup: str
@@ -77,19 +74,19 @@ class Row:
 def main() -> None:
     """Run every set-up and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args()
-    apart = _may_have_namespaces()
+    namespace = _namespaces_are_allowed()
     with tempfile.TemporaryDirectory() as folder:
         recipe = mixed_recipe(Path(folder))
-        rows = [_measured(setup, recipe, Path(folder) / str(n), apart) for n, setup in enumerate(SETUPS)]
+        rows = [_measured(setup, recipe, Path(folder) / str(n), namespace) for n, setup in enumerate(SETUPS)]
     print("\n".join([*payload_table(rows), "", *wire_table(rows)]))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
 def counted_payload(collectives: list[Collective]) -> dict[str, int]:
-    """By `key`."""
+    """Return the payload by `key`."""
     payload: Counter[str] = Counter()
     for each in collectives:
         payload[key(each.what, each.kind, each.ranks)] += each.payload
@@ -97,33 +94,12 @@ def counted_payload(collectives: list[Collective]) -> dict[str, int]:
 
 
 def sent_by_gloo(each: Collective) -> float:
-    """Bytes that a rank sends: gloo has no reduce-scatter, torch makes one of its all-reduce."""
+    """Return the bytes that a rank sends over gloo, whose reduce-scatter torch implements as an all-reduce."""
     return 2 * each.sent if each.kind == "reduce_scatter" else each.sent
 
 
-def tiny_sizes(recipe: Recipe) -> Sizes:
-    """The sizes of the tests' tiny model under a recipe."""
-    from helpers import tiny
-
-    model, block = recipe.model, Transformer(tiny.WIDTH, 2 * tiny.WIDTH, 2)
-    vocabulary = json.loads((Path(model.phi) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    return Sizes(
-        block,
-        block,
-        block,
-        tiny.IMAGE_SIZE,
-        14,
-        tiny.QUERIES,
-        model.proj_hidden_size,
-        tiny.WIDTH // 2,
-        vocabulary,
-        model.lora_r,
-        tuple(model.lora_targets),
-    )
-
-
 def zero_of(config: dict[str, Any]) -> Zero:
-    """What of a DeepSpeed JSON decides about traffic, DeepSpeed's own defaults filled in."""
+    """Return the settings of a DeepSpeed JSON that decide about traffic, with DeepSpeed's defaults filled in."""
     zero = config["zero_optimization"]
     stage3 = {
         "persistence": ("param_persistence_threshold", 100_000),
@@ -140,38 +116,39 @@ def zero_of(config: dict[str, Any]) -> Zero:
 
 
 def key(what: str, kind: str, ranks: int) -> str:
-    """A row's name; the small ones are all-reduces."""
+    """Return the name of a row; the small collectives, all of them all-reduces, share one."""
     return what if what == SMALL else f"{what}, {kind} over {ranks}"
 
 
 def measured_payload(notes: dict[str, Any], step: int) -> dict[str, int]:
-    """By `key`, of one step of what `collectives.note` has written."""
+    """Return the payload of one step by `key`, from what `collectives.note` has written."""
     payload: Counter[str] = Counter()
     for what, kind, size, ranks in notes["steps"][step]:
         payload[key(what, kind, ranks)] += size
     return dict(payload)
 
 
-def _measured(setup: Setup, recipe_file: Path, run_dir: Path, apart: bool) -> Row:
+def _measured(setup: Setup, recipe_file: Path, run_dir: Path, namespace: bool) -> Row:
     recipe = load_recipe(recipe_file, list(setup.changes))
     config = load_deepspeed_json(ROOT / f"ds_configs/{setup.json_file}.json")
     zero = zero_of(resolve_deepspeed(config, recipe, setup.ranks, setup.name))
-    collectives = step_traffic(step_of(recipe, tiny_sizes(recipe), setup.ranks), zero)
-    noted = run_dir.with_suffix(".json")
-    before = OWN_NAMESPACE if apart else ()
-    run(setup, recipe_file, run_dir, script="benchmarks/collectives.py", before=before, told={"NOTED": str(noted)})
-    notes = json.loads(noted.read_text(encoding="utf-8"))
-    last = len(notes["steps"]) - 1  # its bytes on the wire are not known, and it ends with a checkpoint
+    collectives = step_traffic(step_of(recipe, model_config(recipe.model, recipe.text), setup.ranks), zero)
+    recorded = run_dir.with_suffix(".json")
+    prefix = OWN_NAMESPACE if namespace else ()
+    env = {"COLLECTIVES_FILE": str(recorded)}
+    run(setup, recipe_file, run_dir, script="benchmarks/collectives.py", prefix=prefix, env=env)
+    notes = json.loads(recorded.read_text(encoding="utf-8"))
+    last = len(notes["steps"]) - 1  # left out: its bytes on the wire are unknown, and it ends with a checkpoint
     payloads = [measured_payload(notes, step) for step in range(WARM_UP, last)]
     assert all(payload == payloads[0] for payload in payloads), f"{setup.name}: steps differ: {payloads}"
-    wire = (notes["loopback"][last] - notes["loopback"][WARM_UP]) / (last - WARM_UP) if apart else None
+    wire = (notes["loopback"][last] - notes["loopback"][WARM_UP]) / (last - WARM_UP) if namespace else None
     sent = setup.ranks * sum(map(sent_by_gloo, collectives))
     name = f"{setup.name}, {setup.precision}, {setup.ranks} ranks"
     return Row(name, counted_payload(collectives), payloads[0], sent, wire)
 
 
 def payload_table(rows: list[Row]) -> list[str]:
-    """Markdown: counted next to measured."""
+    """Return the lines of a Markdown table of counted and measured payloads."""
     lines = ["| set-up | collective | counted | measured |", "|-|-|-|-|"]
     for row in rows:
         for name in dict.fromkeys([*row.counted, *row.measured]):
@@ -181,7 +158,7 @@ def payload_table(rows: list[Row]) -> list[str]:
 
 
 def wire_table(rows: list[Row]) -> list[str]:
-    """Markdown: all ranks' bytes of a step in rings next to those on the wire."""
+    """Return the lines of a Markdown table of all ranks' bytes of a step, in rings and on the wire."""
     lines = ["| set-up | in rings, by count | on the wire | |", "|-|-|-|-|"]
     for row in rows:
         if row.wire is None:
@@ -190,7 +167,7 @@ def wire_table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _may_have_namespaces() -> bool:
+def _namespaces_are_allowed() -> bool:
     try:
         return subprocess.run([*OWN_NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
     except OSError:

@@ -13,9 +13,7 @@ from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.loader.batch import MicroBatch, collate
 from tinygptv_ds.data.loader.sample import Sample
 from tinygptv_ds.data.stream.mixture import SampleRef
-from tinygptv_ds.estimate.costs import MeanSample
-from tinygptv_ds.estimate.sample_mean import ASSUMED
-from tinygptv_ds.estimate.sizes import Sizes, Transformer
+from tinygptv_ds.estimate.data_summary import ASSUMED, MeanSample
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.parameters import lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -88,7 +86,7 @@ class Batches:
 
 
 def make_batches(config: TinyGPTVConfig, case: Case, seed: int, *, pinned: bool) -> Batches:
-    """Samples of one image and about as many tokens as those of the stage have (`sample_mean.ASSUMED`).
+    """Samples of one image and about as many tokens as those of the stage have (`data_summary.ASSUMED`).
 
     Args:
         config: of the model.
@@ -133,24 +131,3 @@ def _row(rng: np.random.Generator, config: TinyGPTVConfig, asked: int, answered:
     ids[asked : asked + queries] = config.image_token_id
     labels = np.where(np.arange(length) < asked + queries, IGNORE, ids)
     return Sequence(ids, labels, np.arange(length), np.arange(asked, asked + queries), np.arange(queries))
-
-
-def sizes_of(config: TinyGPTVConfig) -> Sizes:
-    """What `estimate` counts from."""
-    vision, qformer, phi = config.vision_config, config.qformer_config, config.text_config
-    vit, q, p = (
-        Transformer(part.hidden_size, part.intermediate_size, part.num_hidden_layers) for part in (vision, qformer, phi)
-    )
-    return Sizes(
-        vit,
-        q,
-        p,
-        vision.image_size,
-        vision.patch_size,
-        config.num_query_tokens,
-        config.proj_hidden_size,
-        phi.hidden_size // phi.num_attention_heads,
-        phi.vocab_size,
-        config.lora_r,
-        config.lora_targets,
-    )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.machine import wait
-from benchmarks.gpu.model import DATASET, Batches, build, make_batches, model_config, overrides, sizes_of
+from benchmarks.gpu.model import DATASET, Batches, build, make_batches, model_config, overrides
 from benchmarks.gpu.parts import parts_of
 from benchmarks.gpu.plan import SIZES, Case
 from benchmarks.gpu.results import MEASURED, OUT_OF_MEMORY, add
@@ -24,7 +24,7 @@ from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.estimate.memory import GIB, MicroBatch, step_memory
-from tinygptv_ds.estimate.sizes import trained_parts
+from tinygptv_ds.estimate.model_size import parameter_counts, parameter_shapes, trained_parts
 from tinygptv_ds.models.flops import peak_flops, step_flops
 from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
@@ -149,8 +149,10 @@ class Bench:
         """What `estimate` says for the same samples, in bytes."""
         job = self._run.job
         batch = MicroBatch(case.batch, batches.mean, float(case.recompute), case.source == "features")
-        sizes = sizes_of(self._engine.module.config)
-        return step_memory(sizes, trained_parts(job.recipe), batch, job.ranks.world_size)[f"ZeRO-{case.zero}"].total
+        config = self._engine.module.config
+        counts = parameter_counts(parameter_shapes(config))
+        memory = step_memory(config, counts, trained_parts(job.recipe), batch, job.ranks.world_size)
+        return memory[f"ZeRO-{case.zero}"].total
 
 
 def main() -> None:

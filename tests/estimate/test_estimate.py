@@ -1,6 +1,7 @@
-"""`estimate`: parameters are the published model's, operations the closed formulas', memory what torch really keeps."""
+"""`estimate`: parameters and operations are the published model's, memory is what torch really keeps."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,22 +12,31 @@ from helpers.verbs import call
 from transformers import Blip2QFormerConfig
 
 from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.estimate import estimate
-from tinygptv_ds.estimate.costs import MeanSample, sample_operations
+from tinygptv_ds.estimate.data_summary import ASSUMED, MeanSample, summarize_data
 from tinygptv_ds.estimate.gpus import cards_named
-from tinygptv_ds.estimate.layers import parameters
 from tinygptv_ds.estimate.memory import MicroBatch, phi_row_bytes, step_memory
-from tinygptv_ds.estimate.sample_mean import ASSUMED, data_facts
-from tinygptv_ds.estimate.sizes import Sizes, Transformer, sizes_of, trained_parts
+from tinygptv_ds.estimate.model_size import (
+    model_configuration,
+    parameter_counts,
+    parameter_shapes,
+    phi_sizes,
+    trained_names,
+    trained_parts,
+)
 from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
+from tinygptv_ds.models.flops import FlopRates, PartFlops, flops_by_part
 from tinygptv_ds.models.parameters import PARTS, lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 
 ROOT = Path(__file__).parents[2]
 FULL = ROOT / "tests/golden/data/full/trainable_full_size.json"
 ALL = ("projections", "norms", "lora")
-SMALL = Sizes(Transformer(16, 24, 2), Transformer(12, 16, 3), Transformer(64, 256, 3), 28, 14, 3, 8, 16, 30, 2)
+PUBLISHED = TinyGPTVConfig(lora_r=64)
+SHAPES = parameter_shapes(PUBLISHED)
+COUNTS = parameter_counts(SHAPES)
 
 
 def small_model() -> TinyGPTVForConditionalGeneration:
@@ -48,11 +58,15 @@ def small_model() -> TinyGPTVForConditionalGeneration:
     )
 
 
+def recipe_counts(recipe: Recipe) -> dict[str, int]:
+    return parameter_counts(parameter_shapes(model_configuration(recipe, phi_sizes(recipe)[0])))
+
+
 @pytest.mark.parametrize("stage", [2, 3, 4])
 def test_parameters_of_the_published_stages(stage: int) -> None:
     reference = json.loads(FULL.read_text())[f"stage{stage}"]
     recipe = load_recipe(ROOT / f"stages/stage{stage}.yaml")
-    counts = parameters(sizes_of(recipe)[0])
+    counts = recipe_counts(recipe)
     modules = reference["modules"]
     assert sum(counts.values()) == reference["all_parameters"]
     assert counts["vit"] == modules["visual_encoder"] + modules["ln_vision"]
@@ -63,18 +77,19 @@ def test_parameters_of_the_published_stages(stage: int) -> None:
 
 def test_parameters_of_stage_1() -> None:
     recipe = load_recipe(ROOT / "stages/stage1.yaml")
-    counts = parameters(sizes_of(recipe)[0])
+    counts = recipe_counts(recipe)
     assert sum(counts[part] for part in trained_parts(recipe)) == 13_809_664
     assert trained_parts(load_recipe(ROOT / "stages/stage1.yaml", ["model.lora_r=64"])) == ALL
 
 
 def test_parameters_of_any_sizes() -> None:
-    """Part by part those of a model that is built."""
-    named = dict(small_model().named_parameters())
+    """Part by part they are those of a model in memory."""
+    model = small_model()
+    named = dict(model.named_parameters())
     counted = dict.fromkeys(PARTS, 0)
     for name, parameter in named.items():
         counted[next(part for part, belongs in PARTS.items() if belongs(name))] += parameter.numel()
-    assert counted == parameters(SMALL)
+    assert counted == parameter_counts(parameter_shapes(model.config))
 
 
 @pytest.mark.parametrize(
@@ -83,24 +98,26 @@ def test_parameters_of_any_sizes() -> None:
 )
 def test_operations(image: int, sample: MeanSample, teraflops: float) -> None:
     """Figures that were worked out by hand from the published shapes."""
-    parts = sample_operations(Sizes(image_size=image, lora_r=64), sample, ALL)
-    assert sum(part.total for part in parts.values()) / 1e12 == pytest.approx(teraflops, rel=0.01)
-    assert parts["vit"].backward == parts["qformer"].backward == 0
+    config = TinyGPTVConfig(vision_config={"image_size": image}, lora_r=64)
+    parts = flops_by_part(config, trained_names(SHAPES, ALL))
+    total = sum(part.forward.of(sample.counts) + part.backward.of(sample.counts) for part in parts.values())
+    assert total / 1e12 == pytest.approx(teraflops, rel=0.01)
+    assert parts["vit"].backward == parts["qformer"].backward == FlopRates()
 
 
-def test_operations_follow_what_learns() -> None:
-    sizes, sample = Sizes(lora_r=64), ASSUMED[2]
-    usual = sample_operations(sizes, sample, ALL)
-    recomputed = sample_operations(sizes, sample, ALL, recomputed=0.5)
-    assert recomputed["phi"].backward - usual["phi"].backward == pytest.approx(
-        0.5 * (usual["phi"].forward + usual["lora"].forward)
-    )
-    cached = sample_operations(sizes, sample, ALL, from_features=True)
-    assert cached["vit"].total == cached["qformer"].total == 0 and cached["phi"] == usual["phi"]
-    query = sample_operations(sizes, sample, (*ALL, "qformer"))
-    assert query["qformer"].backward > query["qformer"].forward and query["vit"].backward == 0
-    whole = sample_operations(sizes, sample, (*ALL, "llm"))
-    assert whole["head"].total == 3 * whole["head"].forward and usual["head"].total == 2 * usual["head"].forward
+def test_operations_follow_what_is_trained() -> None:
+    usual = flops_by_part(PUBLISHED, trained_names(SHAPES, ALL))
+    recomputed = flops_by_part(PUBLISHED, trained_names(SHAPES, ALL), recomputed=0.5)
+    for part in ("phi", "lora"):
+        again = recomputed[part].backward.of(ASSUMED[2].counts) - usual[part].backward.of(ASSUMED[2].counts)
+        assert again == pytest.approx(0.5 * usual[part].forward.of(ASSUMED[2].counts))
+    cached = flops_by_part(PUBLISHED, trained_names(SHAPES, ALL), from_features=True)
+    assert cached["vit"] == cached["qformer"] == PartFlops() and cached["phi"] == usual["phi"]
+    query = flops_by_part(PUBLISHED, trained_names(SHAPES, (*ALL, "qformer")))
+    assert query["qformer"].backward.image > query["qformer"].forward.image and query["vit"].backward.image == 0
+    whole = flops_by_part(PUBLISHED, trained_names(SHAPES, (*ALL, "llm")))
+    assert whole["head"].backward.target == 2 * whole["head"].forward.target
+    assert usual["head"].backward.target == usual["head"].forward.target
 
 
 def kept_of_a_row(model: TinyGPTVForConditionalGeneration) -> float:
@@ -135,35 +152,36 @@ def test_activations_are_what_torch_keeps() -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or name.endswith("layernorm.bias"):
             parameter.data = parameter.data.float()
-    assert phi_row_bytes(SMALL, ALL) == pytest.approx(kept_of_a_row(model), rel=0.05)
+    assert phi_row_bytes(model.config, ALL) == pytest.approx(kept_of_a_row(model), rel=0.05)
 
 
 def test_optimizer_and_weights_are_what_torch_holds() -> None:
     model = small_model()
     trained = train_only(model, projections, norms, lora)
-    learning = [p for p in model.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(learning)
-    for parameter in learning:
+    counts = parameter_counts({name: tuple(p.shape) for name, p in model.named_parameters()})
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trainable)
+    for parameter in trainable:
         parameter.grad = torch.ones_like(parameter)
     adamw.step()
     moments = sum(
         value.nbytes for state in adamw.state.values() for key, value in state.items() if key.startswith("exp_avg")
     )
     whole = sum(p.nbytes if p.requires_grad else p.nbytes / 2 for p in model.parameters())
-    found = step_memory(SMALL, ALL, MicroBatch(1, MeanSample(1, 10, 5)), gpus=1)["ZeRO-2"]
-    masters = sum(p.nbytes for p in learning)
-    assert len(trained) == len(learning)
+    found = step_memory(model.config, counts, ALL, MicroBatch(1, MeanSample(1, 10, 5)), gpus=1)["ZeRO-2"]
+    masters = sum(p.nbytes for p in trainable)
+    assert len(trained) == len(trainable)
     assert (found.weights, found.optimizer) == (whole, moments + masters)
 
 
 def test_zero_divides() -> None:
     batch = MicroBatch(8, ASSUMED[2])
-    one, eight = (step_memory(Sizes(lora_r=64), ALL, batch, gpus) for gpus in (1, 8))
+    one, eight = (step_memory(PUBLISHED, COUNTS, ALL, batch, gpus) for gpus in (1, 8))
     assert eight["ZeRO-2"].optimizer == one["ZeRO-2"].optimizer / 8
     assert eight["ZeRO-1"].gradients == one["ZeRO-1"].gradients
     assert eight["ZeRO-3"].weights < one["ZeRO-3"].weights / 4
     assert eight["ZeRO-3 + CPU offload"].optimizer == 0
-    again = step_memory(Sizes(lora_r=64), ALL, MicroBatch(8, ASSUMED[2], checkpointed=1.0), 1)
+    again = step_memory(PUBLISHED, COUNTS, ALL, MicroBatch(8, ASSUMED[2], recomputed=1.0), 1)
     assert again["ZeRO-2"].activations < one["ZeRO-2"].activations / 5
 
 
@@ -171,7 +189,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(ROOT / "stages/stage4.yaml")
     call(estimate, recipe, "--gpu", "rtx-3090", "h100-80gb")
     text = capsys.readouterr().out
-    assert "45,266,944 learn" in text and "RTX-3090" in text and "A100" not in text and "3.63 TFLOP a sample" in text
+    assert "45,266,944 trained" in text and "RTX-3090" in text and "A100" not in text and "3.63 TFLOP a sample" in text
     call(
         estimate,
         recipe,
@@ -192,7 +210,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["disk"]["checkpoint"] == 12 * 45_266_944
 
 
-def test_traffic(capsys: pytest.CaptureFixture[str]) -> None:
+def test_communication(capsys: pytest.CaptureFixture[str]) -> None:
     """Over a slow link ZeRO-3 waits longer than it computes, and ZeRO-2 does not; one GPU sends nothing."""
     recipe, cards = str(ROOT / "stages/stage2.yaml"), ["--gpu", "A100-80GB", "H100-80GB"]
     many = ["--gpus", 64, "--set", "train.batch_size=4096", *cards]
@@ -211,19 +229,28 @@ def test_traffic(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_whole_phi_needs_more_than_a_small_card() -> None:
     recipe = load_recipe(ROOT / "stages/stage4.yaml", ["model.train=[projections, lora, llm]"])
     assert trained_parts(recipe) == ("projections", "norms", "lora", "llm")
-    found = estimate.estimate(recipe, cards_named(["all"]), gpus=1, mfu=0.4, data=data_facts(recipe))
+    found = estimate.estimate(recipe, cards_named(["all"]), gpus=1, mfu=0.4, data=summarize_data(recipe))
     plain = estimate.as_plain(found, cards_named(["all"]), [])
     assert plain["memory"]["ZeRO-2"]["fits"] == ["A100-80GB", "H100-80GB", "H200-141GB"]
     assert "RTX-3090" in plain["memory"]["ZeRO-3 + CPU offload"]["fits"]
 
 
-def test_lengths_of_data_that_are_here(recipe_file: Callable[..., Path]) -> None:
+def test_lengths_of_local_data(recipe_file: Callable[..., Path]) -> None:
     recipe = load_recipe(recipe_file())
-    facts = data_facts(recipe)
-    assert facts.source.startswith("measured") and facts.samples == 48
-    assert 0.5 < facts.sample.images < 1.5 and 0 < facts.sample.targets < facts.sample.tokens
-    sizes, source = sizes_of(recipe)
-    assert (sizes.phi.width, sizes.phi.layers) == (32, 2) and "config.json" in source
+    data = summarize_data(recipe)
+    assert data.source.startswith("measured") and data.samples == 48
+    assert 0.5 < data.sample.images < 1.5 and 0 < data.sample.targets < data.sample.tokens
+    sizes, source = phi_sizes(recipe)
+    assert (sizes["hidden_size"], sizes["num_hidden_layers"]) == (32, 2) and "config.json" in source
+    assert model_configuration(recipe, sizes).text_config.hidden_size == 32
+
+
+@pytest.mark.parametrize("damage", ['{"hidden_size": 32}', '{"hidden_size": "32"}', "[]", "{"])
+def test_a_damaged_config_of_phi(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(damage)
+    recipe = load_recipe(ROOT / "stages/stage4.yaml", [f"model.phi={tmp_path}"])
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        phi_sizes(recipe)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +259,7 @@ def test_lengths_of_data_that_are_here(recipe_file: Callable[..., Path]) -> None
         (["--gpu", "H100"], "--gpu H100: unknown card; did you mean H100-80GB?"),
         (["--gpus", "0"], "--gpus and --node must be at least 1"),
         (["--gpus", "3"], "does not divide into micro-batches of 2 on 3 rank"),
-        (["--mfu", "1.2"], "--mfu lie above 0"),
+        (["--mfu", "1.2"], "--mfu above 0"),
         (["--node", "0"], "--gpus and --node must be at least 1"),
         (["--link", "NVLnk"], "neither a number of GB/s nor one of NVLink, "),
         (["--link", "-1"], "--link -1: neither"),
@@ -245,8 +272,18 @@ def test_mistakes(options: list[str], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_the_modules_need_no_torch() -> None:
-    import subprocess
-
-    code = "import sys; sys.modules['torch'] = None; import tinygptv_ds.estimate.estimate"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--gpus 3", "does not divide into micro-batches"),
+        ("--set model.phii=x", "model.phii"),
+        ("--gpu H10", "--gpu H10"),
+    ],
+)
+def test_mistakes_are_reported_before_torch_is_imported(options: str, message: str) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from tinygptv_ds.cli import main; "
+        f"main(['estimate', 'stages/stage4.yaml', *{options.split()!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""GPUs that `estimate` knows, and links between them. No torch."""
+"""The GPUs that `estimate` knows, and the links between them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Card:
     """A GPU.
 
     Attributes:
-        name: as the command line takes it.
-        gib: memory.
-        teraflops: dense bf16 matrix products with fp32 sums, 10^12 operations a second, by its maker's data sheet.
+        name: its name on the command line.
+        gib: memory in GiB.
+        teraflops: peak of dense bf16 matrix products with fp32 accumulation in TFLOP/s, from its vendor's data sheet.
     """
 
     name: str
@@ -38,7 +38,7 @@ CARDS = (
 
 
 def cards_named(names: Sequence[str]) -> list[Card]:
-    """The cards of these names, whatever their case; "all": every one.
+    """Return the cards of these names in any case; "all" stands for every card.
 
     Raises:
         ConfigError: a name is unknown.
@@ -54,26 +54,26 @@ def cards_named(names: Sequence[str]) -> list[Card]:
 
 @dataclass(frozen=True)
 class Link:
-    """What connects ranks.
+    """A link between ranks.
 
     Attributes:
-        name: as the command line takes it.
-        gigabytes: nominal, 10^9 bytes a second in each direction, of a GPU within a node or of a node among others.
+        name: its name on the command line.
+        gigabytes: nominal speed in GB/s (10^9 bytes) in each direction, of a GPU within a node or of a whole node.
     """
 
     name: str
     gigabytes: float
 
 
-NVLINK, PCIE = Link("NVLink", 300.0), Link("PCIe", 25.0)  # of an A100, to each side; PCIe 4.0 x16 as measured
+NVLINK, PCIE = Link("NVLink", 300.0), Link("PCIe", 25.0)  # an A100's, in each direction; PCIe 4.0 x16 as measured
 LINKS = (NVLINK, Link("400Gb/s", 50.0), PCIE, Link("100Gb/s", 12.5), Link("25Gb/s", 3.125))
 
 
 def links_named(names: Sequence[str]) -> list[Link]:
-    """The links of these names, whatever their case, or of so many GB/s; "all": every one.
+    """Return the links of these names in any case, or of so many GB/s; "all" stands for every named link.
 
     Raises:
-        ConfigError: it is neither a name nor a number above 0.
+        ConfigError: a link is neither a name nor a number above 0.
     """
     if "all" in names:
         return list(LINKS)

@@ -1,22 +1,25 @@
-"""GPU memory of a training step in bf16, from the recipe's sizes alone. No torch.
+"""GPU memory of a training step in bf16, from the recipe's sizes alone.
 
-Weights, optimizer and gradients are counted; activations follow what each operation keeps for the backward pass under
-autocast, per row of Phi: a test holds them against what torch keeps of a small model.
+Weights, optimizer states and gradients are counted. Activations are what each operation keeps for the backward pass
+under autocast, per row of Phi; a test compares them with what torch keeps of a small model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from tinygptv_ds.estimate.costs import MeanSample
-from tinygptv_ds.estimate.layers import parameters
-from tinygptv_ds.estimate.sizes import Sizes
+from tinygptv_ds.estimate.data_summary import MeanSample
+from tinygptv_ds.models.flops import phi_linears
+
+if TYPE_CHECKING:
+    from tinygptv_ds.models.configuration import TinyGPTVConfig
 
 SETTINGS = ("ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 + CPU offload")
 GIB = 2**30
-_CONTEXT = 1.0 * GIB  # CUDA, cuBLAS, NCCL; 0.6 to 1.2 on the cards seen
-_MARGIN = 0.06  # of the rest: what the allocator cannot use
+_CONTEXT = 1.0 * GIB  # CUDA, cuBLAS and NCCL take 0.6 to 1.2 GiB
+_MARGIN = 0.06  # share of the rest that the allocator cannot use
 _BUCKET = 50_000_000  # elements, as in ds_configs/
 _PER_LOGIT = 10  # bytes: bf16, and two fp32 copies in the cross entropy's backward
 _GENERIC_ROW = 34  # bytes per row and unit of width that a transformer's block keeps (Korthikanti et al., 2205.05198)
@@ -35,50 +38,52 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Return the sum of all."""
         return sum(asdict(self).values())
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one GPU computes at once.
+    """The micro-batch of one GPU.
 
     Attributes:
-        samples: of `sample` each.
-        sample: what one holds.
-        checkpointed: share of Phi's blocks that are recomputed.
-        from_features: without ViT and Q-Former.
+        samples: number of samples.
+        sample: the mean sample.
+        recomputed: share of Phi's blocks that are recomputed in the backward pass.
+        from_features: ViT and Q-Former do not run.
     """
 
     samples: float
     sample: MeanSample
-    checkpointed: float = 0.0
+    recomputed: float = 0.0
     from_features: bool = False
 
 
-def step_memory(sizes: Sizes, trained: Collection[str], batch: MicroBatch, gpus: int) -> dict[str, Memory]:
-    """The peak of a step on one GPU under each of `SETTINGS`.
+def step_memory(
+    config: TinyGPTVConfig, counts: Mapping[str, int], trained: Collection[str], batch: MicroBatch, gpus: int
+) -> dict[str, Memory]:
+    """Return the peak of a step on one GPU under each of `SETTINGS`.
 
     Args:
-        sizes: of the model.
-        trained: parts that learn.
-        batch: what one GPU computes at once.
-        gpus: over which ZeRO divides.
+        config: the model's configuration.
+        counts: parameters by part.
+        trained: trained parts.
+        batch: the micro-batch of one GPU.
+        gpus: number of GPUs that ZeRO divides its states among.
     """
-    counts = parameters(sizes)
-    learning = sum(count for part, count in counts.items() if part in trained)
-    frozen = sum(counts.values()) - learning
-    whole = 2 * frozen + 4 * learning
-    activations = _activations(sizes, trained, batch)
-    activations += 2 * learning  # autocast's bf16 copies
-    logits = _PER_LOGIT * batch.samples * batch.sample.targets * sizes.vocabulary
-    bucket = 4 * 2 * min(_BUCKET, learning)  # one is filled while another is reduced
-    gathered = _gathered(sizes)
-    states = 12 * learning / gpus  # fp32 copy and two moments
+    trainable = sum(count for part, count in counts.items() if part in trained)
+    frozen = sum(counts.values()) - trainable
+    whole = 2 * frozen + 4 * trainable
+    activations = _activations(config, trained, batch)
+    activations += 2 * trainable  # autocast's bf16 copies
+    logits = _PER_LOGIT * batch.samples * batch.sample.targets * config.text_config.vocab_size
+    bucket = 4 * 2 * min(_BUCKET, trainable)  # one bucket is filled while another is reduced
+    gathered = _gathered(config)
+    states = 12 * trainable / gpus  # fp32 copy and two moments
     rows = {
-        "ZeRO-1": (whole, states, 4 * learning + bucket),
-        "ZeRO-2": (whole, states, 4 * learning / gpus + bucket),
-        "ZeRO-3": (whole / gpus + gathered, states, 4 * learning / gpus + bucket),
+        "ZeRO-1": (whole, states, 4 * trainable + bucket),
+        "ZeRO-2": (whole, states, 4 * trainable / gpus + bucket),
+        "ZeRO-3": (whole / gpus + gathered, states, 4 * trainable / gpus + bucket),
         "ZeRO-3 + CPU offload": (gathered, 0.0, bucket),
     }
     return {
@@ -95,14 +100,14 @@ def step_memory(sizes: Sizes, trained: Collection[str], batch: MicroBatch, gpus:
 
 
 def fits(memory: Memory, gib: float) -> bool:
-    """Whether a card of so many GiB holds it."""
+    """Return whether a card of so many GiB has room for it."""
     return memory.total <= gib * GIB
 
 
-def phi_row_bytes(sizes: Sizes, trained: Collection[str]) -> float:
-    """What one of Phi's blocks keeps of a row for the backward pass, in bytes."""
-    width, mlp = sizes.phi.width, sizes.phi.mlp
-    with_lora = sizes.lora_r > 0 and "lora" in trained
+def phi_row_bytes(config: TinyGPTVConfig, trained: Collection[str]) -> float:
+    """Return the bytes per row that one of Phi's blocks keeps for the backward pass."""
+    width, mlp = config.text_config.hidden_size, config.text_config.intermediate_size
+    with_lora = config.lora_r > 0 and "lora" in trained
     keeps = 6.0 * width  # input norm: its input in fp32, its output in bf16
     keeps += 2 * 6 * width  # q and k norms: inputs in fp32 and bf16
     keeps += 2 * 4 * width  # attention: q, k, v and its output
@@ -110,40 +115,44 @@ def phi_row_bytes(sizes: Sizes, trained: Collection[str]) -> float:
     keeps += 2 * mlp  # input of GELU
     keeps += 2 * width  # dropout masks
     if with_lora:
-        widths = {name: pair[0] for name, pair in sizes.phi_linears.items() if name in sizes.lora_targets}
-        keeps += sum(3 * inputs + 2 * sizes.lora_r for inputs in widths.values())  # dropped input, its mask, A's output
+        widths = [inputs for name, (inputs, _) in phi_linears(width, mlp).items() if name in config.lora_targets]
+        keeps += sum(3 * inputs + 2 * config.lora_r for inputs in widths)  # input after dropout, its mask, A's output
     if "llm" in trained:
         keeps += 2 * mlp  # input of the second linear layer
     return keeps
 
 
-def _activations(sizes: Sizes, trained: Collection[str], batch: MicroBatch) -> float:
-    rows, width = batch.samples * batch.sample.tokens, sizes.phi.width
-    whole = phi_row_bytes(sizes, trained)
-    kept = (1 - batch.checkpointed) * whole + batch.checkpointed * 2 * width
-    one_again = whole if batch.checkpointed else 0.0
-    phi = rows * (sizes.phi.layers * kept + one_again)
+def _activations(config: TinyGPTVConfig, trained: Collection[str], batch: MicroBatch) -> float:
+    text, rows = config.text_config, batch.samples * batch.sample.tokens
+    whole = phi_row_bytes(config, trained)
+    kept = (1 - batch.recomputed) * whole + batch.recomputed * 2 * text.hidden_size
+    block_again = whole if batch.recomputed else 0.0
+    phi = rows * (text.num_hidden_layers * kept + block_again)
     images = 0.0 if batch.from_features else batch.samples * batch.sample.images
-    vision = images * _vision_bytes(sizes, trained)
-    learns = {"vit", "qformer"} & set(trained)
-    return phi + vision if learns else max(phi, vision)  # a frozen vision path has passed before Phi begins
+    vision = images * _vision_bytes(config, trained)
+    # Activations of a frozen vision path are freed before Phi begins.
+    return phi + vision if {"vit", "qformer"} & set(trained) else max(phi, vision)
 
 
-def _vision_bytes(sizes: Sizes, trained: Collection[str]) -> float:
-    """Of one image: what is kept where ViT or Q-Former learn, else what the widest block has in hand."""
-    vit, qformer = sizes.vit, sizes.qformer
-    in_hand = sizes.patches * 2 * (4 * vit.width + 2 * vit.mlp)
-    kept_vit = sizes.patches * vit.layers * _GENERIC_ROW * vit.width if "vit" in trained else in_hand
+def _vision_bytes(config: TinyGPTVConfig, trained: Collection[str]) -> float:
+    """Return the bytes of one image: what is kept where ViT or Q-Former are trained, else the widest block's peak."""
+    vit, qformer = config.vision_config, config.qformer_config
+    patches = (vit.image_size // vit.patch_size) ** 2 + 1
+    peak = patches * 2 * (4 * vit.hidden_size + 2 * vit.intermediate_size)
+    kept_vit = patches * vit.num_hidden_layers * _GENERIC_ROW * vit.hidden_size if "vit" in trained else peak
     if {"vit", "qformer"} & set(trained):
-        crossing = sizes.crossings * sizes.patches * 2 * 2 * qformer.width
-        return kept_vit + crossing + sizes.queries * qformer.layers * _GENERIC_ROW * qformer.width
+        blocks = -(-qformer.num_hidden_layers // qformer.cross_attention_frequency)
+        cross_attention = blocks * patches * 2 * 2 * qformer.hidden_size
+        rows = config.num_query_tokens * qformer.num_hidden_layers
+        return kept_vit + cross_attention + rows * _GENERIC_ROW * qformer.hidden_size
     return kept_vit
 
 
-def _gathered(sizes: Sizes) -> float:
-    """Weights that ZeRO-3 holds whole at a time: a block or two fetched ahead, or the largest single matrix."""
-    block = sum(inputs * outputs for inputs, outputs in sizes.phi_linears.values())
-    return 2 * max(sizes.vocabulary * sizes.phi.width, _BUCKET + 2 * block)
+def _gathered(config: TinyGPTVConfig) -> float:
+    """Return the bytes that ZeRO-3 keeps whole at a time: a block or two fetched ahead, or the largest matrix."""
+    text = config.text_config
+    block = sum(inputs * outputs for inputs, outputs in phi_linears(text.hidden_size, text.intermediate_size).values())
+    return 2 * max(text.vocab_size * text.hidden_size, _BUCKET + 2 * block)
 
 
 def _reserve(used: float) -> float:

@@ -1,8 +1,8 @@
-"""Which weights ZeRO-3 gathers in one forward and backward pass, and how often. No torch.
+"""Simulation of ZeRO-3's gathers: which weights a forward and a backward pass gather, and how often.
 
 This follows DeepSpeed 0.19 (`runtime/zero/partitioned_param_coordinator.py`), which gathers a module's weights before
-the module runs, forward and backward, and lets them go after it, unless they come again soon; small ones it never
-lets go. A test holds the outcome to the bytes that two real ranks gather.
+the module runs, forward and backward, and releases them after it unless they are used again soon; small ones are never
+released. A test compares the outcome with the bytes that two real ranks gather.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from tinygptv_ds.estimate.layers import Layer, Weight
+from benchmarks.model_layers import Layer, Weight
 
 _ORDER = {"vit": 0, "qformer": 1, "projections": 2, "llm": 3, "norms": 3, "lora": 3}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Numbers of elements that decide about gathering; the defaults are those of `ds_configs/zero3_bf16.json`.
+    """ZeRO-3's limits in numbers of elements; the defaults are those of `ds_configs/zero3_bf16.json`.
 
     Attributes:
-        persistence: weights of up to so many stay whole everywhere (`stage3_param_persistence_threshold`).
-        reuse: a weight that comes again within so many is not let go (`stage3_max_reuse_distance`).
-        prefetch: gathered ahead (`stage3_prefetch_bucket_size`).
-        live: whole at a time at most, as far as prefetching goes (`stage3_max_live_parameters`).
+        persistence: weights of up to so many elements stay whole on every rank (`stage3_param_persistence_threshold`).
+        reuse: a weight that is used again within so many elements is not released (`stage3_max_reuse_distance`).
+        prefetch: elements gathered ahead (`stage3_prefetch_bucket_size`).
+        live: elements that prefetching makes whole at a time at most (`stage3_max_live_parameters`).
     """
 
     persistence: int = 100_000
@@ -33,48 +33,48 @@ class Limits:
     live: int = 500_000_000
 
 
-def gathers(root: Layer, learns: Collection[str], limits: Limits, checkpoint_every: int = 0) -> Counter[str]:
-    """How often each weight is gathered in a micro-batch, by name; what stays whole is not among them.
+def count_gathers(root: Layer, trained: Collection[str], limits: Limits, checkpoint_every: int = 0) -> Counter[str]:
+    """Return how often each weight is gathered in a micro-batch, by name; weights that stay whole are left out.
 
     Args:
-        root: what runs.
-        learns: parts that are trained.
-        limits: see `Limits`.
-        checkpoint_every: `model.gradient_checkpointing`: every how many blocks of Phi one is recomputed; 0: none.
+        root: the modules that run.
+        trained: trained parts.
+        limits: ZeRO-3's limits.
+        checkpoint_every: `model.gradient_checkpointing`: one in so many blocks of Phi is recomputed; 0: none.
     """
-    visits = list(_visits(root, frozenset(learns), checkpoint_every))
-    return _Coordinator(visits, frozenset(learns), limits).run()
+    visits = list(_visits(root, frozenset(trained), checkpoint_every))
+    return _Coordinator(visits, frozenset(trained), limits).run()
 
 
 @dataclass(frozen=True)
 class _Visit:
-    """A module's turn. The last `leaves` of the turns not yet over end after it, the latest first."""
+    """A module's turn. The last `leaves` of the turns that have not ended end after it, the latest first."""
 
     weights: tuple[Weight, ...]
     leaves: int = 1
     recomputed: bool = False
-    forgets: bool = False  # a checkpoint's recomputation has ended: its frozen weights go
+    ends_recomputation: bool = False  # the frozen weights that a checkpoint used are released
 
 
-def _visits(root: Layer, learns: frozenset[str], every: int) -> Iterator[_Visit]:
+def _visits(root: Layer, trained: frozenset[str], every: int) -> Iterator[_Visit]:
     yield from _forward(root)
-    first = min(_ORDER[part] for part in learns)
+    first = min(_ORDER[part] for part in trained)
     yield _Visit(root.weights, 0)  # for each of its two outputs
     yield _Visit(root.weights, 0)
     for layer in reversed(root.inner):
-        if not _has_gradient(layer, learns, first):
+        if not _has_gradient(layer, trained, first):
             continue
         if every and layer.block is not None and layer.block % every == 0:
             again = [visit for inner in layer.inner for visit in _forward(inner, recomputed=True)]
             yield from again[:-1]
-            yield _Visit(again[-1].weights, again[-1].leaves, recomputed=True, forgets=True)
+            yield _Visit(again[-1].weights, again[-1].leaves, recomputed=True, ends_recomputation=True)
         yield from _backward(layer)
 
 
-def _has_gradient(layer: Layer, learns: frozenset[str], first: int) -> bool:
-    """Whether something that learns lies in or before a layer, so that its backward pass runs."""
-    if layer.name == "language_model.model.embed_tokens":  # before it are numbers of tokens
-        return "llm" in learns
+def _has_gradient(layer: Layer, trained: frozenset[str], first: int) -> bool:
+    """Return whether a trained weight is in or before a layer, so that its backward pass runs."""
+    if layer.name == "language_model.model.embed_tokens":  # its input are token ids
+        return "llm" in trained
     return any(_ORDER[weight.part] >= first for weight in layer.every_weight())
 
 
@@ -91,10 +91,10 @@ def _backward(layer: Layer, leaves: int = 1) -> Iterator[_Visit]:
 
 
 class _Coordinator:
-    """The state of one micro-batch; names as in DeepSpeed's class."""
+    """The state of DeepSpeed's coordinator in one micro-batch; names are those of its class."""
 
-    def __init__(self, visits: list[_Visit], learns: frozenset[str], limits: Limits) -> None:
-        self._visits, self._learns, self._limits = visits, learns, limits
+    def __init__(self, visits: list[_Visit], trained: frozenset[str], limits: Limits) -> None:
+        self._visits, self._trained, self._limits = visits, trained, limits
         self._queue = deque((w, step) for step, visit in enumerate(visits) for w in visit.weights)
         self._fetched_for: dict[str, int] = {}
         self._whole: set[str] = set()
@@ -103,18 +103,18 @@ class _Coordinator:
         self.count: Counter[str] = Counter()
 
     def run(self) -> Counter[str]:
-        """Go through all visits."""
+        """Go through all visits and return the number of gathers by weight."""
         turns: list[_Visit] = []
         held: list[Weight] = []
         for step, visit in enumerate(self._visits):
             self._fetch(visit, step)
             turns.append(visit)
             if visit.recomputed:
-                held += [weight for weight in visit.weights if weight.part not in self._learns]
-                self._users.update(weight.name for weight in visit.weights if weight.part not in self._learns)
+                held += [weight for weight in visit.weights if weight.part not in self._trained]
+                self._users.update(weight.name for weight in visit.weights if weight.part not in self._trained)
             for _ in range(visit.leaves):
                 self._leave(turns.pop(), step + 1)
-            if visit.forgets:
+            if visit.ends_recomputation:
                 self._users.subtract(weight.name for weight in held)
                 self._release(held)
                 held = []
