@@ -99,7 +99,7 @@ def test_inference_that_cannot_begin(tmp_path: Path) -> None:
     files = ["--input", str(tmp_path / "questions.jsonl"), "--output", str(tmp_path / "answers.jsonl")]
     assert "no such file or folder" in one_error(cli("chat", str(tmp_path / "none")))
     assert "--template must be one of" in one_error(cli("chat", str(tmp_path), "--template", "Z"))
-    assert "top_p must lie above 0" in one_error(cli("answer", str(tmp_path), *files, "--top-p", "0"))
+    assert "top_p must be above 0" in one_error(cli("answer", str(tmp_path), *files, "--top-p", "0"))
     assert "1 of 1 lines cannot be answered" in one_error(cli("answer", str(tmp_path), *files))
 
 

@@ -39,7 +39,7 @@ def test_a_package_that_is_missing(verb: str, package: str) -> None:
         (["nowhere"], "nowhere"),
         ([".", "--port", "70000"], "--port must lie in 1 to 65535"),
         ([".", "--template", "D"], "--template must be one of training, benchmark, A, B, C, or"),
-        ([".", "--temperature", "-1"], "temperature must lie in 0"),
+        ([".", "--temperature", "-1"], "temperature must be in 0"),
     ],
 )
 def test_options_that_are_wrong(verb: str, options: list[str], words: str) -> None:

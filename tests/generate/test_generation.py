@@ -79,11 +79,12 @@ def test_draws(loaded: LoadedModel, prompts: list[Prompt]) -> None:
 
 def test_draws_follow_the_softmax() -> None:
     """4000 draws: frequencies within 4 standard deviations of the probabilities, none of what top-k leaves out."""
-    from tinygptv_ds.generate.sampling import drawn, row_seeds
+    from tinygptv_ds.generate.sampling import row_seeds, sampling_processors
 
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).repeat(4000, 1)
     scores = logits
-    for step in drawn(Generation(temperature=0.5, top_p=1.0, top_k=3), row_seeds(0, range(4000)), torch.device("cpu")):
+    settings = Generation(temperature=0.5, top_p=1.0, top_k=3)
+    for step in sampling_processors(settings, row_seeds(0, range(4000)), torch.device("cpu")):
         scores = step(torch.zeros(4000, 0, dtype=torch.long), scores)
     expected = torch.tensor([4.0, 2.0, 0.0, -torch.inf]).softmax(0)
     share = scores.argmax(1).bincount(minlength=4) / 4000

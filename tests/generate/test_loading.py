@@ -166,10 +166,10 @@ def test_weights_are_read_one_at_a_time(wide_run: Path, monkeypatch: pytest.Monk
     [
         ({"bits": 5}, "16, 8 or 4"),
         ({"device": "cuda"}, "torch sees 0 GPU"),
-        ({"device": "tpu?"}, "no device is called"),
+        ({"device": "tpu?"}, "there is no device"),
         ({"device": "meta"}, "cpu and cuda"),
         ({"quantize_vision": True}, "8 or 4 bits"),
-        ({"overrides": ["model.phi=x"]}, "stands on its own"),
+        ({"overrides": ["model.phi=x"]}, "needs neither a recipe nor --set"),
     ],
 )
 def test_what_cannot_be_had(exported: Path, told: dict, match: str) -> None:

@@ -1,4 +1,4 @@
-"""TinyGPT-V in lmms-eval, which finds it by its entry point where both are installed:
+"""TinyGPT-V in lmms-eval, which finds it by its entry point if both are installed:
 
 python -m lmms_eval --model tinygptv --model_args pretrained=MODEL --tasks TASK --batch_size 8
 """
@@ -37,21 +37,21 @@ _PLAIN = Benchmark(rules={})  # lmms-eval has the rules
 
 
 def manifest() -> ModelManifest:
-    """What the entry point group `lmms_eval.models` is told."""
+    """Return the entry for the entry point group `lmms_eval.models`."""
     return ModelManifest(model_id=NAME, simple_class_path=f"{__name__}.TinyGPTV")
 
 
 class TinyGPTV(lmms):
-    """The model for tasks with images or text alone; under `accelerate launch` on several GPUs too.
+    """The model for tasks with images or only text; under `accelerate launch` on several GPUs, too.
 
     Args:
         pretrained: an exported folder, a run, a checkpoint or a file.
-        batch_size: requests at once.
+        batch_size: requests per batch.
         dtype: fp32, bf16 or fp16; auto: bf16 on a GPU, else fp32.
-        template: "training", or a template with `{}` for images and words.
+        template: "training", or another template of docs/inference.md.
         add_bos_token: start prompts with the BOS token, as in training.
-        device: taken and not needed: the rank's GPU where there is one.
-        other: arguments that lmms-eval hands to every model; those with a value are refused.
+        device: ignored: the rank's GPU is used if there is one.
+        other: arguments that lmms-eval passes to every model; those with a value are refused.
     """
 
     is_simple = True
@@ -69,7 +69,7 @@ class TinyGPTV(lmms):
         super().__init__()
         given = sorted(name for name, value in other.items() if value not in (None, "", {}, []))
         if given:
-            raise ConfigError(f"--model_args: {', '.join(given)} is not known; see {__name__}.TinyGPTV")
+            raise ConfigError(f"--model_args: {', '.join(given)} is unknown; see {__name__}.TinyGPTV")
         ranks = ranks_from_env()
         self._rank, self._world_size = ranks.rank, ranks.world_size
         dtype = choose_device(dtype, ranks)
@@ -83,21 +83,21 @@ class TinyGPTV(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device of the model."""
         return self._model.device
 
     @property
     def batch_size(self) -> int:
-        """Requests at once."""
+        """The number of requests per batch."""
         return self._batch_size
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy answers, cut at the model's own end and at the task's `until`.
+        """Generate greedy answers, cut at the model's own end and at the task's `until`.
 
         Raises:
-            ConfigError: a task that wants sampling or beams.
+            ConfigError: a task asks for sampling or beam search.
         """
-        groups: dict[Hashable, list[int]] = defaultdict(list)
+        groups: dict[int, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[_length(request.args[1])].append(number)
         found: dict[int, str] = {}
@@ -112,27 +112,24 @@ class TinyGPTV(lmms):
         return [found[number] for number in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Loss of each continuation, summed over its tokens, and whether greedy generation begins with it.
+        """Compute the loss of each continuation, summed over its tokens, and whether greedy generation starts with it.
 
-        lmms-eval chooses the lowest number, unlike its own description of this method, and makes text of a bare pair;
-        inside a `GenerationResult` it comes through (seen in 0.7.3).
-
-        A continuation stands right behind the template, as answers do in training: a space in front of it is left out.
-        The continuations of one context are measured together.
+        A continuation follows the template directly, as answers do in training: spaces before it are removed. The
+        continuations of one context are computed together.
         """
-        groups: dict[Hashable, list[int]] = defaultdict(list)
+        of_context: dict[Hashable, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
-            groups[(request.args[0], *request.args[3:])].append(number)
+            of_context[(request.args[0], *request.args[3:])].append(number)
         found: dict[int, GenerationResult] = {}
         with self._bar(len(requests)) as bar:
-            for part in _parts(list(groups.values()), self._batch_size):
+            for part in _parts(list(of_context.values()), self._batch_size):
                 asked = [self._prompt(requests[numbers[0]]) for numbers in part]
-                told = [[self._continuation(requests[n]) for n in numbers] for numbers in part]
+                candidates = [[self._continuation(requests[n]) for n in numbers] for numbers in part]
                 losses = list(
                     candidate_losses(
                         self._model,
                         self._processor,
-                        [Choice(prompt, candidates) for prompt, candidates in zip(asked, told, strict=True)],
+                        [Choice(prompt, texts) for prompt, texts in zip(asked, candidates, strict=True)],
                         end_sym="",
                         max_prompt_tokens=_MAX_TOKENS,
                         max_answer_tokens=_MAX_TOKENS,
@@ -141,15 +138,17 @@ class TinyGPTV(lmms):
                 )
                 longest = max(int(each.tokens.max()) for each in losses)
                 greedy = self._answers([replace(prompt, stop=()) for prompt in asked], max(longest, 1))
-                for numbers, tell, loss, said in zip(part, told, losses, greedy, strict=True):
+                for numbers, texts, loss, answer in zip(part, candidates, losses, greedy, strict=True):
                     sums = (loss.means.nan_to_num(0.0) * loss.tokens).tolist()
-                    for number, words, total in zip(numbers, tell, sums, strict=True):
-                        found[number] = GenerationResult((total, said.startswith(words.strip())))
+                    for number, text, total in zip(numbers, texts, sums, strict=True):
+                        # lmms-eval 0.7.3 turns a bare pair into text, and chooses the lowest number, unlike its own
+                        # description of this method. Remove when it takes pairs.
+                        found[number] = GenerationResult((total, answer.startswith(text.strip())))
                 bar.update(sum(map(len, part)))
         return [found[number] for number in range(len(requests))]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not offered: TinyGPT-V's benchmarks have none."""
+        """Raise NotImplementedError: TinyGPT-V's benchmarks have no such tasks."""
         raise NotImplementedError("tasks of several rounds are not supported by tinygptv")
 
     def _answers(self, prompts: list[Prompt], length: int) -> list[str]:
@@ -160,14 +159,14 @@ class TinyGPTV(lmms):
         return Conversation(self._template).ask(request.args[0], self._images(request.args[2:]))
 
     def _images(self, args: Sequence[Any]) -> list[Image.Image]:
-        """Of a request, whose last arguments are the function that gives them, document, task and split."""
-        if not args:  # text alone
+        """Return the images of a request, whose last arguments are a function, the document, the task and the split."""
+        if not args:  # only text
             return []
         to_visual, document, task, split = args
         found = to_visual(self.task_dict[task][split][document]) or []
         odd = next((each for each in found if not isinstance(each, Image.Image)), None)
         if odd is not None:
-            raise ConfigError(f"task {task}: {type(odd).__name__} is no image, and tinygptv takes nothing else")
+            raise ConfigError(f"task {task}: {type(odd).__name__} is not an image, and tinygptv takes nothing else")
         return list(found)
 
     def _continuation(self, request: Instance) -> str:
@@ -182,14 +181,14 @@ class TinyGPTV(lmms):
 
 
 def _length(options: dict[str, Any]) -> int:
-    """New tokens at most."""
+    """Return the maximum number of new tokens."""
     if options.get("do_sample") or options.get("num_beams") not in (None, 1):
         raise ConfigError("tinygptv answers greedily in lmms-eval: --gen_kwargs do_sample=False,num_beams=1")
     return int(options.get("max_new_tokens") or _DEFAULT_TOKENS)
 
 
 def _cut(text: str, until: str | Sequence[str] | None) -> str:
-    """The answer before the first of the strings `until`."""
+    """Return the answer before the first of the strings `until`."""
     for end in [until] if isinstance(until, str) else until or ():
         text = text.partition(end)[0] if end else text
     return text.strip()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,7 +83,7 @@ def candidate_losses(
 
 @torch.no_grad()
 def _losses(
-    model: TinyGPTVForConditionalGeneration, rows: Sequence[Row], places: Sequence[int], images: Mapping[str, Tensor]
+    model: TinyGPTVForConditionalGeneration, rows: Sequence[Row], places: Sequence[int], images: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss and the number of target tokens of each row, both `[rows]`.
 

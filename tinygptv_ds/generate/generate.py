@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.generate.conversation import Prompt
-from tinygptv_ds.generate.sampling import drawn, row_seeds
+from tinygptv_ds.generate.sampling import row_seeds, sampling_processors
 from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.generate.stopping import StopAtText, StopOnRequest, StreamedText, cut
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -147,7 +147,7 @@ class _Batch:
         if wanted.repetition_penalty != 1:  # generating from embeddings, it sees only new tokens, not the prompt's
             steps.append(RepetitionPenaltyLogitsProcessor(wanted.repetition_penalty))
         if wanted.samples and not beams:
-            steps.extend(drawn(wanted, self.seeds, self.model.device))
+            steps.extend(sampling_processors(wanted, self.seeds, self.model.device))
         config = GenerationConfig(
             max_new_tokens=wanted.max_new_tokens,
             min_new_tokens=wanted.min_new_tokens or None,

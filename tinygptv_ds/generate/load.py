@@ -1,7 +1,7 @@
-"""A model ready to answer, from an exported folder, a run, or base weights with an adapter; in 16, 8 or 4 bit.
+"""Loading of a model for inference, from an exported folder, a run, or base weights with an adapter; 16, 8 or 4 bit.
 
-Weights go from their files into the model one at a time, each in its final form and on its device, so that a second
-copy of the model never exists: quantised layers too are made one by one.
+Weights are read from their files into the model one at a time, each in its final form and on its device, so that a
+second copy of the model never exists. Quantized layers are created one by one, too.
 """
 
 from __future__ import annotations
@@ -50,34 +50,35 @@ def load_model(
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
 ) -> LoadedModel:
-    """A model ready to answer, with its processor.
+    """Load a model that is ready to answer, with its processor.
 
     Args:
         path: an exported folder, or trained weights in any form that `resolve` takes.
-        dtype: of the weights that are not quantised, and of computation; None: `default_dtype`.
-        bits: 16 leaves all weights as `dtype` says; 8 and 4 quantise the linear layers of Phi's blocks. Embeddings,
-            norms, LoRA, projections and Q-Former stay as they are.
-        device: "cpu", "cuda", "cuda:1", ...; None: a GPU where there is one.
-        merge: merge LoRA into the weights that it adapts, before they are quantised; False leaves it as it is stored.
-        quantize_vision: quantise the linear layers of the ViT, too.
-        recipe: for trained weights that do not tell where their base lies, as in `resolve`.
+        dtype: dtype of computation and of the weights that are not quantized; None: `default_dtype`.
+        bits: 16: all weights in `dtype`; 8 and 4 quantize the linear layers of Phi's blocks, but not embeddings, norms,
+            LoRA, projections and Q-Former.
+        device: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one.
+        merge: merge LoRA into the weights that it adapts before they are quantized; False leaves it as it is stored.
+        quantize_vision: quantize the linear layers of the ViT, too.
+        recipe: for trained weights that do not name their base weights, as in `resolve`.
         overrides: changes to that recipe.
 
     Raises:
         WeightsError: there is no model at `path`, or its base weights are not found.
-        ConfigError: the device, or bits with this device or dtype, cannot be had here.
+        ConfigError: the device, or `bits` with this device or dtype, is not available here.
     """
     path = Path(path)
     target = _device(device)
     dtype = dtype or default_dtype(target)
     check_bits(bits, target, dtype)
     if quantize_vision and bits == 16:
-        raise ConfigError("quantising the ViT goes with 8 or 4 bits; at 16 nothing is quantised")
+        raise ConfigError("quantizing the ViT needs 8 or 4 bits; with 16 nothing is quantized")
     weights, config, processor = _open(path, recipe, overrides)
     if merge and config.lora_r:
         weights, config = merge_lora(weights, config), copy.deepcopy(config)
         config.lora_r = 0
-    model = meta_model(config).to(dtype)
+    model = meta_model(config)
+    model.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper of `to` loses its signature
     if bits < 16:
         _quantize(model, weights, bits, target, quantize_vision)
     _fill(model, weights, target)
@@ -87,17 +88,17 @@ def load_model(
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the machine computes in it: GPUs from Ampere on (before: fp16), CPUs with AVX-512 (else: fp32)."""
+    """Return bf16 if the device computes in it: GPUs since Ampere (before: fp16), CPUs with AVX-512 (else: fp32)."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else torch.float32
 
 
 def check_bits(bits: int, device: torch.device, dtype: torch.dtype) -> None:
-    """See that a model can be had in so many bits here.
+    """Check that a model can be loaded in `bits` bits here.
 
     Raises:
-        ConfigError: it cannot; says what to install or to choose.
+        ConfigError: it cannot; the message says what to install or to choose.
     """
     if bits not in (16, 8, 4):
         raise ConfigError(f"bits must be 16, 8 or 4, not {bits}")
@@ -109,7 +110,7 @@ def check_bits(bits: int, device: torch.device, dtype: torch.dtype) -> None:
             "or pip install 'bitsandbytes>=0.50,<1'"
         )
     if bits == 8 and device.type == "cuda" and dtype == torch.float32:
-        raise ConfigError("8 bits on a GPU compute in 16 bit; take bf16 or fp16 instead of fp32")
+        raise ConfigError("8 bits on a GPU compute in 16 bit; use bf16 or fp16 instead of fp32")
 
 
 def _device(wanted: str | None) -> torch.device:
@@ -118,7 +119,7 @@ def _device(wanted: str | None) -> torch.device:
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise ConfigError(f"no device is called {wanted!r}; there are cpu, cuda, cuda:0, ...") from None
+        raise ConfigError(f"there is no device {wanted!r}; choose cpu, cuda, cuda:0, ...") from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {wanted!r}: cpu and cuda are supported")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -132,12 +133,12 @@ def _device(wanted: str | None) -> torch.device:
 def _open(
     path: Path, recipe: Path | None, overrides: Sequence[str]
 ) -> tuple[dict[str, Stored], TinyGPTVConfig, TinyGPTVProcessor]:
-    """All weights, none of them read; the configuration; the processor."""
+    """Return all weights, none of which has been read, the configuration and the processor."""
     if not ((path / "config.json").is_file() and (path / "processor_config.json").is_file()):
         found = resolve(path, recipe, overrides)
         return found.weights(), found.config, TinyGPTVProcessor.for_model(found.config, found.tokenizer())
     if recipe is not None or overrides:
-        raise ConfigError(f"{path} is an exported folder, which stands on its own: leave out the recipe and --set")
+        raise ConfigError(f"{path} is an exported folder, which needs neither a recipe nor --set: leave them out")
     try:
         config = TinyGPTVConfig.from_pretrained(path)
         processor = TinyGPTVProcessor.from_pretrained(path)
@@ -157,7 +158,7 @@ def _quantize(
     device: torch.device,
     vision: bool,
 ) -> None:
-    """Put a quantised layer in the place of each linear layer of the blocks, one after the other."""
+    """Replace each linear layer of the blocks by a quantized one, one after the other."""
     dtype = model.dtype
     within = ("language_model.model.layers.", "visual_encoder.blocks.") if vision else ("language_model.model.layers.",)
     for name, layer in list(model.named_modules()):
@@ -168,11 +169,12 @@ def _quantize(
         model.set_submodule(name, AdaptedLinear(made, layer) if isinstance(layer, LoRALinear) else made)
         _return_freed_memory()
     for block in model.visual_encoder.blocks if vision else ():
-        block.attn.qkv_bias_separate = True  # timm would else take the weight out of the layer
+        # Otherwise timm would take the weight out of the quantized layer. torch types attributes as Tensor | Module.
+        block.attn.qkv_bias_separate = True  # type: ignore[union-attr]
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Stored], device: torch.device) -> None:
-    """Read every parameter that has no memory yet, one at a time, in its dtype."""
+    """Read every parameter that is still on the meta device, one at a time, in its dtype."""
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             value = convert_tensor(name, weights[name].read(), parameter.dtype)
@@ -181,18 +183,21 @@ def _fill(model: nn.Module, weights: Mapping[str, Stored], device: torch.device)
             _return_freed_memory()
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
-            if not name.endswith(".attn.k_bias"):  # timm's key bias, fixed at zero, is the one that no file holds
-                raise WeightsError(f"no file supplies {name}; timm is of a version that is not known here")
+            if not name.endswith(".attn.k_bias"):  # timm's key bias, constantly zero, is the only one that no file has
+                raise WeightsError(f"no file has {name}; install the version of timm that requirements.txt names")
             _place(model, name, torch.zeros_like(buffer, device=device))
 
 
 def _return_freed_memory() -> None:
-    """Of what is freed glibc keeps blocks of up to 32 MB for later ones, which with all those sizes hardly ever fit."""
-    with contextlib.suppress(AttributeError, OSError):  # other systems have their own ways
+    """Return freed memory to the system: glibc keeps blocks of up to 32 MB for reuse, which rarely fit these sizes."""
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _place(model: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    (module._parameters if isinstance(value, nn.Parameter) else module._buffers)[leaf] = value
+    if isinstance(value, nn.Parameter):
+        module._parameters[leaf] = value
+    else:
+        module._buffers[leaf] = value

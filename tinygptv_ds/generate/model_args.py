@@ -1,4 +1,4 @@
-"""The options with which the verbs of inference load a model and word their questions. No torch before it is loaded."""
+"""Options of the commands that answer questions: the model, its form and its template. No torch until it is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, in which form it is loaded, and the template."""
+    """Add MODEL, the form in which it is loaded, and the template."""
     parser.add_argument(
         "model",
         type=Path,
@@ -26,16 +26,28 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--bits", type=int, choices=[16, 8, 4], default=16, help="of Phi's linear layers; 16: as --dtype (default: 16)"
+        "--bits",
+        type=int,
+        choices=[16, 8, 4],
+        default=16,
+        help="bits of the weights of Phi's linear layers; 16: as --dtype (default: 16)",
     )
-    group.add_argument("--quantize-vision", action="store_true", help="with --bits 8 or 4: the ViT's, too")
     group.add_argument(
-        "--dtype", choices=["bf16", "fp16", "fp32"], help="of all else (default: bf16 where the machine computes in it)"
+        "--quantize-vision", action="store_true", help="with --bits 8 or 4: quantize the ViT's linear layers, too"
     )
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
-    group.add_argument("--merge-lora", action="store_true", help="merge LoRA where it lies apart; a little faster")
     group.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="the stage's YAML, where MODEL does not tell its base weights"
+        "--dtype",
+        choices=["bf16", "fp16", "fp32"],
+        help="dtype of everything else (default: bf16 if the device computes in it)",
+    )
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    group.add_argument(
+        "--merge-lora",
+        action="store_true",
+        help="merge LoRA into the weights if it is stored separately; slightly faster",
+    )
+    group.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="the stage's YAML, if MODEL does not name its base weights"
     )
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of that recipe (repeatable)"
@@ -51,16 +63,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--add-bos-token",
         action=argparse.BooleanOptionalAction,
-        help="begin prompts with the BOS token (default: with the training's template and with texts of one's own)",
+        help="start prompts with the BOS token (default: with the training's template and with texts)",
     )
-    group.add_argument("--show-prompt", action="store_true", help="print each prompt to the letter, and how long it is")
+    group.add_argument("--show-prompt", action="store_true", help="print the exact text of each prompt, and its length")
 
 
 def check_model_arguments(args: argparse.Namespace) -> None:
-    """See what can be seen without torch.
+    """Check everything that can be checked without torch.
 
     Raises:
-        TinyGPTVError: no such model, recipe or template.
+        TinyGPTVError: the model, the recipe or the template does not exist.
     """
     require_path(args.model)
     check_template(args.template, "--template")

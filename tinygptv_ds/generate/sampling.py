@@ -1,4 +1,4 @@
-"""Draws that depend on a row's own seed alone, so that a question has the same answer in any batch."""
+"""Sampling that depends only on each row's own seed, so that a prompt has the same answer in any batch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWar
 
 from tinygptv_ds.generate.settings import Generation
 
-_SPREAD = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: neighbouring questions get seeds far apart
+_SPREAD = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: the seeds of neighboring prompts are far apart
 
 
 def row_seeds(seed: int | None, numbers: Sequence[int]) -> list[int]:
-    """One seed for each question number; from the system's entropy where `seed` is None."""
+    """Return one seed for each number; from the system's entropy if `seed` is None."""
     base = secrets.randbits(63) if seed is None else seed
     return [(base + _SPREAD * (number + 1)) % 2**63 for number in numbers]
 
 
-def drawn(generation: Generation, seeds: Sequence[int], device: torch.device) -> list[LogitsProcessor]:
-    """Turns greedy search into draws: temperature, top-k and top-p, then noise of which the largest score wins."""
+def sampling_processors(generation: Generation, seeds: Sequence[int], device: torch.device) -> list[LogitsProcessor]:
+    """Return the processors that turn greedy search into sampling: temperature, top-k, top-p, and noise per row."""
     narrow: list[LogitsProcessor] = [TemperatureLogitsWarper(generation.temperature)]
     if generation.top_k:
         narrow.append(TopKLogitsWarper(generation.top_k))
@@ -31,13 +31,13 @@ def drawn(generation: Generation, seeds: Sequence[int], device: torch.device) ->
 
 
 class _RowNoise(LogitsProcessor):
-    """Adds Gumbel noise, with which the largest score is a draw from the softmax (Gumbel 1954; "Gumbel-max trick")."""
+    """Adds Gumbel noise, with which the largest score is a sample of the softmax (Gumbel-max trick, Gumbel 1954)."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`[B, vocabulary]` to the same."""
+        """Map scores `[B, vocabulary]` to noisy ones, fp32."""
         noise = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
