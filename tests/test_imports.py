@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 ONLY_IN = {
-    "deepspeed": ["tinygptv_ds/train/engine.py"],
+    "deepspeed": ["tinygptv_ds/train/engine.py", "stages/minimal.py"],
     "flash_attn": ["tinygptv_ds/models/attention.py"],
     "gradio": ["tinygptv_ds/apps/demo/"],
 }
