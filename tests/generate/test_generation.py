@@ -109,7 +109,7 @@ def test_the_penalty_counts_what_is_new(loaded: LoadedModel) -> None:
     assert len(set(new)) > len(set(repeats))
 
 
-def test_a_stream_ends_where_told(loaded: LoadedModel, prompts: list[Prompt]) -> None:
+def test_a_stream_ends_where_asked(loaded: LoadedModel, prompts: list[Prompt]) -> None:
     whole = stream(*loaded, prompts[1], SHORT)
     assert "".join(whole) and (whole.finish, whole.new_tokens) == ("length", 8)
     assert whole.prompt_tokens == len(prompt_tokens(*loaded, prompts[1], 8))

@@ -1,4 +1,4 @@
-"""From a run, an adapter or an exported folder, whole or quantised: the same model, and nothing of it twice."""
+"""From a run, an adapter or an exported folder, whole or quantized: the same model, and nothing of it twice."""
 
 import importlib.util
 from pathlib import Path
@@ -58,7 +58,7 @@ def error(found: Tensor, true: Tensor) -> float:
 
 
 def test_every_form_is_the_same_model(trained_run: Path, loaded: LoadedModel, tmp_path: Path) -> None:
-    """Bit for bit where LoRA lies apart, to rounding where it is merged, in memory or in the files."""
+    """Bit for bit where LoRA is stored separately, to rounding where it is merged, in memory or in the files."""
     as_resolved = logits(resolve(trained_run).model(FP32))
     export_adapter(resolve(trained_run), tmp_path / "adapter", dtype=None)
     export_hf(resolve(trained_run), tmp_path / "kept", dtype=FP32, merge=False)
@@ -83,7 +83,7 @@ def test_dtypes(exported: Path) -> None:
 @needs_bitsandbytes
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "apart"])
-def test_quantised(wide_run: Path, bits: int, merge: bool) -> None:
+def test_quantized(wide_run: Path, bits: int, merge: bool) -> None:
     """Near the whole model (of random weights, where errors are largest), LoRA not lost, with the ViT too."""
     true = logits(load_model(wide_run, FP32)[0])
     model, _ = load_model(wide_run, FP32, bits=bits, merge=merge)
@@ -123,7 +123,7 @@ def test_layer(dtype: torch.dtype, bits: int, within: float) -> None:
 
 
 @needs_bitsandbytes
-def test_lora_beside_a_quantised_layer() -> None:
+def test_lora_next_to_a_quantized_layer() -> None:
     torch.manual_seed(0)
     adapted = LoRALinear(64, 32, lora_r=2, lora_alpha=3, lora_dropout=0.5).eval()
     nn.init.normal_(adapted.lora_B.weight)
@@ -162,7 +162,7 @@ def test_weights_are_read_one_at_a_time(wide_run: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("told", "match"),
+    ("options", "match"),
     [
         ({"bits": 5}, "16, 8 or 4"),
         ({"device": "cuda"}, "torch sees 0 GPU"),
@@ -172,9 +172,9 @@ def test_weights_are_read_one_at_a_time(wide_run: Path, monkeypatch: pytest.Monk
         ({"overrides": ["model.phi=x"]}, "needs neither a recipe nor --set"),
     ],
 )
-def test_what_cannot_be_had(exported: Path, told: dict, match: str) -> None:
+def test_what_cannot_be_had(exported: Path, options: dict, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        load_model(exported, FP32, **told)
+        load_model(exported, FP32, **options)
 
 
 @needs_bitsandbytes
