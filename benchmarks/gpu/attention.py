@@ -17,10 +17,10 @@ from benchmarks.gpu.results import add, add_check
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.models.attention import (
-    Packing,
+    PackedLayout,
     available_backends,
     causal_mask,
-    make_packing,
+    make_layout,
     varlen_attention,
 )
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -52,10 +52,10 @@ def compare_backends(device: torch.device, size: str, out: Path) -> None:
             q, k, v, gradient = _made_up(sum(lengths), *HEADS[size], DTYPES[precision], device)
             wanted = _results(*(x.float() for x in (q, k, v, gradient)), lambda *x, n=lengths: _one_by_one(*x, n))
             for backend in available_backends(device, DTYPES[precision]):
-                packing = _packing(lengths, backend, device)
+                layout = _layout(lengths, backend, device)
 
-                def attend(*qkv: Tensor, packing: Packing = packing) -> Tensor:
-                    return varlen_attention(*qkv, packing)
+                def attend(*qkv: Tensor, layout: PackedLayout = layout) -> Tensor:
+                    return varlen_attention(*qkv, layout)
 
                 found = _results(q, k, v, gradient, attend)
                 errors = {name: _apart(found[name], wanted[name]) for name in wanted}
@@ -72,9 +72,9 @@ def _made_up(tokens: int, heads: int, width: int, dtype: torch.dtype, device: to
         yield torch.randn(tokens, heads, width, device=device, generator=random).to(dtype)
 
 
-def _packing(lengths: list[int], backend: str, device: torch.device) -> Packing:
+def _layout(lengths: list[int], backend: str, device: torch.device) -> PackedLayout:
     boundaries = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-    return make_packing(boundaries, max(lengths), sum(lengths), backend)
+    return make_layout(boundaries, max(lengths), sum(lengths), backend)
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
@@ -136,7 +136,7 @@ def _padded_losses(model: TinyGPTVForConditionalGeneration, inputs: dict) -> Ten
     """As the packed forward, with every sample in a padded row of its own, as generation has them."""
     lengths, longest = inputs["cu_seqlens"].diff(), inputs["max_seqlen"]
     ids, rows = inputs["input_ids"], inputs["image_rows"]
-    place = make_packing(inputs["cu_seqlens"], longest, len(ids), "sdpa").padded_rows
+    place = make_layout(inputs["cu_seqlens"], longest, len(ids), "sdpa").padded_rows
     images = model.project(model.encode_vision(inputs["pixel_values"])).flatten(0, 1)
     embeds = model.get_input_embeddings()(ids).index_copy(0, rows, images[inputs["image_index"]])
 

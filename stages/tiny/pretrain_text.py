@@ -23,7 +23,7 @@ from transformers import CodeGenTokenizer
 from stages.tiny.pretrain import Training, optimize
 from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.data.sets import digits
-from tinygptv_ds.models.attention import make_packing
+from tinygptv_ds.models.attention import make_layout
 from tinygptv_ds.models.loss import token_losses
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence
@@ -172,8 +172,8 @@ def text_loss(model: TinyGPTVForConditionalGeneration, texts: list[Text]) -> Ten
     place = (input_ids == model.config.image_token_id).nonzero().flatten()
     x = embed(input_ids).index_copy(0, place, cells)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-    packing = make_packing(cu_seqlens, max(lengths), len(input_ids), "sdpa")
-    hidden = model.language_model.model(x, position_ids, packing=packing)
+    layout = make_layout(cu_seqlens, max(lengths), len(input_ids), "sdpa")
+    hidden = model.language_model.model(x, position_ids, layout=layout)
     targets = (labels != IGNORE).nonzero().flatten()
     return token_losses(model.language_model.lm_head(hidden[targets - 1]), labels[targets]).mean()
 

@@ -132,12 +132,12 @@ def kept_of_a_row(model: TinyGPTVForConditionalGeneration) -> float:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    from tinygptv_ds.models.attention import make_packing
-    from tinygptv_ds.models.phi import Context, rotary_tables
+    from tinygptv_ds.models.attention import make_layout
+    from tinygptv_ds.models.phi import AttentionContext, rotary_tables
 
     positions = torch.arange(rows)
-    packing = make_packing(torch.tensor([0, rows], dtype=torch.int32), rows, rows, "sdpa")
-    context = Context(*rotary_tables(positions, phi.text_config, torch.float32), packing)
+    layout = make_layout(torch.tensor([0, rows], dtype=torch.int32), rows, rows, "sdpa")
+    context = AttentionContext(*rotary_tables(positions, phi.text_config, torch.float32), layout)
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = phi.layers[1](x, context)
     out.float().sum().backward()

@@ -18,7 +18,7 @@ from helpers.golden_model import (
 )
 from torch import Tensor
 
-from tinygptv_ds.models.attention import causal_mask, make_packing
+from tinygptv_ds.models.attention import causal_mask, make_layout
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.io import Stored, open_weights
 from tinygptv_ds.weights.source import Source
@@ -124,8 +124,8 @@ def assert_packed(model, expected: dict, gradients: dict) -> None:
     embeds, mask = inputs(model, expected)
     packed = pack(mask, labels_of(expected))
     given = packed.inputs
-    packing = make_packing(given["cu_seqlens"], given["max_seqlen"], sum(packed.counts), "sdpa")
-    hidden = model.language_model.model(embeds[packed.keep], given["position_ids"], packing=packing)
+    layout = make_layout(given["cu_seqlens"], given["max_seqlen"], sum(packed.counts), "sdpa")
+    hidden = model.language_model.model(embeds[packed.keep], given["position_ids"], layout=layout)
     logits = model.language_model.lm_head(hidden)
     if "logits" in expected:
         torch.testing.assert_close(logits, expected["logits"][packed.keep], **HIDDEN)

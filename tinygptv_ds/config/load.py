@@ -128,7 +128,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if bool in options:
             return _number_or_switch(value, where)
         (kind,) = [option for option in options if option is not type(None)]
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _build(kind, value, where)
     if typing.get_origin(kind) is list:
         if not isinstance(value, list):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import AutoConfig, Blip2QFormerConfig, PhiConfig, PreTrainedConfig
+
+_Config = TypeVar("_Config", bound=PreTrainedConfig)
 
 
 class EvaViTConfig(PreTrainedConfig):
@@ -66,15 +68,15 @@ class TinyGPTVConfig(PreTrainedConfig):
         text_config: a `PhiConfig` or its fields.
         num_query_tokens: rows an image takes in the sequence.
         proj_hidden_size: width between the two projections (4096, as in MiniGPT-4's).
-        image_token_id: the id that stands at image positions; an unused row of the vocabulary, its last one by default.
+        image_token_id: the token id at image positions; an unused row of the vocabulary, its last one by default.
         lora_r: LoRA rank on `lora_targets`; 0 builds the model without LoRA.
         lora_alpha: LoRA scale, `alpha / r`.
         lora_dropout: dropout before LoRA's A.
         lora_targets: linear layers of a Phi block that get LoRA.
-        rotary_dtype: what the cosines and sines of the rotary embedding are rounded to. The original loads Phi in fp16
-            and so builds its table in fp16, whatever it then computes in; the released weights were trained with that.
+        rotary_dtype: the dtype that cosines and sines of the rotary embedding are rounded to. The original loads Phi in
+            fp16 and so builds its table in fp16, whatever it then computes in; the released weights were trained so.
         prompt_template: how a question was wrapped in training, with `{}` for the question; None: no wrap.
-        end_sym: what ended every answer in training.
+        end_sym: the text that ended every answer in training.
     """
 
     model_type = "tinygptv"
@@ -124,11 +126,11 @@ class TinyGPTVConfig(PreTrainedConfig):
     }
 
 
-def _part(kind: type[PreTrainedConfig], given: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
-    if isinstance(given, PreTrainedConfig):
-        return given
-    return kind(**(default if given is None else given))
+def _part(kind: type[_Config], given: dict | _Config | None, default: dict) -> _Config:
+    if given is None or isinstance(given, dict):
+        return kind(**(default if given is None else given))
+    return given
 
 
-# So that AutoConfig and AutoTokenizer know an exported folder for what it is.
+# AutoConfig and AutoTokenizer load an exported folder by this.
 AutoConfig.register(TinyGPTVConfig.model_type, TinyGPTVConfig, exist_ok=True)

@@ -11,7 +11,7 @@ from tinygptv_ds.models.configuration import EvaViTConfig
 
 
 def build_eva_vit(config: EvaViTConfig) -> Eva:
-    """The vision tower: `forward_features` takes `[images, 3, S, S]` and gives `[images, 1 + patches, width]`.
+    """Build the ViT: its `forward_features` takes `[images, 3, S, S]` and gives `[images, 1 + patches, width]`.
 
     The class token comes first and is passed on; there is no final norm and no pooling (BLIP-2, arXiv 2301.12597).
     """
@@ -37,7 +37,7 @@ def interpolate_pos_embed(pos_embed: Tensor, patches: int) -> Tensor:
 
     Args:
         pos_embed: `[1, 1 + old patches, width]`.
-        patches: how many patches are wanted, a square number.
+        patches: number of patches of the new size, a square number.
     """
     if pos_embed.shape[1] == 1 + patches:
         return pos_embed

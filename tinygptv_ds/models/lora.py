@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Linear):
-    """`x W^T + b + (alpha / r) * B(A(dropout(x)))`, with W and b frozen by whoever trains it.
+    """`x W^T + b + (alpha / r) * B(A(dropout(x)))`, of which training freezes W and b.
 
     Args:
         in_features: width of the input.
@@ -34,11 +34,11 @@ class LoRALinear(nn.Linear):
         self.reset_lora()
 
     def reset_lora(self) -> None:
-        """A gets Kaiming-uniform values and B zeros, so the layer starts as its base."""
+        """Fill A with Kaiming-uniform values and B with zeros, so that the layer starts as its base."""
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`."""
+        """Apply the layer: `[..., in_features]` to `[..., out_features]`."""
         base = F.linear(input, self.weight, self.bias)
         return base + self.lora_B(self.lora_A(self.dropout(input))) * self.scaling

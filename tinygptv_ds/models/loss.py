@@ -1,4 +1,4 @@
-"""The language-model loss, over labelled rows only."""
+"""The language-model loss, over target tokens only."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of each labelled row, in fp32.
+    """Return the cross entropy of each target token, in fp32.
 
     Args:
         logits: `[K, vocabulary]`, any float dtype.
         targets: int64 `[K]`.
 
     Returns:
-        fp32 `[K]`, not reduced: the caller divides by the targets of the whole optimizer step.
+        fp32 `[K]`, not reduced: the caller divides by the target tokens of the whole optimizer step.
     """
     return F.cross_entropy(logits.float(), targets, reduction="none")

@@ -1,4 +1,4 @@
-"""What a stage trains, by name, and AdamW's parameter groups. No torch."""
+"""Which parameters a stage trains, by name, and AdamW's parameter groups. No torch."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ _NORM_WEIGHTS = re.compile(
 
 
 def vision(name: str) -> bool:
-    """What looks at an image before the projections: ViT, its norm, query tokens and Q-Former."""
+    """Return whether a parameter comes before the projections: ViT, its norm, query tokens, Q-Former."""
     return vit(name) or qformer(name)
 
 
 def projections(name: str) -> bool:
-    """The two linear layers between Q-Former and Phi."""
+    """Return whether a parameter is of the two linear layers between Q-Former and Phi."""
     return name.startswith(("llama_proj.", "llama_proj2."))
 
 
 def norms(name: str) -> bool:
-    """The weights, not the biases, of all of Phi's norms, as in the original."""
+    """Return whether a parameter is the weight, not the bias, of one of Phi's norms, as the original trains them."""
     return _NORM_WEIGHTS.fullmatch(name) is not None
 
 
 def lora(name: str) -> bool:
-    """LoRA's A and B."""
+    """Return whether a parameter is LoRA's A or B."""
     return ".lora_A." in name or ".lora_B." in name
 
 
 def qformer(name: str) -> bool:
-    """The Q-Former and its query tokens."""
+    """Return whether a parameter is of the Q-Former or its query tokens."""
     return name.startswith(("qformer.", "query_tokens"))
 
 
 def vit(name: str) -> bool:
-    """The ViT and the norm after it."""
+    """Return whether a parameter is of the ViT or the norm after it."""
     return name.startswith(("visual_encoder.", "ln_vision."))
 
 
 def llm(name: str) -> bool:
-    """All of Phi, its norms included, but LoRA."""
+    """Return whether a parameter is of Phi, its norms included, but not of LoRA."""
     return name.startswith("language_model.") and not lora(name)
 
 
-# By their names in a recipe; where a parameter is of several, the first counts.
+# By their names in a recipe; a parameter of several parts counts for the first.
 PARTS: dict[str, Part] = {
     "projections": projections,
     "norms": norms,
@@ -66,26 +66,27 @@ PARTS: dict[str, Part] = {
 
 
 def part_of(name: str) -> str | None:
-    """The first of `PARTS` that a parameter belongs to; None: it is none of the model's."""
+    """Return the first of `PARTS` that a parameter belongs to, None for one that is not the model's."""
     return next((part for part, belongs in PARTS.items() if belongs(name)), None)
 
 
 def always_fp32(name: str) -> bool:
-    """What lies in fp32 whether it is trained or not: what the published stages train, and these norms' biases."""
-    return is_trainable(name) or norms(re.sub(r"\.bias$", ".weight", name))  # a norm's two have to be of one dtype
+    """Return whether a parameter is kept in fp32 even where it is frozen: trained ones of the stages, norms' biases."""
+    # Weight and bias of a norm must have one dtype.
+    return is_trainable(name) or norms(re.sub(r"\.bias$", ".weight", name))
 
 
 def is_trainable(name: str) -> bool:
-    """All that the published stages train: projections, norm weights and LoRA."""
+    """Return whether the published stages train a parameter: projections, norm weights and LoRA."""
     return projections(name) or norms(name) or lora(name)
 
 
 def train_only(model: nn.Module, *parts: Part, override: Sequence[str] | None = None) -> list[str]:
-    """Freeze everything but the parts given; returns the trained names in model order.
+    """Freeze all parameters but those of the given parts; return the trained names in model order.
 
     Args:
         model: the model.
-        parts: what the stage trains as published.
+        parts: the parts that the published stage trains.
         override: names of `PARTS` to train instead, from a recipe's `model.train`.
 
     Raises:
@@ -110,15 +111,15 @@ def train_only(model: nn.Module, *parts: Part, override: Sequence[str] | None = 
 
 
 def frozen_trainables(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of what the published stages train and this run does not: part of its result all the same."""
+    """Copy the parameters that the published stages train and this run does not: its result contains them, too."""
     frozen = ((name, p) for name, p in model.named_parameters() if is_trainable(name) and not p.requires_grad)
     return {name: p.detach().clone() for name, p in frozen}
 
 
 def decays(name: str, dimensions: int) -> bool:
-    """Whether a parameter has weight decay.
+    """Return whether a parameter has weight decay.
 
-    Without are, as in the original, tensors of fewer than two dimensions or whose name contains "bias", "ln" or "bn".
+    As in the original, tensors of fewer than two dimensions, or with "bias", "ln" or "bn" in the name, have none.
     """
     return dimensions >= 2 and not any(part in name for part in ("bias", "ln", "bn"))
 
@@ -126,12 +127,12 @@ def decays(name: str, dimensions: int) -> bool:
 def weight_decay_groups(
     model: nn.Module, weight_decay: float, lr_scale: Mapping[str, float] | None = None
 ) -> list[dict]:
-    """AdamW's groups of trained parameters: for each factor on the rate those with weight decay and those without.
+    """Return AdamW's parameter groups: for each learning-rate factor one with weight decay and one without.
 
     Args:
         model: the model.
-        weight_decay: of those that have it.
-        lr_scale: factors by name of `PARTS`; 1 where none is given. Each group notes its own as `lr_scale`.
+        weight_decay: the value for those that have it.
+        lr_scale: learning-rate factors by name of `PARTS`, 1 where none is given. Each group has its own as `lr_scale`.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -145,4 +146,5 @@ def weight_decay_groups(
 
 
 def _scale(name: str, lr_scale: Mapping[str, float] | None) -> float:
-    return 1.0 if lr_scale is None else float(lr_scale.get(part_of(name), 1.0))
+    part = part_of(name)
+    return 1.0 if lr_scale is None or part is None else float(lr_scale.get(part, 1.0))

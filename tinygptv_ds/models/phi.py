@@ -9,6 +9,7 @@ Shapes: T tokens of a packed row, or B x L padded ones; H heads of D dimensions;
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PhiConfig
 from transformers.cache_utils import Cache
 
-from tinygptv_ds.models.attention import Packing, padded_attention, varlen_attention
+from tinygptv_ds.models.attention import PackedLayout, padded_attention, varlen_attention
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.lora import LoRALinear
 
@@ -25,20 +26,20 @@ RMS_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class Context:
-    """What every layer of one forward pass needs next to the hidden states.
+class AttentionContext:
+    """The inputs that all layers of one forward pass share, apart from the hidden states.
 
     Attributes:
-        cos: `[..., rotary dims]` of each position, for the rotary embedding.
-        sin: as `cos`.
-        packing: set for packed rows.
+        cos: cosines of the rotary embedding, fp32 `[..., rotary dims]` of each position.
+        sin: sines, as `cos`.
+        layout: set for packed rows.
         mask: bool `[B, 1, L, keys]`, set for padded rows.
         cache: keys and values of earlier tokens, for generation with padded rows.
     """
 
     cos: Tensor
     sin: Tensor
-    packing: Packing | None = None
+    layout: PackedLayout | None = None
     mask: Tensor | None = None
     cache: Cache | None = None
 
@@ -51,16 +52,17 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., width]` to the same."""
+        """Normalise over the last dimension: `[..., width]` to the same shape and dtype."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), RMS_NORM_EPS).to(x.dtype)
 
 
 def rotary_tables(position_ids: Tensor, config: PhiConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[..., rotary dims]` for integer positions `[...]`, in fp32 but rounded to `dtype`."""
+    """Return cosines and sines `[..., rotary dims]` for integer positions `[...]`, in fp32 but rounded to `dtype`."""
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
     head_dim = config.hidden_size // config.num_attention_heads
-    dims = int(head_dim * config.rope_parameters["partial_rotary_factor"])
+    dims = int(head_dim * rope["partial_rotary_factor"])
     exponent = torch.arange(0, dims, 2, dtype=torch.float32, device=position_ids.device) / dims
-    angles = position_ids[..., None].float() / config.rope_parameters["rope_theta"] ** exponent
+    angles = position_ids[..., None].float() / rope["rope_theta"] ** exponent
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype).float(), angles.sin().to(dtype).float()
 
@@ -106,14 +108,14 @@ class PhiAttention(nn.Module):
         self.q_layernorm = nn.LayerNorm(self.head_dim, eps=text.layer_norm_eps)
         self.k_layernorm = nn.LayerNorm(self.head_dim, eps=text.layer_norm_eps)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """`[T, W]` packed or `[B, L, W]` padded, to the same."""
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Attend: `[T, W]` packed or `[B, L, W]` padded, to the same shape."""
         qkv = self.query_key_value(x).unflatten(-1, (self.heads, 3, self.head_dim))
         q, k, v = qkv.unbind(-2)
         q = rotate(self.q_layernorm(q).to(v.dtype), context.cos, context.sin)
         k = rotate(self.k_layernorm(k).to(v.dtype), context.cos, context.sin)
-        if context.packing is not None:
-            return self.dense(varlen_attention(q, k, v, context.packing).flatten(-2))
+        if context.layout is not None:
+            return self.dense(varlen_attention(q, k, v, context.layout).flatten(-2))
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer)
@@ -130,12 +132,12 @@ class PhiMLP(nn.Module):
         self.fc2 = _linear(config, "fc2", text.intermediate_size, text.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., W]` to the same."""
+        """Apply both layers: `[..., W]` to the same shape."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class PhiBlock(nn.Module):
-    """Attention and MLP side by side on one shared LayerNorm."""
+    """One layer: attention and MLP in parallel, on one shared LayerNorm."""
 
     def __init__(self, config: TinyGPTVConfig, layer: int) -> None:
         super().__init__()
@@ -146,8 +148,8 @@ class PhiBlock(nn.Module):
         self.post_layernorm = RMSNorm(text.hidden_size)
         self.resid_dropout = nn.Dropout(text.resid_pdrop)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """`[..., W]` to the same."""
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Apply the block: `[..., W]` to the same shape."""
         h = self.input_layernorm(x).to(x.dtype)
         attention = self.resid_dropout(self.post_layernorm(self.self_attn(h, context)))
         return x + attention.to(x.dtype) + self.resid_dropout(self.mlp(h)).to(x.dtype)
@@ -161,7 +163,7 @@ class PhiModel(nn.Module):
         text = config.text_config
         self.text_config = text
         self.rotary_dtype = getattr(torch, config.rotary_dtype)
-        self.gradient_checkpointing = 0  # every how many blocks one is recomputed in the backward pass; 0: none
+        self.gradient_checkpointing = 0  # N: every N-th block is recomputed in the backward pass; 0: none
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(PhiBlock(config, layer) for layer in range(text.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps)
@@ -171,21 +173,21 @@ class PhiModel(nn.Module):
         inputs_embeds: Tensor,
         position_ids: Tensor,
         *,
-        packing: Packing | None = None,
+        layout: PackedLayout | None = None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm.
+        """Return the hidden states after the final norm, in the shape of `inputs_embeds`.
 
         Args:
-            inputs_embeds: `[T, W]` with `packing`, or `[B, L, W]` with `mask`.
+            inputs_embeds: `[T, W]` with `layout`, or `[B, L, W]` with `mask`.
             position_ids: int64, `[T]` or `[B, L]`.
-            packing: where the packed samples lie.
+            layout: the boundaries of packed samples.
             mask: bool `[B, 1, L, keys]`.
             cache: earlier keys and values; the new ones are appended.
         """
         cos, sin = rotary_tables(position_ids, self.text_config, self.rotary_dtype)
-        context = Context(cos, sin, packing, mask, cache)
+        context = AttentionContext(cos, sin, layout, mask, cache)
         x = inputs_embeds
         every = int(self.gradient_checkpointing) if self.training else 0
         for number, layer in enumerate(self.layers):

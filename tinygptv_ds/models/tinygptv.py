@@ -21,7 +21,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tinygptv_ds.models.attention import causal_mask, choose_backend, make_packing
+from tinygptv_ds.models.attention import causal_mask, choose_backend, make_layout
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.eva_vit import build_eva_vit
 from tinygptv_ds.models.lora import LoRALinear
@@ -39,7 +39,7 @@ _FEWEST_ROWS = 32
 
 
 class PackedOutput(NamedTuple):
-    """What a packed forward gives; a tuple, since ZeRO-3 looks into nothing else to see that the backward pass begins.
+    """The output of a packed forward pass, a tuple: to attach its backward hooks, ZeRO-3 looks into nothing else.
 
     Attributes:
         token_losses: fp32 `[K]`, cross entropy of each target token, in the order of the batch's `target_rows`.
@@ -91,29 +91,28 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.LayerNorm | RMSNorm):
             nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if (bias := getattr(module, "bias", None)) is not None:  # RMSNorm has none
+                nn.init.zeros_(bias)
         elif getattr(module, "k_bias", None) is not None:  # timm's EvaAttention: a buffer fixed at zero
-            nn.init.zeros_(module.q_bias)
-            nn.init.zeros_(module.k_bias)
-            nn.init.zeros_(module.v_bias)
+            for name in ("q_bias", "k_bias", "v_bias"):
+                nn.init.zeros_(getattr(module, name))
         elif getattr(module, "pos_embed", None) is not None:
-            nn.init.normal_(module.pos_embed, std=std)
-            nn.init.normal_(module.cls_token, std=std)
+            for name in ("pos_embed", "cls_token"):
+                nn.init.normal_(getattr(module, name), std=std)
         elif isinstance(module, TinyGPTVForConditionalGeneration):
             nn.init.normal_(module.query_tokens, std=std)
         if isinstance(module, LoRALinear):
             module.reset_lora()
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding of Phi."""
+        """Return the token embedding of Phi."""
         return self.language_model.model.embed_tokens
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The language-model head of Phi."""
+        """Return the language-model head of Phi."""
         return self.language_model.lm_head
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **_: Any) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
         self.language_model.model.gradient_checkpointing = enable
 
     def train(self, mode: bool = True) -> TinyGPTVForConditionalGeneration:
@@ -126,19 +125,19 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def vision_is_frozen(self) -> bool:
-        """Whether nothing before the projections learns."""
+        """Whether nothing before the projections is trained."""
         parts = (self.visual_encoder, self.ln_vision, self.qformer)
         return not self.query_tokens.requires_grad and not any(p.requires_grad for m in parts for p in m.parameters())
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
-        """uint8 `[N, 3, S, S]` to normalised floats of the ViT's dtype; floats pass as they are."""
+        """Normalise uint8 `[N, 3, S, S]` to fp32; floats are returned as they are."""
         if pixel_values.dtype != torch.uint8:
             return pixel_values
         mean, std = (_by_channel(values, pixel_values.device) for values in (IMAGE_MEAN, IMAGE_STD))
         return (pixel_values.float() / 255 - mean) / std
 
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
-        """ViT and Q-Former: `[N, 3, S, S]` (uint8, or normalised floats) to `[N, queries, Q-Former width]`.
+        """Run ViT and Q-Former: `[N, 3, S, S]` (uint8, or normalised floats) to `[N, queries, Q-Former width]`.
 
         On a CPU in fp32 an image gives the same bits in any batch, with any number of threads (seen for widths that
         32 divides, 1 to 16 threads).
@@ -152,24 +151,24 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state[:count]
 
     def _fewest_images(self) -> int:
-        """Tiny models need more than one image to give the products of the vision path `_FEWEST_ROWS`."""
+        """Return how many images give every matrix product `_FEWEST_ROWS` rows: more than one in tiny models."""
         vision = self.config.vision_config
         rows = min(self.config.num_query_tokens, (vision.image_size // vision.patch_size) ** 2)
         return -(-_FEWEST_ROWS // rows)
 
     def project(self, features: Tensor) -> Tensor:
-        """`[N, queries, Q-Former width]` to `[N, queries, LLM width]`; no activation between the two."""
+        """Project `[N, queries, Q-Former width]` to `[N, queries, LLM width]`, without an activation in between."""
         return self.llama_proj2(self.llama_proj(features.to(_compute_dtype(self.llama_proj.weight))))
 
     def _image_embeds(
         self, pixel_values: Tensor | None, image_features: Tensor | None, device: torch.device
     ) -> tuple[Tensor, bool]:
-        """Projected images `[N, queries, width]`, and whether they are real.
+        """Return projected images `[N, queries, width]`, and whether they are real.
 
-        Without an image, zeros pass through the projections all the same, and with `always_run_vision` (under ZeRO-3,
-        or where ViT or Q-Former learn) a black image through the ViT: every rank must take part in the same gathers
-        and reductions, in the same order. So no weight is touched before its turn either, not even for its device:
-        under ZeRO-3 that gathers it. With features, were there none in this batch, no rank runs the ViT.
+        Without an image, zeros still pass through the projections, and with `always_run_vision` (under ZeRO-3, or where
+        ViT or Q-Former are trained) a black image through the ViT: every rank must take part in the same gathers and
+        reductions, in the same order. For the same reason no weight is touched before its turn, not even for its
+        device: under ZeRO-3 that gathers it. When training from features, no rank runs the ViT.
         """
         if image_features is not None and len(image_features):
             return self.project(image_features), True
@@ -204,16 +203,16 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embed_only: bool = False,
         **_: Any,
     ) -> PackedOutput | CausalLMOutputWithPast | Tensor:
-        """Packed (with `cu_seqlens`, for training) or padded (for generation).
+        """Run the model on a packed row (with `cu_seqlens`, for training) or on padded rows (for generation).
 
         Args:
             input_ids: int64 `[T]` packed or `[B, L]` padded; image positions hold `config.image_token_id`.
-            pixel_values: `[N, 3, S, S]`, uint8 or normalised; images in the order of their places.
+            pixel_values: `[N, 3, S, S]`, uint8 or normalised; images in the order of their positions.
             image_features: `[N, queries, Q-Former width]` instead of pixels; N may be 0.
             position_ids: int64, shape of `input_ids`; may skip.
-            cu_seqlens: int32 `[samples + 1]`.
-            max_seqlen: longest sample.
-            image_rows: int64 `[R]`, packed only: where rows of images go.
+            cu_seqlens: int32 `[samples + 1]`, boundaries of the packed samples.
+            max_seqlen: length of the longest packed sample.
+            image_rows: int64 `[R]`, packed only: the positions of image rows.
             image_index: int64 `[R]`, packed only: which of the N * queries image rows go there; None: all, in order.
             target_rows: int64 `[K]`, packed only: rows whose output predicts a target.
             targets: int64 `[K]`: the tokens to predict.
@@ -225,9 +224,18 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             embed_only: padded only: end with the embeddings `[B, L, W]`; see `embed`.
 
         Raises:
-            ValueError: padded: `input_ids` has places for another number of images.
+            ValueError: an input of the packed or the padded form is missing, or, padded, `input_ids` has positions for
+                another number of images.
         """
         if cu_seqlens is not None:
+            if (
+                input_ids is None
+                or position_ids is None
+                or max_seqlen is None
+                or target_rows is None
+                or targets is None
+            ):
+                raise ValueError("packed rows need input_ids, position_ids, max_seqlen, target_rows and targets")
             return self._forward_packed(
                 input_ids,
                 position_ids,
@@ -238,6 +246,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 (target_rows, targets),
             )
         if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("padded rows need input_ids or inputs_embeds")
             inputs_embeds = self._embeds(input_ids, pixel_values, image_features)
         if embed_only:
             return inputs_embeds
@@ -246,9 +256,9 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def embed(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
     ) -> Tensor:
-        """`[B, L]` with images as in `forward` to `[B, L, W]`: what `generate` takes as `inputs_embeds`.
+        """Embed `[B, L]` with images as in `forward` to `[B, L, W]`, which `generate` takes as `inputs_embeds`.
 
-        By way of `forward`, since ZeRO-3 gathers weights for nothing else.
+        This calls `forward`, since ZeRO-3 gathers weights for nothing else.
         """
         return self(input_ids, pixel_values=pixel_values, image_features=image_features, embed_only=True)
 
@@ -270,7 +280,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor,
         max_seqlen: int,
         images: tuple[Tensor, bool],
-        place: tuple[Tensor, Tensor | None],
+        place: tuple[Tensor | None, Tensor | None],
         target: tuple[Tensor, Tensor],
     ) -> PackedOutput:
         image_embeds, real = images
@@ -278,6 +288,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         x = self.get_input_embeddings()(input_ids)
         if real:
             image_rows, image_index = place
+            if image_rows is None:
+                raise ValueError("packed rows with images need image_rows")
             rows = image_embeds.flatten(0, 1).to(x.dtype)
             x = x.index_copy(0, image_rows, rows if image_index is None else rows[image_index])
         else:
@@ -285,8 +297,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # weights go at other times on this rank, and from then on the ranks gather different ones together.
             x = x + anchor.to(x.dtype)
         backend = choose_backend(self.attention, x.device, _compute_dtype(x))
-        packing = make_packing(cu_seqlens, max_seqlen, len(input_ids), backend)
-        hidden = self.language_model.model(x, position_ids, packing=packing)
+        layout = make_layout(cu_seqlens, max_seqlen, len(input_ids), backend)
+        hidden = self.language_model.model(x, position_ids, layout=layout)
         target_rows, targets = target
         logits = self.language_model.lm_head(hidden.index_select(0, target_rows))
         losses = token_losses(logits, targets)
@@ -315,12 +327,18 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits.float(), cache=cache)
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **given: Any
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Each row as often as there are beams; its images together, where transformers would repeat each alone."""
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **given: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Repeat each row for every beam with all its images in order; transformers would repeat each image alone."""
         seen = {name: given.pop(name) for name in ("pixel_values", "image_features") if given.get(name) is not None}
-        rows, expanded = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **given)
-        if expand_size > 1 and seen:
+        rows, expanded = super()._expand_inputs_for_generation(  # type: ignore[misc]  # its `self` is a protocol
+            expand_size, is_encoder_decoder, input_ids, **given
+        )
+        if expand_size > 1 and seen and input_ids is not None:
             places = (input_ids == self.config.image_token_id).sum(1) // self.config.num_query_tokens
             for name, images in seen.items():
                 of_rows = images.split(places.tolist())
@@ -337,7 +355,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_features: Tensor | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """The inputs of the next step: the whole prompt with its images first, then one new token."""
+        """Return the inputs of the next step: first the whole prompt with its images, then one new token."""
         past = cache.get_seq_length() if cache is not None else 0
         step: dict[str, Any] = {"cache": cache, "attention_mask": attention_mask}
         if past == 0 and inputs_embeds is not None:
@@ -350,16 +368,16 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """fp32 `[3, 1, 1]`, filled in on the device: a copy from the host would wait for all that is queued there."""
+    """Return fp32 `[3, 1, 1]`, filled on the device: a copy from the host would wait for all work queued there."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products run in: autocast's inside autocast, else the tensor's own."""
+    """Return the dtype that matrix products run in: autocast's inside autocast, else the tensor's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-# So that transformers' Auto classes load an exported folder.
+# transformers' Auto classes load an exported folder by these.
 AutoModelForImageTextToText.register(TinyGPTVConfig, TinyGPTVForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(TinyGPTVConfig, TinyGPTVProcessor, exist_ok=True)

@@ -13,7 +13,7 @@ _BOX = re.compile(r"\{" + _SIDE * 4 + r"\}")
 
 
 class FoundBox(NamedTuple):
-    """A box and the characters `start` to `end` of the text that say it."""
+    """A box, and the characters `start` to `end` of the text that give it."""
 
     start: int
     end: int
@@ -21,12 +21,16 @@ class FoundBox(NamedTuple):
 
 
 def find_boxes(text: str) -> list[FoundBox]:
-    """Every box (x1, y1, x2, y2) of a text, in per cent."""
-    return [FoundBox(*found.span(), tuple(map(float, found.groups()))) for found in _BOX.finditer(text)]
+    """Return every box (x1, y1, x2, y2) of a text, in per cent."""
+    boxes = []
+    for found in _BOX.finditer(text):
+        x1, y1, x2, y2 = map(float, found.groups())
+        boxes.append(FoundBox(*found.span(), (x1, y1, x2, y2)))
+    return boxes
 
 
 def pixel_box(numbers: Sequence[float], width: float, height: float, resolution: float = 100) -> Box:
-    """Four numbers, of which `resolution` span the image, as (x1, y1, x2, y2) in pixels.
+    """Convert four numbers, of which `resolution` span the image, to (x1, y1, x2, y2) in pixels.
 
     Raises:
         ValueError: other than four numbers.

@@ -17,7 +17,7 @@ from tinygptv_ds.processing.image import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens, check_placeholders, prompt_ids, tokenize, wrap
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
 
-ImageInput = bytes | str | Path | Image.Image | np.ndarray  # encoded, a path, decoded, or as `to_pixels` gives it
+ImageInput = bytes | str | Path | Image.Image | np.ndarray  # encoded, a path, decoded, or from `to_pixels`
 
 
 class TinyGPTVProcessor(ProcessorMixin):
@@ -26,13 +26,13 @@ class TinyGPTVProcessor(ProcessorMixin):
     It is saved with an exported model, and `AutoProcessor` loads it from there.
 
     Args:
-        tokenizer: Phi's.
+        tokenizer: the tokenizer of Phi.
         image_size: side of the square images.
         num_query_tokens: rows an image takes in the sequence.
-        image_token_id: the id that stands at these.
+        image_token_id: the token id at these rows.
         prompt_template: how a question was wrapped in training, with `{}` for the question; None: no wrap.
-        end_sym: what ended every answer in training.
-        chat_template: of transformers; TinyGPT-V has none of its own.
+        end_sym: the text that ended every answer in training.
+        chat_template: a chat template of transformers; TinyGPT-V has none of its own.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TinyGPTVProcessor(ProcessorMixin):
 
     @classmethod
     def for_model(cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> TinyGPTVProcessor:
-        """The processor that goes with a model's configuration."""
+        """Build the processor that belongs to a model's configuration."""
         return cls(
             tokenizer,
             image_size=config.vision_config.image_size,
@@ -72,10 +72,10 @@ class TinyGPTVProcessor(ProcessorMixin):
         add_bos_token: bool = False,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """Left-padded inputs for a batch of prompts.
+        """Return left-padded inputs for a batch of prompts.
 
         Args:
-            images: the images of each prompt; a flat list is dealt out by the placeholders.
+            images: the images of each prompt; a flat list is distributed by the placeholders.
             text: prompts, each with as many `<ImageHere>` as it has images; see `prompt`.
             add_bos_token: put the BOS token in front, as in training. The original does not at inference.
             return_tensors: "pt", the only kind there is.
@@ -98,12 +98,12 @@ class TinyGPTVProcessor(ProcessorMixin):
         return BatchFeature(inputs)
 
     def token_rows(self, prompts: Sequence[str], images: Sequence[int], *, add_bos_token: bool) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask` of `__call__`, given how many images each prompt has."""
+        """Return `input_ids` and `attention_mask` as `__call__` does, given how many images each prompt has."""
         pairs = zip(prompts, images, strict=True)
         return self.pad([self.row((prompt,), count, add_bos_token=add_bos_token) for prompt, count in pairs])
 
     def row(self, parts: Sequence[str], num_images: int, *, add_bos_token: bool) -> list[int]:
-        """Token ids of one prompt, whose parts are tokenised each by itself; errors as in `__call__`."""
+        """Return the token ids of one prompt, whose parts are tokenised one by one; errors as in `__call__`."""
         tokens = ImageTokens(self.image_token_id, self.num_query_tokens)
         check_placeholders("".join(parts), num_images)
         ids = [self.tokenizer.bos_token_id] if add_bos_token else []
@@ -112,7 +112,7 @@ class TinyGPTVProcessor(ProcessorMixin):
         return ids
 
     def pad(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
-        """Rows of unequal lengths as `input_ids` and `attention_mask` of `__call__`, padded on the left."""
+        """Pad rows of unequal lengths on the left; returns `input_ids` and `attention_mask` as `__call__` does."""
         longest = max(map(len, rows), default=0)
         pad = self.tokenizer.bos_token_id
         return {
@@ -121,19 +121,19 @@ class TinyGPTVProcessor(ProcessorMixin):
         }
 
     def pixels(self, images: Sequence[ImageInput]) -> Tensor | None:
-        """uint8 `[N, 3, S, S]`, None where there is no image; errors as in `__call__`."""
+        """Return uint8 `[N, 3, S, S]`, None where there is no image; errors as in `__call__`."""
         if not images:
             return None
         size = self.image_size
         return torch.from_numpy(np.stack([p if isinstance(p, np.ndarray) else to_pixels(p, size) for p in images]))
 
     def prompt(self, question: str, num_images: int = 1) -> str:
-        """A question as the training worded it: behind its images, inside the template."""
-        words = f"{IMAGE_TAG * num_images} {question} " if num_images else question
-        return wrap(self.prompt_template, words)
+        """Return a question as training words it: after its images, inside the template."""
+        instruction = f"{IMAGE_TAG * num_images} {question} " if num_images else question
+        return wrap(self.prompt_template, instruction)
 
     def stop_ids(self, stop: str | None = None) -> list[int]:
-        """Tokens that end generation: the end token, and `stop` (also after a space) where that is one token.
+        """Return the tokens that end generation: the end token, and `stop` (or " " + `stop`) where that is one token.
 
         What continues past a stop of several tokens is cut by `answers`. None stops at `end_sym`, "" at the end token
         alone, as the original does in its benchmarks.
@@ -143,7 +143,7 @@ class TinyGPTVProcessor(ProcessorMixin):
         return [self.tokenizer.eos_token_id, *(ids[0] for ids in forms if len(ids) == 1)]
 
     def answers(self, ids: Tensor, stop: str | None = None) -> list[str]:
-        """The answers in new tokens `[B, T]`: cut at the end token and at `stop` (None: `end_sym`), stripped."""
+        """Decode the answers in new tokens `[B, T]`: cut at the end token and at `stop` (None: `end_sym`), stripped."""
         stop = self.end_sym if stop is None else stop
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [(text.split(stop)[0] if stop else text).strip() for text in texts]
@@ -152,14 +152,15 @@ class TinyGPTVProcessor(ProcessorMixin):
 def _deal(
     images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None, prompts: Sequence[str]
 ) -> list[list[ImageInput]]:
-    """The images of each prompt."""
+    """Return the images of each prompt."""
     given = [] if images is None else [images] if isinstance(images, ImageInput) else list(images)
-    if any(not isinstance(each, ImageInput) for each in given):
+    flat = [each for each in given if isinstance(each, ImageInput)]
+    if len(flat) < len(given):
         if len(given) != len(prompts):
             raise DataError(f"{len(given)} lists of images for {len(prompts)} prompts; give one list a prompt")
         return [[each] if isinstance(each, ImageInput) else list(each) for each in given]
     counts = [prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts]
-    if sum(counts) != len(given):
-        raise DataError(f"the prompts hold {sum(counts)} times {IMAGE_PLACEHOLDER}, but there are {len(given)} images")
-    remaining = iter(given)
+    if sum(counts) != len(flat):
+        raise DataError(f"the prompts hold {sum(counts)} times {IMAGE_PLACEHOLDER}, but there are {len(flat)} images")
+    remaining = iter(flat)
     return [[next(remaining) for _ in range(count)] for count in counts]

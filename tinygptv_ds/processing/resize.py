@@ -1,4 +1,4 @@
-"""Pillow's bicubic resize of RGB images, value for value, in a quarter of its time.
+"""Pillow's bicubic resize of RGB images, value for value, in a quarter of the time.
 
 Pillow weighs with 22-bit fixed-point numbers, first along one axis, then along the other, rounding to 8 bits in between
 (its src/libImaging/Resample.c). So does this, compiled by numba. torch's uint8 resize weighs with 16 bits, as
@@ -24,8 +24,8 @@ def resize(pixels: np.ndarray, size: int) -> np.ndarray:
     """Resize to a square, without keeping the aspect ratio.
 
     Args:
-        pixels: uint32 `[H, W]`: red in the lowest 8 bits, then green and blue; the highest 8 are not looked at.
-        size: of both sides.
+        pixels: uint32 `[H, W]`: red in the lowest 8 bits, then green and blue; the highest 8 are ignored.
+        size: length of both sides of the result.
 
     Returns:
         uint8 `[3, size, size]`.
@@ -41,7 +41,7 @@ def _along_height(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def _along_width(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Strip by strip, turned by 90 degrees, since the inner loop runs along a row of memory."""
+    """Resize strip by strip, turned by 90 degrees, since the inner loop runs along a row of memory."""
     height, width = pixels.shape
     if width == size:
         return pixels
@@ -54,7 +54,7 @@ def _along_width(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def _compiled(signature: str) -> Callable[[Callable], Callable]:
-    """Machine code, kept on disk for the next process where numba finds a place for it."""
+    """Compile to machine code, kept on disk for the next process where numba finds a place for it."""
 
     def compiled(function: Callable) -> Callable:
         try:
@@ -67,7 +67,7 @@ def _compiled(signature: str) -> Callable[[Callable], Callable]:
 
 @_compiled("float64(float64)")
 def _bicubic(x: float) -> float:
-    """Keys' cubic with a = -0.5, its terms in Pillow's order."""
+    """Return Keys' cubic with a = -0.5, its terms in Pillow's order."""
     x = abs(x)
     if x < 1.0:
         return (1.5 * x - 2.5) * x * x + 1.0
@@ -78,7 +78,7 @@ def _bicubic(x: float) -> float:
 
 @_compiled("Tuple((int64[::1], int64[::1], int32[:, ::1]))(int64, int64)")
 def _windows(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `size` outputs over `length` inputs: the first input, one past the last, and the inputs' weights."""
+    """Return for each of `size` outputs over `length` inputs: its first input, one past its last, and the weights."""
     scale = length / size
     stretch = max(scale, 1.0)
     support = 2.0 * stretch
@@ -101,14 +101,14 @@ def _windows(length: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 @_compiled("uint32(int32)")
-def _rounded(value: int) -> int:
-    """From fixed point to 0 .. 255."""
+def _rounded(value: int) -> np.uint32:
+    """Round a fixed-point number to 0 .. 255."""
     return np.uint32(min(max(value >> _BITS, 0), 255))
 
 
 @_compiled("uint32[:, ::1](uint32[:, ::1], int64[::1], int64[::1], int32[:, ::1])")
 def _resize_rows(pixels: np.ndarray, starts: np.ndarray, ends: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`[H, W]` -> `[size, W]`, each row a weighted sum of rows."""
+    """Resize `[H, W]` to `[size, W]`, each row a weighted sum of rows."""
     size, width = len(starts), pixels.shape[1]
     out = np.empty((size, width), dtype=np.uint32)
     red, green, blue = np.empty(width, np.int32), np.empty(width, np.int32), np.empty(width, np.int32)
@@ -128,7 +128,7 @@ def _resize_rows(pixels: np.ndarray, starts: np.ndarray, ends: np.ndarray, weigh
 
 @_compiled("uint8[:, :, ::1](uint32[:, ::1])")
 def _planes(pixels: np.ndarray) -> np.ndarray:
-    """`[H, W]` -> uint8 `[3, H, W]`."""
+    """Split `[H, W]` into uint8 `[3, H, W]`."""
     height, width = pixels.shape
     out = np.empty((3, height, width), dtype=np.uint8)
     for channel in range(3):

@@ -1,6 +1,6 @@
-"""From a stored record to the words of one training sample: caption clean-up, instruction pools, random choices.
+"""From a stored record to the texts of one training sample: caption clean-up, instruction pools, random choices.
 
-A record has one of three shapes, told apart by the key it holds:
+A record has one of three shapes, recognised by the key it holds:
 
 - ``caption``: one caption, no instruction (LAION, CC3M/SBU as img2dataset writes them);
 - ``conversation``: ``[[question, answer], ...]``;
@@ -8,7 +8,7 @@ A record has one of three shapes, told apart by the key it holds:
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -21,7 +21,7 @@ from tinygptv_ds.errors import DataError
 IMAGE_PLACEHOLDER = "<ImageHere>"
 IMAGE_TAG = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 
-# A uniform integer in [0, n). See data/mixture.py for the one that makes a stream reproducible.
+# Draws a uniform integer in [0, n). data/stream/mixture.py has the one that makes a stream reproducible.
 Draw = Callable[[int], int]
 
 
@@ -55,7 +55,7 @@ def load_prompts() -> Prompts:
 
 
 def wrap(template: str | None, question: str) -> str:
-    """The question inside the template; braces of the question stay as they are."""
+    """Return the question inside the template; braces of the question stay as they are."""
     return question if template is None else template.replace("{}", question, 1)
 
 
@@ -71,7 +71,7 @@ def clean_caption(text: str, max_words: int = 50) -> str:
 
 
 def render(record: dict[str, Any], num_images: int, draw: Draw, *, clean: bool = True) -> Rendered:
-    """Make the random choices of a record and put it into words.
+    """Make the random choices of a record and return its turns.
 
     `num_images` is the number of images stored with the sample. `draw` is called in a fixed order (text, pool entry,
     answer) even where there is one choice only, so a record's outcome depends on nothing but the numbers drawn.
@@ -81,7 +81,9 @@ def render(record: dict[str, Any], num_images: int, draw: Draw, *, clean: bool =
     """
     if "caption" in record:
         caption = _string(record["caption"], "caption")
-        turns = [(None, clean_caption(caption) if clean and "answer" in _clean_fields(record, ["answer"]) else caption)]
+        turns: Sequence[tuple[str | None, str]] = [
+            (None, clean_caption(caption) if clean and "answer" in _clean_fields(record, ["answer"]) else caption)
+        ]
     elif "conversation" in record:
         turns = _conversation(record, num_images, clean)
     elif "answer" in record:
@@ -135,7 +137,7 @@ def _with_images(instruction: str, record: dict[str, Any], num_images: int) -> s
     return f"{IMAGE_TAG * num_images} {instruction} "
 
 
-def _check_placeholders(turns: list[tuple[str | None, str]], num_images: int) -> None:
+def _check_placeholders(turns: Sequence[tuple[str | None, str]], num_images: int) -> None:
     found = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns if question is not None)
     if turns[0][0] is not None and found != num_images:
         raise DataError(
