@@ -47,7 +47,7 @@ def field_docs(section: type) -> dict[str, str]:
 
 def recipe_docs() -> dict[tuple[str, ...], str]:
     """Return the documentation of every key of a recipe, by its path: `("train", "batch_size")`."""
-    docs = {(name,): text for name, text in field_docs(Recipe).items()}
+    docs: dict[tuple[str, ...], str] = {(name,): text for name, text in field_docs(Recipe).items()}
     for name, kind in get_type_hints(Recipe).items():
         if is_dataclass(kind) and isinstance(kind, type):
             docs |= {(name, field): text for field, text in field_docs(kind).items()}
