@@ -72,6 +72,17 @@ def test_help_of_a_stage(number: int) -> None:
     assert f"stages/stage{number}.yaml" in done.stdout
 
 
+def test_a_wrong_recipe_is_reported_before_numpy_is_imported() -> None:
+    """The readers of images, shards and benchmarks come later, which keeps the answer under a third of a second."""
+    script = str(ROOT / "stages/stage1.py")
+    done = python(
+        f"sys.modules['numpy'] = None; sys.argv[0] = {script!r}; runpy.run_path({script!r}, run_name='__main__')",
+        "--set",
+        "train.batchsize=3",
+    )
+    assert "did you mean batch_size?" in one_error(done)
+
+
 def test_help_of_the_command_line() -> None:
     done = cli("--help")
     assert done.returncode == 0, done.stderr
@@ -86,6 +97,7 @@ def test_help_of_the_command_line() -> None:
         "index",
         "features",
         "train",
+        "eval",
         "estimate",
     )
     for verb in (*verbs, "inspect", "convert", "export", "chat", "answer"):

@@ -49,6 +49,7 @@ VERBS = {
         "tinygptv_ds.features.compute",
     ),
     "train": ("train a stage through the DeepSpeed launcher", "tinygptv_ds.train.launch"),
+    "eval": ("score a model on benchmarks or held-out shards", "tinygptv_ds.evaluation.cli"),
     "inspect": (
         "report what a file or folder of weights is, and whether it is complete",
         "tinygptv_ds.weights.inspect",

@@ -116,7 +116,7 @@ def broadcast_from_rank0(ranks: Ranks, find: Callable[[], Any]) -> Any:
     if ranks.world_size > 1:
         result = json.loads(_broadcast_text(json.dumps(result)))
     if "error" in result:
-        raise getattr(errors, result["error"])(result["message"])
+        raise getattr(errors, result["error"], errors.TinyGPTVError)(result["message"])
     return result["value"]
 
 

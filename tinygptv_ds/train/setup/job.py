@@ -16,13 +16,12 @@ from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.distributed import Ranks, ranks_from_env
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.evaluation.benchmarks.question import Task
 from tinygptv_ds.resources import project_root
-from tinygptv_ds.train.metrics.wandb_tracker import check_tracking
-from tinygptv_ds.train.setup.preflight import check_files
 
 if TYPE_CHECKING:
     import torch
+
+    from tinygptv_ds.evaluation.benchmarks.question import Task
 
 DRY_STEPS = 2
 DRY_SUFFIX = ".dry-run"
@@ -148,6 +147,10 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
         run_dir = run_dir.with_name(run_dir.name + DRY_SUFFIX)
     else:
         _check_run_dir(run_dir, args.resume)
+    # Imported here because the readers of datasets and benchmarks load numpy: mistakes in the recipe come before.
+    from tinygptv_ds.train.metrics.wandb_tracker import check_tracking
+    from tinygptv_ds.train.setup.preflight import check_files
+
     scored = check_files(loaded)
     check_tracking(loaded)
     resume = "never" if args.dry_run else args.resume
