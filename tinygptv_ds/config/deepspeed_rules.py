@@ -1,4 +1,4 @@
-"""What is checked of DeepSpeed's JSON without importing deepspeed: keys, types, and what does not work together."""
+"""Checks of DeepSpeed's JSON without importing deepspeed: keys, types, and settings that do not work together."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def check_section(section: dict[str, Any], known: dict[str, Any], source: str, prefix: str = "") -> None:
-    """Every key known and every value of its type, at every level.
+    """Check that every key is supported and every value has its type, at every level.
 
     Args:
-        section: of the JSON.
-        known: the keys of this section, as in `deepspeed_keys`.
+        section: the JSON, or a section of it.
+        known: the supported keys of this section, as in `deepspeed_keys`.
         source: the file's name, for errors.
-        prefix: where the section lies, with a dot at its end.
+        prefix: the path of the section, with a dot at its end.
 
     Raises:
-        ConfigError: names the key, and what would be right.
+        ConfigError: names the key, and what to write instead.
     """
     for key, value in section.items():
         where = prefix + key
         if where in REFUSED:
             raise ConfigError(f"{source}: leave out {where!r}; {REFUSED[where]}")
         if key not in known:
-            silently = "" if prefix else " (DeepSpeed itself would ignore it silently)"
-            raise ConfigError(f"{source}: unknown key {where!r}{nearest(key, known)}{silently}")
+            raise ConfigError(
+                f"{source}: unknown key {where!r}{nearest(key, known)} (DeepSpeed ignores unknown keys silently, so "
+                "that only supported ones are accepted)"
+            )
         if value == "auto":
             raise ConfigError(
                 f'{source}: {where} is "auto", which DeepSpeed turns silently into a default; write a value'
@@ -47,10 +49,10 @@ def check_section(section: dict[str, Any], known: dict[str, Any], source: str, p
 
 
 def check_combinations(config: dict[str, Any], source: str, world_size: int) -> None:
-    """Settings that DeepSpeed rejects late, crashes over, or takes and does not carry out.
+    """Check for settings that DeepSpeed rejects late, crashes on, or accepts and ignores.
 
     Raises:
-        ConfigError: says what does not go together, why, and what to write instead.
+        ConfigError: names the settings that do not work together, the reason, and what to write instead.
     """
     on = [name for name in _PRECISIONS if config.get(name, {}).get("enabled")]
     if len(on) > 1:
@@ -63,11 +65,11 @@ def check_combinations(config: dict[str, Any], source: str, world_size: int) -> 
         raise ConfigError(f"{source}: zero_optimization.stage is {stage}; use 1, 2 or 3")
     _check_zero_plus_plus(zero, on, source, world_size)
     _check_offload(config, zero, source)
-    _check_gradients_are_looked_at(config, source)
+    _check_gradients_are_checked(config, source)
 
 
-def _check_gradients_are_looked_at(config: dict[str, Any], source: str) -> None:
-    """What the stop before a step that is not finite rests on."""
+def _check_gradients_are_checked(config: dict[str, Any], source: str) -> None:
+    """Check that DeepSpeed looks for gradients that are not finite, on which the guard against such steps relies."""
     if config.get("bf16", {}).get("check_grad_overflow") is False:
         raise ConfigError(
             f"{source}: leave out bf16.check_grad_overflow; false can switch off DeepSpeed's look at the gradients, "
@@ -76,19 +78,19 @@ def _check_gradients_are_looked_at(config: dict[str, Any], source: str) -> None:
 
 
 def check_machine(config: dict[str, Any], *, has_gpu: bool, source: str) -> None:
-    """Refuse on a machine without a GPU what runs on one alone.
+    """Check that a machine without a GPU is not asked for settings that need one.
 
     Raises:
-        ConfigError: names the setting, the reason, and JSONs that run.
+        ConfigError: names the setting, the reason, and files in ds_configs that run without.
     """
-    for key, why in () if has_gpu else _of_gpus_alone(config):
+    for key, why in () if has_gpu else _settings_for_gpus(config):
         raise ConfigError(
             f"{source}: {key} needs a GPU, and this machine shows none: {why}. Without one, take "
             "ds_configs/cpu.json or ds_configs/zero3_offload.json"
         )
 
 
-def _of_gpus_alone(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _settings_for_gpus(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
     zero = config.get("zero_optimization", {})
     if config.get("fp16", {}).get("enabled"):
         yield "fp16", "DeepSpeed keeps fp16 weights on GPUs alone"
