@@ -1,6 +1,6 @@
-"""How long a save holds up the training, how long the writing goes on next to it, and how long a resumption takes.
+"""Time that training waits for a checkpoint, time of writing it in the background, and time of resuming from it.
 
-What the published stages train (45 M parameters of made-up values, with their moments) in a real engine, on one rank.
+A real engine on one rank trains random values for the 45 M trainable parameters of the published stages.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tinygptv_ds.weights.assemble import meta_model
 
 
 class Trained(nn.Module):
-    """The trained parameters of a model alone; its loss is zero."""
+    """The trainable parameters of a model without the rest of it; its loss is nearly zero."""
 
     def __init__(self, size: str) -> None:
         super().__init__()
@@ -50,12 +50,12 @@ class Trained(nn.Module):
             self.register_parameter(name.replace(".", "/"), nn.Parameter(random(shape, torch.float32)))
 
     def forward(self) -> Tensor:
-        """A loss that gives every parameter a gradient."""
+        """Return a loss that gives every parameter a gradient."""
         return sum(parameter.sum() for parameter in self.parameters()) * 1e-6
 
 
 def start(run_dir: Path, size: str) -> Engine:
-    """An engine that has made a step, so that there are moments."""
+    """Return an engine that has made a step, so that there are moments."""
     recipe = load_recipe(project_root() / "stages/stage4.yaml", ["train.batch_size=1", "train.micro_batch_size=1"])
     path = default_deepspeed_json()
     config = resolve_deepspeed(load_deepspeed_json(path), recipe, 1, str(path))
@@ -71,7 +71,7 @@ def start(run_dir: Path, size: str) -> Engine:
 
 
 def synchronous(engine: Engine, folder: Path) -> None:
-    """A save as it is mostly made: while training waits, with the library's writer, the hash from what was written."""
+    """Save in the usual way: training waits, safetensors writes, and the hash is taken from the file."""
     snapshot = take_snapshot(engine, 1, batch_size=1, fingerprint={})
     with whole_folder(folder) as partial_folder:
         save_file(dict(snapshot.tensors), partial_folder / TENSORS)
@@ -80,14 +80,14 @@ def synchronous(engine: Engine, folder: Path) -> None:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Return the seconds that a call takes."""
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
 def work_rate(until: Callable[[], bool]) -> float:
-    """Matrix products a second on this thread's core, as a training next to the writing would make them."""
+    """Return the matrix products per second of this thread, which stand for training during the writing."""
     a = torch.randn(256, 256)
     began, count = time.perf_counter(), 0
     while not until():
@@ -97,7 +97,7 @@ def work_rate(until: Callable[[], bool]) -> float:
 
 
 def measure(size: str, rounds: int, folder: Path) -> dict[str, float]:
-    """Medians over some rounds; the two ways take turns."""
+    """Return medians over the rounds; the two ways take turns."""
     engine = start(folder / "run", size)
     rows = [one_round(engine, folder, number + 1) for number in range(rounds)]
     size_gb = (folder / f"run/checkpoints/step-{1:08d}" / TENSORS).stat().st_size / 1e9
@@ -106,7 +106,7 @@ def measure(size: str, rounds: int, folder: Path) -> dict[str, float]:
 
 
 def one_round(engine: Engine, folder: Path, number: int) -> dict[str, float]:
-    """Both ways of saving, and a resumption from the second's checkpoint."""
+    """Return the times of both ways of saving, and of resuming from the checkpoint of the second."""
     row = {"synchronous_seconds": seconds(partial(synchronous, engine, folder / "old"))}
     snapshots: list[Snapshot] = []
     row["stall_seconds"] = seconds(
@@ -117,13 +117,13 @@ def one_round(engine: Engine, folder: Path, number: int) -> dict[str, float]:
     write = partial(write_checkpoint, folder / "run/checkpoints", snapshots[0])
     with ThreadPoolExecutor(1) as thread:
         writing = thread.submit(seconds, write)
-        row["work_beside"] = work_rate(writing.done) / alone
+        row["work_meanwhile"] = work_rate(writing.done) / alone
         row["write_seconds"] = writing.result()
     return row | resume_times(engine, folder / "run/checkpoints" / snapshots[0].name)
 
 
 def resume_times(engine: Engine, folder: Path) -> dict[str, float]:
-    """Holding every file against its hash, and reading weights and moments into model and optimizer."""
+    """Return the times of verifying every file's hash and of loading weights and moments into model and optimizer."""
     verify = seconds(lambda: read_state(folder))
 
     def load() -> None:
@@ -136,22 +136,24 @@ def resume_times(engine: Engine, folder: Path) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=list(SIZES), default="published")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write; it has to exist (default: the system's own)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument(
+        "--folder", type=Path, help="an existing folder to write in (default: the system's temporary folder)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         row = measure(args.size, args.rounds, Path(folder))
     print(f"checkpoint of {row['gb']:.2f} GB                      seconds")
-    print(f"training waits, all at once (as before)  {row['synchronous_seconds']:8.2f}")
+    print(f"training waits, all at once              {row['synchronous_seconds']:8.2f}")
     print(f"training waits, snapshot alone           {row['stall_seconds']:8.2f}")
     print(f"writing, hashing, syncing next to it      {row['write_seconds']:8.2f}")
-    print(f"  meanwhile the training's thread does   {100 * row['work_beside']:8.0f} % of its work")
-    print(f"resume: every file against its hash      {row['verify_seconds']:8.2f}")
-    print(f"resume: weights and moments put back     {row['load_seconds']:8.2f}")
+    print(f"  meanwhile the training thread does     {100 * row['work_meanwhile']:8.0f} % of its work")
+    print(f"resume: verify the hash of every file    {row['verify_seconds']:8.2f}")
+    print(f"resume: load weights and moments         {row['load_seconds']:8.2f}")
     if args.json:
         machine = {"machine": platform.machine(), "cores": os.cpu_count(), "torch": str(torch.__version__)}
         args.json.write_text(json.dumps({**machine, **row}, indent=1) + "\n")

@@ -1,8 +1,7 @@
-"""Peak memory and speed of loading, converting and exporting weights of the published size, made up.
+"""Peak memory and speed of loading, converting and exporting random weights of the published size.
 
-Each operation runs in a process of its own; its peak is the largest resident set that the system saw, the Python
-interpreter and its libraries included. The limit for converting Phi-2 and for assembling the whole model is 1.3 times
-the size of what comes out.
+Each operation runs in its own process; its peak is the largest resident set, with Python and the libraries included.
+The limit for converting Phi-2 and for assembling the whole model is 1.3 times the size of the output.
 
     python benchmarks/convert_memory.py [--dir FOLDER] [--only TEXT] [--json FILE]
 """
@@ -29,7 +28,7 @@ from tinygptv_ds.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 1.3
-# VmHWM and not ru_maxrss, which a child process inherits from its parent.
+# VmHWM, because a child process inherits ru_maxrss from its parent.
 MEASURE = """
 import json, sys, time
 sys.path.insert(0, {root!r})
@@ -55,10 +54,10 @@ class Row:
     """One operation.
 
     Attributes:
-        name: what was done.
-        output: bytes of what came out, in memory or on disk.
+        name: name of the operation.
+        output: bytes of the result, in memory or on disk.
         peak: bytes of the largest resident set.
-        seconds: wall clock.
+        seconds: wall-clock time.
     """
 
     name: str
@@ -68,17 +67,17 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Peak over output."""
+        """Return the peak divided by the output."""
         return self.peak / self.output
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the weights, measure every operation, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", type=Path, help="where the weights go, 45 GB (default: a temporary folder)")
-    parser.add_argument("--size", choices=list(SIZES), default="published", help="tiny: to try the script out")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the operations with this in their name")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--dir", type=Path, help="folder for the weights, 45 GB (default: a temporary folder)")
+    parser.add_argument("--size", choices=list(SIZES), default="published", help="tiny: only to try the script")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only operations with TEXT in their name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         rows = measure_all(Path(folder), args.size, args.only)
@@ -88,13 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure_all(folder: Path, size: str, only: str = "") -> list[Row]:
-    """Every operation with `only` in its name, printed as it is done; what one writes is removed before the next."""
+    """Measure every operation with `only` in its name and print it; its output is removed before the next one."""
     print(f"making weights of the {size} size in {folder}", flush=True)
     made = make_weights(folder, size)
     recipe = ["--recipe", str(made.recipe)]
     nothing = measure("import torch, transformers, tinygptv_ds.weights.resolve")
     print(f"\n{'operation':46} {'output':>9} {'peak':>9} {'peak/output':>11} {'seconds':>8}")
-    print(f"{'(the libraries alone)':46} {'':>9} {nothing[0] / 1e9:>6.2f} GB", flush=True)
+    print(f"{'(only the libraries)':46} {'':>9} {nothing[0] / 1e9:>6.2f} GB", flush=True)
     phi, phi_bin, trained = str(made.phi), str(made.phi_bin), str(made.trained)
     verbs = {
         "convert Phi-2, split fp16 -> fused bf16": ["convert", phi, "--dtype", "bf16"],
@@ -123,7 +122,7 @@ def measure_all(folder: Path, size: str, only: str = "") -> list[Row]:
 
 
 def measure(code: str) -> tuple[int, float]:
-    """Peak bytes and seconds of Python code in a process of its own."""
+    """Return peak bytes and seconds of Python code that runs in its own process."""
     script = MEASURE.format(root=str(ROOT), code=code)
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
@@ -134,7 +133,7 @@ def measure(code: str) -> tuple[int, float]:
 
 
 def show(row: Row) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     print(
         f"{row.name:46} {row.output / 1e9:>6.2f} GB {row.peak / 1e9:>6.2f} GB {row.ratio:>11.2f} {row.seconds:>8.0f}",
         flush=True,
@@ -142,7 +141,7 @@ def show(row: Row) -> None:
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of a file or of all files of a folder."""
+    """Return the bytes of a file or of all files in a folder."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
 

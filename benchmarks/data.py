@@ -1,9 +1,9 @@
-"""Samples per second and core, from shards to training batches, in several ways.
+"""Samples per second and core from shards to training batches, by several methods.
 
     python benchmarks/data.py [--seconds S] [--rounds N] [--quick] [--json FILE]
 
-The ways take turns, round by round, in one process on one core; each figure is the best of its rounds, in CPU time.
-Dataloader workers are measured afterwards, in wall-clock time, so on a machine with nothing else to do.
+The methods take turns, round by round, in one process on one core; each figure is the best of its rounds, in CPU time.
+Dataloader workers are measured afterwards in wall-clock time, which needs an idle machine.
 """
 
 from __future__ import annotations
@@ -50,27 +50,27 @@ from tinygptv_ds.processing.sequence import ImageTokens
 SOURCES = ((640, 480), (224, 224))
 TARGETS = (224, 448)
 BATCH = 16
-NAME = "photos"  # of the dataset
-SHAPE = FeatureShape("bf16", 32, 768)  # what the published Q-Former gives
+NAME = "photos"  # name of the dataset
+SHAPE = FeatureShape("bf16", 32, 768)  # output of the published Q-Former
 ORIGINAL, WEBDATASET, DECODE = "original's transform", "webdataset, the same transform", "JPEG decode alone"
 PIXELS, EXACT, FAST = "exact, from memory to pixels", "exact, from shards to batches", "fast, from shards to batches"
 FEATURES = "features, from shards to batches"
 
-# An endless stream that does the work; each item is the number of samples that it took.
-Work = Iterator[int]
+# An endless stream that processes samples; each item is the number of samples that it processed.
+SampleStream = Iterator[int]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way at one pair of sizes.
+    """One method at one pair of sizes.
 
     Attributes:
-        way: what was done.
+        way: name of the method.
         source: width and height of the JPEGs.
-        target: side of the result.
+        target: side of the result in pixels.
         workers: dataloader workers; 0: all in one process.
-        rate: samples a second, in the best round.
-        rounds: the same of every round.
+        rate: samples per second in the best round.
+        rounds: samples per second in every round.
     """
 
     way: str
@@ -82,12 +82,14 @@ class Row:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make the shards, measure every way, print the tables."""
+    """Make the shards, measure every method, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each way in each round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a moment of each, to try the script out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="duration of each method in each round (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a moment of each, only to try the script")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args(argv)
     seconds, rounds, images = (0.01, 1, 4) if args.quick else (args.seconds, args.rounds, 64)
     rows: list[Row] = []
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure_one_core(shards: Path, source: tuple[int, int], target: int, seconds: float, rounds: int) -> list[Row]:
-    """Every way in this process, by turns."""
+    """Measure every method in this process, in turns."""
     torch.set_num_threads(1)
     encoded = read_images(shards)
     ways = {
@@ -117,47 +119,47 @@ def measure_one_core(shards: Path, source: tuple[int, int], target: int, seconds
         PIXELS: each(encoded, lambda jpeg: to_pixels(jpeg, target)),
         EXACT: loader(shards, target, "exact"),
         FAST: loader(shards, target, "fast"),
-        FEATURES: loader(shards, target, "exact", features=made_up_features(shards)),
+        FEATURES: loader(shards, target, "exact", features=random_features(shards)),
         DECODE: each(encoded, simplejpeg.decode_jpeg),
     }
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     rates: dict[str, list[float]] = {way: [] for way in ways}
-    for work in ways.values():
-        next(work)
+    for stream in ways.values():
+        next(stream)
     for _ in range(rounds):
-        for way, work in ways.items():
-            rates[way].append(rate(work, seconds, time.process_time))
+        for way, stream in ways.items():
+            rates[way].append(rate(stream, seconds, time.process_time))
     os.sched_setaffinity(0, cores)
     return [Row(way, source, target, 0, max(r), r) for way, r in rates.items()]
 
 
 def measure_workers(shards: Path, workers: int, seconds: float, rounds: int) -> Row:
-    """The loader with processes of its own, to 224 pixels; they start before the clock does."""
-    work = loader(shards, 224, "exact", workers)
-    for _ in range(8 * workers):  # what was loaded ahead while the processes started
-        next(work)
-    rates = [rate(work, seconds, time.perf_counter) for _ in range(rounds)]
+    """Measure the loader with dataloader workers at 224 pixels; they start before the clock does."""
+    stream = loader(shards, 224, "exact", workers)
+    for _ in range(8 * workers):  # skip what the workers loaded before the clock starts
+        next(stream)
+    rates = [rate(stream, seconds, time.perf_counter) for _ in range(rounds)]
     return Row(EXACT, (640, 480), 224, workers, max(rates), rates)
 
 
-def rate(work: Work, seconds: float, clock: Callable[[], float]) -> float:
-    """Samples per second of the clock, over at least `seconds`."""
+def rate(stream: SampleStream, seconds: float, clock: Callable[[], float]) -> float:
+    """Return samples per second of the clock, over at least `seconds`."""
     began, done = clock(), 0
     while (spent := clock() - began) < seconds:
-        done += next(work)
+        done += next(stream)
     return done / spent
 
 
-def each(encoded: Sequence[bytes], function: Callable[[bytes], object]) -> Work:
-    """A function of one encoded image, on all of them for ever."""
+def each(encoded: Sequence[bytes], function: Callable[[bytes], object]) -> SampleStream:
+    """Yield endlessly, after each call of a function on the next encoded image."""
     for jpeg in itertools.cycle(encoded):
         function(jpeg)
         yield 1
 
 
 def original_transform(target: int) -> Callable[[Image.Image], torch.Tensor]:
-    """The original's: bicubic to a square, to floats, normalised."""
+    """Return the original's transform: bicubic resize to a square, conversion to floats, normalization."""
     return transforms.Compose(
         [
             transforms.Resize((target, target), interpolation=transforms.InterpolationMode.BICUBIC),
@@ -167,14 +169,14 @@ def original_transform(target: int) -> Callable[[Image.Image], torch.Tensor]:
     )
 
 
-def original(encoded: Sequence[bytes], target: int) -> Work:
-    """Pillow's decoding and the transform, from memory: reading, text and batches cost nothing here."""
+def original(encoded: Sequence[bytes], target: int) -> SampleStream:
+    """Decode with Pillow and transform, from memory: without reading, text and batches."""
     transform = original_transform(target)
     return each(encoded, lambda jpeg: transform(Image.open(io.BytesIO(jpeg)).convert("RGB")))
 
 
-def plain_webdataset(shards: Path, target: int) -> Work:
-    """A usual pipeline: images and captions from the tars, the transform, batches."""
+def plain_webdataset(shards: Path, target: int) -> SampleStream:
+    """Run a usual pipeline: images and captions from the tars, the transform, batches."""
     tars = [str(tar) for tar in sorted(shards.glob("*.tar"))]
     pipeline = webdataset.WebDataset(tars, shardshuffle=False).decode("pilrgb").to_tuple("jpg", "json")
     pipeline = pipeline.map_tuple(original_transform(target)).repeat().batched(BATCH)
@@ -182,8 +184,8 @@ def plain_webdataset(shards: Path, target: int) -> Work:
         yield len(images)
 
 
-def made_up_features(shards: Path) -> Path:
-    """Features of the published size for the images of `shards`, random and in bf16, as `features` writes them."""
+def random_features(shards: Path) -> Path:
+    """Write random features of the published size for the images of `shards`, as the verb `features` does."""
     root = shards.with_name(f"{shards.name}-features")
     folder = root / NAME
     if folder.exists():
@@ -202,8 +204,8 @@ def made_up_features(shards: Path) -> Path:
     return root
 
 
-def loader(shards: Path, target: int, decoding: str, workers: int = 0, features: Path | None = None) -> Work:
-    """The training loader, as in stage 1: order, reading, tokens, pixels or features, packed batches."""
+def loader(shards: Path, target: int, decoding: str, workers: int = 0, features: Path | None = None) -> SampleStream:
+    """Run the training loader as stage 1 does: order, reading, tokens, pixels or features, packed batches."""
     data = {"datasets": [{"name": NAME, "shards": str(shards)}], "decoding": decoding}
     raw = {
         "stage": 1,
@@ -220,7 +222,7 @@ def loader(shards: Path, target: int, decoding: str, workers: int = 0, features:
 
 
 def small_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE like Phi's, with fewer words."""
+    """Return a byte-level BPE tokenizer like Phi's, with a small vocabulary."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -231,13 +233,13 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def read_images(shards: Path) -> list[bytes]:
-    """The JPEGs of all samples."""
+    """Return the JPEGs of all samples."""
     tars = sorted(shards.glob("*.tar"))
     return [ShardReader().read(tar, index).images[0] for tar in tars for index in range(sample_count(tar))]
 
 
 def show(rows: list[Row]) -> list[Row]:
-    """Print them as one table; gives them back."""
+    """Print rows as one table, and return them."""
     rates = {row.way: row.rate for row in rows}
     width, height = rows[0].source
     print(f"\n{f'{width} x {height} -> {rows[0].target}':32} {'samples/s':>9} {'x original':>10} {'% of decode':>11}")
@@ -248,7 +250,7 @@ def show(rows: list[Row]) -> list[Row]:
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on."""
+    """Return what the figures depend on."""
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.partition(":")[2].strip() for line in cpu if line.startswith("model name")), "unknown")
     packages = ("torch", "torchvision", "pillow", "simplejpeg", "numba", "webdataset")

@@ -1,6 +1,7 @@
-"""What training from features saves: a step from pixels against the same step from features, and the share by count.
+"""Time that training from features saves: a step from pixels compared with the same step from features.
 
-The model that is timed is a small one of the published proportions: Phi has 2.6 times the parameters of the ViT.
+The timed model is a small one of the published proportions: Phi has 2.6 times the parameters of the ViT. The same ratio
+is counted in operations at the published sizes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from torch import Tensor
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.features.encode import encode
 from tinygptv_ds.models.configuration import PHI_2, TinyGPTVConfig
+from tinygptv_ds.models.flops import BatchCounts, step_flops
 from tinygptv_ds.models.parameters import is_trainable
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.weights.assemble import meta_model
 
 _SPECIAL = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), 40)
 # ViT, Q-Former and Phi: width, blocks, heads.
@@ -40,15 +43,15 @@ class Row:
     """One case.
 
     Attributes:
-        name: the stage.
-        image_size: pixels.
-        text_tokens: next to a sample's one image.
+        name: name of the stage.
+        image_size: side of the image in pixels.
+        text_tokens: text tokens of a sample, which has one image.
         pixels: seconds of a step, forward and backward, from pixels.
-        features: the same from features.
-        ratio: of the two.
-        published_ratio: of the operations of a step at the published sizes, by count.
-        images_per_second: through ViT and Q-Former, when features are made.
-        same_loss: whether both ways gave the same loss, bit for bit.
+        features: seconds of the same step from features.
+        ratio: `pixels` / `features`.
+        published_ratio: the same ratio in operations of a step at the published sizes.
+        images_per_second: speed of ViT and Q-Former when they compute features.
+        same_loss: whether both losses are equal bit for bit.
     """
 
     name: str
@@ -65,12 +68,12 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> None:
     """Time every case and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="tiny: to try the script out")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="tiny: only to try the script")
     parser.add_argument("--batch-size", type=int, default=4, help="samples of a step (default: %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=5, help="that are timed; the fastest counts (default: %(default)s)"
+        "--steps", type=int, default=5, help="timed steps; the fastest is reported (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args(argv)
     print(
         f"{'':12} {'pixels':>6} {'text':>5} {'s from pixels':>14} {'from features':>14} {'ratio':>6} {'published*':>11}"
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{row.published_ratio:>11.2f}",
             flush=True,
         )
-    print("* operations of a step from pixels to those from features, at the published sizes, by count")
+    print("* ratio of operations at the published sizes, counted")
     if args.json:
         figures = {"machine": platform.platform(), "threads": torch.get_num_threads(), **vars(args)}
         figures = {key: value for key, value in figures.items() if key != "json"}
@@ -92,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(name: str, size: str, image_size: int, text_tokens: int, batch: int, steps: int) -> Row:
-    """Both ways on the same model and the same samples."""
+    """Time both kinds of step on the same model and the same samples."""
     torch.manual_seed(0)
     model = make_model(size, image_size)
     pixels = torch.randint(0, 255, (batch, 3, image_size, image_size), dtype=torch.uint8)
@@ -110,14 +113,14 @@ def measure(name: str, size: str, image_size: int, text_tokens: int, batch: int,
         from_pixels,
         from_features,
         from_pixels / from_features,
-        1 + vision_operations(published) / llm_operations(published, text_tokens),
+        flops_ratio(published, text_tokens),
         batch / encoding,
         loss == same,
     )
 
 
 def make_model(size: str, image_size: int) -> TinyGPTVForConditionalGeneration:
-    """Random weights; what the stages train is trained."""
+    """Return a model with random weights that trains what the stages train."""
     vit, qformer, phi = SIZES[size]
     config = TinyGPTVConfig(
         vision_config={**_part(vit), "image_size": image_size},
@@ -143,7 +146,7 @@ def _part(size: tuple[int, int, int]) -> dict[str, int]:
 
 
 def packed_rows(config: TinyGPTVConfig, batch: int, text_tokens: int) -> dict[str, Tensor | int]:
-    """Samples of one image and then `text_tokens` tokens, all of which are learnt."""
+    """Return packed samples of one image and then `text_tokens` target tokens each."""
     queries, length = config.num_query_tokens, config.num_query_tokens + text_tokens
     ids = torch.randint(0, 1000, (batch, length))
     ids[:, :queries] = config.image_token_id
@@ -161,16 +164,16 @@ def packed_rows(config: TinyGPTVConfig, batch: int, text_tokens: int) -> dict[st
 
 
 def step(model: TinyGPTVForConditionalGeneration, inputs: dict) -> float:
-    """Forward and backward; returns the loss."""
+    """Run forward and backward, and return the loss."""
     model.zero_grad()
-    torch.manual_seed(0)  # of dropout
+    torch.manual_seed(0)  # for dropout
     loss = model(**inputs).token_losses.mean()
     loss.backward()
     return loss.item()
 
 
 def fastest(call: Callable[[], float], times: int) -> tuple[float, float]:
-    """(seconds of the fastest call after one that warms up, what it returns)."""
+    """Return the seconds of the fastest call after a warm-up, and the result of the last call."""
     result, seconds = call(), []
     for _ in range(times):
         began = time.perf_counter()
@@ -179,28 +182,13 @@ def fastest(call: Callable[[], float], times: int) -> tuple[float, float]:
     return min(seconds), result
 
 
-def vision_operations(config: TinyGPTVConfig) -> float:
-    """Of one image, forward: 2 for each weight and row, 4 for each pair of rows and channel in attention."""
-    vit, qformer, queries = config.vision_config, config.qformer_config, config.num_query_tokens
-    patches = (vit.image_size // vit.patch_size) ** 2
-    rows, width = 1 + patches, vit.hidden_size
-    block = 2 * rows * (4 * width**2 + 2 * width * vit.intermediate_size) + 4 * rows**2 * width
-    embedding = 2 * patches * 3 * vit.patch_size**2 * width
-    own, cross = qformer.hidden_size, 2 * rows * 2 * width * qformer.hidden_size
-    layer = 2 * queries * (4 * own**2 + 2 * own * qformer.intermediate_size) + 4 * queries**2 * own
-    crossed = qformer.num_hidden_layers / qformer.cross_attention_frequency
-    cross += 2 * queries * 2 * own**2 + 4 * queries * rows * own
-    return vit.num_hidden_layers * block + embedding + qformer.num_hidden_layers * layer + crossed * cross
-
-
-def llm_operations(config: TinyGPTVConfig, text_tokens: int) -> float:
-    """Of one sample through projections and Phi, forward and backward; frozen weights have no gradient of their own."""
-    phi, queries = config.text_config, config.num_query_tokens
-    rows, width = queries + text_tokens, phi.hidden_size
-    block = 2 * rows * (4 * width**2 + 2 * width * phi.intermediate_size) + 4 * rows**2 * width
-    head = 2 * text_tokens * width * phi.vocab_size
-    projections = 2 * queries * config.proj_hidden_size * (config.qformer_config.hidden_size + width)
-    return 2 * (phi.num_hidden_layers * block + head) + 3 * projections
+def flops_ratio(config: TinyGPTVConfig, text_tokens: int) -> float:
+    """Return the operations of a sample's training step from pixels divided by those from features."""
+    rows = config.num_query_tokens + text_tokens
+    sample = BatchCounts(rows, rows**2, text_tokens, 1)
+    trained = [name for name, _ in meta_model(config).named_parameters() if is_trainable(name)]
+    from_features = step_flops(config, trained, from_features=True)
+    return step_flops(config, trained).of(sample) / from_features.of(sample)
 
 
 if __name__ == "__main__":

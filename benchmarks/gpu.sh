@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Attention, and training steps of the published size with made-up weights, on this machine's GPUs, in under ten minutes.
+# Measures attention, and training steps of the published size with random weights, on this machine's GPUs, in under ten
+# minutes.
 #   bash benchmarks/gpu.sh [--wheels DIR] [--out DIR] [--minutes M] [--gpus N] [--only WORDS ...] [--tiny]
-# --wheels names a folder of wheels (gpu_wheels.sh); those of packages that are not installed here are taken from it, for
-# this run alone. PYTHON chooses the interpreter; else it is the first with torch that sees a GPU. Exit code 0: everything
-# ran and agreed; 1: something did not.
+# --wheels names a folder of wheels (gpu_wheels.sh); those of packages that are not installed here are used for
+# this run only. PYTHON chooses the interpreter; by default it is the first with torch that sees a GPU. Exit code 0:
+# everything ran and agreed; 1: something did not.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 wheels=""

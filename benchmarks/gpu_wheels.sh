@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Collects what benchmarks/gpu.sh needs next to torch, transformers, timm, peft and tensorboard, for a machine without a
-# network: a folder of wheels to carry along and to name there with --wheels. Run it where pip works.
-#   bash benchmarks/gpu_wheels.sh DIR [PYTHON_VERSION]      for instance: .whl 3.12 (default: this python's)
-# It leaves out numba, which only the decoding of images needs.
+# Collects the packages that benchmarks/gpu.sh needs next to torch, transformers, timm, peft and tensorboard, for a machine without a
+# network: a folder of wheels to carry along and to pass there with --wheels. Run it where pip works.
+#   bash benchmarks/gpu_wheels.sh DIR [PYTHON_VERSION]      e.g. wheels 3.12 (default: this python's)
+# numba is left out, because only the decoding of images needs it.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 folder="${1:?usage: bash benchmarks/gpu_wheels.sh DIR [PYTHON_VERSION]}"

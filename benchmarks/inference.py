@@ -1,12 +1,12 @@
-"""Memory and speed of answering with the full-size model, its weights made up, in 16, 8 and 4 bit.
+"""Memory and speed of generation with random weights of the full size in 16, 8 and 4 bit.
 
-Each form is loaded in a process of its own from base weights and an adapter, looks at one image of 224 pixels and
-answers with a fixed number of tokens; then it answers eight short questions without an image at once. Memory is the
-kernel's VmHWM, the largest resident set, Python and the libraries included (0.8 GB). Times are CPU seconds of a single
-thread, which other work on the machine lengthens least.
+Each form is loaded in its own process from base weights and an adapter and answers a question about one image of 224
+pixels with a fixed number of tokens; then it answers a batch of eight short questions without an image. Memory is the
+kernel's VmHWM, the largest resident set, with Python and the libraries included (0.8 GB). Times are CPU seconds of one
+thread, because other work on the machine affects those least.
 
     python benchmarks/inference.py [--dir FOLDER] [--only TEXT] [--tokens N] [--json FILE]
-    python benchmarks/inference.py --layers      # one linear layer of Phi, by number of rows
+    python benchmarks/inference.py --layers      # times of one linear layer of Phi, by number of rows
 """
 
 from __future__ import annotations
@@ -40,23 +40,25 @@ FORMS: dict[str, dict] = {
     "4 bit, ViT too": {"bits": 4, "quantize_vision": True},
 }
 BATCH = 8
-ROUNDS = 2  # the better one counts
-WORDS = 40  # of the question, one token each
+ROUNDS = 2  # the better one is reported
+WORDS = 40  # number of words in the question, one token each
 ROWS = (1, 8, 64, 256)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the weights, measure every form, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dir", type=Path, help="where the weights are made (9 GB) and stay for another call")
-    parser.add_argument("--size", choices=["published", "tiny"], default="published", help="tiny: to try it out")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the forms with this in their name")
-    parser.add_argument("--tokens", type=int, default=16, help="of each answer (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--dir", type=Path, help="folder for the weights (9 GB), kept for another call")
+    parser.add_argument(
+        "--size", choices=["published", "tiny"], default="published", help="tiny: only to try the script"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="only forms with TEXT in their name")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of each answer (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--layers", action="store_true", help="time one linear layer instead")
     parser.add_argument(
         "--form", nargs=2, metavar=("NAME", "RECIPE"), help=argparse.SUPPRESS
-    )  # in a process of its own
+    )  # set in the process that measures this form
     args = parser.parse_args(argv)
     if args.layers:
         rows = time_layers()
@@ -71,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure_all(folder: Path, size: str, only: str, tokens: int) -> list[dict]:
-    """Every form with `only` in its name, printed as it is done."""
+    """Measure every form with `only` in its name, and print it."""
     recipe = folder / "stage4.yaml"
     if not recipe.is_file():
         from benchmarks.made_up import make_weights
@@ -95,7 +97,7 @@ def measure_all(folder: Path, size: str, only: str, tokens: int) -> list[dict]:
 
 
 def figures(name: str, recipe: str, tokens: int) -> dict:
-    """One form, in this process."""
+    """Return the figures of one form, measured in this process."""
     import numpy as np
     import torch
 
@@ -138,7 +140,7 @@ def figures(name: str, recipe: str, tokens: int) -> dict:
 
 
 def show(row: dict) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     memory = f"{row['peak_loading']:>12.2f}{row['peak']:>9.2f}{row['load']:>9.0f}"
     speed = f"{row['first_token']:>16.2f}{row['tokens_s']:>10.2f}{row['tokens_s_together']:>11.2f}"
     print(f"{row['form']:20}{memory}{speed}", flush=True)

@@ -42,17 +42,17 @@ SIZES = {
 
 @dataclass(frozen=True)
 class MadeUp:
-    """What `make_weights` has written.
+    """The files that `make_weights` has written.
 
     Attributes:
         phi: a folder of safetensors shards, split layout, fp16.
         phi_bin: a folder of .bin shards, first remote code's layout, fp16.
-        eva_vit: as `eva_vit_g.pth`, fp16, with one block more than is used.
-        qformer: as BLIP-2's file, fp32.
-        trained: as the released stage-4 file, fp32.
-        recipe: of stage 4, naming all these.
+        eva_vit: a file like `eva_vit_g.pth`, fp16, with one block more than is used.
+        qformer: a file like BLIP-2's, fp32.
+        trained: a file like the released one of stage 4, fp32.
+        recipe: a recipe of stage 4 that names all of these.
         larger: an image size of twice the ViT's.
-        model_bytes: of the model in memory, frozen weights in 16 bit, trained ones in fp32.
+        model_bytes: bytes of the model in memory, frozen weights in 16 bit, trainable ones in fp32.
     """
 
     phi: Path
@@ -66,7 +66,7 @@ class MadeUp:
 
 
 def make_weights(folder: Path, size: str) -> MadeUp:
-    """Write all of them; `size` is one of `SIZES`."""
+    """Write all files for a model of one of `SIZES`."""
     torch.manual_seed(0)
     config = SIZES[size]
     shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
@@ -96,7 +96,7 @@ def make_weights(folder: Path, size: str) -> MadeUp:
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Normal values, small enough for any dtype."""
+    """Return normal values that are small enough for any dtype."""
     return torch.empty(shape, dtype=torch.float32).normal_(std=0.02).to(dtype)
 
 
@@ -115,7 +115,7 @@ def _make_phi(made: MadeUp, shapes: dict[str, tuple[int, ...]], config: TinyGPTV
 
 
 def _write_bin(folder: Path, tensors: dict[str, Stored]) -> None:
-    """Two .bin shards with their index."""
+    """Write two .bin shards with their index."""
     names = list(tensors)
     weight_map = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):

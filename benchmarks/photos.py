@@ -16,7 +16,7 @@ _WORDS = ("a", "photo", "of", "the", "old", "red", "flower", "temple", "roof", "
 
 
 def write_photos(folder: Path, size: tuple[int, int], count: int, seed: int = 0) -> Path:
-    """One shard of `count` JPEGs of `size` (width, height) with captions of 8 to 20 words, in `folder`."""
+    """Write one shard of `count` JPEGs of `size` (width, height) with captions of 8 to 20 words; return its folder."""
     rng = np.random.default_rng(seed)
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
     with ShardWriter(folder) as writer:
@@ -28,7 +28,7 @@ def write_photos(folder: Path, size: tuple[int, int], count: int, seed: int = 0)
 
 
 def _crop(photo: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """The largest part of it that fits, or a little less, brought to `size`."""
+    """Return a large random part of the photo with the aspect ratio of `size`, resized to `size`."""
     scale = min(photo.width / size[0], photo.height / size[1]) * rng.uniform(0.85, 1)
     width, height = (round(side * scale) for side in size)
     left, top = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - height + 1)
@@ -36,7 +36,7 @@ def _crop(photo: Image.Image, size: tuple[int, int], rng: np.random.Generator) -
 
 
 def _jpeg(image: Image.Image) -> bytes:
-    """Quality 90, colours at half the resolution, as cameras and img2dataset write them."""
+    """Encode with quality 90 and colours at half the resolution, as cameras and img2dataset do."""
     out = io.BytesIO()
     image.save(out, "JPEG", quality=90, subsampling="4:2:0")
     return out.getvalue()

@@ -1,7 +1,7 @@
-"""Which shards ranks and nodes read, by number of GPUs: from the order of samples at the size of the published data.
+"""Number of shards that ranks and nodes read, by number of GPUs, at the size of the published data.
 
-The shards are those of `stream.py`: indexes alone. For each number of GPUs the steps of a real run are planned, and the
-shards counted that the samples of one rank, of one node and of all ranks lie in.
+The shards are those of `stream.py`: only indexes. For each number of GPUs the steps of a real run are planned, and the
+shards are counted that contain the samples of one rank, of one node and of all ranks.
 
     python benchmarks/shards.py [--gpus 1 8 64 512] [--steps 1000] [--json FILE]
 """
@@ -24,12 +24,12 @@ from benchmarks.stream import make_shards, published_recipe
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.data.stream.plan import Planner, open_stream
 
-FIRST = 100_000  # step to begin with, anywhere in the run
-MB_A_SAMPLE, MB_FEATURES = 0.060, 0.051  # a JPEG of 480 pixels with its words; 32 x 768 in bf16 and the words
+FIRST = 100_000  # first step that is planned; any step of the run would do
+MB_A_SAMPLE, MB_FEATURES = 0.060, 0.051  # a JPEG of 480 pixels with its text; 32 x 768 in bf16 with the text
 
 
 def measure(folder: Path, gpus: int, per_gpu: int, node: int, steps: int) -> dict[str, float]:
-    """Shards that are read: in the mean step, and in all steps together."""
+    """Return the number of shards that are read in the mean step and in all steps together."""
     recipe = build_recipe(published_recipe(folder, gpus * per_gpu, per_gpu), "benchmark")
     planner = Planner(open_stream(recipe), gpus)
     readers = {"rank": 1, "node": min(node, gpus), "all": gpus}
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--shards", type=int, default=12_000)
     parser.add_argument("--samples-per-shard", type=int, default=10_000)
-    parser.add_argument("--rate", type=float, default=120, help="samples a second of one GPU (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--rate", type=float, default=120, help="samples per second of one GPU (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args(argv)
     print("        shards in a step: of      in all steps: of    a node reads, MB/s    fetches whole   slowest")
     print("GPUs    rank    node    all     rank   node    all   images  features   shards, MB/s      rank")

@@ -1,7 +1,7 @@
-"""What the order of samples costs at the size of the published data: start-up, memory, time to plan a step.
+"""Cost of the sample order at the size of the published data: start-up, memory, and time to plan a step.
 
-The shards are made up: empty tars of the right size, each with the index of 10,000 samples, the same file for all. The
-plans are those of a real run of that many ranks; nothing is read but indexes.
+The shards are empty tars of the right size, which share one index of 10,000 samples. The plans are those of a real run
+of that many ranks; only indexes are read.
 
 python benchmarks/stream.py [--shards 1000 12000] [--ranks 512] [--json FILE]
 """
@@ -32,11 +32,11 @@ from tinygptv_ds.data.stream.plan import Planner, open_stream
 
 SHARES = {"laion": 10_489, "cc_sbu": 1_256}  # published shards of each, and 115 : 14 of the samples
 WEIGHTS = {"laion": 115, "cc_sbu": 14}
-FAR = 1_000_000  # a step to resume at
+FAR = 1_000_000  # step of the resumed plan
 
 
 def make_shards(folder: Path, shards: int, samples: int) -> None:
-    """`shards` tars in the published proportion; they and their indexes take next to no room."""
+    """Write `shards` sparse tars in the published proportion, with indexes that are links to one file."""
     rng = np.random.default_rng(0)
     rows = [
         (f"{i:09d}", [Member(s, 60_000 * i + 20_000 * n, 18_000) for n, s in enumerate(("jpg", "json", "txt"))])
@@ -57,7 +57,7 @@ def make_shards(folder: Path, shards: int, samples: int) -> None:
 
 
 def measure(folder: Path, ranks: int, per_rank: int, steps: int) -> dict[str, float]:
-    """Open the stream and plan steps as one rank's loader does. To be run in a process of its own."""
+    """Open the stream and plan steps as one rank's loader does; the memory is right only in a new process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     recipe = build_recipe(published_recipe(folder, ranks * per_rank, per_rank), "benchmark")
     start = time.perf_counter()
@@ -87,7 +87,7 @@ def _seconds(planner: Planner, step: int) -> float:
 
 
 def published_recipe(folder: Path, batch_size: int, micro_batch_size: int) -> dict:
-    """Stage 1 on the shards of `make_shards`."""
+    """Return the recipe of stage 1 on the shards of `make_shards`."""
     datasets = [{"name": name, "shards": str(folder / name), "weight": weight} for name, weight in WEIGHTS.items()]
     return {
         "stage": 1,
@@ -99,15 +99,15 @@ def published_recipe(folder: Path, batch_size: int, micro_batch_size: int) -> di
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure each size in a process of its own and print the table."""
+    """Measure each size in its own process and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shards", type=int, nargs="+", default=[1_000, 12_000])
     parser.add_argument("--samples-per-shard", type=int, default=10_000)
     parser.add_argument("--ranks", type=int, default=512)
     parser.add_argument("--per-rank", type=int, default=64, help="samples of a step on one rank (default: 64)")
     parser.add_argument("--steps", type=int, default=20, help="steps to plan for the median")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # the folder that a process of its own measures
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)  # set in the process that measures this folder
     args = parser.parse_args(argv)
     if args.one:
         print(json.dumps(measure(args.one, args.ranks, args.per_rank, args.steps)))

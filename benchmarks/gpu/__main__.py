@@ -1,6 +1,6 @@
-"""Attention, and training steps of the published size with made-up weights, measured on this machine's GPUs.
+"""Attention, and training steps of the published size with random weights, measured on this machine's GPUs.
 
-Prints one table and writes it, with all figures, to a folder. `benchmarks/gpu.sh` finds Python and what it lacks first.
+Prints one table and writes it, with all figures, to a folder. `benchmarks/gpu.sh` finds Python and missing packages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.gpu.run import Launcher, run_checks, run_group
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.errors import ConfigError
 
-# By import name: the steps need no more of requirements.txt than this.
+# Import name -> package. The steps need only these packages of requirements.txt.
 NEEDED = {
     "torch": "torch",
     "deepspeed": "deepspeed",
@@ -39,11 +39,11 @@ NEEDED = {
     "tqdm": "tqdm",
     "PIL": "pillow",
 }
-OLDEST = {"torch": (2, 11), "deepspeed": (0, 19, 8), "transformers": (5, 17)}  # what this was tried with
+OLDEST = {"torch": (2, 11), "deepspeed": (0, 19, 8), "transformers": (5, 17)}  # oldest versions that were tried
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure everything that the time allows."""
+    """Measure as much as the time allows."""
     args = _parser().parse_args(argv)
     check_packages()
     if "RANK" in os.environ:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     gpus = _gpus() if args.gpus is None else args.gpus
     size = "tiny" if args.tiny or not gpus else "published"
     if size == "tiny":
-        print("the tiny model: to see that every part runs, not for its figures", flush=True)
+        print("the tiny model: shows that every part runs; its figures mean nothing", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "log.txt").write_bytes(b"")
     ranks = max(1, gpus)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 run_group(launch, part, options, own, report)
     report.write()
-    print("\n" + report.text() + f"\n{args.out}/gpu.json has all figures, log.txt what the processes said")
+    print("\n" + report.text() + f"\n{args.out}/gpu.json has all figures, log.txt the output of the processes")
     if not report.is_good:
         raise SystemExit(1)
 
@@ -82,13 +82,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="where gpu.json, table.md and log.txt go"
+        "--out", type=Path, default=Path("runs/gpu"), metavar="DIR", help="folder for gpu.json, table.md and log.txt"
     )
     parser.add_argument(
-        "--minutes", type=float, default=9.0, help="what does not fit in is left out, and said (default: %(default)g)"
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="time limit; parts that do not fit are left out and reported (default: %(default)g)",
     )
-    parser.add_argument("--gpus", type=int, metavar="N", help="that the steps run on (default: all there are)")
-    parser.add_argument("--steps", type=int, default=12, help="that are timed of each case (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs for the steps (default: all)")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of each case (default: %(default)s)")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -96,16 +99,16 @@ def _parser() -> argparse.ArgumentParser:
         help=f"parts with these words in their names, e.g. {CHECKS} or 'ZeRO-3, bf16' (default: all)",
     )
     parser.add_argument(
-        "--tiny", action="store_true", help="a tiny model, to see that every part runs; so without a GPU in any case"
+        "--tiny", action="store_true", help="use a tiny model, to see that every part runs (the default without a GPU)"
     )
     return parser
 
 
 def check_packages() -> None:
-    """Whether everything is there that the processes import.
+    """Check that all packages that the processes import are installed.
 
     Raises:
-        ConfigError: names what is missing or too old, and how to bring it along.
+        ConfigError: packages are missing or too old.
     """
     missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
@@ -120,9 +123,9 @@ def check_packages() -> None:
 
 
 def _gpus() -> int:
-    """How many torch sees; asked in a process of its own, so that this one takes nothing of their memory."""
-    ask = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
-    done = subprocess.run(ask, capture_output=True, text=True, check=False)
+    """Return the number of GPUs that torch sees, from another process, so that this one takes none of their memory."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"torch cannot be imported: {done.stderr.strip().splitlines()[-1]}")
     return int(done.stdout.split()[-1])

@@ -1,4 +1,4 @@
-"""Attention's back ends against SDPA in fp32, and the whole model packed against padded."""
+"""Attention backends compared with SDPA in fp32, and the whole model packed compared with padded."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.transfer import model_inputs
 
-HEADS = {"published": (32, 80), "tiny": (2, 8)}  # of Phi: how many, and how wide
-# What rounding to 8 and to 11 bits makes of sums of this length, with room; a wrong mask or scale is 0.1 at least.
+HEADS = {"published": (32, 80), "tiny": (2, 8)}  # of Phi: number and width
+# Rounding to 8 and 11 bits makes errors below these in sums of this length; a wrong mask or scale makes at least 0.1.
 LIMITS = {"bf16": 1e-2, "fp16": 2e-3}
 MODEL_LIMITS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 8e-3}
 
 
 def row_lengths(size: str) -> dict[str, list[int]]:
-    """Packed rows as the stages have them: short captions, a few questions, long conversations with a lone token."""
+    """Return lengths of packed samples as in the stages: short captions, a few questions, long conversations."""
     random = torch.Generator().manual_seed(0)
 
     def draw(count: int, low: int, high: int) -> list[int]:
@@ -46,10 +46,10 @@ def row_lengths(size: str) -> dict[str, list[int]]:
 
 
 def compare_backends(device: torch.device, size: str, out: Path) -> None:
-    """Every back end at every shape, in both dtypes, forward and backward: errors, which are checked, and times."""
+    """Measure and check every backend at every shape in both dtypes, forward and backward."""
     for shape, lengths in row_lengths(size).items():
         for precision, limit in LIMITS.items():
-            q, k, v, gradient = _made_up(sum(lengths), *HEADS[size], DTYPES[precision], device)
+            q, k, v, gradient = _random_inputs(sum(lengths), *HEADS[size], DTYPES[precision], device)
             wanted = _results(*(x.float() for x in (q, k, v, gradient)), lambda *x, n=lengths: _one_by_one(*x, n))
             for backend in available_backends(device, DTYPES[precision]):
                 layout = _layout(lengths, backend, device)
@@ -58,15 +58,15 @@ def compare_backends(device: torch.device, size: str, out: Path) -> None:
                     return varlen_attention(*qkv, layout)
 
                 found = _results(q, k, v, gradient, attend)
-                errors = {name: _apart(found[name], wanted[name]) for name in wanted}
+                errors = {name: _relative_error(found[name], wanted[name]) for name in wanted}
                 times = _times(q, k, v, gradient, attend, device)
                 row = {"shape": shape, "precision": precision, "backend": backend, "errors": errors, **times}
                 add(out, "attention", row)
                 worst = max(errors.values(), key=lambda error: (error != error, error))
-                add_check(out, f"attention, {shape}, {precision}, {backend}: apart from SDPA in fp32", worst, limit)
+                add_check(out, f"attention, {shape}, {precision}, {backend}: error against SDPA in fp32", worst, limit)
 
 
-def _made_up(tokens: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+def _random_inputs(tokens: int, heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
     random = torch.Generator(device).manual_seed(tokens)
     for _ in range(4):
         yield torch.randn(tokens, heads, width, device=device, generator=random).to(dtype)
@@ -78,7 +78,7 @@ def _layout(lengths: list[int], backend: str, device: torch.device) -> PackedLay
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """SDPA of each sample by itself, by plain matrix products: nothing packed, nothing padded."""
+    """Return SDPA of each sample separately, by plain matrix products, without packing or padding."""
     samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
     with sdpa_kernel(SDPBackend.MATH):
         rows = [F.scaled_dot_product_attention(*sample, is_causal=True) for sample in samples]
@@ -101,13 +101,13 @@ def _times(
     return {"forward": forward, "both": seconds(lambda: _results(q, k, v, gradient, attend), device, times)}
 
 
-def _apart(found: Tensor, wanted: Tensor) -> float:
-    """The norm of the difference to that of what is wanted; NaN where anything is not finite."""
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Return the relative error in norm; NaN if anything is not finite."""
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def compare_packed_with_padded(device: torch.device, out: Path) -> None:
-    """The whole tiny model with every back end against padded rows in fp32: losses and gradients, which are checked."""
+    """Check losses and gradients of the whole tiny model with every backend against padded rows in fp32."""
     recipe = load_recipe(project_root() / "stages/stage4.yaml", overrides(4, "tiny"))
     config = model_config(recipe, "tiny")
     model = build(config, torch.float32, device).eval()
@@ -119,10 +119,12 @@ def compare_packed_with_padded(device: torch.device, out: Path) -> None:
             with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
                 losses = model(**model_inputs(batch)).token_losses
             found = _with_gradients(model, losses)
-            errors = {name: _apart(found[name], wanted[name]) for name in wanted}
+            errors = {name: _relative_error(found[name], wanted[name]) for name in wanted}
             add(out, "whole_model", {"precision": precision, "backend": backend, "errors": errors})
             worst = max(errors.values(), key=lambda error: (error != error, error))
-            add_check(out, f"whole tiny model, {precision}, {backend}: packed apart from padded in fp32", worst, limit)
+            add_check(
+                out, f"whole tiny model, {precision}, {backend}: packed, error against padded in fp32", worst, limit
+            )
 
 
 def _with_gradients(model: TinyGPTVForConditionalGeneration, losses: Tensor) -> dict[str, Tensor]:
@@ -133,7 +135,7 @@ def _with_gradients(model: TinyGPTVForConditionalGeneration, losses: Tensor) -> 
 
 
 def _padded_losses(model: TinyGPTVForConditionalGeneration, inputs: dict) -> Tensor:
-    """As the packed forward, with every sample in a padded row of its own, as generation has them."""
+    """Return the losses of the packed forward pass, computed with every sample in its own padded row."""
     lengths, longest = inputs["cu_seqlens"].diff(), inputs["max_seqlen"]
     ids, rows = inputs["input_ids"], inputs["image_rows"]
     place = make_layout(inputs["cu_seqlens"], longest, len(ids), "sdpa").padded_rows
@@ -146,5 +148,5 @@ def _padded_losses(model: TinyGPTVForConditionalGeneration, inputs: dict) -> Ten
 
     mask = causal_mask(torch.arange(longest, device=ids.device) < lengths[:, None], longest)
     hidden = model.language_model.model(padded(embeds), padded(inputs["position_ids"]), mask=mask)
-    learnt = hidden.flatten(0, 1)[place][inputs["target_rows"]]
-    return F.cross_entropy(model.language_model.lm_head(learnt).float(), inputs["targets"], reduction="none")
+    targets = hidden.flatten(0, 1)[place][inputs["target_rows"]]
+    return F.cross_entropy(model.language_model.lm_head(targets).float(), inputs["targets"], reduction="none")

@@ -1,4 +1,4 @@
-"""One process: what the machine is, whether attention's back ends agree, and the whole tiny model packed and padded."""
+"""The checking process: the machine, the attention backends, and the whole tiny model packed and padded."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import argparse
 from pathlib import Path
 
 from benchmarks.gpu.attention import compare_backends, compare_packed_with_padded
-from benchmarks.gpu.machine import ceilings, facts, this_device
+from benchmarks.gpu.machine import ceilings, describe_machine, this_device
 from benchmarks.gpu.plan import SIZES
 from benchmarks.gpu.results import add
 from tinygptv_ds.cli import run_command
 
 
 def main() -> None:
-    """Each part adds its lines as it comes."""
+    """Run every check; each appends its results when it is done."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     device = this_device()
-    add(args.out, "machine", facts(device))
+    add(args.out, "machine", describe_machine(device))
     add(args.out, "ceilings", ceilings(device))
     compare_backends(device, args.size, args.out)
     compare_packed_with_padded(device, args.out)

@@ -1,4 +1,4 @@
-"""Installs what this Python lacks from a folder of wheels into a folder of its own; nothing else is touched."""
+"""Install the packages that this Python lacks from a folder of wheels into a separate folder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 
-def lacking(wheels: list[Path]) -> list[Path]:
-    """Those whose package is not installed, in whatever version."""
+def missing_packages(wheels: list[Path]) -> list[Path]:
+    """Return the wheels whose package is not installed in any version."""
     return [wheel for wheel in wheels if not _is_installed(wheel.name.split("-")[0])]
 
 
@@ -22,12 +22,12 @@ def _is_installed(name: str) -> bool:
 
 
 def main() -> None:
-    """`install.py WHEELS SITE`."""
+    """Carry out `install.py WHEELS SITE`."""
     folder, site = Path(sys.argv[1]), Path(sys.argv[2])
     wheels = sorted(folder.glob("*.whl"))
     if not wheels:
-        sys.exit(f"error: {folder} holds no wheels; bash benchmarks/gpu_wheels.sh {folder} collects them")
-    chosen = lacking(wheels)
+        sys.exit(f"error: {folder} contains no wheels; bash benchmarks/gpu_wheels.sh {folder} collects them")
+    chosen = missing_packages(wheels)
     if chosen:
         pip = [
             sys.executable,
@@ -44,7 +44,7 @@ def main() -> None:
         if done.returncode:
             sys.exit(f"error: pip could not install from {folder}: were the wheels collected for this Python?")
     names = ", ".join(wheel.name.split("-")[0] for wheel in chosen)
-    print(f"from {folder}: {names or 'nothing, all is there'}", flush=True)
+    print(f"from {folder}: {names or 'nothing, every package is installed'}", flush=True)
 
 
 if __name__ == "__main__":

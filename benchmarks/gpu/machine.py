@@ -1,4 +1,4 @@
-"""What this machine is, and the ceilings that figures are to be judged by: matrix products, copies, transfers."""
+"""Description of this machine, and its ceilings for comparison: matrix products, copies, transfers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tinygptv_ds.train.setup.run_dir import versions
 
 
 def this_device() -> torch.device:
-    """The GPU of this process, or the CPU."""
+    """Return the GPU of this process, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that is queued there."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(call: Callable[[], object], device: torch.device, times: int) -> float:
-    """The median time of a call, on the device where that is a GPU, after two that warm up."""
+    """Return the median time of a call after two warm-up calls, by the clock of the device if it is a GPU."""
     call(), call()
     if device.type == "cpu":
         return statistics.median(_host_seconds(call) for _ in range(times))
@@ -47,8 +47,8 @@ def _host_seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def facts(device: torch.device) -> dict[str, object]:
-    """Names, versions and sizes."""
+def describe_machine(device: torch.device) -> dict[str, object]:
+    """Return names, versions and sizes."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found: dict[str, object] = {
         "device": platform.processor() or platform.machine(),
@@ -75,15 +75,15 @@ def facts(device: torch.device) -> dict[str, object]:
 
 
 def _driver() -> str | None:
-    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split("\n")[0]
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """TFLOP/s of a large bf16 product, and GB/s of a copy on the device and from pinned memory to it."""
+    """Return TFLOP/s of a large bf16 product, and GB/s of a copy on the device and from pinned memory to it."""
     on_gpu = device.type == "cuda"
     width, megabytes = (8192, 1024) if on_gpu else (256, 8)
     a, b = (torch.randn(width, width, device=device, dtype=torch.bfloat16) for _ in range(2))

@@ -1,4 +1,4 @@
-"""A model of the published or a tiny size with made-up weights, and batches for it. No file is written or read."""
+"""A model of the published or a tiny size with random weights, and batches for it. No file is written or read."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from tinygptv_ds.weights.assemble import empty_model
 
 DATASET = "made up"
 _TINY = {"model.proj_hidden_size=24", "model.lora_alpha=4"}
-_DIFFERENT = 4  # batches that take turns
+_DIFFERENT = 4  # number of batches that are used in turn
 
 
 def overrides(stage: int, size: str) -> list[str]:
-    """Changes to a stage's recipe, for `load_recipe`: the tiny size's images and LoRA."""
+    """Return the changes to a stage's recipe for `load_recipe`: image size and LoRA of the tiny model."""
     if size == "published":
         return []
     return [f"model.image_size={14 * (2 if stage == 1 else 4)}", f"model.lora_r={0 if stage == 1 else 4}", *_TINY]
 
 
 def model_config(recipe: Recipe, size: str) -> TinyGPTVConfig:
-    """The sizes that a stage trains: images, projections and LoRA by its recipe, the rest published or tiny."""
+    """Return a stage's configuration: images, projections and LoRA from its recipe, the rest published or tiny."""
     section, base = recipe.model, SIZES[size]
     return TinyGPTVConfig(
         vision_config={**base.vision_config.to_dict(), "image_size": section.image_size},
@@ -49,12 +49,12 @@ def model_config(recipe: Recipe, size: str) -> TinyGPTVConfig:
 
 
 def build(config: TinyGPTVConfig, frozen: torch.dtype, device: torch.device) -> TinyGPTVForConditionalGeneration:
-    """The model in the device's memory, made there: seconds at 3.9 B parameters. Set to train what its stage trains.
+    """Create the model with random weights on the device; it trains the parts of its stage.
 
     Args:
-        config: its sizes; with LoRA, it is trained too.
-        frozen: dtype of what does not learn; the rest is fp32.
-        device: where.
+        config: the model's configuration; LoRA is trained if the model has it.
+        frozen: dtype of the frozen weights; the trained ones are in fp32.
+        device: the device.
     """
     model = empty_model(config, frozen, device=device)
     random = torch.Generator(device).manual_seed(0)
@@ -62,8 +62,10 @@ def build(config: TinyGPTVConfig, frozen: torch.dtype, device: torch.device) -> 
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 inputs = parameter.shape[-1] if parameter.dim() == 3 else parameter[0].numel()
-                drawn = torch.randn(parameter.shape, generator=random, device=device)  # in fp32: alike in every dtype
-                parameter.copy_(drawn * inputs**-0.5)  # so that what is made of rows of about 1 is about 1
+                drawn = torch.randn(
+                    parameter.shape, generator=random, device=device
+                )  # drawn in fp32, so that every dtype gets the same values
+                parameter.copy_(drawn * inputs**-0.5)  # the output has about the scale of the input
             else:
                 parameter.fill_(1.0 if name.endswith(".weight") else 0.0)  # norms and biases
         for buffer in model.buffers():
@@ -74,11 +76,11 @@ def build(config: TinyGPTVConfig, frozen: torch.dtype, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class Batches:
-    """A few micro-batches that take turns, on the host.
+    """A few micro-batches on the host, used in turn.
 
     Attributes:
-        loaded: as the loader gives them.
-        mean: what a sample of them holds on average.
+        loaded: the micro-batches as the loader yields them.
+        mean: their mean sample.
     """
 
     loaded: list[MicroBatch]
@@ -86,13 +88,13 @@ class Batches:
 
 
 def make_batches(config: TinyGPTVConfig, case: Case, seed: int, *, pinned: bool) -> Batches:
-    """Samples of one image and about as many tokens as those of the stage have (`data_summary.ASSUMED`).
+    """Return samples of one image and about as many tokens as those of the stage have (`data_summary.ASSUMED`).
 
     Args:
-        config: of the model.
-        case: says stage, source and number of samples.
-        seed: other samples for every rank.
-        pinned: whether in pinned memory, as the loader's are for a GPU.
+        config: the model's configuration.
+        case: gives stage, source and number of samples.
+        seed: different for every rank.
+        pinned: whether to use pinned memory, as the loader does for a GPU.
     """
     rng = np.random.default_rng((seed, case.stage, case.batch, case.source == "pixels"))
     mean, size = ASSUMED[case.stage], config.vision_config.image_size
@@ -115,16 +117,16 @@ def make_batches(config: TinyGPTVConfig, case: Case, seed: int, *, pinned: bool)
     return Batches(loaded, MeanSample(1, float(np.mean(lengths)), sum(targets) / len(lengths)))
 
 
-IMAGE_ROWS = 32  # that `ASSUMED` counts among the tokens
+IMAGE_ROWS = 32  # rows of the image, which `ASSUMED` counts among the tokens
 
 
 def _around(rng: np.random.Generator, mean: int) -> int:
-    """Between half and one and a half of `mean`."""
+    """Return a random number between half and one and a half times `mean`."""
     return int(rng.integers(max(1, mean // 2), mean + mean // 2 + 1))
 
 
 def _row(rng: np.random.Generator, config: TinyGPTVConfig, asked: int, answered: int) -> Sequence:
-    """A BOS token and words, the image, and what is learnt."""
+    """Return a sequence of a BOS token and a prompt, the image, and target tokens."""
     queries = config.num_query_tokens
     length = asked + queries + answered
     ids = rng.integers(0, config.image_token_id, length)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Time of a training step by part."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tinygptv_ds.train.metrics.stopwatch import Stopwatch
 
 
 def parts_of(engine: Engine, run: Callable[[], object], steps: int) -> dict[str, float]:
-    """Seconds of a step by part, over steps of their own: on a GPU between events, so without waiting in between.
+    """Return the seconds of a step by part, from additional steps; on a GPU between events, without waiting in between.
 
     `head` is the rest of the forward pass: embeddings, the language-model head, the loss, and under ZeRO-3 its gathers.
-    `optimizer` holds what is reduced among ranks after the backward pass. `rest`: batches on their way to the device,
-    and the host's work between.
+    `optimizer` includes reductions among ranks after the backward pass. `rest` is the transfer of batches to the device
+    and the work of the host in between.
     """
     with _clocks(engine) as clocks:
         wait(engine.device)
@@ -34,7 +34,7 @@ def parts_of(engine: Engine, run: Callable[[], object], steps: int) -> dict[str,
 
 @contextmanager
 def _clocks(engine: Engine) -> Iterator[dict[str, Stopwatch]]:
-    """A stopwatch on every part while the context lasts."""
+    """Attach a stopwatch to every part inside the context."""
     model, deepspeed = engine.module, engine.deepspeed
     calls: dict[str, tuple[Any, str]] = {
         "vision": (model, "encode_vision"),
@@ -52,7 +52,7 @@ def _clocks(engine: Engine) -> Iterator[dict[str, Stopwatch]]:
         yield clocks
     finally:
         for name, (owner, method) in calls.items():
-            delattr(owner, method)  # the class's own is there again
+            delattr(owner, method)  # the method of the class is visible again
             if before[name] is not None:
                 setattr(owner, method, before[name])
 

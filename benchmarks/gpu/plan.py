@@ -1,4 +1,4 @@
-"""What is measured, the most valuable first. No torch."""
+"""The cases that are measured, the most valuable first. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 SIZES = ("published", "tiny")
-PUBLISHED_BATCH = {1: 64, 4: 2}  # samples of a forward pass on one GPU, as the stages' recipes have it
-LARGER = 8  # times the published batch of stage 4, which leaves a large GPU idle
-CHECKS = "checks"  # the machine, attention, and the whole model packed and padded
+PUBLISHED_BATCH = {1: 64, 4: 2}  # samples of a forward pass on one GPU in the stages' recipes
+LARGER = 8  # times the published batch of stage 4, which is too small for a large GPU
+CHECKS = "checks"  # name of the part with the machine, attention, and the whole model packed and padded
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Case:
 
     @property
     def group(self) -> str:
-        """Cases of one group are measured in one process, on one engine."""
+        """Return the name of the group; its cases are measured in one process, on one engine."""
         return f"ZeRO-{self.zero}, {self.precision}, stage {self.stage}"
 
     @property
-    def twin(self) -> tuple:
-        """Equal for cases that differ in the ZeRO stage alone, and so must have the same losses."""
+    def twin(self) -> tuple[object, ...]:
+        """Return a key that is equal for cases that differ only in the ZeRO stage and so must have the same losses."""
         return (self.stage, self.precision, self.source, self.batch, self.recompute)
 
     def halved(self) -> Case | None:
-        """With half of the batch, for want of memory; None: there is no less."""
+        """Return the case with half the batch, or None if the batch is one sample."""
         return replace(self, batch=self.batch // 2) if self.batch > 1 else None
 
     def __str__(self) -> str:
@@ -59,12 +59,12 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Of the group."""
+        """Return the name of the group."""
         return self.cases[0].group
 
 
 def groups() -> Iterator[Group]:
-    """All cases. Those that a twin is held against begin a group, so that both have made the same steps before."""
+    """Yield all groups. Cases with a twin come first in a group, so that both follow the same steps."""
     for precision in ("bf16", "fp16"):
         for zero in (2, 3):
             for stage in (1, 4):

@@ -1,4 +1,4 @@
-"""What was measured, as one table and as JSON. No torch."""
+"""The report of all results, as one table and as JSON. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 from benchmarks.gpu.plan import Case
 from benchmarks.gpu.results import MEASURED, check
 
-# ZeRO-3 computes what ZeRO-2 does; rounding, carried on by a few steps of the optimizer, is a tenth of this.
+# ZeRO-3 computes the same as ZeRO-2; after a few optimizer steps, rounding makes a tenth of this.
 SAME_LOSS = 1e-2
-# The first losses of a process, before any step, in bf16 and fp16: the rounding of weights and sums to 8 bits.
+# First losses of a process, before any step, in bf16 and fp16 differ by the rounding of weights and sums to 8 bits.
 SAME_IN_BOTH = 2e-2
 # The loss scale of fp16 begins high, and a step that overflows halves it.
-LEFT_OUT = {"bf16": 0, "fp16": 8}
+MAX_SKIPPED = {"bf16": 0, "fp16": 8}
 PARTS = ("vision", "projections", "phi", "head", "backward", "optimizer", "rest")
 
 
 class Report:
-    """Everything that is known so far; written after every process, so that it is there whatever comes.
+    """All results so far, written after every process, so that they survive a crash.
 
     Args:
         out: folder of `gpu.json` and `table.md`.
-        about: what goes into the JSON besides.
+        about: further entries of the JSON.
     """
 
     def __init__(self, out: Path, about: dict[str, Any]) -> None:
@@ -37,7 +37,7 @@ class Report:
         self._left_out: list[dict[str, str]] = []
 
     def take(self, lines: list[dict[str, Any]]) -> None:
-        """What a process has measured."""
+        """Add the results of a process."""
         for line in lines:
             if line["kind"] in self._lists:
                 self._lists[line["kind"]].append(line["value"])
@@ -46,18 +46,18 @@ class Report:
         self.write()
 
     def failed(self, what: str, why: str) -> None:
-        """A part that died or hung."""
+        """Add a part that crashed or hung."""
         self._failed.append({"what": what, "why": why})
         self.write()
 
     def left_out(self, what: str, why: str) -> None:
-        """A part that there was no time for."""
+        """Add a part that the time did not suffice for."""
         self._left_out.append({"what": what, "why": why})
         self.write()
 
     @property
     def checks(self) -> list[dict[str, Any]]:
-        """Those of the processes, and what the cases say of each other."""
+        """Return the checks of the processes, and the comparisons between cases."""
         return [*self._lists["check"], *step_checks(self._lists["steps"])]
 
     @property
@@ -79,7 +79,7 @@ class Report:
         (self._out / "table.md").write_text(self.text(), encoding="utf-8")
 
     def text(self) -> str:
-        """Markdown."""
+        """Return the report in Markdown."""
         parts = [self._machine(), *attention_table(self._lists["attention"]), "", *step_table(self._lists["steps"])]
         parts += ["", *map(_saving, self._lists["save"])]
         checks = self.checks
@@ -92,22 +92,22 @@ class Report:
     def _machine(self) -> str:
         machine, ceilings = self._found["machine"], self._found["ceilings"]
         if machine is None:
-            return "(nothing is known of the machine)\n"
+            return "(the machine is unknown)\n"
         names = ("device", "driver", "torch", "cuda", "deepspeed", "transformers", "flash-attn")
-        told = [f"{name} {machine[name]}" for name in names if machine.get(name)]
-        told.append(f"attention by {machine['attention'][0]}")
+        described = [f"{name} {machine[name]}" for name in names if machine.get(name)]
+        described.append(f"attention by {machine['attention'][0]}")
         if ceilings:
-            told.append(
+            described.append(
                 f"bf16 products {ceilings['matmul_tflops']:.3g} TFLOP/s, copies {ceilings['copy_gb_s']:.3g} GB/s, "
                 f"transfers {ceilings['transfer_gb_s']:.3g} GB/s"
             )
-        return "; ".join(told) + "\n"
+        return "; ".join(described) + "\n"
 
 
 def step_checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Losses are finite, few steps were left out, and ZeRO-2 and ZeRO-3, bf16 and fp16 agree.
+    """Check that losses are finite, few steps were skipped, and ZeRO-2 and ZeRO-3, bf16 and fp16 agree.
 
-    Compared are cases before which the same steps were made.
+    Cases are compared if the same steps were made before them.
     """
     found, twins, fresh = [], {}, {}
     for row in rows:
@@ -115,23 +115,23 @@ def step_checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             case = Case(**row["case"])
             bad = sum(not _is_finite(loss) for loss in row["losses"])
             found.append(check(f"{case}: losses that are not finite", bad, 0))
-            found.append(check(f"{case}: steps left out", row["skipped_steps"], LEFT_OUT[case.precision]))
+            found.append(check(f"{case}: skipped steps", row["skipped_steps"], MAX_SKIPPED[case.precision]))
             twins.setdefault((case.twin, row["steps_before"]), []).append((case, row["losses"]))
             if not row["steps_before"]:
                 fresh.setdefault((case.stage, case.source, case.batch), []).append((case, row["losses"][:1]))
     for (first, losses), *others in twins.values():
         for case, theirs in others:
-            name = f"{case}: losses apart from those under ZeRO-{first.zero}"
-            found.append(check(name, _apart(losses, theirs), SAME_LOSS))
+            name = f"{case}: difference of losses from those under ZeRO-{first.zero}"
+            found.append(check(name, _largest_difference(losses, theirs), SAME_LOSS))
     for (first, losses), *others in fresh.values():
         for case, theirs in others:
             if case.precision != first.precision:
-                name = f"{case}: first loss apart from that in {first.precision}"
-                found.append(check(name, _apart(losses, theirs), SAME_IN_BOTH))
+                name = f"{case}: difference of the first loss from that in {first.precision}"
+                found.append(check(name, _largest_difference(losses, theirs), SAME_IN_BOTH))
     return found
 
 
-def _apart(losses: list[float], others: list[float]) -> float:
+def _largest_difference(losses: list[float], others: list[float]) -> float:
     pairs = list(zip(losses, others, strict=False))
     if not all(_is_finite(a) and _is_finite(b) for a, b in pairs):
         return math.nan
@@ -143,8 +143,8 @@ def _is_finite(value: float | None) -> bool:
 
 
 def attention_table(rows: list[dict[str, Any]]) -> list[str]:
-    """A row for every back end, shape and dtype."""
-    head = ["| attention | | back end | largest error | ms forward | and backward |", f"|{'-|' * 6}"]
+    """Return a Markdown table with a row for every backend, shape and dtype."""
+    head = ["| attention | | backend | largest error | ms forward | and backward |", f"|{'-|' * 6}"]
     lines = [
         f"| {row['shape']} | {row['precision']} | {row['backend']} | {max(row['errors'].values()):.1e} | "
         f"{1000 * row['forward']:.3f} | {1000 * row['both']:.3f} |"
@@ -154,7 +154,7 @@ def attention_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def step_table(rows: list[dict[str, Any]]) -> list[str]:
-    """A row for every case: rates, memory, and milliseconds of a step by part."""
+    """Return a Markdown table with a row for every case: rates, memory, and milliseconds of a step by part."""
     columns = ["case", "samples/s", "target tokens/s", "MFU", "GiB", "held", "in use", "estimated", "ms a step"]
     head = ["| " + " | ".join([*columns, *PARTS, "first loss"]) + " |", f"|{'-|' * (len(columns) + len(PARTS) + 1)}"]
     return [*head, *(_step_row(row) for row in rows)]
@@ -180,17 +180,16 @@ def _step_row(row: dict[str, Any]) -> str:
 
 def _saving(save: dict[str, Any]) -> str:
     waits = f"training waits {save['stall_seconds']:.2f} s (the first time {save['first_stall_seconds']:.2f} s)"
-    adjacent = (
-        f"a step takes {1000 * save['step_seconds_beside']:.0f} ms, alone {1000 * save['step_seconds_alone']:.0f} ms"
-    )
+    writing, alone = (1000 * save[f"step_seconds_{name}"] for name in ("while_writing", "alone"))
+    during = f"a step takes {writing:.0f} ms, alone {alone:.0f} ms"
     return (
         f"{save['group']}, checkpoint of {save['gb']:.2f} GB: {waits}; written in {save['write_seconds']:.2f} s, while "
-        f"{adjacent}"
+        f"{during}"
     )
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """Return the value with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(child) for key, child in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What the measuring processes hand to the one that started them: lines of JSON, kept as far as they got. No torch."""
+"""Results of the measuring processes: lines of JSON, appended as they come. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-MEASURED, OUT_OF_MEMORY = "measured", "out of memory"  # what became of a case
+MEASURED, OUT_OF_MEMORY = "measured", "out of memory"  # status of a case
 
 
 def add(path: Path, kind: str, value: Any) -> None:
@@ -16,17 +16,17 @@ def add(path: Path, kind: str, value: Any) -> None:
 
 
 def add_check(path: Path, name: str, value: float, limit: float) -> None:
-    """Append a check: passed where `value` is at most `limit`; NaN never is."""
+    """Append a check, which is passed if `value` is at most `limit`; NaN fails."""
     add(path, "check", check(name, value, limit))
 
 
 def check(name: str, value: float, limit: float) -> dict[str, Any]:
-    """A check as it is told and stored."""
+    """Return a check as it is reported and stored."""
     return {"name": name, "value": value, "limit": limit, "passed": value <= limit}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All results in order; a line cut short by a killed process is left out."""
+    """Return all results in order, without a line that a killed process has left incomplete."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,6 +1,6 @@
-"""Starts the measuring processes, one after the other, and goes on where one of them dies. No torch.
+"""Runs the measuring processes one after the other, and continues if one of them dies. Needs no torch.
 
-Each has state and memory of its own. Whatever a process has measured before it ends, in whatever way, is kept.
+Each process starts with fresh state and memory. Results that it wrote before it ended, for any reason, are kept.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.results import OUT_OF_MEMORY, read
 
 ROOT = Path(__file__).resolve().parents[2]
-_LONGEST = 200.0  # seconds: a process that takes longer hangs
-_FIRST_NEED = 45.0  # what a process is taken to need before one has been seen
-_TOLD = 6  # last lines of a process that failed
+_LONGEST = 200.0  # seconds after which a process is taken to hang
+_FIRST_NEED = 45.0  # seconds that the first process is assumed to need
+_LAST_LINES = 6  # lines of a failed process that are reported
 
 
 @dataclass(frozen=True)
-class Ended:
+class ProcessEnd:
     """How a process ended.
 
     Attributes:
-        code: its exit code; None: it was stopped.
-        why: in words, where it did not end well.
-        by_budget: whether it was stopped because the time was up.
+        code: exit code; None: it was stopped.
+        why: the reason, if it failed.
+        by_budget: whether it was stopped at the time limit.
     """
 
     code: int | None
@@ -41,12 +41,12 @@ class Ended:
 
 
 class Launcher:
-    """Runs a module in one process or, through torchrun, in one on each GPU.
+    """Runner of a module in one process or, through torchrun, in one process on each GPU.
 
     Args:
-        out: folder of `log.txt`, which takes all that processes print.
-        minutes: that everything may take.
-        ranks: processes of a group.
+        out: folder of `log.txt`, the output of the processes.
+        minutes: time limit for all processes together.
+        ranks: number of processes of a group.
     """
 
     def __init__(self, out: Path, minutes: float, ranks: int) -> None:
@@ -57,15 +57,15 @@ class Launcher:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds that are left."""
         return self._end - time.monotonic()
 
     def has_time(self) -> bool:
-        """Whether one more process is likely to come to its end: the longest so far, and a fifth more."""
+        """Return whether the time suffices for another process: the longest so far, and a fifth more."""
         return self.left > (1.2 * self._longest or _FIRST_NEED)
 
-    def __call__(self, module: str, arguments: list[str], ranks: int | None = None) -> Ended:
-        """Run it to its end, or to the end of the time."""
+    def __call__(self, module: str, arguments: list[str], ranks: int | None = None) -> ProcessEnd:
+        """Run a module until it ends or the time is up."""
         ranks = ranks or self._ranks
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
         command = [sys.executable, *launcher, "-m", f"benchmarks.gpu.{module}", *arguments]
@@ -85,8 +85,8 @@ class Launcher:
         took = time.monotonic() - began
         self._longest = max(self._longest, took)
         if code is None:
-            return Ended(None, f"stopped after {took:.0f} s", by_budget=limit < _LONGEST)
-        return Ended(code, "" if code == 0 else f"exit code {code}: {_last_lines(self._log, start)}")
+            return ProcessEnd(None, f"stopped after {took:.0f} s", by_budget=limit < _LONGEST)
+        return ProcessEnd(code, "" if code == 0 else f"exit code {code}: {_last_lines(self._log, start)}")
 
 
 def _environment() -> dict[str, str]:
@@ -96,7 +96,7 @@ def _environment() -> dict[str, str]:
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """The whole group: dataloader workers and ranks too."""
+    """Kill the whole process group, with dataloader workers and ranks."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -108,11 +108,11 @@ def _last_lines(log: Path, start: int) -> str:
     with log.open("rb") as file:
         file.seek(start)
         lines = file.read().decode(errors="replace").splitlines()
-    return " | ".join([line.strip() for line in lines if line.strip()][-_TOLD:])
+    return " | ".join([line.strip() for line in lines if line.strip()][-_LAST_LINES:])
 
 
-def run_checks(launch: Callable[..., Ended], size: str, lines: Path, report: Report) -> None:
-    """Machine, attention, packed against padded."""
+def run_checks(launch: Callable[..., ProcessEnd], size: str, lines: Path, report: Report) -> None:
+    """Run the checking process."""
     ended = launch("checks", ["--size", size, "--out", str(lines)], ranks=1)
     report.take(read(lines))
     if ended.by_budget:
@@ -121,22 +121,29 @@ def run_checks(launch: Callable[..., Ended], size: str, lines: Path, report: Rep
         report.failed(CHECKS, ended.why)
 
 
-def run_group(launch: Callable[..., Ended], group: Group, options: list[str], folder: Path, report: Report) -> None:
-    """All cases of a group; where memory does not suffice, the same with half the batch.
+def run_group(
+    launch: Callable[..., ProcessEnd], group: Group, options: list[str], folder: Path, report: Report
+) -> None:
+    """Measure all cases of a group; a case that runs out of memory is repeated with half the batch.
 
     Args:
         launch: runs a module.
-        group: what to measure.
-        options: size and number of steps, for every process.
-        folder: for run directories and results.
-        report: takes what comes.
+        group: the cases.
+        options: options for size and number of steps.
+        folder: folder for run directories and results.
+        report: takes the results.
     """
     left, attempt = list(group.cases), 0
     while left:
         attempt += 1
         lines = folder / f"{attempt}.jsonl"
-        told = ["--cases", json.dumps([asdict(case) for case in left]), *options, *(["--save"] if group.save else [])]
-        ended = launch("steps", [*told, "--run-dir", str(folder / f"run-{attempt}"), "--out", str(lines)])
+        arguments = [
+            "--cases",
+            json.dumps([asdict(case) for case in left]),
+            *options,
+            *(["--save"] if group.save else []),
+        ]
+        ended = launch("steps", [*arguments, "--run-dir", str(folder / f"run-{attempt}"), "--out", str(lines)])
         found = _once_each(read(lines))
         report.take(found)
         rows = [line["value"] for line in found if line["kind"] == "steps"]
@@ -155,12 +162,12 @@ def run_group(launch: Callable[..., Ended], group: Group, options: list[str], fo
 
 
 def _once_each(lines: list[dict]) -> list[dict]:
-    """Where memory does not suffice, several ranks may say so of one case; it is told once."""
-    told, kept = [], []
+    """Return the results without repeated reports: several ranks may run out of memory in the same case."""
+    reported, kept = [], []
     for line in lines:
         short = line["kind"] == "steps" and line["value"]["status"] == OUT_OF_MEMORY
-        if not short or line["value"]["case"] not in told:
+        if not short or line["value"]["case"] not in reported:
             kept.append(line)
         if short:
-            told.append(line["value"]["case"])
+            reported.append(line["value"]["case"])
     return kept

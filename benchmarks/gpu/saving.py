@@ -1,4 +1,4 @@
-"""How long a checkpoint of what was trained holds up the training, and how long its writing goes on next to it."""
+"""Time that training waits for a checkpoint, and time of writing it in the background."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tinygptv_ds.train.run import Run
 
 
 def save_times(run: Run, step: Callable[[], object]) -> dict[str, float]:
-    """Seconds, and a step's next to the writing against one alone. To be called on all ranks.
+    """Return the times of a checkpoint and of a step during the writing and without it. Call it on all ranks.
 
     Args:
         run: has made a step, so that there are moments.
@@ -22,7 +22,7 @@ def save_times(run: Run, step: Callable[[], object]) -> dict[str, float]:
     """
     alone = _mean_seconds(step, times=3)
     stalls = []
-    for _ in range(2):  # the first takes memory that the next finds
+    for _ in range(2):  # the first one allocates memory that the next one reuses
         wait(run.engine.device)
         began = time.perf_counter()
         snapshot = take_snapshot(run.engine, 1, batch_size=1, fingerprint={})
@@ -30,7 +30,7 @@ def save_times(run: Run, step: Callable[[], object]) -> dict[str, float]:
     checkpoints = run.job.run_dir / FOLDER
     with ThreadPoolExecutor(1) as thread:
         writing = thread.submit(_write, checkpoints, snapshot) if run.ranks.is_main else None
-        adjacent = _mean_seconds(step, times=3)
+        while_writing = _mean_seconds(step, times=3)
         seconds, size = writing.result() if writing is not None else (0.0, 0)
     return {
         "gb": size / 1e9,
@@ -38,12 +38,12 @@ def save_times(run: Run, step: Callable[[], object]) -> dict[str, float]:
         "first_stall_seconds": stalls[0],
         "write_seconds": seconds,
         "step_seconds_alone": alone,
-        "step_seconds_beside": adjacent,
+        "step_seconds_while_writing": while_writing,
     }
 
 
 def _write(checkpoints: Path, snapshot: Snapshot) -> tuple[float, int]:
-    """(seconds, bytes of the tensors)."""
+    """Write a checkpoint; return the seconds and the bytes of its tensors."""
     began = time.perf_counter()
     folder = write_checkpoint(checkpoints, snapshot)
     return time.perf_counter() - began, (folder / TENSORS).stat().st_size

@@ -1,4 +1,4 @@
-"""One process: the cases of a group on one engine, as the training loop runs its steps."""
+"""The measuring process: the cases of a group on one engine, with steps as the training loop runs them."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from tinygptv_ds.train.setup.session import join_ranks
 from tinygptv_ds.train.step import optimizer_step
 from tinygptv_ds.train.transfer import Transfer
 
-WARM_UP, BY_PART = 3, 3  # steps; those by part come after the timed ones
+WARM_UP, BY_PART = 3, 3  # numbers of steps; those by part come after the timed ones
 
 
 def make_job(case: Case, size: str, run_dir: Path) -> Job:
-    """As a stage makes it from its command line, but that no files of weights or data are looked for."""
+    """Return the job that a stage makes from its command line, without looking for weights or data."""
     ranks = ranks_from_env()
     batch = [f"train.micro_batch_size={case.batch}", f"train.batch_size={case.batch * ranks.world_size}"]
     steps = ["optimizer.warmup_steps=0", "train.checkpoint_every=0", "train.max_overflows=1000"]
@@ -53,12 +53,12 @@ def make_job(case: Case, size: str, run_dir: Path) -> Job:
     path = project_root() / f"ds_configs/zero{case.zero}_{case.precision}.json"
     raw = load_deepspeed_json(path)
     if size == "tiny" and case.zero == 3:
-        raw["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # else nothing of it is divided
+        raw["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # otherwise no parameter would be divided
     return Job(recipe, resolve_deepspeed(raw, recipe, ranks.world_size, str(path)), run_dir, "never", ranks)
 
 
 class Bench:
-    """Runs steps of cases on an engine and makes figures of them.
+    """Steps of cases on an engine, and their figures.
 
     Args:
         run: with the engine of the group.
@@ -73,7 +73,7 @@ class Bench:
         self._done = 0
 
     def measure(self, case: Case) -> dict[str, Any]:
-        """The figures of a case, the same on every rank but for memory."""
+        """Return the figures of a case, which are equal on all ranks except for memory."""
         engine = self._engine
         model, rank, before = engine.module, engine.ranks.rank, self._done
         model.language_model.model.gradient_checkpointing = int(case.recompute)
@@ -102,7 +102,7 @@ class Bench:
         }
 
     def run(self, batches: Batches, count: int) -> dict[str, Any]:
-        """So many steps as the training loop makes them; the host waits for the device before and after, not between.
+        """Run `count` steps as the training loop does; the host waits for the device before and after, not in between.
 
         Returns:
             Their time, losses, how many were left out (fp16), and what makes rates of them, given costs and peak.
@@ -137,7 +137,7 @@ class Bench:
         return peak_flops(torch.cuda.get_device_name(device), "bf16") if device.type == "cuda" else None
 
     def _memory(self) -> dict[str, float]:
-        """Peaks of this case; on a GPU what tensors took, what torch held for them, and what of the card was in use."""
+        """Return peaks of this case in GiB; on a GPU those of tensors and of torch's allocator, and the card's use."""
         device = self._engine.device
         found = {"allocated": memory_gib(device)}
         if device.type == "cuda":
@@ -146,7 +146,7 @@ class Bench:
         return found
 
     def _estimated(self, case: Case, batches: Batches) -> float:
-        """What `estimate` says for the same samples, in bytes."""
+        """Return the bytes that `estimate` predicts for the same samples."""
         job = self._run.job
         batch = MicroBatch(case.batch, batches.mean, float(case.recompute), case.source == "features")
         config = self._engine.module.config
@@ -156,13 +156,13 @@ class Bench:
 
 
 def main() -> None:
-    """Measure case by case; each adds its line as it comes."""
+    """Measure case by case; each appends its results when it is done."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cases", required=True, help="JSON: those of one group")
+    parser.add_argument("--cases", required=True, help="the cases of one group, as JSON")
     parser.add_argument("--size", choices=SIZES, required=True)
-    parser.add_argument("--steps", type=int, required=True, help="that are timed")
+    parser.add_argument("--steps", type=int, required=True, help="number of timed steps")
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--save", action="store_true", help="a checkpoint at the end")
+    parser.add_argument("--save", action="store_true", help="save a checkpoint at the end")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     cases = [Case(**each) for each in json.loads(args.cases)]

@@ -1,4 +1,4 @@
-"""The GPU benchmark: every part runs on a CPU with the tiny model, and whatever goes wrong is told and counted."""
+"""The GPU benchmark: every part runs on a CPU with the tiny model, and failures are reported and counted."""
 
 import itertools
 import json
@@ -13,9 +13,9 @@ import pytest
 
 from benchmarks.gpu import attention, install
 from benchmarks.gpu.plan import Case, Group, groups
-from benchmarks.gpu.report import LEFT_OUT, PARTS, Report, step_checks
+from benchmarks.gpu.report import MAX_SKIPPED, PARTS, Report, step_checks
 from benchmarks.gpu.results import MEASURED, OUT_OF_MEMORY, add, check, read
-from benchmarks.gpu.run import Ended, Launcher, run_checks, run_group
+from benchmarks.gpu.run import Launcher, ProcessEnd, run_checks, run_group
 
 ROOT = Path(__file__).parents[2]
 PIXELS = Case(4, 2, "bf16", "pixels", 2)
@@ -39,13 +39,13 @@ def figures(case: Case, losses: tuple[float, ...] = (5.0, 4.0), skipped: int = 0
 
 
 class FakeProcess:
-    """Processes that measure some of their cases and end as told, one after the other."""
+    """Processes that measure some of their cases and end as given, one after the other."""
 
-    def __init__(self, *ends: tuple[int, str | None, Ended]) -> None:
+    def __init__(self, *ends: tuple[int, str | None, ProcessEnd]) -> None:
         self.ends = list(ends)
         self.asked: list[list[Case]] = []
 
-    def __call__(self, module: str, arguments: list[str], ranks: int | None = None) -> Ended:
+    def __call__(self, module: str, arguments: list[str], ranks: int | None = None) -> ProcessEnd:
         options = dict(itertools.pairwise(arguments))
         cases = [Case(**each) for each in json.loads(options["--cases"])]
         self.asked.append(cases)
@@ -103,7 +103,7 @@ def test_every_case_that_matters_is_planned() -> None:
 
 def test_without_memory_half_the_batch(tmp_path: Path, report: Report) -> None:
     """A row says so, the other cases are measured all the same, and nothing has failed."""
-    launch = FakeProcess((1, OUT_OF_MEMORY, Ended(1, "exit code 1")), (2, None, Ended(0)))
+    launch = FakeProcess((1, OUT_OF_MEMORY, ProcessEnd(1, "exit code 1")), (2, None, ProcessEnd(0)))
     other = Case(4, 2, "bf16", "pixels", 2, recompute=True)
     run_group(launch, Group((FEATURES, PIXELS, other)), [], tmp_path, report)
     assert launch.asked[1] == [Case(4, 2, "bf16", "pixels", 1), other]
@@ -113,14 +113,14 @@ def test_without_memory_half_the_batch(tmp_path: Path, report: Report) -> None:
 
 
 def test_not_even_one_sample_fits(tmp_path: Path, report: Report) -> None:
-    launch = FakeProcess((0, OUT_OF_MEMORY, Ended(1)))
+    launch = FakeProcess((0, OUT_OF_MEMORY, ProcessEnd(1)))
     run_group(launch, Group((Case(1, 2, "bf16", "pixels", 1),)), [], tmp_path, report)
     assert len(launch.asked) == 1 and report.is_good
 
 
 def test_a_process_that_dies(tmp_path: Path, report: Report) -> None:
     """What it had measured stays, the case it died of is named, and the next one is measured."""
-    launch = FakeProcess((1, None, Ended(-11, "exit code -11: illegal memory access")), (1, None, Ended(0)))
+    launch = FakeProcess((1, None, ProcessEnd(-11, "exit code -11: illegal memory access")), (1, None, ProcessEnd(0)))
     other = Case(4, 2, "bf16", "pixels", 16)
     run_group(launch, Group((PIXELS, FEATURES, other)), [], tmp_path, report)
     assert launch.asked == [[PIXELS, FEATURES, other], [other]]
@@ -131,21 +131,25 @@ def test_a_process_that_dies(tmp_path: Path, report: Report) -> None:
 
 
 def test_a_checkpoint_that_fails(tmp_path: Path, report: Report) -> None:
-    run_group(FakeProcess((1, None, Ended(1, "full"))), Group((PIXELS,), save=True), [], tmp_path, report)
+    run_group(FakeProcess((1, None, ProcessEnd(1, "full"))), Group((PIXELS,), save=True), [], tmp_path, report)
     assert "the checkpoint after its cases: full" in report.text() and not report.is_good
 
 
 def test_the_time_is_up(tmp_path: Path, report: Report) -> None:
-    """No failure, but said."""
+    """It is no failure, but it is reported."""
     run_group(
-        FakeProcess((1, None, Ended(None, "stopped", by_budget=True))), Group((PIXELS, FEATURES)), [], tmp_path, report
+        FakeProcess((1, None, ProcessEnd(None, "stopped", by_budget=True))),
+        Group((PIXELS, FEATURES)),
+        [],
+        tmp_path,
+        report,
     )
     assert report.is_good
     assert "left out: ZeRO-2, bf16, stage 4, features, 2 samples (stopped)" in report.text()
 
 
 def test_checks_that_die_are_a_failure(tmp_path: Path, report: Report) -> None:
-    run_checks(lambda *_, **__: Ended(1, "no kernel image"), "tiny", tmp_path / "lines", report)
+    run_checks(lambda *_, **__: ProcessEnd(1, "no kernel image"), "tiny", tmp_path / "lines", report)
     assert not report.is_good and "FAILED: checks: no kernel image" in report.text()
 
 
@@ -157,8 +161,8 @@ def test_checks_that_die_are_a_failure(tmp_path: Path, report: Report) -> None:
         ([figures(PIXELS, (5.0, 4.0)), figures(Case(4, 3, "bf16", "pixels", 2), (9.0, 9.0), before=3)], []),
         ([figures(PIXELS, (5.0, 4.0)), figures(Case(4, 2, "fp16", "pixels", 2), (5.2, 4.0))], ["in bf16"]),
         ([figures(PIXELS, (5.0, float("nan")))], ["not finite"]),
-        ([figures(PIXELS, skipped=1)], ["left out"]),
-        ([figures(Case(4, 2, "fp16", "pixels", 2), skipped=LEFT_OUT["fp16"])], []),
+        ([figures(PIXELS, skipped=1)], ["skipped steps"]),
+        ([figures(Case(4, 2, "fp16", "pixels", 2), skipped=MAX_SKIPPED["fp16"])], []),
     ],
 )
 def test_what_cases_say_of_each_other(rows: list[dict], failed: list[str]) -> None:
@@ -195,7 +199,7 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_process_is_stopped_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end of the time; what it said last is told of one that fails by itself."""
+    """At the time limit; of one that fails by itself the last output is reported."""
     launch = Launcher(tmp_path, minutes=1, ranks=1)
     assert launch.has_time()
     assert launch("no_such_part", []).why.endswith("No module named benchmarks.gpu.no_such_part")
@@ -206,6 +210,6 @@ def test_a_process_is_stopped_with_its_children(tmp_path: Path, monkeypatch: pyt
     assert not short.has_time()
 
 
-def test_only_what_is_lacking_is_installed(tmp_path: Path) -> None:
+def test_only_missing_packages_are_installed(tmp_path: Path) -> None:
     wheels = [tmp_path / name for name in ("torch-1.0-py3-none-any.whl", "py_test_nothing-1.0-py3-none-any.whl")]
-    assert install.lacking(wheels) == wheels[1:]
+    assert install.missing_packages(wheels) == wheels[1:]
