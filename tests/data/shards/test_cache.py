@@ -1,4 +1,4 @@
-"""Several processes, kills and a tight bound: what is in the cache is whole, fetched once, and never too much."""
+"""Several processes, kills and a tight bound: the cache holds whole shards, fetched once, within the bound."""
 
 import contextlib
 import io
@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from helpers.tar_server import TarServer
 
-from tinygptv_ds.data.shards import disk_quota as room_module
+from tinygptv_ds.data.shards import disk_quota
 from tinygptv_ds.data.shards.cache import ShardCache
-from tinygptv_ds.data.shards.disk_quota import locked
+from tinygptv_ds.data.shards.disk_quota import lock_cache_file, try_cache_file
 from tinygptv_ds.data.shards.reader import ShardReader
 from tinygptv_ds.data.shards.remote import RemoteShard
 from tinygptv_ds.errors import DataError
@@ -116,19 +116,19 @@ def test_a_shard_that_is_just_opened_is_not_removed(server: TarServer, folder: P
     cache = ShardCache(folder, 2 * TAR)
     first = cache.fetch(shard(server, 0))
     cache.fetch(shard(server, 1))
-    with locked(first.with_suffix(".lock")):
+    with lock_cache_file(first.with_suffix(".lock")):
         cache.fetch(shard(server, 2))
     assert held(folder) == ["0", "2"]
 
 
 def test_a_cache_smaller_than_a_shard(server: TarServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where only the download tells how large the shard is."""
-    monkeypatch.setattr(room_module, "FIRST_ROOM", 1000)
+    """Also if only the download shows how large the shard is."""
+    monkeypatch.setattr(disk_quota, "FIRST_RESERVATION", 1000)
     for server.lengths in (True, False):
         with pytest.raises(DataError, match=r"the tar has 0.000\d+ GB or more.*may hold 0.000205 GB.*data.cache_gb"):
             ShardCache(folder, TAR - 1).open(shard(server, 0))
         assert bytes_of(folder) == 0
-        assert list(folder.glob("*.room")) == []
+        assert list(folder.glob("*.reserved")) == []
 
 
 def _read_all(url: str, folder: Path, max_bytes: int, order: list[int]) -> None:
@@ -141,9 +141,9 @@ def _read_all(url: str, folder: Path, max_bytes: int, order: list[int]) -> None:
 def test_processes_that_race_keep_the_bound(
     lengths: bool, server: TarServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room for two and a half shards and four processes: all get there, none too much is held at any time."""
-    monkeypatch.setattr(room_module, "FIRST_ROOM", TAR // 4)
-    monkeypatch.setattr(room_module, "_WAIT_SECONDS", 0.01)
+    """Space for two and a half shards and four processes: all finish, and the bound holds at any time."""
+    monkeypatch.setattr(disk_quota, "FIRST_RESERVATION", TAR // 4)
+    monkeypatch.setattr(disk_quota, "_WAIT_SECONDS", 0.01)
     server.lengths, server.pause = lengths, 0.001
     orders = [[0, 1, 2, 3], [3, 2, 1, 0], [4, 5, 6, 7], [7, 0, 5, 2]]
     bound = TAR * 5 // 2
@@ -151,12 +151,12 @@ def test_processes_that_race_keep_the_bound(
     most = 0
     folder.mkdir(exist_ok=True)
     while any(process.is_alive() for process in processes):
-        with locked(folder / "room.lock"):  # else a tar just removed and what took its room would both be seen
+        with lock_cache_file(folder / "quota.lock"):  # else a tar just removed and its successor would both be seen
             most = max(most, bytes_of(folder))
         time.sleep(0.002)
     all_end_well(processes)
     assert TAR < most <= bound
-    assert list(folder.glob("*.room")) == list(folder.glob("*.partial")) == []
+    assert list(folder.glob("*.reserved")) == list(folder.glob("*.partial")) == []
 
 
 # ---- sharing and kills -----------------------------------------------------------------------------------------------
@@ -192,13 +192,13 @@ def test_a_killed_download_leaves_nothing_that_counts(server: TarServer, folder:
     cache = ShardCache(folder, TAR * 3 // 2)
     assert answer(cache, shard(server, 1)) == "1"  # another shard: the leftovers make room for it
     assert bytes_of(folder) == TAR
-    assert list(folder.glob("*.partial")) == list(folder.glob("*.room")) == []
+    assert list(folder.glob("*.partial")) == list(folder.glob("*.reserved")) == []
     assert answer(cache, shard(server, 0)) == "0"
     assert held(folder) == ["0"]
 
 
 def test_the_same_shard_after_a_kill(server: TarServer, folder: Path) -> None:
-    """And somebody who waited for the download goes on with it."""
+    """A process that waited for the download takes it over."""
     server.pause = 0.05
     victim = start(_read_all, server.url, folder, 10 * TAR, [0])
     while not any(path.stat().st_size for path in folder.glob("*.partial")):
@@ -210,17 +210,19 @@ def test_the_same_shard_after_a_kill(server: TarServer, folder: Path) -> None:
     victim.join()
     all_end_well([waiting])
     assert ShardReader(cache=ShardCache(folder, TAR)).read(shard(server, 0), 0).images == (bytes(TAR - 10240),)
-    assert list(folder.glob("*.partial")) == list(folder.glob("*.room")) == []
+    assert list(folder.glob("*.partial")) == list(folder.glob("*.reserved")) == []
 
 
 def test_a_lock_is_free_although_a_forked_child_lives_on(folder: Path) -> None:
     """A dataloader worker started while a thread fetches has the lock file open, too."""
     folder.mkdir()
-    with locked(folder / "0.lock") as first:
+    with lock_cache_file(folder / "0.lock"):
         child = start(time.sleep, 20)
     try:
-        with locked(folder / "0.lock", wait=False) as second, locked(folder / "0.lock", wait=False) as third:
-            assert (first, second, third) == (True, True, False)
+        second = try_cache_file(folder / "0.lock")
+        assert second is not None
+        with second:
+            assert try_cache_file(folder / "0.lock") is None
     finally:
         child.kill()
         child.join()

@@ -29,7 +29,7 @@ SAMPLES, SHARDS = 3, 4
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(remote_module, "_RETRY_SECONDS", (0.0, 0.01))
+    monkeypatch.setattr(remote_module.NETWORK, "delays", (0.0, 0.01))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user cache"))
 
 
@@ -245,7 +245,9 @@ def test_a_page_instead_of_a_tar(server: TarServer, cache: ShardCache) -> None:
     """Such as a login page. It isn't kept: the next run asks again."""
     drop_indexes(server)
     server.files["00000.tar"] = b"<html>" * 1000
-    with pytest.raises(DataError, match=f"{server.url}/00000.tar: what came cannot be used: .*no uncompressed tar"):
+    with pytest.raises(
+        DataError, match=f"{server.url}/00000.tar: the fetched file cannot be used: .*no uncompressed tar"
+    ):
         cache.open(shards_of(server)[0])
     assert list(cache._folder.glob("*.tar")) == []
 

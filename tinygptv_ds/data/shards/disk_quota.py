@@ -1,110 +1,124 @@
-"""Disk space of the shard cache: locks between processes, and room for a download within the cache's bound."""
+"""The disk quota of the shard cache: locks between processes, and space reserved for each download within the bound."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.files import FileLock, LockedError, LockRemovedError, LocksUnsupportedError, lock_file
 
-FIRST_ROOM = 256 << 20  # for a tar of unknown size; doubled as it grows
+FIRST_RESERVATION = 256 << 20  # bytes, for a tar of unknown size; doubled as it grows
 _WAIT_SECONDS = 0.1
 
 
-class NoRoomError(DataError):
-    """A download has outgrown its room, and there is no more at once."""
+class CacheFullError(DataError):
+    """A download has outgrown its reservation, and other downloads hold the rest of the cache."""
 
 
-@contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file `path` within the block; False if another thread or process has it and we do not `wait`.
+def lock_cache_file(path: Path) -> FileLock:
+    """Wait for the exclusive lock on a file of the cache.
 
-    The kernel releases it when the process ends, however it ends. Raises DataError where the folder has no locks.
+    Raises:
+        DataError: the folder has no locks.
     """
-    file = -1
+    while True:
+        lock = _lock(path, wait=True)
+        if lock is not None:
+            return lock
+
+
+def try_cache_file(path: Path) -> FileLock | None:
+    """Take the exclusive lock on a file of the cache; None if another thread or process has it.
+
+    Raises:
+        DataError: the folder has no locks.
+    """
+    return _lock(path, wait=False)
+
+
+def _lock(path: Path, *, wait: bool) -> FileLock | None:
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        held = True
-    except BlockingIOError:
-        held = False
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot lock it: {error.strerror}; set data.cache_dir to a folder of a local disk"
-        ) from error
-    try:
-        yield held
-    finally:
-        if held:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: a process forked meanwhile has it open, too
-        os.close(file)
+        return lock_file(path, wait=wait)
+    except LockRemovedError:  # someone is deleting the cache folder: lock its successor
+        return _lock(path, wait=wait)
+    except LockedError:
+        return None
+    except (OSError, LocksUnsupportedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "the file system has no file locks"
+        raise DataError(f"{path}: cannot lock it: {reason}; set data.cache_dir to a folder of a local disk") from error
 
 
-class Room:
-    """What is set aside for one download: a sparse file ``NAME.room`` next to its ``NAME.tar``, as long as the room.
+class Reservation:
+    """The disk space reserved for one download: a sparse file ``NAME.reserved`` of that size next to its ``NAME.tar``.
 
-    All tars and rooms of the folder together never exceed `max_bytes`: tars that were not used for longest are removed
-    first, and what killed processes left. Whoever has a Room holds ``NAME.lock``.
+    All tars and reservations of the folder together never exceed `max_bytes`: the least recently used tars are removed
+    first, and what killed processes left. Who has a reservation holds ``NAME.lock``.
+
+    Args:
+        tar: where the download will be.
+        max_bytes: bound of the whole cache.
+        what: names the shard in messages.
     """
 
     def __init__(self, tar: Path, max_bytes: int, what: str) -> None:
-        self._file = tar.with_suffix(".room")
+        self._file = tar.with_suffix(".reserved")
         self._max_bytes = max_bytes
         self._what = what
         self._size = 0
 
     def wait_for(self, size: int | None) -> None:
-        """Set `size` bytes aside (None: unknown), as soon as other downloads leave them free.
+        """Reserve `size` bytes (None: unknown) as soon as other downloads leave them free.
 
-        Raises DataError if that is more than the whole cache may hold.
+        Raises:
+            DataError: that is more than the whole cache may hold.
         """
-        wanted = min(FIRST_ROOM, self._max_bytes) if size is None else size
-        while not self._set_aside(wanted):
+        wanted = min(FIRST_RESERVATION, self._max_bytes) if size is None else size
+        while not self._reserve(wanted):
             time.sleep(_WAIT_SECONDS)
 
     def fit(self, arrived: int) -> None:
-        """Double the room if `arrived` bytes exceed it.
+        """Double the reservation if `arrived` bytes exceed it.
 
-        Raises NoRoomError if others have the rest, and DataError if even the whole cache is too small.
+        Raises:
+            CacheFullError: other downloads hold the rest.
+            DataError: even the whole cache is too small.
         """
         while arrived > self._size:
-            if not self._set_aside(self._next_size(arrived)):
-                raise NoRoomError(f"{self._what}: the cache is full of other downloads")
+            if not self._reserve(self._next_size(arrived)):
+                raise CacheFullError(f"{self._what}: the cache is full of other downloads")
 
     def start_again(self) -> None:
-        """Wait for twice the room, holding none meanwhile: two that wait with some in hand could wait for ever."""
+        """Wait for twice the space, holding none meanwhile: two downloads that wait with some could wait forever."""
         wanted = self._next_size(self._size + 1)
-        self.give_back()
+        self.release()
         self.wait_for(wanted)
 
-    def give_back(self) -> None:
-        """Leave the room to others."""
+    def release(self) -> None:
+        """Leave the space to others."""
         self._file.unlink(missing_ok=True)
         self._size = 0
 
     def _next_size(self, least: int) -> int:
         return max(least, min(2 * self._size, self._max_bytes))
 
-    def _set_aside(self, size: int) -> bool:
+    def _reserve(self, size: int) -> bool:
         if size > self._max_bytes:
             raise DataError(
                 f"{self._what}: the tar has {_gigabytes(size)} or more, and the cache may hold "
                 f"{_gigabytes(self._max_bytes)}; raise data.cache_gb, best to several windows of shards"
             )
         folder = self._file.parent
-        with locked(folder / "room.lock"):
-            # Rooms first: a download that ends meanwhile may count twice, but not be overlooked.
-            rooms = sum(_claimed(room) for room in folder.glob("*.room") if room != self._file)
+        with lock_cache_file(folder / "quota.lock"):
+            # Reservations first: a download that ends meanwhile may be counted twice, but not be overlooked.
+            reserved = sum(_reserved_bytes(other) for other in folder.glob("*.reserved") if other != self._file)
             tars = {tar: _bytes(tar) for tar in folder.glob("*.tar")}
-            free = self._max_bytes - size - rooms - sum(tars.values())
+            free = self._max_bytes - size - reserved - sum(tars.values())
             for tar in sorted(tars, key=_last_use):
                 if free >= 0:
                     break
-                free += tars[tar] if _removed(tar) else 0
+                free += tars[tar] if _remove_unused(tar) else 0
             if free < 0:
                 return False
             with self._file.open("ab") as file:
@@ -113,22 +127,25 @@ class Room:
         return True
 
 
-def _claimed(room: Path) -> int:
-    """Bytes that a running download has set aside; what a killed one left is removed."""
-    with locked(room.with_suffix(".lock"), wait=False) as abandoned:
-        if not abandoned:
-            return _bytes(room)
-        room.with_suffix(".partial").unlink(missing_ok=True)
-        room.unlink(missing_ok=True)
+def _reserved_bytes(reservation: Path) -> int:
+    """Return the bytes that a running download has reserved; remove what a killed one left."""
+    lock = try_cache_file(reservation.with_suffix(".lock"))
+    if lock is None:
+        return _bytes(reservation)
+    with lock:
+        reservation.with_suffix(".partial").unlink(missing_ok=True)
+        reservation.unlink(missing_ok=True)
     return 0
 
 
-def _removed(tar: Path) -> bool:
-    """Remove a tar, unless somebody is just opening it."""
-    with locked(tar.with_suffix(".lock"), wait=False) as unused:
-        if unused:
-            tar.unlink(missing_ok=True)
-    return unused
+def _remove_unused(tar: Path) -> bool:
+    """Remove a tar unless a process is opening it now; return whether it was removed."""
+    lock = try_cache_file(tar.with_suffix(".lock"))
+    if lock is None:
+        return False
+    with lock:
+        tar.unlink(missing_ok=True)
+    return True
 
 
 def _bytes(path: Path) -> int:

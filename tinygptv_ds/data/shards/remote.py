@@ -1,4 +1,4 @@
-"""Shards that are no files here: URLs through fsspec, and `pipe:` commands whose output is a tar."""
+"""Remote shards: URLs through fsspec, and `pipe:` commands whose output is a tar."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ import posixpath
 import re
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-log = logging.getLogger(__name__)
 PIPE = "pipe:"
-_RETRY_SECONDS = (1.0, 4.0, 16.0)
 _CONNECT_SECONDS, _SILENT_SECONDS = 30, 60  # a server that sends nothing for so long has failed
-_TRY_AGAIN = (408, 425, 429)  # of HTTP's 4xx, those that pass
+_TRY_AGAIN = (408, 425, 429)  # those of HTTP's 4xx errors that may pass
 _BLOCK = 1 << 20
 _Result = TypeVar("_Result")
 
@@ -39,12 +37,12 @@ class RemoteShard:
 
     @property
     def is_pipe(self) -> bool:
-        """Whether a command gives the tar."""
+        """Whether the tar is the output of a command."""
         return self.url.startswith(PIPE)
 
     @property
     def name(self) -> str:
-        """The last part of the URL, or the command."""
+        """Last part of the URL, or the whole command."""
         return self.url if self.is_pipe else posixpath.basename(self.url.partition("?")[0])
 
 
@@ -52,9 +50,10 @@ Shard = Path | RemoteShard
 
 
 def list_shards(url: str) -> list[RemoteShard]:
-    """The tars of a folder (a URL that ends in ``/``) or of a wildcard, sorted.
+    """Return the tars of a folder (a URL that ends in ``/``) or of a wildcard, sorted.
 
-    Raises DataError if there are none, or the place cannot be listed.
+    Raises:
+        DataError: there are none, or they cannot be listed.
     """
     pattern = url + "*.tar" if url.endswith("/") else url
     shard = RemoteShard(pattern)
@@ -63,14 +62,18 @@ def list_shards(url: str) -> list[RemoteShard]:
         files, path = _open(pattern)
         return [RemoteShard(files.unstrip_protocol(name)) for name in sorted(files.glob(path))]
 
-    found = _persist(shard, find)
+    found = _retry(shard, find)
     if not found:
         raise DataError(f"shards {shard}: none found; check the URL, or name each with braces: {{00000..00010}}.tar")
     return found
 
 
 def remote_size(shard: RemoteShard) -> int | None:
-    """Bytes of the tar; None where only fetching it tells. Raises DataError if it is not there."""
+    """Return the size of the tar in bytes, or None if only fetching it would show.
+
+    Raises:
+        DataError: it does not exist, or cannot be reached.
+    """
     if shard.is_pipe:
         return None
 
@@ -78,11 +81,11 @@ def remote_size(shard: RemoteShard) -> int | None:
         files, path = _open(shard.url)
         return files.size(path)
 
-    return _persist(shard, ask)
+    return _retry(shard, ask)
 
 
 def adjacent_index(shard: RemoteShard, length: int | None = None) -> bytes:
-    """The index next to the tar, or its first `length` bytes; none if there is no index to be had."""
+    """Return the index next to the tar, or its first `length` bytes; empty if there is no index."""
     if shard.is_pipe:
         return b""
     path, mark, query = shard.url.partition("?")
@@ -90,28 +93,28 @@ def adjacent_index(shard: RemoteShard, length: int | None = None) -> bytes:
     def read() -> bytes:
         files, index = _open(f"{path}.idx{mark}{query}")
         try:
-            return files.cat_file(index, start=length and 0, end=length)[:length]  # a server may know no ranges
-        except (FileNotFoundError, PermissionError):  # S3 refuses what is not there where listing is not allowed
+            return files.cat_file(index, start=length and 0, end=length)[:length]  # a server may ignore ranges
+        except (FileNotFoundError, PermissionError):  # S3 refuses missing files if listing is not allowed
             return b""
         except Exception as error:
             if getattr(error, "status", None) in (401, 403, 410, 416):
                 return b""
             raise
 
-    return _persist(shard, read)
+    return _retry(shard, read)
 
 
 def download(shard: RemoteShard, to: Path, size: int | None, arrived: Callable[[int], None]) -> None:
-    """Fetch the whole tar into the file `to`, with new attempts where the network fails.
+    """Fetch the whole tar into the file `to`, with several attempts if the network fails.
 
     Args:
         shard: which.
-        to: written again by each attempt.
-        size: what it must be long, in bytes, if that is known.
-        arrived: called with the number of bytes so far; may raise a DataError to end it.
+        to: written from its beginning by every attempt.
+        size: expected size in bytes, if known.
+        arrived: called with the number of bytes so far; may raise a DataError to stop the download.
 
     Raises:
-        DataError: it cannot be had; names the URL and what to do.
+        DataError: it cannot be fetched; names the URL and the remedy.
     """
 
     def fetch() -> None:
@@ -121,9 +124,9 @@ def download(shard: RemoteShard, to: Path, size: int | None, arrived: Callable[[
             _get(shard.url, to, size, arrived)
         length = to.stat().st_size
         if size not in (None, length):
-            raise OSError(f"{length} of {size} bytes came")
+            raise OSError(f"{length} of {size} bytes arrived")
 
-    _persist(shard, fetch)
+    _retry(shard, fetch)
 
 
 def _get(url: str, to: Path, size: int | None, arrived: Callable[[int], None]) -> None:
@@ -139,7 +142,7 @@ def _get(url: str, to: Path, size: int | None, arrived: Callable[[int], None]) -
 
 
 def _copy(source: IO[bytes], to: Path, arrived: Callable[[int], None]) -> None:
-    """Ask before each block is written, since that it fits is not known."""
+    """Copy block by block, calling `arrived` before each is written: whether it fits is not known yet."""
     with to.open("wb") as out:
         while block := source.read(_BLOCK):
             arrived(out.tell() + len(block))
@@ -147,14 +150,15 @@ def _copy(source: IO[bytes], to: Path, arrived: Callable[[int], None]) -> None:
 
 
 def _run(command: str, to: Path, arrived: Callable[[int], None]) -> None:
-    """A shell command's output; `pipefail`, so that ``curl ... | zcat`` fails where curl does."""
+    """Write the output of a shell command; with `pipefail`, ``curl ... | zcat`` fails if curl does."""
     shell = ["bash", "-o", "pipefail", "-c", command]
     with (
         tempfile.TemporaryFile() as stderr,
         subprocess.Popen(shell, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr) as process,
     ):
         try:
-            _copy(process.stdout, to, arrived)
+            if process.stdout is not None:
+                _copy(process.stdout, to, arrived)
         except BaseException:
             process.kill()
             raise
@@ -165,41 +169,47 @@ def _run(command: str, to: Path, arrived: Callable[[int], None]) -> None:
 
 
 def _open(url: str) -> tuple[AbstractFileSystem, str]:
-    """(file system, path in it); fsspec keeps one file system a process."""
+    """Return (file system, path in it); fsspec keeps one file system per process."""
     from fsspec.core import url_to_fs
 
     options: dict[str, Any] = {}
     if url.startswith(("http://", "https://")):
         import aiohttp
 
-        # its own limit is 5 minutes for a whole file
+        # The default limit is 5 minutes for a whole file.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
         options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
     return url_to_fs(url, **options)
 
 
-def _persist(shard: RemoteShard, action: Callable[[], _Result]) -> _Result:
-    """Call `action` until it succeeds, a few times where the failure may pass."""
-    for delay in (*_RETRY_SECONDS, None):
-        try:
-            return action()
-        except DataError:
-            raise
-        except Exception as error:  # each file system has kinds of its own
-            if delay is None or _is_final(error):
-                raise DataError(f"{shard}: {_explained(shard, error)}") from error
-            log.info("%s: %s: %s; next attempt in %g s", shard, type(error).__name__, error, delay)
-            time.sleep(delay)
-    raise AssertionError("the last attempt returns or raises")
+def _retry(shard: RemoteShard, action: Callable[[], _Result]) -> _Result:
+    """Return what `action` returns, repeated where the failure may pass.
+
+    Raises:
+        DataError: names the shard, the failure and its remedy.
+    """
+    try:
+        return NETWORK.call(shard, action)
+    except DataError:
+        raise
+    except Exception as error:  # each file system has its own kinds
+        raise DataError(f"{shard}: {_explained(shard, error)}") from error
 
 
-def _is_final(error: Exception) -> bool:
+def _may_pass(error: Exception) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int):
-        return 400 <= status < 500 and status not in _TRY_AGAIN
-    final = (ImportError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
+        return not 400 <= status < 500 or status in _TRY_AGAIN
+    final = (
+        *(DataError, ImportError, ValueError),
+        *(FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError),
+    )
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    return isinstance(error, final) or full or _wants_credentials(error)
+    return not (isinstance(error, final) or full or _wants_credentials(error))
+
+
+NETWORK = RetryPolicy(delays=(1.0, 4.0, 16.0), may_pass=_may_pass, log_level=logging.INFO)
+"""For servers and object storage: four attempts in about 20 seconds."""
 
 
 def _wants_credentials(error: Exception) -> bool:
@@ -208,12 +218,12 @@ def _wants_credentials(error: Exception) -> bool:
 
 
 def _explained(shard: RemoteShard, error: Exception) -> str:
-    """What went wrong, and the remedy."""
+    """Return what went wrong, with the remedy."""
     protocol = shard.url.partition("://")[0]
     if isinstance(error, ImportError):
         return f"{error}; {protocol}:// needs a package: pip install {_package(protocol)}"
     if isinstance(error, FileNotFoundError):
-        return "not found; check the URL (that of a folder ends in /), or narrow the pattern to what is there"
+        return "not found; check the URL (that of a folder ends in /), or narrow the pattern to existing files"
     if _wants_credentials(error):
         return (
             f"access refused ({error}); give the credentials as this storage's own tools take them, or by "
