@@ -1,5 +1,8 @@
-"""`doctor`: what it finds, what it calls missing, and that it works where next to nothing is installed."""
+"""`doctor`: its results, what it reports as missing, and that it works where almost nothing is installed."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +33,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_without_any_package() -> None:
-    """Before requirements.txt is installed it still speaks, and says how to install it."""
+    """Before requirements.txt is installed it runs, and its report names the command that installs it."""
     done = python(
         "sys.modules.update(dict.fromkeys(('packaging', 'packaging.requirements', 'yaml', 'numpy', 'PIL', 'tqdm'))); "
         "runpy.run_module('tinygptv_ds', run_name='__main__', alter_sys=True)",
@@ -52,7 +55,7 @@ def test_versions_against_their_ranges() -> None:
     assert missing.blocks and missing.text == "not installed"
 
 
-def test_every_requirement_is_looked_at() -> None:
+def test_every_requirement_is_checked() -> None:
     lines = (Path(__file__).parents[2] / "requirements.txt").read_text().splitlines()
     named = [line for line in lines if line and not line.startswith("#")]
     assert len(doctor.requirements("requirements.txt")) == len(named) > 10
@@ -61,8 +64,9 @@ def test_every_requirement_is_looked_at() -> None:
 
 def test_missing_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert doctor.launcher().blocks
-    assert "PATH" in doctor.launcher().remedy or "setup.sh" in doctor.launcher().remedy
+    assert "setup.sh" in doctor.launcher().remedy
     assert not doctor.compiler().blocks
     assert "no c++ and no ninja" in doctor.compiler().text
     assert doctor.python_version((3, 10)).blocks
@@ -71,15 +75,30 @@ def test_missing_tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert doctor.no_gpu(driver=True).remedy and not doctor.no_gpu(driver=False).remedy
 
 
+def test_the_launcher_next_to_this_python(tmp_path: Path) -> None:
+    """It is found where the environment is not activated: without its folder on PATH."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tinygptv_ds", "doctor"],
+        env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    scripts = Path(sys.executable).parent
+    assert f"note     launcher         {scripts / 'deepspeed'}, not on PATH\n" in done.stdout
+    assert f"-> source {scripts / 'activate'}\n" in done.stdout
+    assert "MISSING" not in done.stdout and done.returncode == 0
+
+
 def test_the_attention_named_is_the_one_used() -> None:
-    found = {finding.name: finding.text for finding in doctor.precisions("cpu")}
+    found = {result.name: result.text for result in doctor.precisions("cpu")}
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         assert found[name].startswith(f"attention by {available_backends('cpu', dtype)[0]}")
 
 
 @pytest.mark.parametrize("look", [doctor.python_version, doctor.communication])
 def test_what_blocks_is_exit_code_2(look: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    finding = look((3, 9)) if look is doctor.python_version else look("none")
-    monkeypatch.setattr(doctor, "diagnose", lambda: iter([finding]))
-    with pytest.raises(ConfigError, match=f"see {finding.name} above"):
+    result = look((3, 9)) if look is doctor.python_version else look("none")
+    monkeypatch.setattr(doctor, "check_machine", lambda: iter([result]))
+    with pytest.raises(ConfigError, match=f"see {result.name} above"):
         call(doctor)

@@ -1,4 +1,4 @@
-"""`doctor --hostfile` and `--all-reduce`, as far as one host goes: files, what is judged, what is said of it."""
+"""`doctor --hostfile` and `--all-reduce` as far as one host can show them: files, checks and their messages."""
 
 import json
 import os
@@ -13,22 +13,25 @@ from helpers import tiny
 from helpers.verbs import call
 
 from tinygptv_ds.config.load import load_recipe, recipe_dict
-from tinygptv_ds.doctor import host_probe as facts
+from tinygptv_ds.doctor import host_probe
 from tinygptv_ds.doctor import hosts as check
 from tinygptv_ds.doctor import local as doctor
 from tinygptv_ds.doctor.bandwidth import GRADIENTS_MB, Row
-from tinygptv_ds.doctor.check_result import Finding
+from tinygptv_ds.doctor.check_result import CheckResult
 from tinygptv_ds.doctor.exchange import table
 from tinygptv_ds.doctor.hostfile import passed_on, read_hostfile
 from tinygptv_ds.doctor.ssh import Host, HostFailed
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.resources import project_root
+
+ROOT = project_root()
 
 
 def test_a_hostfile(tmp_path: Path) -> None:
     file = tmp_path / "hostfile"
     file.write_text("# nodes\n\nb.example slots=8\n  a slots=2  # the small one\n")
     assert list(read_hostfile(file).items()) == [("b.example", 8), ("a", 2)]
-    assert read_hostfile(facts.ROOT / "launch/hostfile.example") == {"node1": 8, "node2": 8}
+    assert read_hostfile(ROOT / "launch/hostfile.example") == {"node1": 8, "node2": 8}
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,7 @@ def test_a_hostfile(tmp_path: Path) -> None:
         ("node1 slots=4\nnode2 slots=4\nnode1 slots=4", "line 3: node1 is named twice"),
     ],
 )
-def test_a_bad_hostfile_is_told_before_ssh(
+def test_a_bad_hostfile_is_reported_before_ssh(
     text: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")  # neither ssh nor pdsh
@@ -68,13 +71,13 @@ def test_what_the_launcher_passes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "home").mkdir()
     (tmp_path / "home/.deepspeed_env").write_text("A=home\nHF_HOME=/hf\n")
     monkeypatch.chdir(tmp_path)
-    example = (facts.ROOT / "launch/deepspeed_env.example").read_text().splitlines()
+    example = (ROOT / "launch/deepspeed_env.example").read_text().splitlines()
     (tmp_path / ".deepspeed_env").write_text("\n".join(["A=b=c", *(line for line in example if line[0] != "#")]))
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("OTHER", "1")
-    told = passed_on()
-    assert told["A"] == "b=c" and told["NCCL_DEBUG"] == "INFO" and told["GLOO_SOCKET_IFNAME"] == "eth0"
-    assert "OTHER" not in told
+    env = passed_on()
+    assert env["A"] == "b=c" and env["NCCL_DEBUG"] == "INFO" and env["GLOO_SOCKET_IFNAME"] == "eth0"
+    assert "OTHER" not in env
     (tmp_path / ".deepspeed_env").write_text("A=1\n# B\n")
     with pytest.raises(ConfigError, match=r"\.deepspeed_env, line 2: '# B' is not KEY=value"):
         passed_on()
@@ -87,12 +90,12 @@ BOTH = {"lo": "127.0.0.1", "eth0": "192.168.0.7", "ib0": "10.0.0.7"}
 @pytest.mark.parametrize(
     ("name", "given", "own", "text", "state"),
     [
-        (NAME, "ib0", "127.0.1.1", "ib0, as GLOO_SOCKET_IFNAME=ib0 says", "ok"),
+        (NAME, "ib0", "127.0.1.1", "ib0, as GLOO_SOCKET_IFNAME=ib0 requires", "ok"),
         (NAME, "eth0", "10.0.0.7", "while ib0 leads to the others", "note"),
         (NAME, "eth9", "10.0.0.7", "names none of lo, eth0, ib0", "MISSING"),
-        (NAME, None, "127.0.1.1", "gloo would take 127.0.1.1, as its own name says", "note"),
+        (NAME, None, "127.0.1.1", "gloo would take 127.0.1.1, the address of its own name", "note"),
         (NAME, None, "10.0.0.7", "ib0 leads to the others", "ok"),
-        ("NCCL_SOCKET_IFNAME", "^lo,eth", "127.0.1.1", "ib0, as NCCL_SOCKET_IFNAME=^lo,eth says", "ok"),
+        ("NCCL_SOCKET_IFNAME", "^lo,eth", "127.0.1.1", "ib0, as NCCL_SOCKET_IFNAME=^lo,eth requires", "ok"),
         ("NCCL_SOCKET_IFNAME", "^ib", "127.0.1.1", "while ib0 leads", "note"),
         ("NCCL_SOCKET_IFNAME", None, "127.0.1.1", "NCCL would choose among eth0, ib0", "note"),
     ],
@@ -112,29 +115,33 @@ def test_clocks() -> None:
 
 
 def test_a_recipes_files(recipe_file: Callable[..., Path], weights: Path, tmp_path: Path) -> None:
-    """Alike, of another size, and missing; what is told of them comes over as JSON."""
+    """Equal, of another size, and missing; the recipe is passed as JSON."""
     shards = tiny.write_shards(tmp_path / "mine", tiny.samples("vqa", 12))
     path = recipe_file(data__datasets=[{"name": "mine", "shards": str(shards)}], model__init_from=None)
     recipe = json.loads(json.dumps(recipe_dict(load_recipe(path))))
-    here = facts.files(recipe)
+    here = host_probe.files(recipe)
     assert list(here) == ["model.phi", "model.eva_vit", "model.qformer", "dataset mine"]
     assert here["model.eva_vit"] == f"1 file(s), {(weights / 'eva_vit_g.pth').stat().st_size:,} bytes"
     assert here["dataset mine"].startswith("3 shard(s), ") and here["dataset mine"].endswith(" bytes, 12 samples")
     assert [found.remedy for found in check.files(here, "a", here)] == [None] * 4
     next(shards.glob("*.idx")).unlink()
-    assert facts.files(recipe)["dataset mine"].endswith(" in those that are indexed (1 are not yet)")
+    assert host_probe.files(recipe)["dataset mine"].endswith(" in those that are indexed (1 are not yet)")
     next(shards.glob("*.tar")).unlink()
-    *_, other = check.files(facts.files(recipe), "a", here)
+    *_, other = check.files(host_probe.files(recipe), "a", here)
     assert other.blocks and "dataset mine: 2 shard(s)" in other.text and "; on a: 3 shard(s)" in other.text
     recipe["model"]["phi"] = str(tmp_path / "away")
-    gone = facts.files(recipe)
+    gone = host_probe.files(recipe)
     first, *_ = check.files(gone, "a", gone)  # missing on the first host itself
     assert first.blocks and first.text == f"model.phi: missing: {tmp_path / 'away'}"
 
 
 def test_the_same_on_several_hosts_is_one_line() -> None:
-    same, own = Finding("slots", "8"), Finding("slots", "4", "more", blocks=True)
-    found = {"a": [same, Finding("disk", "x")], "b": [own, Finding("disk", "x")], "c": [same, Finding("disk", "x")]}
+    same, own = CheckResult("slots", "8"), CheckResult("slots", "4", "more", blocks=True)
+    found = {
+        "a": [same, CheckResult("disk", "x")],
+        "b": [own, CheckResult("disk", "x")],
+        "c": [same, CheckResult("disk", "x")],
+    }
     lines = [(line.text, line.blocks) for line in check.merge(found, found)]
     assert lines == [("a, c: 8", False), ("b: 4", True), ("all 3 hosts: x", False)]
 
@@ -152,12 +159,12 @@ def test_the_table_of_all_reduces() -> None:
 
 def test_all_reduces_of_local_ranks() -> None:
     with pytest.raises(ConfigError, match="takes two ranks or more"):
-        [*doctor._asked(_arguments("--all-reduce"))[0]]
+        [*doctor._requested_checks(_arguments("--all-reduce"))[0]]
     where = {"master": "127.0.0.1", "backend": "gloo", "interface": "lo", "sizes_mb": [1, 9]}
-    told = facts.all_reduce(0, 2, 2, port=facts.machine(".")["free_port"], limit=60, **where)
-    rows = [Row(*row) for row in told["rows"]]
+    measured = host_probe.all_reduce(0, 2, 2, port=host_probe.machine(".")["free_port"], limit=60, **where)
+    rows = [Row(*row) for row in measured["rows"]]
     assert [row.size_mb for row in rows] == [1, 9] and rows[1].seconds > rows[0].seconds > 0
-    lonely = facts.all_reduce(0, 1, 2, port=facts.machine(".")["free_port"], limit=0.5, **where)
+    lonely = host_probe.all_reduce(0, 1, 2, port=host_probe.machine(".")["free_port"], limit=0.5, **where)
     assert lonely == {"error": "not done within 0.5 s"}
 
 
@@ -200,7 +207,7 @@ def test_a_host_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     offset, error = host.clock_offset()
     assert abs(offset) <= error + 1e-3 < 1
     there = host.ask("software", packages=["torch", "no-such-package"])
-    assert there == facts.software(["torch", "no-such-package"]) and there["no-such-package"] is None
+    assert there == host_probe.software(["torch", "no-such-package"]) and there["no-such-package"] is None
     assert host.ask("machine", run_dir=str(tmp_path / "away/run"))["free"] > 0
     assert host.ask("route", to="127.0.0.1")["interface"] == "lo"
     with pytest.raises(HostFailed, match="KeyError: 'nonsense'"):
@@ -208,9 +215,9 @@ def test_a_host_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     host.close()
 
 
-def test_no_torch_for_the_questions() -> None:
-    """They have to be answered within a moment, and where packages are missing."""
+def test_requests_need_no_torch() -> None:
+    """They are answered quickly, and where packages are missing."""
     code = (
         "import sys; import tinygptv_ds.doctor.host_probe, tinygptv_ds.doctor.hosts; sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=facts.ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

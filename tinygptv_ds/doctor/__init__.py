@@ -1,1 +1,1 @@
-"""The nodes of a hostfile, looked at over ssh: are they alike, and how fast are they together."""
+"""The command `doctor`: checks of this machine, and of the hosts of a hostfile over ssh."""

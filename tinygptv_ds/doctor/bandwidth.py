@@ -1,4 +1,4 @@
-"""How fast the ranks add up tensors together. A program of its own, for any launcher that sets RANK and the like:
+"""A program that times all-reduces among ranks, for any launcher that sets RANK and the related variables:
 
 torchrun --nproc-per-node 8 -m tinygptv_ds.doctor.bandwidth --backend nccl
 """
@@ -18,30 +18,30 @@ from tinygptv_ds.doctor.host_probe import MARK
 if TYPE_CHECKING:
     import torch
 
-GRADIENTS_MB = 181  # fp32, of the 45.3 M parameters that stages 2 to 4 train
+GRADIENTS_MB = 181  # fp32 gradients of the 45.3 M parameters that stages 2 to 4 train
 SIZES_MB = (1, 4, 16, 64, GRADIENTS_MB, 256)
 _CONNECT = timedelta(seconds=60)
-_SECONDS_OF_SIZE = 1.0  # spent on each size, more or less
-_TOO_LONG = 20.0  # seconds for one all-reduce: greater sizes are left out
+_SECONDS_OF_SIZE = 1.0  # approximate time spent on each size
+_TOO_LONG = 20.0  # seconds for one all-reduce; larger sizes are then left out
 
 
 class Row(NamedTuple):
-    """One size: megabytes (10^6 bytes) that were added up, and seconds that it took."""
+    """One tensor size in megabytes (10^6 bytes), and the seconds of an all-reduce of it."""
 
     size_mb: int
     seconds: float
 
     def algorithm_bandwidth(self) -> float:
-        """Bytes a second that have been added up."""
+        """Return the bytes per second that were reduced."""
         return self.size_mb * 1e6 / self.seconds
 
     def bus_bandwidth(self, ranks: int) -> float:
-        """Bytes a second that each rank sends, and receives, in a ring: the same for any number of ranks."""
+        """Return the bytes per second that each rank sends and receives in a ring, for any number of ranks alike."""
         return self.algorithm_bandwidth() * 2 * (ranks - 1) / ranks
 
 
 def measure(sizes_mb: Sequence[int], device: torch.device) -> Iterator[Row]:
-    """All-reduces of growing size. To be called on all ranks."""
+    """Time all-reduces of growing size; must be called on all ranks."""
     import torch
     from torch import distributed
 
@@ -49,13 +49,13 @@ def measure(sizes_mb: Sequence[int], device: torch.device) -> Iterator[Row]:
         tensor = torch.ones(size * 1_000_000 // 4, device=device)
         seconds = _timed(lambda: distributed.all_reduce(tensor), device)  # noqa: B023 - called at once
         times = torch.tensor(max(1.0, min(50.0, _SECONDS_OF_SIZE / seconds)), device=device)
-        distributed.broadcast(times, 0)  # all must go on, or stop, together
+        distributed.broadcast(times, 0)  # all ranks must continue, or stop, together
 
-        def again(count: int = int(times), tensor: torch.Tensor = tensor) -> None:
+        def repeat(count: int = int(times), tensor: torch.Tensor = tensor) -> None:
             for _ in range(count):
                 distributed.all_reduce(tensor)
 
-        yield Row(size, _timed(again, device) / int(times))
+        yield Row(size, _timed(repeat, device) / int(times))
         too_long = torch.tensor(float(seconds > _TOO_LONG), device=device)
         distributed.broadcast(too_long, 0)
         if too_long:
@@ -75,10 +75,10 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def main() -> None:
-    """Measure; rank 0 prints the rows as JSON behind `MARK`."""
-    parser = argparse.ArgumentParser(description="Times all-reduces among the ranks that a launcher has started.")
-    parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo", help="what the ranks talk through")
-    parser.add_argument("--sizes-mb", type=int, nargs="+", default=SIZES_MB, help="what is added up, rising")
+    """Measure, and print the rows on rank 0 as JSON after `MARK`."""
+    parser = argparse.ArgumentParser(description="Time all-reduces among the ranks that a launcher has started.")
+    parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo", help="communication backend")
+    parser.add_argument("--sizes-mb", type=int, nargs="+", default=SIZES_MB, help="tensor sizes, ascending")
     args = parser.parse_args()
     backend = args.backend
 

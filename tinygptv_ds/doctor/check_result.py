@@ -1,4 +1,4 @@
-"""A line of the doctor's report."""
+"""One result of `doctor`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of the report.
+class CheckResult:
+    """One line of the report of `doctor`.
 
     Attributes:
-        name: what was looked at.
-        text: what was found.
-        remedy: what to do about it, where something is to be done.
+        name: what was checked.
+        text: the result.
+        remedy: what to do about it, if anything.
         blocks: whether training is impossible without it.
     """
 

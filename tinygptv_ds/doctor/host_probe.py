@@ -1,7 +1,7 @@
-"""What one host reports: run over ssh (`python -m tinygptv_ds.doctor.host_probe`), it answers questions on stdin.
+"""The program that `doctor` runs on each host over ssh; it answers requests on stdin until that ends.
 
-A question is a line `NAME JSON`, an answer a line of JSON behind `MARK`. It ends when stdin does. No torch here: what
-needs it runs in processes of its own.
+A request is a line `NAME JSON`, an answer a line of JSON after `MARK`. torch is not imported here: what needs it runs
+in new processes.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-MARK = "@tinygptv "  # what a login shell prints on its own account has none
-ROOT = Path(__file__).resolve().parents[2]
+from tinygptv_ds.resources import project_root
+
+MARK = "@tinygptv "  # tells answers from what the login shell prints
+PACKAGE = Path(__file__).resolve().parents[1]
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
-_DISCARD = 9  # a port to ask the way for; nothing is sent
+_DISCARD = 9  # a UDP port to look up the route for; nothing is sent
 _WEIGHTS = ("phi", "eva_vit", "qformer", "init_from")  # of a recipe's `model`
 
 
 def software(packages: list[str]) -> dict[str, str | None]:
-    """Versions of Python and of packages, and a hash of this repository's code and recipes."""
+    """Return the versions of Python and of packages, and a hash of this repository's code and recipes."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -43,15 +45,15 @@ def software(packages: list[str]) -> dict[str, str | None]:
 
 def _code() -> str:
     digest = hashlib.sha256()
-    for folder in ("tinygptv_ds", "stages", "ds_configs"):
-        for file in sorted((ROOT / folder).rglob("*")):
+    for folder in (PACKAGE, project_root() / "stages", project_root() / "ds_configs"):
+        for file in sorted(folder.rglob("*")):
             if file.suffix in (".py", ".yaml", ".json"):
-                digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+                digest.update(f"{folder.name}/{file.relative_to(folder)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
 
 def machine(run_dir: str) -> dict[str, Any]:
-    """GPUs that torch sees, cores, free bytes where runs go, what the host's own name points to, and a free port."""
+    """Return the number of GPUs and cores, free bytes at `run_dir`, the host's own name and address, a free port."""
     folder = Path(run_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -83,12 +85,12 @@ def _resolved(name: str) -> str | None:
 
 
 def route(to: str) -> dict[str, Any]:
-    """The interface by which an address is reached, and all interfaces that have an address."""
+    """Return the interface through which the address `to` is reached, and all interfaces that have an address."""
     addresses = dict(_interfaces())
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            asked.connect((to, _DISCARD))
-            own = asked.getsockname()[0]
+            probe.connect((to, _DISCARD))
+            own = probe.getsockname()[0]
         except OSError as error:
             return {"interface": None, "why": str(error), "interfaces": addresses}
     interface = next((name for name, address in addresses.items() if address == own), None)
@@ -96,17 +98,17 @@ def route(to: str) -> dict[str, Any]:
 
 
 def _interfaces() -> Iterator[tuple[str, str]]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
-                told = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                request = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             except OSError:  # it has no address
                 continue
-            yield name, socket.inet_ntoa(told[20:24])
+            yield name, socket.inet_ntoa(request[20:24])
 
 
 def files(recipe: dict[str, Any]) -> dict[str, str]:
-    """What a recipe names, each as it lies here: how many files, samples and bytes, or what is wrong."""
+    """Return for each file or dataset of a recipe the number of files, samples and bytes, or what is wrong."""
     from tinygptv_ds.config.load import build_recipe
     from tinygptv_ds.errors import DataError
     from tinygptv_ds.features.format import shards_of
@@ -162,21 +164,21 @@ def all_reduce(
     sizes_mb: list[int],
     limit: float,
 ) -> dict[str, Any]:
-    """Run this host's ranks of the bandwidth program.
+    """Run this host's ranks of the bandwidth program and return its measurements.
 
     Args:
-        first: rank of the first.
-        slots: how many are run here.
-        world: how many there are on all hosts.
+        first: the first rank of this host.
+        slots: number of ranks on this host.
+        world: number of ranks on all hosts.
         master: address of rank 0's host.
-        port: there.
+        port: a free port there.
         backend: gloo or nccl.
-        interface: what to talk through, unless the environment names another.
-        sizes_mb: to measure.
+        interface: network interface, unless the environment names another.
+        sizes_mb: tensor sizes in megabytes.
         limit: seconds after which they are killed.
 
     Returns:
-        Under "rows" what rank 0 has measured, if it is among them; or under "error" what went wrong.
+        "rows": the measurements, from the host of rank 0 alone; or "error": what failed.
     """
     env = os.environ | {"MASTER_ADDR": master, "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     name = f"{backend.upper()}_SOCKET_IFNAME"
@@ -203,24 +205,24 @@ def all_reduce(
         for local in range(slots)
     ]
     until = time.monotonic() + limit
-    told = []
+    ended = []
     try:
         for rank in ranks:
             out, err = rank.communicate(timeout=max(0.0, until - time.monotonic()))
-            told.append((rank.returncode, out, err.strip().splitlines()))
+            ended.append((rank.returncode, out, err.strip().splitlines()))
     except subprocess.TimeoutExpired:
         return {"error": f"not done within {limit:g} s"}
     finally:
         for rank in ranks:
             rank.kill()
-    failed = next(((code, lines) for code, _, lines in told if code != 0), None)
+    failed = next(((code, lines) for code, _, lines in ended if code != 0), None)
     if failed is not None:
         code, lines = failed
         return {"error": lines[-1] if lines else f"exit code {code}"}
-    return {"rows": json.loads(told[0][1].partition(MARK)[2]) if first == 0 else []}
+    return {"rows": json.loads(ended[0][1].partition(MARK)[2]) if first == 0 else []}
 
 
-QUESTIONS: dict[str, Callable[..., Any]] = {
+REQUESTS: dict[str, Callable[..., Any]] = {
     "clock": time.time,
     "software": software,
     "machine": machine,
@@ -231,11 +233,11 @@ QUESTIONS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    """Answer until stdin ends."""
+    """Answer requests until stdin ends."""
     print(f"{MARK}{json.dumps('ready')}", flush=True)
     for line in sys.stdin:
         name, _, given = line.partition(" ")
-        print(f"{MARK}{json.dumps(QUESTIONS[name](**json.loads(given)))}", flush=True)
+        print(f"{MARK}{json.dumps(REQUESTS[name](**json.loads(given)))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The files that say where DeepSpeed's launcher starts ranks and what it passes on to them."""
+"""The files that DeepSpeed's launcher reads: the hostfile, and the environment to pass on to the ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s|$)")  # as deepspeed/launcher/runner
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """The slots of each host, in the order of the file; rank 0 runs on the first.
+    """Return the slots of each host, in the order of the file; rank 0 runs on the first.
 
     Raises:
-        ConfigError: there is no such file, it names no host or one twice, or a line is none.
+        ConfigError: there is no such file, it names no host or names one twice, or a line is malformed.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise ConfigError(f"hostfile {path} cannot be read: {reason}; launch/hostfile.example shows one") from None
     slots: dict[str, int] = {}
     for number, line in enumerate(map(str.strip, lines), 1):
@@ -42,12 +42,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def passed_on() -> dict[str, str]:
-    """The environment that DeepSpeed's launcher gives the ranks of other hosts.
+    """Return the environment that DeepSpeed's launcher passes on to the ranks of other hosts.
 
     Raises:
-        ConfigError: a line of `.deepspeed_env` at which the launcher would fail.
+        ConfigError: a line of `.deepspeed_env` that the launcher cannot read.
     """
-    # DeepSpeed 0.19's runner.py; NCCL among them on GPUs.
+    # The prefixes that DeepSpeed 0.19's runner.py exports; NCCL on GPUs only.
     names = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
     found = {name: value for name, value in os.environ.items() if name.startswith(names)}
     for folder in (Path.home(), Path.cwd()):
@@ -63,7 +63,7 @@ def _key_values(file: Path) -> dict[str, str]:
         key, equals, value = line.partition("=")
         if not equals or not re.fullmatch(r"\w+", key.strip()):
             raise ConfigError(
-                f"{file}, line {number}: {line!r} is not KEY=value; DeepSpeed's launcher takes no other line "
+                f"{file}, line {number}: {line!r} is not KEY=value; DeepSpeed's launcher accepts no other line "
                 "there, not even an empty one or a comment"
             )
         found[key.strip()] = value.strip()

@@ -1,4 +1,4 @@
-"""`python -m tinygptv_ds doctor`: what this machine offers for training, what is missing and how to get it."""
+"""The command `doctor`: what this machine offers for training, what is missing and how to get it."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.distributed import Ranks, cores_per_rank
-from tinygptv_ds.doctor.check_result import Finding
+from tinygptv_ds.doctor.check_result import CheckResult
 from tinygptv_ds.doctor.hostfile import read_hostfile
 from tinygptv_ds.errors import ConfigError, require
+from tinygptv_ds.resources import project_root
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parents[2]
 SETUP = "source launch/setup.sh requirements.txt"
 WEIGHTS_GIB = 8  # Phi-2, EVA ViT-g and BLIP-2's Q-Former as published
 _IMPORTED = ("torch", "torchvision", "timm", "transformers", "deepspeed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Without options the verb looks at this machine; with a hostfile, at those hosts."""
+    """Add the options: without any, this machine is checked; with a hostfile, its hosts."""
     parser.add_argument(
         "--hostfile",
         type=Path,
         metavar="FILE",
-        help="look at the hosts of this file over ssh: are they alike, and how fast are they together",
+        help="check the hosts of this file over ssh: whether they match, and how fast they communicate",
     )
     parser.add_argument(
         "--all-reduce",
@@ -44,99 +44,104 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="time all-reduces among N ranks of this machine, or one for each GPU",
     )
-    parser.add_argument("--recipe", type=Path, metavar="FILE", help="whose weights and shards each host has to see")
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="the recipe whose weights and shards each host must have"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where runs are to go (default: runs)")
-    parser.add_argument("--ssh-port", type=int, metavar="N", help="other than ssh's own configuration says")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="the folder for runs (default: runs)")
+    parser.add_argument("--ssh-port", type=int, metavar="N", help="ssh port (default: from ssh's own configuration)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the report.
+    """Run the checks and print one line for each.
 
     Raises:
-        ConfigError: something is missing without which no stage can be trained, or the options do not fit together.
+        ConfigError: training is impossible without something that is missing, or the options exclude each other.
     """
-    findings, where = _asked(args)
-    missing = {}
-    for finding in findings:
-        print(finding, flush=True)
-        missing |= {finding.name: None} if finding.blocks else {}
+    results, where = _requested_checks(args)
+    missing: dict[str, None] = {}
+    for result in results:
+        print(result, flush=True)
+        missing |= {result.name: None} if result.blocks else {}
     if missing:
         raise ConfigError(f"training is not possible {where} yet: see {', '.join(missing)} above")
     print(f"\nTraining is possible {where}.")
 
 
-def _asked(args: argparse.Namespace) -> tuple[Iterator[Finding], str]:
-    """The findings that the options ask for, and of where."""
+def _requested_checks(args: argparse.Namespace) -> tuple[Iterator[CheckResult], str]:
+    """Return the checks that the options select, and the machines they are about."""
     if args.hostfile is not None:
         require(
-            args.all_reduce is None, "--all-reduce is for this machine alone; --hostfile times its hosts in any case"
+            args.all_reduce is None, "--all-reduce is for this machine alone; --hostfile measures its hosts in any case"
         )
         slots = read_hostfile(args.hostfile)
-        return _of_hosts(slots, args), f"on {', '.join(slots)}"
+        return _check_hosts(slots, args), f"on {', '.join(slots)}"
     options = ("recipe", "set", "run_dir", "ssh_port")
     given = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name)]
     require(
-        not given, f"{', '.join(given)} can only be given with --hostfile; check-data looks at a recipe's data here"
+        not given,
+        f"{', '.join(given)} can only be given with --hostfile; check-data checks a recipe's data on this machine",
     )
     if args.all_reduce is None:
-        return diagnose(), "here"
-    from tinygptv_ds.doctor.exchange import local_findings
+        return check_machine(), "here"
+    from tinygptv_ds.doctor.exchange import measure_local
 
-    return chain(diagnose(), local_findings(args.all_reduce)), "here"
+    return chain(check_machine(), measure_local(args.all_reduce)), "here"
 
 
-def _of_hosts(slots: Mapping[str, int], args: argparse.Namespace) -> Iterator[Finding]:
+def _check_hosts(slots: Mapping[str, int], args: argparse.Namespace) -> Iterator[CheckResult]:
     from tinygptv_ds.config.load import load_recipe
-    from tinygptv_ds.doctor.hosts import diagnose_hosts
+    from tinygptv_ds.doctor.hosts import check_hosts
 
     recipe = None if args.recipe is None else load_recipe(args.recipe, args.set)
     names = [each.name for file in ("requirements.txt", "requirements-gpu.txt") for each in requirements(file)]
-    return diagnose_hosts(slots, names, recipe, args.run_dir or Path("runs"), args.ssh_port)
+    return check_hosts(slots, names, recipe, args.run_dir or Path("runs"), args.ssh_port)
 
 
-def diagnose() -> Iterator[Finding]:
-    """Everything that is looked at, in the order of the report."""
+def check_machine() -> Iterator[CheckResult]:
+    """Yield all results for this machine, in the order of the report."""
     yield python_version(sys.version_info[:2])
-    packages = [*packages_found()]
+    packages = [*check_packages()]
     yield from packages
     yield computer()
     yield disk(Path.cwd())
     yield launcher()
     yield compiler()
-    if any(finding.blocks for finding in packages):
-        yield Finding("accelerator", "not looked at, since packages are missing")
+    if any(result.blocks for result in packages):
+        yield CheckResult("accelerator", "not checked, because packages are missing")
         return
     yield imports()
-    yield from torch_findings()
+    yield from torch_checks()
 
 
-def python_version(version: tuple[int, int]) -> Finding:
-    """3.11 to 3.13."""
+def python_version(version: tuple[int, int]) -> CheckResult:
+    """Check that Python is 3.11 to 3.13."""
     text = platform.python_version()
     if (3, 11) <= version <= (3, 13):
-        return Finding("python", text)
-    return Finding(
+        return CheckResult("python", text)
+    return CheckResult(
         "python", f"{text}, tested with 3.11 to 3.13", f"PYTHON=python3.11 {SETUP}", blocks=version < (3, 11)
     )
 
 
-def packages_found() -> Iterator[Finding]:
-    """All of requirements.txt, and what only GPUs use."""
+def check_packages() -> Iterator[CheckResult]:
+    """Check the packages of requirements.txt, and those that only GPUs use."""
     try:
         wanted, for_gpus = requirements("requirements.txt"), requirements("requirements-gpu.txt")
     except ImportError as error:  # packaging, which torch's own requirements bring
-        yield Finding("packages", f"{error.name} is not installed, nor what needs it", SETUP, blocks=True)
+        yield CheckResult(
+            "packages", f"{error.name} is not installed, nor are the packages that need it", SETUP, blocks=True
+        )
         return
     yield from package_versions(wanted)
     yield from map(flash_attention, for_gpus)
 
 
 def requirements(name: str) -> list[Requirement]:
-    """The lines of a requirements file of the repository; an installed package's own without a repository."""
+    """Return the requirements in a file of the repository, or those of the installed package without such a file."""
     from packaging.requirements import Requirement
 
-    file = ROOT / name
+    file = project_root() / name
     if file.is_file():
         lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
         return [Requirement(line) for line in lines if line and not line.startswith("-")]
@@ -150,104 +155,108 @@ def requirements(name: str) -> list[Requirement]:
     ]
 
 
-def package_versions(wanted: Iterable[Requirement]) -> Iterator[Finding]:
-    """Each installed version against its tested range."""
+def package_versions(wanted: Iterable[Requirement]) -> Iterator[CheckResult]:
+    """Compare each installed version with its tested range."""
     for requirement in wanted:
         remedy = f"pip install '{requirement.name}{requirement.specifier}'"
         try:
             found = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            yield Finding(requirement.name, "not installed", remedy, blocks=True)
+            yield CheckResult(requirement.name, "not installed", remedy, blocks=True)
             continue
         if requirement.specifier.contains(found, prereleases=True):
-            yield Finding(requirement.name, f"{found} (tested: {requirement.specifier})")
+            yield CheckResult(requirement.name, f"{found} (tested: {requirement.specifier})")
         else:
-            yield Finding(requirement.name, f"{found}, tested with {requirement.specifier}", remedy, blocks=True)
+            yield CheckResult(requirement.name, f"{found}, tested with {requirement.specifier}", remedy, blocks=True)
 
 
-def flash_attention(requirement: Requirement) -> Finding:
-    """Never needed; the fastest attention on a GPU."""
+def flash_attention(requirement: Requirement) -> CheckResult:
+    """Report flash-attn, which is optional: the fastest attention backend on a GPU."""
     try:
-        return Finding(requirement.name, metadata.version(requirement.name))
+        return CheckResult(requirement.name, metadata.version(requirement.name))
     except metadata.PackageNotFoundError:
         remedy = "on a GPU machine with nvcc: pip install --no-build-isolation -r requirements-gpu.txt"
-        return Finding(requirement.name, "not installed, optional: torch has an attention of its own", remedy)
+        return CheckResult(requirement.name, "not installed, optional: torch has its own attention", remedy)
 
 
-def computer() -> Finding:
-    """Cores that this process may use, and memory."""
+def computer() -> CheckResult:
+    """Report the CPU cores that this process may use, and the memory."""
     cores = cores_per_rank(Ranks(0, 0, 1, 1))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Finding("computer", f"{cores} CPU cores, {memory:.0f} GiB of memory")
+    return CheckResult("computer", f"{cores} CPU cores, {memory:.0f} GiB of memory")
 
 
-def disk(folder: Path) -> Finding:
-    """Space where runs and, by default, weights go."""
+def disk(folder: Path) -> CheckResult:
+    """Check the free space in `folder`, for runs and, by default, weights."""
     free = shutil.disk_usage(folder).free / 2**30
     text = f"{free:.0f} GiB free in {folder}"
     if free >= 2 * WEIGHTS_GIB:
-        return Finding("disk", text)
+        return CheckResult("disk", text)
     remedy = f"the published base weights alone take {WEIGHTS_GIB} GiB: keep them elsewhere (--set model.phi=DIR, ...)"
-    return Finding("disk", text, remedy)
+    return CheckResult("disk", text, remedy)
 
 
-def launcher() -> Finding:
-    """The `deepspeed` command."""
+def launcher() -> CheckResult:
+    """Find the `deepspeed` command on PATH, or next to this Python in an environment that is not activated."""
     on_path = shutil.which("deepspeed")
     if on_path:
-        return Finding("launcher", on_path)
-    adjacent = Path(sys.executable).parent / "deepspeed"
-    remedy = f"export PATH={adjacent.parent}:$PATH" if adjacent.is_file() else SETUP
-    return Finding("launcher", "deepspeed is not on PATH", remedy, blocks=True)
+        return CheckResult("launcher", on_path)
+    scripts = Path(sys.executable).parent
+    not_on_path = shutil.which("deepspeed", path=str(scripts))
+    if not_on_path:
+        return CheckResult("launcher", f"{not_on_path}, not on PATH", f"source {scripts / 'activate'}")
+    return CheckResult("launcher", f"no deepspeed on PATH, nor in {scripts}", SETUP, blocks=True)
 
 
-def compiler() -> Finding:
-    """Only DeepSpeed's compiled extras use it, of which no JSON in ds_configs/ needs one."""
+def compiler() -> CheckResult:
+    """Look for a C++ compiler, which only DeepSpeed's compiled extras use; no JSON in ds_configs/ needs them."""
     tools = {name: shutil.which(name) for name in ("c++", "ninja")}
     missing = [name for name, path in tools.items() if path is None]
     if not missing:
-        return Finding("compiler", f"{tools['c++']}, {tools['ninja']} (only for offload to NVMe)")
+        return CheckResult("compiler", f"{tools['c++']}, {tools['ninja']} (only for offload to NVMe)")
     remedy = "only for offload to NVMe: apt-get install g++ (or your system's compiler), pip install ninja"
-    return Finding("compiler", f"no {' and no '.join(missing)}", remedy)
+    return CheckResult("compiler", f"no {' and no '.join(missing)}", remedy)
 
 
-def imports() -> Finding:
-    """Whether the packages load together, which versions alone do not tell. Tried in a process of its own."""
+def imports() -> CheckResult:
+    """Import the packages together in a new process, because matching versions do not guarantee that they load."""
     done = subprocess.run(
         [sys.executable, "-c", f"import {', '.join(_IMPORTED)}"], capture_output=True, text=True, check=False
     )
     if done.returncode == 0:
-        return Finding("imports", f"{', '.join(_IMPORTED)} load together")
+        return CheckResult("imports", f"{', '.join(_IMPORTED)} load together")
     reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     remedy = f"make a fresh environment, torch and torchvision from one source: rm -r .venv; {SETUP}"
-    return Finding("imports", reason, remedy, blocks=True)
+    return CheckResult("imports", reason, remedy, blocks=True)
 
 
-def torch_findings() -> Iterator[Finding]:
-    """Accelerators, precisions with the attention that each gets, and communication."""
+def torch_checks() -> Iterator[CheckResult]:
+    """Report the accelerators, the attention backend of each precision, and the communication backend."""
     import torch
 
     gpus = range(torch.cuda.device_count())
     for number in gpus:
         properties = torch.cuda.get_device_properties(number)
         memory, version = properties.total_memory / 2**30, f"{properties.major}.{properties.minor}"
-        yield Finding(f"GPU {number}", f"{properties.name}, {memory:.0f} GiB, capability {version}")
+        yield CheckResult(f"GPU {number}", f"{properties.name}, {memory:.0f} GiB, capability {version}")
     if not gpus:
         yield no_gpu(driver=any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")))
     yield from precisions("cuda" if gpus else "cpu")
     yield communication("nccl" if gpus else "gloo")
 
 
-def no_gpu(driver: bool) -> Finding:
-    """Not needed; `driver` is whether the system shows one all the same."""
+def no_gpu(driver: bool) -> CheckResult:
+    """Report that torch sees no GPU; `driver` is whether the system has one nevertheless."""
     if driver:
         remedy = "install the torch build for its driver (pytorch.org), or look at CUDA_VISIBLE_DEVICES"
-        return Finding("accelerator", "the system has a GPU, but torch does not see it", remedy)
-    return Finding("accelerator", "no GPU: all runs on the CPU, which does for the tests and launch/quickstart.sh")
+        return CheckResult("accelerator", "the system has a GPU, but torch does not see it", remedy)
+    return CheckResult(
+        "accelerator", "no GPU: all runs on the CPU, which is enough for the tests and launch/quickstart.sh"
+    )
 
 
-def precisions(device: str) -> Iterator[Finding]:
-    """bf16, fp16 and fp32, each with the attention back ends that can run in it; the first is what "auto" takes."""
+def precisions(device: str) -> Iterator[CheckResult]:
+    """Report the attention backends for bf16, fp16 and fp32; the first of each is the one that "auto" chooses."""
     import torch
 
     from tinygptv_ds.models.attention import available_backends
@@ -255,17 +264,19 @@ def precisions(device: str) -> Iterator[Finding]:
     bf16 = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         if name == "bf16" and not bf16:
-            yield Finding(name, "not in this GPU's hardware", "--deepspeed_config ds_configs/zero2_fp16.json")
+            yield CheckResult(name, "not in this GPU's hardware", "--deepspeed_config ds_configs/zero2_fp16.json")
             continue
         first, *others = available_backends(device, dtype)
         text = f"attention by {first}" + (f" (also: {', '.join(others)})" if others else "")
-        yield Finding(name, text)
+        yield CheckResult(name, text)
 
 
-def communication(backend: str) -> Finding:
-    """What ranks talk through."""
+def communication(backend: str) -> CheckResult:
+    """Check that torch has the communication backend of the ranks."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_backend_available(backend):
-        return Finding("communication", backend)
-    return Finding("communication", f"torch was built without {backend}", "pip install torch from PyPI", blocks=True)
+        return CheckResult("communication", backend)
+    return CheckResult(
+        "communication", f"torch was built without {backend}", "pip install torch from PyPI", blocks=True
+    )

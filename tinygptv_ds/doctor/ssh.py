@@ -1,4 +1,4 @@
-"""A line to a host: `facts.py` started there over ssh, and asked."""
+"""A connection to a host: `host_probe` runs there over ssh and answers requests."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tinygptv_ds.doctor.host_probe import MARK, ROOT
+from tinygptv_ds.doctor.host_probe import MARK, PACKAGE
 
 CONNECT_SECONDS = 10
-_ANSWER_SECONDS = 90.0  # a network file system that has to be woken takes its time
+_ANSWER_SECONDS = 90.0  # an idle network file system can take this long to answer
 _MISSING = "there is no "
 
 
 class HostFailed(Exception):
-    """What went wrong with a host.
+    """A host that cannot be reached or does not answer.
 
     Attributes:
         remedy: what to do about it.
@@ -34,19 +34,19 @@ class HostFailed(Exception):
 
 
 class Host:
-    """A host that answers.
+    """A connection to a host of the hostfile.
 
     Attributes:
-        name: of the hostfile.
-        slots: of the hostfile.
-        addresses: its own, as `hostname -I` gives them; the launcher takes the first one of the first host.
+        name: as in the hostfile.
+        slots: as in the hostfile.
+        addresses: its own, from `hostname -I`; the launcher uses the first address of the first host.
     """
 
     def __init__(self, name: str, slots: int, ssh_port: int | None, env: Mapping[str, str]) -> None:
         """Connect.
 
         Raises:
-            HostFailed: it cannot be reached, or lacks a path that is needed.
+            HostFailed: it cannot be reached, or a needed path is missing there.
         """
         self.name, self.slots = name, slots
         self.addresses: list[str] = []
@@ -62,6 +62,9 @@ class Host:
             )
         except FileNotFoundError:
             raise HostFailed("ssh is not on PATH", "apt-get install openssh-client") from None
+        # Popen has no type that says its pipes are there.
+        assert self._ssh.stdin and self._ssh.stdout and self._ssh.stderr
+        self._stdin, self._stdout, self._stderr = self._ssh.stdin, self._ssh.stdout, self._ssh.stderr
         try:
             self.addresses = self._answer(CONNECT_SECONDS + _ANSWER_SECONDS).split()
             self._answer(_ANSWER_SECONDS)
@@ -71,22 +74,22 @@ class Host:
 
     @property
     def address(self) -> str:
-        """By which the other hosts reach it: what the launcher takes for that of the first host."""
+        """The address by which other hosts reach it, chosen as the launcher does for the first host."""
         return self.addresses[0] if self.addresses else self.name
 
-    def ask(self, question: str, seconds: float = _ANSWER_SECONDS, **given: Any) -> Any:
-        """The answer of `QUESTIONS` of facts.py.
+    def ask(self, request: str, seconds: float = _ANSWER_SECONDS, **given: Any) -> Any:
+        """Send one of `host_probe.REQUESTS` and return the answer.
 
         Raises:
-            HostFailed: none came.
+            HostFailed: no answer came.
         """
-        with contextlib.suppress(BrokenPipeError):  # why, stderr tells
-            self._ssh.stdin.write(f"{question} {json.dumps(given)}\n")
-            self._ssh.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # stderr has the reason
+            self._stdin.write(f"{request} {json.dumps(given)}\n")
+            self._stdin.flush()
         return self._answer(seconds)
 
     def clock_offset(self) -> tuple[float, float]:
-        """Seconds that its clock is ahead of ours, and how far that may be off: half of the way there and back."""
+        """Return the seconds that its clock is ahead of ours, and the error: half of the round trip."""
         found = []
         for _ in range(5):
             began = time.time()
@@ -97,9 +100,9 @@ class Host:
         return offset, error
 
     def close(self) -> None:
-        """It ends with its stdin."""
+        """Close the connection; the program there ends with its stdin."""
         with contextlib.suppress(BrokenPipeError):
-            self._ssh.stdin.close()
+            self._stdin.close()
         try:
             self._ssh.wait(5)
         except subprocess.TimeoutExpired:
@@ -110,7 +113,7 @@ class Host:
         late = threading.Timer(seconds, self._ssh.kill)
         late.start()
         try:
-            for line in self._ssh.stdout:
+            for line in self._stdout:
                 if line.startswith(MARK):
                     return json.loads(line.removeprefix(MARK))
                 if line.startswith(_MISSING):
@@ -118,15 +121,15 @@ class Host:
         finally:
             timed_out = not late.is_alive()
             late.cancel()
-        said = [line for line in self._ssh.stderr.read().splitlines() if line.strip()]
+        lines = [line for line in self._stderr.read().splitlines() if line.strip()]
         raise _failure(
-            self.name, f"no answer within {seconds:.0f} s" if timed_out else said[-1] if said else "it hung up"
+            self.name, f"no answer within {seconds:.0f} s" if timed_out else lines[-1] if lines else "it hung up"
         )
 
 
 def _remote_command(env: Mapping[str, str]) -> str:
-    """What the login shell there runs: as the launcher's own, in this working directory and with this Python."""
-    needed = [str(Path.cwd()), str(ROOT / "tinygptv_ds"), sys.executable]
+    """Return the command for the login shell there: in this working directory and with this Python."""
+    needed = [str(Path.cwd()), str(PACKAGE), sys.executable]
     lines = [f"[ -e {shlex.quote(path)} ] || {{ echo {shlex.quote(_MISSING + path)}; exit 3; }}" for path in needed]
     lines.append(f"echo '{MARK}\"'$(hostname -I)'\"'")
     lines += [f"export {name}={shlex.quote(value)}" for name, value in {**env, **_python_path(env)}.items()]
@@ -135,21 +138,22 @@ def _remote_command(env: Mapping[str, str]) -> str:
 
 
 def _python_path(env: Mapping[str, str]) -> dict[str, str]:
-    return {"PYTHONPATH": ":".join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))}
+    return {"PYTHONPATH": ":".join(filter(None, [str(PACKAGE.parent), env.get("PYTHONPATH")]))}
 
 
-def _failure(host: str, said: str) -> HostFailed:
-    return HostFailed(said, next(remedy.format(host=host) for pattern, remedy in _REMEDIES if re.search(pattern, said)))
+def _failure(host: str, reason: str) -> HostFailed:
+    remedy = next(remedy for pattern, remedy in _REMEDIES if re.search(pattern, reason))
+    return HostFailed(reason, remedy.format(host=host))
 
 
 _REMEDIES = (
     (r"Permission denied", "ssh-copy-id {host}: the launcher needs ssh without a password"),
-    (r"Host key verification failed", "ssh {host} once by hand, and say yes to its key if it is the right one"),
+    (r"Host key verification failed", "ssh {host} once by hand, and accept its key if it is the right one"),
     (r"resolve hostname", "name it by its address in the hostfile, or in ~/.ssh/config or /etc/hosts"),
-    (r"refused", "is sshd running there, and on this port? --ssh-port N asks another"),
+    (r"refused", "is sshd running there, and on this port? --ssh-port N chooses another"),
     (
         r"timed out|No route|unreachable|no answer",
-        "is it up and on this network? If not, take its line out of the hostfile",
+        "is it up and on this network? If not, remove its line from the hostfile",
     ),
     (r"No module named", "install the same packages there: source launch/setup.sh requirements.txt"),
     (r"", "try by hand: ssh {host} true"),
@@ -157,12 +161,12 @@ _REMEDIES = (
 
 
 def _same_paths() -> str:
-    return f"the launcher uses the same paths on every host: {ROOT} with its .venv, and the working directory"
+    return f"the launcher uses the same paths on every host: {PACKAGE.parent} with its .venv, and the working directory"
 
 
 @contextlib.contextmanager
 def closing(hosts: Mapping[str, Host]) -> Iterator[None]:
-    """Hang up at the end."""
+    """Close the connections at the end of the block."""
     try:
         yield
     finally:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from tinygptv_ds.config.data_section import DatasetSection
 from tinygptv_ds.data.checks.sample_check import Tally, check_samples
@@ -108,7 +108,7 @@ def _find(pattern: str, allow_pipe: bool) -> tuple[list[Shard], list[str], str |
         problem = str(error)
     try:
         names = list(braceexpand(pattern))
-    except UnbalancedBracesError:
+    except ValueError:  # unbalanced braces
         names = [pattern]
     found: list[Shard] = []
     missing = []

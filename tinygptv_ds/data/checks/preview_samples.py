@@ -87,12 +87,14 @@ def preview(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tok
     key = reader.key(tar, ref.index)
     try:
         sample = load_sample(stream, reader, ref, tokens)
-        whole = [load_sample(stream, reader, ref, replace(tokens, text=text)).sequence for text in _unlimited(tokens)]
+        answers, whole = (
+            load_sample(stream, reader, ref, replace(tokens, text=text)).sequence for text in _unlimited(tokens)
+        )
     except SampleError as error:
         return Preview(ref, step, str(tar), key, skipped=(error.reason, str(error)))
-    kinds = kinds_of(sample.sequence, *whole, tokens.text.max_context_len)
+    kinds = kinds_of(sample.sequence, answers, whole, tokens.text.max_context_len)
     counts = {kind: int((kinds == kind).sum()) for kind in (PROMPT, TARGET, CUT)}
-    pieces, boxes = _with_boxes(_pieces(whole[1], kinds, tokens), len(sample.pixels))
+    pieces, boxes = _with_boxes(_pieces(whole, kinds, tokens), len(sample.pixels))
     return Preview(ref, step, str(tar), key, pieces, counts, list(sample.pixels), boxes)
 
 
@@ -145,7 +147,7 @@ def _words(ids: list[tuple[int, int]], kind: str, tokens: Tokens) -> Iterator[Pi
     waiting: list[int] = []
     for number, (place, token) in enumerate(ids):
         waiting.append(token)
-        text = tokens.tokenizer.decode(waiting, clean_up_tokenization_spaces=False)
+        text = str(tokens.tokenizer.decode(waiting, clean_up_tokenization_spaces=False))
         if not text.endswith(_TORN) or number + 1 == len(ids) or len(waiting) == 4:
             yield Piece(text, kind, place)
             waiting = []

@@ -49,8 +49,8 @@ def prepare(
     entry = DATASETS[name]
     if entry.samples is None:
         raise DataError(how_to_get(name))
-    places = {"annotations": annotations, "image_root": image_root}
-    places = {option: path for option, path in places.items() if path is not None}
+    given = {"annotations": annotations, "image_root": image_root}
+    places = {option: path for option, path in given.items() if path is not None}
     if places and not entry.own:
         option = next(iter(places)).replace("_", "-")
         raise DataError(f"{name} takes no --{option}, its files lie below --root\n{how_to_get(name)}")
@@ -62,8 +62,15 @@ def prepare(
         "sources": {str(path): file_state(path) for path in _sources(name, root, **places)},
     }
     samples = _Lazy(partial(entry.samples, root, **places), limit)
-    options = {"samples_per_shard": samples_per_shard, "encoding": encoding, "workers": workers}
-    return write_samples(samples, out, total=limit, settings=settings, **options)
+    return write_samples(
+        samples,
+        out,
+        samples_per_shard=samples_per_shard,
+        total=limit,
+        settings=settings,
+        encoding=encoding,
+        workers=workers,
+    )
 
 
 def prepare_digits(
@@ -79,13 +86,19 @@ def prepare_digits(
     from tinygptv_ds.data.sets.digits import DIGIT_SETS, samples
 
     reports = {}
-    options = {"samples_per_shard": samples_per_shard, "encoding": encoding, "workers": workers}
     for name in DIGIT_SETS:
         for split, size in (("train", DIGITS_TRAIN), ("test", DIGITS_TEST)):
             size = size if limit is None else min(size, limit)
             settings = {"dataset": name, "split": split, "size": size, "seed": seed}
-            made, folder = samples(name, split, size, seed), out / name / split
-            reports[f"{name}/{split}"] = write_samples(made, folder, total=size, settings=settings, **options)
+            reports[f"{name}/{split}"] = write_samples(
+                samples(name, split, size, seed),
+                out / name / split,
+                samples_per_shard=samples_per_shard,
+                total=size,
+                settings=settings,
+                encoding=encoding,
+                workers=workers,
+            )
     return reports
 
 

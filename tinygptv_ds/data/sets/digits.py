@@ -89,14 +89,16 @@ def _texture() -> np.ndarray:
 def draw(rng: random.Random, split: str, contents: Sequence[tuple[int, str, str]]) -> Scene:
     """A scene with the given (cell index, value, color) in it, on a dark, lightly textured background."""
     top, left = rng.randrange(256 - SIZE), rng.randrange(256 - SIZE)
-    pixels = _texture()[top : top + SIZE, left : left + SIZE] + np.float32([rng.randint(20, 60) for _ in range(3)])
+    pixels = _texture()[top : top + SIZE, left : left + SIZE] + np.array(
+        [rng.randint(20, 60) for _ in range(3)], np.float32
+    )
     digits = []
     for cell, value, color in sorted(contents):
         glyph = rng.choice(glyphs(split)[value])
         height, width = glyph.shape
         y1 = cell // GRID * CELL + _jittered(rng, height)
         x1 = cell % GRID * CELL + _jittered(rng, width)
-        ink = np.float32([min(255, max(0, channel + rng.randint(-12, 12))) for channel in COLORS[color]])
+        ink = np.array([min(255, max(0, channel + rng.randint(-12, 12))) for channel in COLORS[color]], np.float32)
         area = pixels[y1 : y1 + height, x1 : x1 + width]
         area += glyph[:, :, None] * (ink - area)
         digits.append(Digit(value, color, CELLS[cell], (x1, y1, x1 + width, y1 + height)))
@@ -112,7 +114,8 @@ def _jittered(rng: random.Random, extent: int) -> int:
 def random_scene(rng: random.Random, split: str) -> Scene:
     """One to four digits, all of different values, colours and cells."""
     count = rng.randint(1, MAX_DIGITS)
-    cells, values, colors = (rng.sample(pool, count) for pool in (range(GRID * GRID), VALUES, tuple(COLORS)))
+    cells = rng.sample(range(GRID * GRID), count)
+    values, colors = rng.sample(VALUES, count), rng.sample(tuple(COLORS), count)
     return draw(rng, split, list(zip(cells, values, colors, strict=True)))
 
 
@@ -186,6 +189,7 @@ def _ask_count(rng: random.Random, scene: Scene) -> tuple[str, str]:
 def _ask_presence(rng: random.Random, scene: Scene) -> tuple[str, str]:
     """Half of the answers are yes."""
     there = rng.random() < 0.5
+    pool: Iterable[str]
     if rng.random() < 0.5:
         present, pool, ending = {digit.value for digit in scene.digits}, VALUES, ""
     else:
@@ -194,7 +198,7 @@ def _ask_presence(rng: random.Random, scene: Scene) -> tuple[str, str]:
     return rng.choice((f"is there a {word}{ending}?", f"do you see a {word}{ending}?")), "yes" if there else "no"
 
 
-# type: (how it is asked, its share). Guessable types are rare, so that guessing scores below 20 %.
+# By type: how it is asked, and its share. Guessable types are rare, so that guessing scores below 20 %.
 QUESTIONS: dict[str, tuple[Callable[[random.Random, Scene], tuple[str, str]], float]] = {
     "digit": (_ask_digit, 0.38),
     "color": (_ask_color, 0.3),
@@ -312,7 +316,7 @@ def _jpeg(pixels: np.ndarray) -> bytes:
 
 def vqa_chance(records: Iterable[Mapping]) -> dict[str, float]:
     """Accuracy (0-1) of always giving each question type's most frequent answer, by type and under "all"."""
-    answers = defaultdict(Counter)
+    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         answers[record["question_type"]][record["answer"]] += 1
     hits = {kind: max(counts.values()) for kind, counts in answers.items()}

@@ -10,11 +10,11 @@ from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import IMAGE_TAG
 
 _MARK = "<image>"
-_Record = Callable[[dict[str, Any], int], dict[str, Any]]  # of an entry with so many images
+_Record = Callable[[dict[str, Any], int], dict[str, Any]]  # (entry, number of its images) -> record
 _ASKING, _ANSWERING = ("human", "user"), ("gpt", "assistant")
 
 
-class Line(NamedTuple):
+class JsonLine(NamedTuple):
     """One line of a file, counted from 1."""
 
     file: Path
@@ -67,7 +67,7 @@ def _has_id(item: Any) -> bool:
 
 
 def _lines(files: list[Path], folder: Path, record: _Record) -> Iterator[Entry]:
-    lines = (Line(file, n, text) for file in files for n, text in enumerate(file.open("rb"), 1) if text.strip())
+    lines = (JsonLine(file, n, text) for file in files for n, text in enumerate(file.open("rb"), 1) if text.strip())
     return Samples(
         lines,
         lambda line: _built(json.loads(line.text), folder, record),
@@ -104,7 +104,7 @@ def _conversation(entry: dict[str, Any], num_images: int) -> dict[str, Any]:
     return {"conversation": pairs, "clean": [], "raw": raw}
 
 
-def _pairs(turns: list[dict[str, str]]) -> list[list[str | None]]:
+def _pairs(turns: list[dict[str, str]]) -> list[list[Any]]:
     for number, spoken in enumerate(turns):
         if spoken["from"] not in (_ANSWERING if number % 2 else _ASKING):
             raise SkipEntry("bad_record", f"turn {number} is from {spoken['from']!r}; human and gpt must alternate")
@@ -112,7 +112,7 @@ def _pairs(turns: list[dict[str, str]]) -> list[list[str | None]]:
     return [list(pair) for pair in zip(values[::2], values[1::2], strict=True)]
 
 
-def _place_images(pairs: list[list[str | None]], num_images: int) -> bool:
+def _place_images(pairs: list[list[Any]], num_images: int) -> bool:
     """Put image tags where the questions hold marks; False if the images belong in front, where none is needed."""
     marks = sum(question.count(_MARK) for question, _ in pairs)
     if not marks:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from tinygptv_ds.data.sets.common import Built, Entry, Samples, SkipEntry, inside, load_json, turn
 from tinygptv_ds.errors import DataError
@@ -15,7 +16,7 @@ def ocrvqa(root: Path) -> Iterator[Entry]:
     if not isinstance(covers, dict) or not all(isinstance(cover, dict) for cover in covers.values()):
         raise DataError(f"{path}: is not one object that holds the covers, objects, by id; is it the right file?")
 
-    def build(entry: tuple[str, str | None, str | None]) -> Built:
+    def build(entry: tuple[str, Any, Any]) -> Built:
         image_id, question, answer = entry
         cover = covers[image_id]
         if cover["split"] != 1:
@@ -28,8 +29,8 @@ def ocrvqa(root: Path) -> Iterator[Entry]:
     return Samples([(image_id, *pair) for image_id, cover in covers.items() for pair in _pairs(cover)], build)
 
 
-def _pairs(cover: dict) -> Iterable[tuple[str | None, str | None]]:
-    lists = [cover.get(field) for field in ("questions", "answers")]
-    if not all(isinstance(found, list) for found in lists):
+def _pairs(cover: dict[str, Any]) -> Iterable[tuple[Any, Any]]:
+    questions, answers = cover.get("questions"), cover.get("answers")
+    if not isinstance(questions, list) or not isinstance(answers, list):
         return [(None, None)]  # one broken entry, to be counted
-    return zip_longest(*lists)
+    return zip_longest(questions, answers)

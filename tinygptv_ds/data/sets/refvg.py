@@ -20,7 +20,7 @@ MAX_AREA = 16384  # square pixels; regions from here on are left out
 
 
 def refvg(root: Path) -> Iterator[Entry]:
-    """Every small region of `region_descriptions.json`; `image_data.json` tells the image's folder and name.
+    """Every small region of `region_descriptions.json`; `image_data.json` holds the image's folder and name.
 
     The box is relative to the size of the image itself, not to the one that is listed.
     """
@@ -33,9 +33,10 @@ def refvg(root: Path) -> Iterator[Entry]:
         image_id = _id(image, "id")
         if region["width"] * region["height"] >= MAX_AREA:
             return None
-        if urls.get(image_id) is None:
+        url = urls.get(image_id)
+        if url is None:
             raise SkipEntry("bad_record", f"image {image_id} is not in image_data.json, or without a url")
-        path = inside(root, FOLDER, *urls[image_id].split("/")[-2:])
+        path = inside(root, FOLDER, *url.split("/")[-2:])
         box = [region[field] for field in ("x", "y", "width", "height")]
         answer = box_string(box, read_image_size(path))
         ids = {"image_id": image_id, "region_id": _id(region, "region_id")}
