@@ -61,7 +61,7 @@ def test_every_form_is_the_same_model(trained_run: Path, loaded: LoadedModel, tm
     """Bit for bit where LoRA is stored separately, to rounding where it is merged, in memory or in the files."""
     as_resolved = logits(resolve(trained_run).model(FP32))
     export_adapter(resolve(trained_run), tmp_path / "adapter", dtype=None)
-    export_hf(resolve(trained_run), tmp_path / "kept", dtype=FP32, merge=False)
+    export_hf(resolve(trained_run), tmp_path / "kept", dtype=FP32, lora="kept")
     for path in (trained_run, trained_run / "model", tmp_path / "adapter", tmp_path / "kept"):
         model, processor = load_model(path, FP32)
         assert torch.equal(logits(model), as_resolved), path

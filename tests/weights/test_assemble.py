@@ -206,10 +206,10 @@ CROSS = "Qformer.bert.encoder.layer.0.crossattention.output.dense.bias"
         ("eva", without("blocks.1.attn.q_bias"), r"missing: visual_encoder\.blocks\.1\.attn\.q_bias"),
         ("eva", with_one("blocks.0.gamma_1", 8), r"unexpected: visual_encoder\.blocks\.0\.gamma_1"),
         ("eva", with_one("blocks.0.norm1.bias", 5), r"norm1\.bias is \[5\] instead of \[8\]"),
-        ("eva", without("cls_token"), "no EVA ViT: cls_token missing"),
+        ("eva", without("cls_token"), "not an EVA ViT: cls_token missing"),
         ("qformer", without(CROSS), r"missing: qformer\.encoder\.layer\.0\.crossattention\.output\.dense\.bias"),
         ("qformer", with_one("Qformer.bert.surprise", 1), r"unexpected: qformer\.surprise"),
-        ("qformer", without("query_tokens"), "no BLIP-2 Q-Former: query_tokens missing"),
+        ("qformer", without("query_tokens"), "not a BLIP-2 Q-Former: query_tokens missing"),
         ("qformer", without("ln_vision.bias"), r"missing: ln_vision\.bias"),
     ],
 )

@@ -86,7 +86,7 @@ def test_the_step_that_latest_names(tmp_path: Path) -> None:
     assert step_folder(tmp_path) == step_folder(step) == step
     for wrong in ("global_step8", "../elsewhere", "/etc"):
         (tmp_path / "latest").write_text(wrong)
-        with pytest.raises(WeightsError, match=r"names .*, where no"):
+        with pytest.raises(WeightsError, match=r"names .*, where there is no"):
             step_folder(tmp_path)
 
 
@@ -107,7 +107,10 @@ def test_other_objects_are_not_unpickled(tmp_path: Path) -> None:
     [
         (lambda f: (f / "mp_rank_00_model_states.pt").unlink(), "are both needed"),
         (lambda f: torch.save({}, f / "zero_pp_rank_0_mp_rank_00_optim_states.pt"), "holds no ZeRO state"),
-        (lambda f: torch.save({"param_shapes": [{"a": (99,)}]}, f / "mp_rank_00_model_states.pt"), "not laid out"),
+        (
+            lambda f: torch.save({"param_shapes": [{"a": (99,)}]}, f / "mp_rank_00_model_states.pt"),
+            "not in the layout of DeepSpeed",
+        ),
         (lambda f: torch.save({"mp_world_size": 2}, f / "mp_rank_00_model_states.pt"), "tensor parallelism"),
         (lambda f: (f / "mp_rank_00_model_states.pt").write_bytes(b"PK"), "damaged"),
     ],

@@ -269,7 +269,7 @@ def test_a_folder_in_use_is_left_alone(run: Path, tmp_path: Path) -> None:
         (["--to", "phi", "--keep-lora"], "--keep-lora is for --to hf"),
         (["--layout", "fused"], "--layout fused is for --to phi"),
         (["--to", "adapter", "--scores", "x.json"], "--scores is for --to hf"),
-        (["--scores", "nowhere.json"], "nowhere.json not there"),
+        (["--scores", "nowhere.json"], "no such file: nowhere.json"),
     ],
 )
 def test_an_option_without_effect_is_refused(run: Path, tmp_path: Path, options: list[str], message: str) -> None:

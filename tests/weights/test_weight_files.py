@@ -87,7 +87,7 @@ def test_an_index_cannot_lead_outside(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "other.safetensors")
     index = tmp_path / "folder/model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
-    with pytest.raises(WeightsError, match=r"shards must lie next to it, not at \.\./other"):
+    with pytest.raises(WeightsError, match=r"shards must be in the same folder, not at \.\./other"):
         open_weights(tmp_path / "folder")
 
 

@@ -63,7 +63,7 @@ def build_vision(
     replaces that of the base.
     """
     config = model_config(section, text)
-    model = meta_model(config).to(dtype=frozen_dtype)
+    model = meta_model(config).to(frozen_dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     trained = None
     if section.init_from is not None:
         trained = fitting_source(model, Path(section.init_from), section.allow_missing)
@@ -233,7 +233,7 @@ def empty_model(
         trainable: parts that are fp32 nevertheless.
         device: the device of its memory.
     """
-    model = meta_model(config).to(dtype=frozen_dtype)
+    model = meta_model(config).to(frozen_dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     for name, parameter in model.named_parameters():
         if always_fp32(name) or any(part(name) for part in trainable):
             parameter.data = parameter.data.float()

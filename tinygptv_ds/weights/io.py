@@ -1,7 +1,7 @@
-"""Weight files, opened without reading them and read tensor by tensor; no pickle is executed.
+"""Weight files, opened without reading them and then read tensor by tensor; no pickle is executed.
 
-safetensors and PyTorch files, one or in shards. A tensor that is read lies in memory of its own, nothing stays mapped,
-so that converting a model never holds more than the tensors in hand.
+Reads safetensors and PyTorch files, single or in shards. A tensor that is read has memory of its own and no file stays
+mapped, so converting a model never holds more than the tensors in use.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ DTYPES_BY_CODE = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that lies in a file, or is computed from some that do.
+    """A tensor in a file, or one computed from tensors in files.
 
     Attributes:
         shape: its shape, known without reading it.
-        dtype: its dtype, likewise.
+        dtype: its dtype, known without reading it.
         read: reads it; each call reads again.
-        read_flat: reads the values from one flat index up to another, where that can be had for less.
+        read_flat: reads the values from one flat index up to another, if that is cheaper than reading all.
     """
 
     shape: tuple[int, ...]
@@ -57,24 +57,24 @@ class Stored:
 
     @property
     def numel(self) -> int:
-        """How many values it has."""
+        """The number of its values."""
         return torch.Size(self.shape).numel()
 
     def flat(self, begin: int, end: int) -> Tensor:
-        """Its values number `begin` to `end`, row after row, `[end - begin]`."""
+        """Read the values from flat index `begin` up to `end`, `[end - begin]`."""
         return self.read().flatten()[begin:end] if self.read_flat is None else self.read_flat(begin, end)
 
 
 def in_memory(tensor: Tensor) -> Stored:
-    """A `Stored` of a tensor that is there already."""
+    """Wrap a tensor that is already in memory."""
     return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def open_weights(path: Path) -> dict[str, Stored]:
-    """All tensors of a file, or of a folder's file or shards, without reading them.
+    """Open all tensors of a file, or of a folder's file or shards, without reading them.
 
-    A PyTorch file may be a flat state dict or hold one under "model". In a folder safetensors are preferred to .bin,
-    and an index names its shards.
+    A PyTorch file may be a flat state dict or hold one under "model". In a folder, safetensors files are preferred to
+    .bin files, and an index names its shards.
 
     Raises:
         WeightsError: nothing is there, a shard is missing, or a file is damaged or holds more than tensors.
@@ -90,10 +90,10 @@ def open_weights(path: Path) -> dict[str, Stored]:
 
 
 def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """The tensors of one file as in `open_weights`, and what a PyTorch file holds next to "model"."""
+    """Open one file as `open_weights` does; return its tensors, and what a PyTorch file holds next to "model"."""
     if is_safetensors(path):
         return _open_safetensors(path), {}
-    content = open_torch(path)
+    content: Any = open_torch(path)
     nested = isinstance(content, dict) and "model" in content
     state = content["model"] if nested else content
     found = {name: value for name, value in state.items() if isinstance(value, Stored)} if type(state) is dict else {}
@@ -103,10 +103,10 @@ def open_file(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that `open_weights` opens, in the order of their names.
+    """Return the files that `open_weights` opens, in the order of their names.
 
     Raises:
-        WeightsError: there are none, or an index names one that is missing or lies elsewhere.
+        WeightsError: there are none, or an index names one that is missing or in another folder.
     """
     if path.is_file():
         return [path]
@@ -125,18 +125,18 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """By its first bytes, eight of header length and then JSON; the name's ending is not to be relied upon."""
+    """Whether a file begins like safetensors, with eight bytes of length and then JSON; its suffix may be wrong."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
-def open_torch(path: Path, known: Sequence[tuple[Any, str]] = ()) -> object:
-    """What a PyTorch file holds, with a `Stored` for every tensor.
+def open_torch(path: Path, known: Sequence[tuple[Any, str]] = ()) -> Any:
+    """Return what a PyTorch file holds, with a `Stored` for every tensor.
 
     Args:
         path: the file.
         known: (stand-in, "module.name") of harmless classes that may occur next to tensors and plain containers; the
-            stand-in is put in their place, so that no foreign code is imported.
+            stand-in replaces them, so that no foreign code is imported.
 
     Raises:
         WeightsError: the file is damaged, or holds other Python objects.
@@ -145,15 +145,15 @@ def open_torch(path: Path, known: Sequence[tuple[Any, str]] = ()) -> object:
         head = file.read(2)
     if head != b"PK" and not head.startswith(b"\x80"):  # an archive, or a pickle
         raise WeightsError(f"{path}: neither a safetensors nor a PyTorch file, or damaged; fetch or copy it again")
-    if head != b"PK":  # before torch 1.6: nothing to be seen without reading all
+    if head != b"PK":  # before torch 1.6: nothing is known without reading all
         return _map_tensors(load_torch(path, known), in_memory)
     with FakeTensorMode():
         content = load_torch(path, known)
     return _map_tensors(content, partial(_in_file, path))
 
 
-def load_torch(path: Path, known: Sequence[tuple[Any, str]] = ()) -> object:
-    """A PyTorch file through the restricted unpickler, read whole; `known` as in `open_torch`.
+def load_torch(path: Path, known: Sequence[tuple[Any, str]] = ()) -> Any:
+    """Read a whole PyTorch file with the restricted unpickler; `known` as in `open_torch`.
 
     Raises:
         WeightsError: the file is damaged, or holds Python objects other than tensors and plain containers.
@@ -171,29 +171,29 @@ def load_torch(path: Path, known: Sequence[tuple[Any, str]] = ()) -> object:
     except (RuntimeError, OSError, EOFError, ValueError, LookupError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise WeightsError(
-            f"{path}: damaged, cut short or no PyTorch file ({reason}); fetch or copy it again"
+            f"{path}: damaged, cut short or not a PyTorch file ({reason}); fetch or copy it again"
         ) from None
 
 
 def listing(names: Iterable[str]) -> str:
-    """The first few names and how many more there are."""
+    """Return the first few names and the number of further ones."""
     names = sorted(names)
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        WeightsError: there is no such file, or it is no JSON object.
+        WeightsError: there is no such file, or it is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WeightsError(f"{path}: {error.strerror or error}; it belongs to the weights next to it") from None
     except ValueError as error:
-        raise WeightsError(f"{path}: no JSON ({error}); fetch the file again") from None
+        raise WeightsError(f"{path}: not JSON ({error}); fetch the file again") from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: a JSON object is expected; fetch the file again")
     return content
@@ -206,7 +206,7 @@ def _shards(index: Path) -> list[Path]:
     names = sorted({str(name) for name in weight_map.values()})
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise WeightsError(f"{index}: shards must lie next to it, not at {listing(outside)}")
+        raise WeightsError(f"{index}: shards must be in the same folder, not at {listing(outside)}")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise WeightsError(f"{index.parent}: {listing(missing)} missing; fetch all the shards that {index.name} names")
@@ -233,8 +233,8 @@ def _read_safetensors(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-def _map_tensors(content: object, stored: Callable[[Tensor], Stored]) -> object:
-    """The same content with every tensor replaced."""
+def _map_tensors(content: Any, stored: Callable[[Tensor], Stored]) -> Any:
+    """Return the same content with every tensor replaced."""
     if isinstance(content, Tensor):
         return stored(content)
     if isinstance(content, dict):
@@ -245,9 +245,11 @@ def _map_tensors(content: object, stored: Callable[[Tensor], Stored]) -> object:
 
 
 def _in_file(path: Path, fake: Tensor) -> Stored:
-    """Where a tensor lies in a PyTorch file, as `torch.load` notes it under `FakeTensorMode`."""
+    """Find the place of a tensor in a PyTorch file, which `torch.load` notes under `FakeTensorMode`."""
     item = fake.element_size()
-    offset = fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * item
+    # A private attribute. Remove when torch.load has a public way to read single tensors of a file.
+    storage_begin: Any = fake.untyped_storage()._checkpoint_offset
+    offset = storage_begin + int(fake.storage_offset()) * item
     shape, stride = tuple(fake.shape), fake.stride()
     count = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if fake.numel() else 0
     values = partial(_read_values, path, offset, fake.dtype)
@@ -260,6 +262,6 @@ def _read_values(path: Path, offset: int, dtype: torch.dtype, begin: int, end: i
     buffer = torch.empty(size, dtype=torch.uint8)
     with path.open("rb") as file:
         file.seek(offset + begin * dtype.itemsize)
-        if file.readinto(buffer.numpy()) != size:
+        if file.readinto(buffer.numpy().data) != size:
             raise WeightsError(f"{path}: cut short; fetch or copy it again")
     return buffer.view(dtype)

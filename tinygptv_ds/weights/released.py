@@ -1,4 +1,4 @@
-"""The TinyGPT-V files that its authors released (Hugging Face, `Tyrannosaurus/TinyGPT-V`), known by size and hash."""
+"""The files of TinyGPT-V that its authors released (Hugging Face, `Tyrannosaurus/TinyGPT-V`), with size and hash."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class Released:
     """One released file.
 
     Attributes:
-        name: as it is called there.
-        stage: that trained it.
+        name: its file name there.
+        stage: the stage that trained it.
         size: in bytes.
         sha256: its hash.
-        note: what is special about it.
+        note: its content in a few words.
         usable: whether it is complete.
     """
 
@@ -74,10 +74,10 @@ RELEASED = (
 
 
 def released_by_size(size: int) -> Released | None:
-    """The released file of this size; no other file of some hundred megabytes has it to the byte by accident."""
+    """Return the released file of this size; another file hardly has it to the byte."""
     return next((file for file in RELEASED if file.size == size), None)
 
 
 def released_by_hash(sha256: str) -> Released | None:
-    """The released file of this hash."""
+    """Return the released file of this hash."""
     return next((file for file in RELEASED if file.sha256 == sha256), None)

@@ -62,7 +62,8 @@ class Resolved:
 
     def model(self, dtype: torch.dtype) -> TinyGPTVForConditionalGeneration:
         """Return the model in memory on the CPU, with LoRA kept apart, all of it in `dtype`."""
-        return assemble(self.config, self.base, self.trained, frozen_dtype=dtype).to(dtype=dtype)
+        model = assemble(self.config, self.base, self.trained, frozen_dtype=dtype)
+        return model.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
 
     def provenance(self) -> dict[str, Any]:
         """Return `provenance_of` the recipe and the SHA-256 of every file of base and trained weights."""

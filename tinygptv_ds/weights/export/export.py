@@ -1,9 +1,10 @@
-"""`python -m tinygptv_ds export`: a run's trained weights in the form that is wanted.
+"""The verb `export`: a run's trained weights in the form that is wanted.
 
-| form | what it is |
+| form | content |
 |---|---|
 | hf | the whole model as a folder that transformers loads |
-| adapter | what was trained alone, to be put on the same base again |
+| adapter | the trained weights alone, to go on the same base weights again |
+| peft | LoRA, projections and norms as an adapter of peft |
 | original | a `.pth` that the original's code loads |
 | phi | the language model alone, with LoRA merged |
 """
@@ -12,43 +13,51 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.weights.paths import refuse_existing, require_path
 
-FORMS = ("hf", "adapter", "original", "phi")
-_WHOLE = ("hf", "phi")  # written in bf16 unless told otherwise; what is small stays as it is
+if TYPE_CHECKING:
+    import torch
+
+FORMS = ("hf", "adapter", "peft", "original", "phi")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the verb."""
+    """Add the options of the verb."""
     parser.add_argument(
         "trained",
         type=Path,
         metavar="RUN_OR_CHECKPOINT",
-        help="a finished run directory or its model/, a checkpoint of a run or of DeepSpeed's, an adapter, or a .pth "
-        "of the original's",
+        help="a finished run directory or its model/, a checkpoint of a run or of DeepSpeed, an adapter (also one of "
+        "peft), or a .pth of the original's",
     )
     parser.add_argument(
         "--to",
         choices=FORMS,
         default="hf",
-        help="hf: a folder for transformers' from_pretrained; adapter: what was trained alone; original: a .pth for "
-        "the original's code; phi: the language model alone, LoRA merged (default: %(default)s)",
+        help="hf: a folder for transformers' from_pretrained; adapter: the trained weights alone; peft: an adapter of "
+        "peft; original: a .pth for the original's code; phi: the language model alone, LoRA merged (default: "
+        "%(default)s)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the folder (original: file) to write")
     parser.add_argument(
         "--dtype",
         choices=["bf16", "fp16", "fp32"],
-        help="of all weights (default: bf16; adapter and original: as they are)",
+        help="of all weights (default: bf16; adapter, peft and original: unchanged)",
     )
-    parser.add_argument("--keep-lora", action="store_true", help="hf: keep LoRA apart instead of merging it")
+    lora = parser.add_mutually_exclusive_group()
+    lora.add_argument("--keep-lora", action="store_true", help="hf: keep LoRA apart instead of merging it")
+    lora.add_argument(
+        "--drop-lora", action="store_true", help="hf: leave LoRA out: the base model that an adapter of peft goes on"
+    )
     parser.add_argument(
         "--layout",
         choices=["fused", "split"],
         default="split",
-        help="phi: query_key_value in one, as the original's code wants it, or q, k and v apart, as transformers has "
+        help="phi: one query_key_value, as the original's code has it, or separate q, k and v, as transformers has "
         "them (default: %(default)s)",
     )
     parser.add_argument(
@@ -57,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="hf: results that eval/ has written with --json, for the model card",
+        help="hf: results that evaluation has written with --json, for the model card",
     )
     parser.add_argument(
         "--recipe",
@@ -76,45 +85,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Carry out the verb."""
+    """Export the weights."""
     require_path(args.trained)
     refuse_existing(args.out)
     _check_options(args)
     if args.recipe is not None:
-        load_recipe(args.recipe, args.set)  # mistakes in it show before torch is loaded
+        load_recipe(args.recipe, args.set)  # reports mistakes in it before torch is loaded
 
     from tinygptv_ds.dtypes import DTYPES
-    from tinygptv_ds.weights.export.adapter import export_adapter
-    from tinygptv_ds.weights.export.hf import export_hf
-    from tinygptv_ds.weights.export.original import export_original
-    from tinygptv_ds.weights.export.phi import export_phi
-    from tinygptv_ds.weights.resolve import resolve, resolve_trained
 
-    dtype = DTYPES["bf16"] if args.dtype is None and args.to in _WHOLE else DTYPES.get(args.dtype)
+    dtype = None if args.dtype is None else DTYPES[args.dtype]
     if args.to == "original":
-        opened, trained = resolve_trained(args.trained, args.recipe, args.set)
-        export_original(opened, trained, args.out, dtype=dtype)
-        print(f"{args.out}: name it as `ckpt` in a configuration of the original's")
+        _export_original(args, dtype)
+    elif args.to in ("adapter", "peft"):
+        _export_trained(args, dtype)
+    else:
+        _export_whole(args, DTYPES["bf16"] if dtype is None else dtype)
+
+
+def _export_original(args: argparse.Namespace, dtype: torch.dtype | None) -> None:
+    from tinygptv_ds.weights.export.original import export_original
+    from tinygptv_ds.weights.resolve import resolve_trained
+
+    opened, trained = resolve_trained(args.trained, args.recipe, args.set)
+    export_original(opened, trained, args.out, dtype=dtype)
+    print(f"{args.out}: name it as `ckpt` in a configuration of the original's code")
+
+
+def _export_trained(args: argparse.Namespace, dtype: torch.dtype | None) -> None:
+    """Export to "adapter" or "peft"."""
+    from tinygptv_ds.weights.export.adapter import export_adapter
+    from tinygptv_ds.weights.resolve import resolve
+
+    resolved = resolve(args.trained, args.recipe, args.set)
+    if args.to == "adapter":
+        export_adapter(resolved, args.out, dtype=dtype)
+        print(f"{args.out}: name it as model.init_from of a recipe, or as the model to evaluate or chat with")
         return
+    from tinygptv_ds.weights.export.peft import export_peft  # peft takes a second to import
+
+    export_peft(resolved, args.out, dtype=dtype)
+    print(f"{args.out}: load it with PeftModel.from_pretrained on the model exported with --drop-lora")
+
+
+def _export_whole(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Export to "hf" or "phi"."""
+    from tinygptv_ds.weights.export.hf import export_hf
+    from tinygptv_ds.weights.export.phi import export_phi
+    from tinygptv_ds.weights.resolve import resolve
+
     resolved = resolve(args.trained, args.recipe, args.set)
     if args.to == "hf":
-        export_hf(resolved, args.out, dtype=dtype, merge=not args.keep_lora, scores=args.scores)
+        lora = "kept" if args.keep_lora else "dropped" if args.drop_lora else "merged"
+        export_hf(resolved, args.out, dtype=dtype, lora=lora, scores=args.scores)
         print(f"{args.out}: load it with TinyGPTVForConditionalGeneration.from_pretrained")
-    elif args.to == "adapter":
-        export_adapter(resolved, args.out, dtype=dtype)
-        print(f"{args.out}: name it as model.init_from of a recipe, or as the model of eval/, on the same base weights")
     else:
         export_phi(resolved, args.out, layout=args.layout, dtype=dtype)
-        print(f"{args.out}: name it as model.phi of a recipe; its README.md says what else can load it")
+        print(f"{args.out}: name it as model.phi of a recipe; its README.md lists what else can load it")
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    """An option of another form would be without effect."""
-    only = {"--keep-lora": (args.keep_lora, "hf"), "--scores": (args.scores, "hf")}
+    """Refuse an option of another form, which would have no effect."""
+    only = {
+        "--keep-lora": (args.keep_lora, "hf"),
+        "--drop-lora": (args.drop_lora, "hf"),
+        "--scores": (args.scores, "hf"),
+    }
     only["--layout fused"] = (args.layout == "fused", "phi")
     for option, (given, form) in only.items():
         if given and args.to != form:
             raise ConfigError(f"{option} is for --to {form}; leave it out with --to {args.to}")
     missing = [str(path) for path in args.scores if not path.is_file()]
     if missing:
-        raise ConfigError(f"--scores: {', '.join(missing)} not there; eval/ writes such a file with --json FILE")
+        raise ConfigError(f"--scores: no such file: {', '.join(missing)}; evaluation writes one with --json FILE")

@@ -1,4 +1,4 @@
-"""The whole model as a folder that stands on its own and that transformers loads."""
+"""The export of the whole model as a self-contained folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -16,10 +17,12 @@ from tinygptv_ds.files import whole_folder
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.weights.export.model_card import model_card
-from tinygptv_ds.weights.merge_lora import merge_lora
+from tinygptv_ds.weights.merge_lora import merge_lora, without_lora
 from tinygptv_ds.weights.provenance import write_provenance
 from tinygptv_ds.weights.resolve import Resolved
 from tinygptv_ds.weights.safetensors_writer import write_weights
+
+LoRAForm = Literal["merged", "kept", "dropped"]
 
 _MODULE = "modeling_tinygptv"
 # For processes that have not imported this package: with trust_remote_code, transformers takes the classes from here.
@@ -34,25 +37,25 @@ __all__ = ["TinyGPTVConfig", "TinyGPTVForConditionalGeneration", "TinyGPTVProces
 
 
 def export_hf(
-    resolved: Resolved, out: Path, *, dtype: torch.dtype, merge: bool = True, scores: Sequence[Path] = ()
+    resolved: Resolved, out: Path, *, dtype: torch.dtype, lora: LoRAForm = "merged", scores: Sequence[Path] = ()
 ) -> None:
-    """Write weights, configuration, processor, generation settings and model card; complete or not at all.
+    """Write weights, configuration, processor, generation settings and model card, completely or not at all.
 
     Args:
         resolved: the model.
         out: the folder.
         dtype: of all weights.
-        merge: merge LoRA into the weights that it adapts.
-        scores: results of eval/ for the card.
+        lora: "merged" into the weights that it adapts, "kept" apart, or "dropped": the base of `export_peft`.
+        scores: files of evaluation results for the model card.
 
     Raises:
         WeightsError: weights are missing or do not fit, or a value does not fit into `dtype`.
     """
     results = {path.stem: _read_scores(path) for path in scores}
     weights, config = resolved.weights(), copy.deepcopy(resolved.config)
-    merged = merge and config.lora_r > 0
-    if merged:
-        weights, config.lora_r = merge_lora(weights, config), 0
+    if config.lora_r and lora != "kept":
+        weights = merge_lora(weights, config) if lora == "merged" else without_lora(weights)
+        config.lora_r = 0
     config.dtype = dtype
     config.architectures = ["TinyGPTVForConditionalGeneration"]
     config.auto_map = {
@@ -60,14 +63,15 @@ def export_hf(
         "AutoModelForImageTextToText": f"{_MODULE}.TinyGPTVForConditionalGeneration",
     }
     processor = TinyGPTVProcessor.for_model(config, resolved.tokenizer())
-    processor.auto_map = {"AutoProcessor": f"{_MODULE}.TinyGPTVProcessor"}
+    auto_map = {"AutoProcessor": f"{_MODULE}.TinyGPTVProcessor"}
+    processor.auto_map = auto_map  # type: ignore[attr-defined]  # transformers reads it when it saves
     with whole_folder(out) as partial:
         write_weights(partial, weights, dtype=dtype)
         config.save_pretrained(partial)
         generation_config(config, processor).save_pretrained(partial)
         processor.save_pretrained(partial)
         (partial / f"{_MODULE}.py").write_text(_CODE, encoding="utf-8")
-        notes = {**resolved.shareable_provenance(), "lora": "merged" if merged else "kept" if config.lora_r else "none"}
+        notes = {**resolved.shareable_provenance(), "lora": lora if resolved.config.lora_r else "none"}
         write_provenance(partial, notes)
         recipe = yaml.safe_dump(notes["recipe"], sort_keys=False, allow_unicode=True)
         (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
@@ -76,7 +80,7 @@ def export_hf(
 
 
 def generation_config(config: TinyGPTVConfig, processor: TinyGPTVProcessor) -> GenerationConfig:
-    """Greedy, stopping where the training's answers ended, not at the ids left over from LLaMA as the original."""
+    """Return greedy settings that stop where answers end in training; the original stops at leftover ids of LLaMA."""
     return GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=processor.stop_ids(),
@@ -86,11 +90,11 @@ def generation_config(config: TinyGPTVConfig, processor: TinyGPTVProcessor) -> G
     )
 
 
-def _read_scores(path: Path) -> dict:
+def _read_scores(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"--scores {path}: {error}; eval/ writes such a file with --json FILE") from None
+        raise WeightsError(f"--scores {path}: {error}; evaluation writes such a file with --json FILE") from None
     if not isinstance(result, dict):
-        raise WeightsError(f"--scores {path}: not a result of eval/, which writes a JSON object")
+        raise WeightsError(f"--scores {path}: not an evaluation result, which is a JSON object")
     return result

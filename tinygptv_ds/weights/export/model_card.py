@@ -1,8 +1,8 @@
-"""The README.md of an exported model: what it is, how to use it, what made it, how it scores."""
+"""The README.md of an exported model: what it is, its use, its training and its scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tinygptv_ds import __version__
@@ -30,14 +30,14 @@ print(processor.answers(new_tokens)[0])
 def model_card(
     folder: str, recipe: Recipe, config: TinyGPTVConfig, notes: Mapping[str, Any], scores: Mapping[str, dict]
 ) -> str:
-    """Markdown with the header that model hubs read.
+    """Return the Markdown text with the header that model hubs read.
 
     Args:
         folder: the model's name.
         recipe: of the stage that trained it.
         config: the model's.
         notes: its provenance, with the hashes.
-        scores: results of eval/ by name.
+        scores: evaluation results by name.
     """
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [tinygptv]\n---",
@@ -61,6 +61,7 @@ def _build(config: TinyGPTVConfig, notes: Mapping[str, Any]) -> str:
     adapted = {
         "merged": "LoRA is merged into it",
         "kept": f"LoRA of rank {config.lora_r} lies next to it",
+        "dropped": "its LoRA is left out: it is the base for the adapter of peft from the same weights",
         "none": "it has no LoRA",
     }[notes["lora"]]
     return (
@@ -103,8 +104,8 @@ def _scores(scores: Mapping[str, dict]) -> str:
     return _table(("result", "measure", "value"), rows) if rows else "None were given."
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines: list[tuple[str, ...]] = [header, ("---",) * len(header), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 

@@ -37,7 +37,7 @@ _LAYER = r"qformer\.encoder\.layer\.(\d+)\."
 
 
 def canonical_name(name: str) -> str | None:
-    """The canonical name of a tensor of BLIP-2's file, or None for one that is known and not used."""
+    """Return the canonical name of a tensor of BLIP-2's file, or None for one that is known and not used."""
     renamed = name
     for pattern, replacement in _RENAMES:
         renamed = re.sub(pattern, replacement, renamed)
@@ -46,14 +46,14 @@ def canonical_name(name: str) -> str | None:
 
 
 def original_name(name: str) -> str:
-    """The LAVIS name of a canonical one; the inverse of `canonical_name` for what is used."""
+    """Return the LAVIS name of a canonical one; inverts `canonical_name` for what is used."""
     name = re.sub(r"^qformer\.layernorm\.", "Qformer.bert.embeddings.LayerNorm.", name)
     name = re.sub(_LAYER + r"(attention|crossattention)\.attention\.", r"qformer.encoder.layer.\1.\2.self.", name)
     return re.sub(r"^qformer\.", "Qformer.bert.", name)
 
 
 def blip2_source(path: Path) -> Source:
-    """The file's weights under canonical names.
+    """Return the file's weights under canonical names.
 
     Raises:
         WeightsError: the file is missing, damaged, or mixes two layouts.
@@ -62,14 +62,14 @@ def blip2_source(path: Path) -> Source:
 
 
 def qformer_config(source: Source, heads: int) -> Blip2QFormerConfig:
-    """The Q-Former's sizes from the shapes of its weights.
+    """Return the Q-Former's sizes from the shapes of its weights.
 
     Args:
         source: from `blip2_source`.
-        heads: attention heads, which the shapes do not tell.
+        heads: attention heads, which do not follow from the shapes.
 
     Raises:
-        WeightsError: no Q-Former there, or sizes that do not fit.
+        WeightsError: there is no Q-Former, or its sizes do not fit.
     """
     first = "qformer.encoder.layer.0."
     names = ("query_tokens", first + "crossattention.attention.key.weight", first + "intermediate_query.dense.weight")
@@ -87,7 +87,9 @@ def qformer_config(source: Source, heads: int) -> Blip2QFormerConfig:
     layers, cross = _layers(source.weights, ""), _layers(source.weights, "crossattention")
     frequency = sorted(cross)[1] if len(cross) > 1 else max(layers) + 1
     if cross != {layer for layer in layers if layer % frequency == 0}:
-        raise WeightsError(f"{source.path}: cross-attention in layers {sorted(cross)}, not in every {frequency}th")
+        raise WeightsError(
+            f"{source.path}: cross-attention in layers {sorted(cross)}, not in every {frequency}th; name a file of BLIP-2"
+        )
     return Blip2QFormerConfig(
         hidden_size=width,
         num_hidden_layers=1 + max(layers),

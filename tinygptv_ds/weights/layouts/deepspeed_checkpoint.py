@@ -1,8 +1,8 @@
-"""Checkpoints as DeepSpeed writes them (ZeRO-1 to 3, any number of ranks): what was trained, and AdamW's moments.
+"""Checkpoints as DeepSpeed writes them (ZeRO-1 to 3, any world size): trained weights, and AdamW's moments.
 
-Each rank's `*_optim_states.pt` holds its slices of the fp32 copies and of the moments, laid end to end; a
-`*_model_states.pt` tells names and shapes. ZeRO-1 and 2 cut the whole row of a parameter group into one slice a rank;
-ZeRO-3 cuts every parameter. Only the bytes of a wanted parameter are read, and DeepSpeed itself is not needed.
+Each rank's `*_optim_states.pt` holds its slices of the fp32 copies and of the moments, end to end; a
+`*_model_states.pt` has names and shapes. ZeRO-1 and 2 cut the whole row of a parameter group into one slice per rank;
+ZeRO-3 cuts every parameter. Only the bytes of the requested parameter are read, and DeepSpeed itself is not needed.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.weights.io import Stored, open_torch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_CLIENT = "tinygptv_ds"  # under which our own runs put their state
+_CLIENT = "tinygptv_ds"  # the key of the state that runs of this program add
 
 
 @dataclass(frozen=True)
 class DeepSpeedCheckpoint:
-    """A checkpoint of DeepSpeed's.
+    """A checkpoint of DeepSpeed, opened.
 
     Attributes:
-        folder: the one of the step, with the ranks' files.
-        weights: what was trained, fp32, by name.
-        frozen: names of what is in it and was not trained.
+        folder: the folder of the step, with the ranks' files.
+        weights: trained weights by name, fp32.
+        frozen: names of frozen weights in it.
         zero_stage: 1, 2 or 3.
-        ranks: how many wrote it.
+        ranks: the world size that wrote it.
         step: optimizer steps.
-        optimizers: what each rank's `*_optim_states.pt` holds.
+        optimizers: the content of each rank's `*_optim_states.pt`.
         param_shapes: shapes by name, for each parameter group.
-        client: plain values that whoever wrote it has put next to.
+        client: the state that the program which wrote it has added.
     """
 
     folder: Path
@@ -53,18 +53,18 @@ class DeepSpeedCheckpoint:
 
     @property
     def moments(self) -> dict[str, dict[str, Stored]]:
-        """AdamW's, fp32, by `exp_avg` or `exp_avg_sq` and name."""
+        """AdamW's moments, fp32, by `exp_avg` or `exp_avg_sq` and then by name."""
         return {kind: _joined(self.folder, self.optimizers, self.param_shapes, kind) for kind in MOMENTS}
 
     @property
     def optimizer_steps(self) -> int:
-        """What AdamW has counted."""
+        """The number of steps that AdamW has counted."""
         step = _adam_state(self.optimizers[0])[0]["step"]
         return int(step.read() if isinstance(step, Stored) else step)
 
 
 class _Inert:
-    """Stands in for DeepSpeed's own small objects in a checkpoint, of which only an Enum's number is of use."""
+    """A stand-in for DeepSpeed's own small objects in a checkpoint, of which only an Enum's number is used."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
@@ -75,7 +75,7 @@ _ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights":
 
 
 def _member(_: type[_Inert], name: str) -> _Inert:
-    """In place of that getattr, which looks nothing up."""
+    """Replace that getattr without looking anything up."""
     return _Inert(_ZERO_STAGES[name])
 
 
@@ -89,7 +89,7 @@ _KNOWN = [
 
 
 def step_folder(path: Path) -> Path | None:
-    """Where the ranks' files lie for a checkpoint folder (by its `latest`) or a step's own; None: not DeepSpeed's."""
+    """Return the folder of the ranks' files: a step's own, or the one that `latest` names; None without them."""
     if any(path.glob("*_optim_states.pt")):
         return path
     latest = path / "latest"
@@ -97,7 +97,9 @@ def step_folder(path: Path) -> Path | None:
         return None
     name = latest.read_text(encoding="utf-8", errors="replace").strip()
     if Path(name).name != name or not any((path / name).glob("*_optim_states.pt")):
-        raise WeightsError(f"{latest} names {name!r}, where no *_optim_states.pt is; name the folder of a step instead")
+        raise WeightsError(
+            f"{latest} names {name!r}, where there is no *_optim_states.pt; name the folder of a step instead"
+        )
     return path / name
 
 
@@ -105,7 +107,7 @@ def open_deepspeed(folder: Path) -> DeepSpeedCheckpoint:
     """Open the folder of a step.
 
     Raises:
-        WeightsError: a rank's file is missing or damaged, or the checkpoint is not of ZeRO's.
+        WeightsError: a rank's file is missing or damaged, or the checkpoint is not one of ZeRO.
     """
     optimizers = [_optimizer_state(file) for file in _by_rank(folder, "optim")]
     model_files = _by_rank(folder, "model")
@@ -113,7 +115,7 @@ def open_deepspeed(folder: Path) -> DeepSpeedCheckpoint:
         raise WeightsError(f"{folder}: *_optim_states.pt and *_model_states.pt are both needed; copy the whole folder")
     model = _content(model_files[0])
     if model.get("mp_world_size", 1) != 1:
-        raise WeightsError(f"{folder} was written under tensor parallelism, which is not read here")
+        raise WeightsError(f"{folder} was written with tensor parallelism, which is not supported; save it without")
     stage = _number(optimizers[0]["zero_stage"])
     ranks = optimizers[0]["partition_count"]
     ranks = max(ranks) if isinstance(ranks, list) else ranks
@@ -137,7 +139,7 @@ def open_deepspeed(folder: Path) -> DeepSpeedCheckpoint:
 
 
 def _by_rank(folder: Path, kind: str) -> list[Path]:
-    """The ranks' files of one kind in the order of the ranks, of which rank 10 is not the second."""
+    """Return the ranks' files of one kind in the order of the ranks, which is not that of the names."""
     found = {}
     for path in folder.glob(f"*_{kind}_states.pt"):
         match = re.search(r"zero_pp_rank_(\d+)_", path.name)
@@ -148,7 +150,7 @@ def _by_rank(folder: Path, kind: str) -> list[Path]:
 def _content(file: Path) -> dict:
     content = open_torch(file, _KNOWN)
     if not isinstance(content, dict):
-        raise WeightsError(f"{file}: no file of a DeepSpeed checkpoint")
+        raise WeightsError(f"{file}: not a file of a DeepSpeed checkpoint; name the folder of a step")
     return content
 
 
@@ -166,16 +168,16 @@ def _number(stage: Any) -> int:
 def _joined(
     folder: Path, optimizers: Sequence[dict], param_shapes: Sequence[dict], kind: str | None
 ) -> dict[str, Stored]:
-    """The fp32 copies (None), or one of the moments, whole and by name."""
+    """Return whole tensors by name: the fp32 copies (`kind` None) or one of the moments."""
     join = _join_zero3 if _number(optimizers[0]["zero_stage"]) == 3 else _join_zero2
     try:
         return dict(join(optimizers, param_shapes, kind))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise WeightsError(f"{folder}: {kind or 'fp32 copies'} not laid out as DeepSpeed does ({error!r})") from None
+        raise WeightsError(f"{folder}: {kind or 'fp32 copies'} not in the layout of DeepSpeed ({error!r})") from None
 
 
 def _rows(optimizer: dict, kind: str | None) -> list[Stored]:
-    """What one rank holds of every row: the fp32 copies under ZeRO's own keys, the moments in torch's state dict."""
+    """Return one rank's slice of every row: fp32 copies are under ZeRO's keys, moments in torch's state dict."""
     if kind is not None:
         return [state[kind] for state in _adam_state(optimizer)]
     zero3 = _number(optimizer["zero_stage"]) == 3
@@ -191,7 +193,7 @@ def _adam_state(optimizer: dict) -> list[dict]:
 def _join_zero2(
     optimizers: Sequence[dict], param_shapes: Sequence[dict], kind: str | None
 ) -> Iterator[tuple[str, Stored]]:
-    """Per group, the ranks' slices one after the other are the whole row."""
+    """Join the ranks' slices: in each group, one after the other, they are the whole row."""
     paddings = optimizers[0].get("param_alignment_paddings") or [[0] * len(group) for group in param_shapes]
     rows = [_rows(state, kind) for state in optimizers]
     for number, (group, padding) in enumerate(zip(param_shapes, paddings, strict=True)):
@@ -207,7 +209,7 @@ def _join_zero2(
 def _join_zero3(
     optimizers: Sequence[dict], param_shapes: Sequence[dict], kind: str | None
 ) -> Iterator[tuple[str, Stored]]:
-    """Every rank holds the same stretch of its own row for a parameter: an equal share, the last one filled up."""
+    """Join the ranks' shares: a parameter has the same place in every rank's row; the last share is padded."""
     rows = [_rows(state, kind) for state in optimizers]
     begin = 0
     for name, shape in ((name, shape) for group in param_shapes for name, shape in group.items()):
@@ -223,7 +225,7 @@ def _check_end(name: str, end: int, available: int) -> None:
 
 
 def _read_row(slices: Sequence[Stored], begin: int, end: int, shape: tuple[int, ...]) -> Tensor:
-    """Values `begin` to `end` of tensors that follow each other."""
+    """Read values `begin` to `end` of tensors that follow each other."""
     bounds = torch.tensor([0, *(part.numel for part in slices)]).cumsum(0).tolist()
     pieces = []
     for part, (first, last) in zip(slices, pairwise(bounds), strict=True):

@@ -1,4 +1,4 @@
-"""`eva_vit_g.pth` and files of its names: the vision tower's weights. timm's names equal the file's."""
+"""The vision tower's weights: `eva_vit_g.pth` and files with its names, which are also those of timm."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _POSITIONS = PREFIX + "pos_embed"
 
 
 def eva_config(path: Path, *, image_size: int, depth: int, heads: int) -> EvaViTConfig:
-    """Width, MLP and patch size from the file's shapes; the rest it does not tell.
+    """Return the ViT's sizes: width, MLP and patch from the file's shapes, the rest as given.
 
     Args:
         path: the weights.
-        image_size: side of the image that the model shall take.
+        image_size: side of the model's input images in pixels.
         depth: blocks to use; the published file has one more than BLIP-2 uses.
         heads: attention heads.
 
     Raises:
-        WeightsError: no EVA ViT, too few blocks, or sizes that do not fit.
+        WeightsError: the file is not an EVA ViT, has too few blocks, or its sizes do not fit.
     """
     stored = open_weights(path)
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     missing = [name for name in needed if name not in stored]
     if missing:
         raise WeightsError(
-            f"{path}: no EVA ViT: {listing(missing)} missing among {listing(stored)}; name eva_vit_g.pth, or a file of "
-            "its names"
+            f"{path}: not an EVA ViT: {listing(missing)} missing among {listing(stored)}; name eva_vit_g.pth, or a "
+            "file with its names"
         )
     width, patch = stored["cls_token"].shape[-1], stored["patch_embed.proj.weight"].shape[-1]
     blocks = 1 + max(int(match[1]) for name in stored if (match := re.match(r"blocks\.(\d+)\.", name)))
@@ -58,12 +58,12 @@ def eva_config(path: Path, *, image_size: int, depth: int, heads: int) -> EvaViT
 
 
 def canonical_name(name: str) -> str | None:
-    """The canonical name of a tensor of the file, or None for the final norm and the head, which BLIP-2 leaves out."""
+    """Return the canonical name of a tensor; None for the final norm and the head, which BLIP-2 leaves out."""
     return None if name.startswith(("norm.", "fc_norm.", "head.")) else PREFIX + name
 
 
 def eva_source(path: Path, config: EvaViTConfig) -> Source:
-    """The file's weights under canonical names, position embeddings resized to `config.image_size`.
+    """Return the file's weights under canonical names, with position embeddings for `config.image_size`.
 
     Blocks beyond those used, the final norm and the head are ignored by name.
     """
@@ -78,7 +78,7 @@ def eva_source(path: Path, config: EvaViTConfig) -> Source:
 
 
 def resized(weights: Mapping[str, Stored], image_size: int, path: Path) -> dict[str, Stored]:
-    """The same weights, position embeddings interpolated to another image size when they are read.
+    """Return the same weights, with position embeddings interpolated to an image size when they are read.
 
     Args:
         weights: by canonical name.

@@ -1,4 +1,4 @@
-"""Phi folders in any of the three layouts that Phi-2 was published in, to canonical names and back.
+"""Phi folders: weights in the three layouts that Phi-2 was published in, and config.json in its three spellings.
 
 | layout | attention | seen in |
 |---|---|---|
@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ ADDED_NORMS = re.compile(
     r"language_model\.model\.layers\.\d+\.(self_attn\.[qk]_layernorm\.(weight|bias)|post_layernorm\.weight)"
 )
 _SPLIT = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.(weight|bias)")
-# The first remote code's names and today's, the layers' apart; in this order both ways.
+# Pairs of the first remote code's name and today's; those inside a layer are separate.
 _REMOTE_NAMES = (
     ("transformer.embd.wte.", "model.embed_tokens."),
     ("lm_head.ln.", "model.final_layernorm."),
@@ -53,36 +54,36 @@ _OLD_FIELDS = {
 
 
 def fuse_split(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """`[heads * head_dim, ...]` each to fused rows `[heads * 3 * head_dim, ...]`."""
+    """Join q, k and v, `[heads * head_dim, ...]` each, to fused rows `[heads * 3 * head_dim, ...]`."""
     return torch.stack([part.unflatten(0, (heads, -1)) for part in (q, k, v)], dim=1).flatten(0, 2)
 
 
 def split_fused(fused: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of `fuse_split`; also splits the rows of LoRA's B on a fused layer."""
+    """Invert `fuse_split`; also splits the rows of LoRA's B on a fused layer."""
     q, k, v = (part.flatten(0, 1).contiguous() for part in fused.unflatten(0, (heads, 3, -1)).unbind(1))
     return q, k, v
 
 
 def fuse_remote(wqkv: Tensor, heads: int) -> Tensor:
-    """Rows [3, heads, head_dim] of the first remote code to fused rows [heads, 3, head_dim]."""
+    """Reorder rows [3, heads, head_dim] of the first remote code to fused rows [heads, 3, head_dim]."""
     return wqkv.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def unfuse_remote(fused: Tensor, heads: int) -> Tensor:
-    """The inverse of `fuse_remote`."""
+    """Invert `fuse_remote`."""
     return fused.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def in_layer(name: str) -> str:
-    """A canonical name of a block without the block: `self_attn.q_layernorm.weight`."""
+    """Return a canonical name without its block, e.g. `self_attn.q_layernorm.weight`."""
     return name.split(".", 4)[-1]
 
 
 def layout(names: Iterable[str], path: Path) -> str:
-    """Which layout these names are of: "remote", "fused" or "split"; `path` is named in errors.
+    """Return the layout of these names: "remote", "fused" or "split"; `path` is named in errors.
 
     Raises:
-        WeightsError: none of the three, or several at once.
+        WeightsError: they have none of the three, or several at once.
     """
     names = list(names)
     signs = {"remote": ".mixer.Wqkv.", "fused": ".self_attn.query_key_value.", "split": ".self_attn.q_proj."}
@@ -97,23 +98,23 @@ def layout(names: Iterable[str], path: Path) -> str:
 
 
 def phi_source(folder: Path, heads: int) -> Source:
-    """A folder's weights under canonical names, with fused query_key_value.
+    """Return a folder's weights under canonical names, with fused query_key_value.
 
     Args:
-        folder: holds the weights, in one file or in shards.
+        folder: the folder of the weights, which are in one file or in shards.
         heads: attention heads, from the folder's config.json.
 
     Raises:
-        WeightsError: missing or damaged files, or no known layout.
+        WeightsError: files are missing or damaged, or of no known layout.
     """
     return to_canonical(open_weights(folder), heads, folder)
 
 
 def to_canonical(stored: Mapping[str, Stored], heads: int, path: Path) -> Source:
-    """Tensors in any of the three layouts under canonical names; the qkv rows are re-ordered when they are read.
+    """Return tensors of any layout under canonical names; rows of qkv are reordered when they are read.
 
     Raises:
-        WeightsError: no known layout, or one of q, k and v is missing.
+        WeightsError: the layout is not known, or one of q, k and v is missing.
     """
     kind = layout(stored, path)
     if kind == "split":
@@ -127,10 +128,10 @@ def to_canonical(stored: Mapping[str, Stored], heads: int, path: Path) -> Source
 
 
 def to_layout(weights: Mapping[str, Stored], heads: int, kind: str) -> dict[str, Stored]:
-    """The inverse of `to_canonical`: Phi's tensors, LoRA merged, under the names of a layout.
+    """Invert `to_canonical`: return Phi's tensors under the names of a layout.
 
     Args:
-        weights: by canonical name; the rest of a TinyGPT-V is left out.
+        weights: by canonical name, without LoRA; the rest of a TinyGPT-V is left out.
         heads: attention heads.
         kind: "fused", "split" or "remote".
     """
@@ -164,7 +165,7 @@ def _remote_name(name: str) -> str:
 
 
 def _renamed(name: str, layers: str, to_layers: str, old: int) -> str:
-    """A name of the first remote code as today's (`old` 0), or the other way round (1); others stay as they are."""
+    """Return the other name of a pair: today's for the first remote code's (`old` 0), or the reverse (`old` 1)."""
     if name.startswith(layers):
         number, _, rest = name.removeprefix(layers).partition(".")
         return f"{to_layers}{number}.{_swapped(rest, _REMOTE_IN_LAYER, old)}"
@@ -201,7 +202,8 @@ def _fuse_all(stored: Mapping[str, Stored], heads: int, path: Path) -> dict[str,
 
 
 def _read_split(parts: list[Stored], heads: int) -> Tensor:
-    return fuse_split(*(part.read() for part in parts), heads)
+    q, k, v = (part.read() for part in parts)
+    return fuse_split(q, k, v, heads)
 
 
 def _read_third(stored: Stored, heads: int, number: int) -> Tensor:
@@ -217,19 +219,19 @@ def _read_remote(stored: Stored, heads: int) -> Tensor:
 
 
 def phi_config(folder: Path) -> PhiConfig:
-    """The model's sizes from config.json in today's spelling, in that of early 2024 or in the first remote code's.
+    """Read config.json in today's spelling, in that of early 2024, or in the first remote code's.
 
     Raises:
-        WeightsError: the file is missing or incomplete, or asks for something the model does not do.
+        WeightsError: the file is missing or incomplete, or sets something that this model does not support.
     """
     path = folder / "config.json"
     return parse_config(read_json(path), path)
 
 
-def parse_config(raw: dict, path: Path) -> PhiConfig:
-    """As `phi_config`, for what the file at `path` holds."""
+def parse_config(raw: dict[str, Any], path: Path) -> PhiConfig:
+    """Parse the content of a config.json; `path` is named in the errors, which are those of `phi_config`."""
 
-    def value(name: str, default: object = None) -> object:
+    def value(name: str, default: Any = None) -> Any:
         found = raw.get(name)
         found = raw.get(_OLD_FIELDS.get(name, name)) if found is None else found
         return default if found is None else found
@@ -237,7 +239,9 @@ def parse_config(raw: dict, path: Path) -> PhiConfig:
     sizes = {name: value(name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
     absent = [name for name, size in sizes.items() if not isinstance(size, int)]
     if absent:
-        raise WeightsError(f"{path}: {', '.join(absent)} missing; this is no Phi configuration, fetch the folder again")
+        raise WeightsError(
+            f"{path}: {', '.join(absent)} missing; this is not a Phi configuration, fetch the folder again"
+        )
     if sizes["hidden_size"] % sizes["num_attention_heads"]:
         raise WeightsError(
             f"{path}: a width of {sizes['hidden_size']} does not divide into {sizes['num_attention_heads']} heads; "
@@ -259,15 +263,15 @@ def parse_config(raw: dict, path: Path) -> PhiConfig:
 
 
 def check_config(config: PhiConfig, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    """See that a configuration is that of the weights; its heads order the rows of theirs.
+    """Check that a configuration belongs to the weights, whose rows are ordered by its number of heads.
 
     Args:
         config: from `phi_config`.
-        shapes: of the weights, by canonical name, complete.
+        shapes: of all the weights, by canonical name.
         path: of config.json, for errors.
 
     Raises:
-        WeightsError: it is another Phi's.
+        WeightsError: it belongs to another Phi.
     """
     vocabulary, width = shapes[PREFIX + "model.embed_tokens.weight"]
     layers = {name.split(".")[3] for name in shapes if name.startswith(PREFIX + "model.layers.")}
@@ -276,47 +280,47 @@ def check_config(config: PhiConfig, shapes: Mapping[str, tuple[int, ...]], path:
     for name, there in {**sizes, "intermediate_size": inner}.items():
         if getattr(config, name) != there:
             raise WeightsError(
-                f"{path}: {name} is {getattr(config, name)}, but the weights next to it have {there}; it is another "
-                "Phi's, fetch the whole folder again"
+                f"{path}: {name} is {getattr(config, name)}, but the weights next to it have {there}; it belongs "
+                "to another Phi, fetch the whole folder again"
             )
 
 
 def save_config(config: PhiConfig, folder: Path, dtype: torch.dtype) -> None:
-    """Write the config.json that goes with Phi's weights in `dtype`."""
+    """Write the config.json of Phi's weights in `dtype`."""
     saved = PhiConfig(**config.to_dict())
     saved.architectures = ["PhiForCausalLM"]
     saved.dtype = dtype
     saved.save_pretrained(folder)
 
 
-def _rope(path: Path, raw: dict, head_dim: int) -> dict:
+def _rope(path: Path, raw: dict[str, Any], head_dim: int) -> dict[str, Any]:
     given = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = given.get("rope_type", given.get("type", "default"))
     if kind != "default":
-        raise WeightsError(f"{path}: rotary embedding of type {kind!r}; TinyGPT-V's Phi has the plain one")
+        raise WeightsError(f"{path}: rotary embedding of type {kind!r}; TinyGPT-V's Phi has the default type")
     partial_factor = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial_factor is None and raw.get("rotary_dim") is not None:
         partial_factor = raw["rotary_dim"] / head_dim
     if partial_factor is None:
         raise WeightsError(
-            f"{path}: no partial_rotary_factor (nor rotary_dim), so it is unknown how much of a head is rotated; "
+            f"{path}: no partial_rotary_factor (nor rotary_dim), so the rotated share of a head is unknown; "
             "Phi-2's is 0.4. Fetch the config.json of the weights again"
         )
     theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
     return {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": partial_factor}
 
 
-def _refuse_unknown(path: Path, raw: dict, activation: object, heads: object) -> None:
-    """Settings that would change what Phi computes and that this model does not have."""
+def _refuse_unknown(path: Path, raw: dict[str, Any], activation: object, heads: object) -> None:
+    """Refuse settings that would change what Phi computes and that this model does not support."""
     kv_heads = raw.get("num_key_value_heads", raw.get("n_head_kv"))
     wrong = {
         f"hidden_act {activation!r} (only gelu_new)": activation not in ("gelu_new", "gelu_pytorch_tanh"),
         f"num_key_value_heads {kv_heads} (only as many as heads)": kv_heads not in (None, heads),
-        "tie_word_embeddings (Phi's head is its own)": bool(raw.get("tie_word_embeddings")),
+        "tie_word_embeddings (Phi's head has weights of its own)": bool(raw.get("tie_word_embeddings")),
         "dropout on embeddings or attention (only resid_pdrop)": any(
             raw.get(name) for name in ("embd_pdrop", "attention_dropout", "attn_pdrop")
         ),
     }
-    asked = [what for what, is_wrong in wrong.items() if is_wrong]
-    if asked:
-        raise WeightsError(f"{path}: not what TinyGPT-V's Phi computes: {'; '.join(asked)}")
+    unsupported = [what for what, is_wrong in wrong.items() if is_wrong]
+    if unsupported:
+        raise WeightsError(f"{path}: TinyGPT-V's Phi does not support {'; '.join(unsupported)}")
