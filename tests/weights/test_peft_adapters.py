@@ -101,7 +101,11 @@ def test_what_peft_has_trained(
         r=3,
         lora_alpha=6,
         target_modules=r"language_model\..*\.(query_key_value|dense)",
-        modules_to_save="llama_proj llama_proj2 input_layernorm q_layernorm k_layernorm post_layernorm final_layernorm".split(),
+        modules_to_save=[
+            "llama_proj",
+            "llama_proj2",
+            *(f"{kind}_layernorm" for kind in ("input", "q", "k", "post", "final")),
+        ],
     )
     wrapped = get_peft_model(plain, config).eval()
     with torch.no_grad():

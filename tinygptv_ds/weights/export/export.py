@@ -22,6 +22,8 @@ from tinygptv_ds.weights.paths import refuse_existing, require_path
 if TYPE_CHECKING:
     import torch
 
+    from tinygptv_ds.weights.export.hf import LoRAForm
+
 FORMS = ("hf", "adapter", "peft", "original", "phi")
 
 
@@ -136,7 +138,7 @@ def _export_whole(args: argparse.Namespace, dtype: torch.dtype) -> None:
 
     resolved = resolve(args.trained, args.recipe, args.set)
     if args.to == "hf":
-        lora = "kept" if args.keep_lora else "dropped" if args.drop_lora else "merged"
+        lora: LoRAForm = "kept" if args.keep_lora else "dropped" if args.drop_lora else "merged"
         export_hf(resolved, args.out, dtype=dtype, lora=lora, scores=args.scores)
         print(f"{args.out}: load it with TinyGPTVForConditionalGeneration.from_pretrained")
     else:

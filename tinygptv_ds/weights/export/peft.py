@@ -82,7 +82,7 @@ def export_peft(resolved: Resolved, out: Path, *, dtype: torch.dtype | None) -> 
 def _lora_config(config: TinyGPTVConfig) -> LoraConfig:
     return LoraConfig(
         r=config.lora_r,
-        lora_alpha=config.lora_alpha,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # annotated as an int, but a factor like any other
         lora_dropout=config.lora_dropout,
         # A pattern, because the Q-Former has layers called `dense`, too.
         target_modules=rf"language_model\..*\.({'|'.join(config.lora_targets)})",

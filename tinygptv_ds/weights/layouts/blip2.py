@@ -76,8 +76,8 @@ def qformer_config(source: Source, heads: int) -> Blip2QFormerConfig:
     missing = [name for name in names if name not in source.weights]
     if missing:
         raise WeightsError(
-            f"{source.path}: no BLIP-2 Q-Former: {listing(missing)} missing; name blip2_pretrained_flant5xxl.pth, or a "
-            "file of its names"
+            f"{source.path}: not a BLIP-2 Q-Former: {listing(missing)} missing; name blip2_pretrained_flant5xxl.pth, or "
+            "a file with its names"
         )
     width, vision_width = source.weights[names[1]].shape
     if width % heads:
@@ -88,7 +88,7 @@ def qformer_config(source: Source, heads: int) -> Blip2QFormerConfig:
     frequency = sorted(cross)[1] if len(cross) > 1 else max(layers) + 1
     if cross != {layer for layer in layers if layer % frequency == 0}:
         raise WeightsError(
-            f"{source.path}: cross-attention in layers {sorted(cross)}, not in every {frequency}th; name a file of BLIP-2"
+            f"{source.path}: cross-attention in layers {sorted(cross)}, not every {frequency}th; name a file of BLIP-2"
         )
     return Blip2QFormerConfig(
         hidden_size=width,
