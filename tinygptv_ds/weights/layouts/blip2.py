@@ -76,8 +76,8 @@ def qformer_config(source: Source, heads: int) -> Blip2QFormerConfig:
     missing = [name for name in names if name not in source.weights]
     if missing:
         raise WeightsError(
-            f"{source.path}: not a BLIP-2 Q-Former: {listing(missing)} missing; name blip2_pretrained_flant5xxl.pth, or "
-            "a file with its names"
+            f"{source.path}: not a BLIP-2 Q-Former: {listing(missing)} missing; name blip2_pretrained_flant5xxl.pth, "
+            "or a file with its names"
         )
     width, vision_width = source.weights[names[1]].shape
     if width % heads:
