@@ -62,7 +62,7 @@ def test_one_of_four_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> N
     host, pid = os.uname().nodename, run.processes[2].pid
     newest = run.folder / "checkpoints/step-00000002"
     assert error_of(run).startswith(f"rank 2 (host {host}, process {pid}) was lost in step 4 (its process is gone). ")
-    assert error_of(run).endswith(f"start the same command again: it goes on from {newest}")
+    assert error_of(run).endswith(f"start the same command again: it resumes from {newest}")
     assert error_of(run) in (run.folder / "log.txt").read_text()
     assert re.search(r'stage4.py", line \d+ in main', (run.folder / "stacks/rank-0.txt").read_text())
 

@@ -1,8 +1,9 @@
 """Which checkpoint a run goes on from: a damaged one is named, another run's refused, an unfinished one not seen."""
 
+import errno
+import fcntl
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,10 @@ from tinygptv_ds.config.load import apply_overrides, build_recipe
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import CheckpointError, ConfigError
+from tinygptv_ds.files import fingerprint_differences
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.checkpoint.resume import began_from, choose_checkpoint, load_weights, open_checkpoint
-from tinygptv_ds.train.checkpoint.run_fingerprint import differences, run_fingerprint
+from tinygptv_ds.train.checkpoint.run_fingerprint import run_fingerprint
 from tinygptv_ds.train.checkpoint.storage import Snapshot, complete_ones, remove_old, step_of, write_checkpoint
 from tinygptv_ds.train.metrics.reporter import forget_after
 from tinygptv_ds.train.setup import run_dir_lock as lock
@@ -158,7 +160,7 @@ def test_other_data_other_weights_another_tokenizer(job: MakeJob, weights: Path,
     assert {"weights of model.phi", "weights of model.eva_vit"} < set(names(here, facts(moved)))
 
     other = tiny.write_shards(tmp_path / "other", tiny.samples("vqa", 11))
-    (line,) = differences(here, facts(job(f"data.datasets.0.shards={other}")))
+    (line,) = fingerprint_differences(here, facts(job(f"data.datasets.0.shards={other}"))).values()
     assert line.startswith('samples of vqa: "12 in 3 shard(s), ') and '"11 in 3 shard(s), ' in line
     renamed = shutil.copytree(job().recipe.data.datasets[0].shards, tmp_path / "renamed")
     for path in list(renamed.glob("00000.*")):
@@ -167,7 +169,7 @@ def test_other_data_other_weights_another_tokenizer(job: MakeJob, weights: Path,
 
 
 def names(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    return sorted(line.partition(":")[0] for line in differences(there, here))
+    return sorted(fingerprint_differences(there, here))
 
 
 def flip(path: Path, at: int) -> None:
@@ -248,18 +250,18 @@ def test_a_lock_of_another_host_is_explained(tmp_path: Path) -> None:
     (tmp_path / lock.LOCK).write_text("")
     with pytest.raises(ConfigError, match="in use by another job"):
         lock.lock_run_dir(tmp_path)
-    os.close(held)
-    os.close(lock.lock_run_dir(tmp_path))
+    held.release()
+    lock.lock_run_dir(tmp_path).release()
 
 
 def test_a_file_system_without_locks_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
 ) -> None:
     def unsupported(handle: int, how: int) -> None:
-        raise OSError(lock.errno.ENOLCK, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
-    os.close(lock.lock_run_dir(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    assert lock.lock_run_dir(tmp_path) is None
     assert "without locks: nothing keeps a second job out" in said.text
 
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tinygptv_ds.errors import CheckpointError, WeightsError
+from tinygptv_ds.files import fingerprint_differences
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.train.checkpoint.run_fingerprint import differences
 from tinygptv_ds.train.checkpoint.storage import FOLDER, STATE, SUMS, TENSORS, complete_ones, read_state, step_of
 from tinygptv_ds.train.engine import MOMENTS, Engine
 from tinygptv_ds.train.setup.job import Job
@@ -183,7 +183,7 @@ def _check_fingerprint(job: Job, folder: Path, state: dict[str, Any], fingerprin
     if state["must_match"] is None:
         LOGGER.warning("%s holds no fingerprint of recipe, data and base weights: nothing could be compared", folder)
         return
-    differing = differences(state["must_match"], fingerprint)
+    differing = fingerprint_differences(state["must_match"], fingerprint, recorded_in="in the checkpoint").values()
     if not differing:
         return
     listed = "\n".join(f"  - {line}" for line in differing)

@@ -66,16 +66,6 @@ def run_fingerprint(recipe: Recipe, stream: OpenStream) -> dict[str, Any]:
     return {**_recipe_values(recipe), **_datasets(recipe.data, stream), **_base_weights(recipe)}
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Return where the fingerprints of a checkpoint and of a run differ, each with both values."""
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-    return [f"{name}: {_value(there, name)} in the checkpoint, {_value(here, name)} here" for name in names]
-
-
-def _value(fingerprint: Mapping[str, Any], name: str) -> str:
-    return json.dumps(fingerprint[name], ensure_ascii=False) if name in fingerprint else "nothing"
-
-
 def _recipe_values(recipe: Recipe) -> dict[str, Any]:
     plain = recipe_dict(recipe)
     for section in ("deepspeed", "evaluation"):

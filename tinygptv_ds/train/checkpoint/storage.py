@@ -1,9 +1,9 @@
 """Portable checkpoints: what was trained, in fp32, with its optimizer moments, by canonical name.
 
 A checkpoint is the folder `checkpoints/step-N` with `state.safetensors`, `state.json` (step, sample position, loss
-scale, and what a run that goes on from it has to share) and `SHA256SUMS` of both, as `sha256sum -c` reads it. It is
-written under a temporary name and renamed when complete, and can be resumed under another ZeRO stage and number of
-ranks. The random numbers of dropout and data are functions of the step.
+scale, and the fingerprint that a resumed run must share) and `SHA256SUMS` of both, as `sha256sum -c` reads it. It is
+written under a temporary name and renamed when complete, and can be resumed under another ZeRO stage and world
+size. The random numbers of dropout and data are functions of the step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Snapshot:
 
     Attributes:
         tensors: fp32, by `weight/NAME`, `exp_avg/NAME` and `exp_avg_sq/NAME`.
-        state: what `state.json` is to say.
+        state: the content of `state.json`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -43,12 +43,12 @@ class Snapshot:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"step-{self.state['step']:08d}"
 
 
 def write_checkpoint(checkpoints: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint, whole or not at all; returns its folder."""
+    """Write a checkpoint, complete or not at all; returns its folder."""
     folder = checkpoints / snapshot.name
     with whole_folder(folder) as partial:
         sums = {TENSORS: _write_tensors(partial / TENSORS, snapshot.tensors)}
@@ -66,7 +66,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `state.json` of a checkpoint says, after every file has been held against its hash.
+    """Return the content of a checkpoint's `state.json` after verifying the hash of every file.
 
     Raises:
         CheckpointError: a file is missing or is not what was written; names it with both hashes.
@@ -97,19 +97,25 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def complete_ones(checkpoints: Path) -> list[Path]:
-    """The checkpoints of a run, the oldest first; not those that were being written when the run was killed."""
+    """Return the checkpoints of a run, the oldest first, without those whose writing was interrupted."""
     return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def step_of(folder: Path) -> int:
-    """Which step the name of a checkpoint says."""
+    """Return the step that a checkpoint is named after."""
     return int(folder.name.removeprefix("step-"))
 
 
 def remove_old(folders: list[Path], keep: int, keep_every: int) -> None:
-    """Of checkpoints, the oldest first, leave the last `keep` and those at multiples of `keep_every` (0: none)."""
+    """Remove all checkpoints but the last `keep` and those at multiples of `keep_every` (0: none).
+
+    Args:
+        folders: the oldest first.
+        keep: how many of the newest are kept.
+        keep_every: in steps.
+    """
     for old in folders[:-keep]:
         if not keep_every or step_of(old) % keep_every:
-            # Under its name a checkpoint is whole, also while it goes.
+            # Under its name a checkpoint is complete at any time, also while it is being removed.
             going = old.rename(old.with_name(old.name + ".old"))
             shutil.rmtree(going)

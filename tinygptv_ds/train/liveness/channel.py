@@ -1,4 +1,4 @@
-"""Short messages between rank 0 and every other rank, on connections of their own that no collective can hold up."""
+"""Short messages between rank 0 and every other rank, on connections that no collective can block."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from tinygptv_ds.distributed import Ranks, broadcast_from_rank0
 from tinygptv_ds.errors import ConfigError
 
 Message = dict[str, Any]
-HELLO: Message = {}  # heard when a rank has connected
+HELLO: Message = {}  # received when a rank has connected
 _CONNECT_SECONDS = 30.0
-_HELLO_SECONDS = 10.0  # for whoever connects to say who it is
+_HELLO_SECONDS = 10.0  # for a new connection to name its rank
 
 
-class Line:
-    """JSON, one message a line. The system closes the connections of a process that ends, in whatever way it ends.
+class Channel:
+    """JSON messages, one per line. The system closes the connections of a process that ends, in whatever way it ends.
 
     Args:
-        ranks: who this process is.
-        heard: called in the event loop with the sender's rank and its message; None: its connection is closed.
+        ranks: this process among the ranks.
+        on_message: called in the event loop with the sender's rank and its message; None: its connection is closed.
     """
 
-    def __init__(self, ranks: Ranks, heard: Callable[[int, Message | None], None]) -> None:
+    def __init__(self, ranks: Ranks, on_message: Callable[[int, Message | None], None]) -> None:
         self._ranks = ranks
-        self._heard = heard
+        self._on_message = on_message
         self._writers: dict[int, asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._token = ""
         self._socket: socket.socket
 
     def open(self) -> None:
-        """Connect the other ranks to rank 0. To be called on all ranks, from the main thread.
+        """Connect the other ranks to rank 0. Call on all ranks, from the main thread.
 
         Raises:
             ConfigError: this rank does not reach rank 0.
         """
         host = os.environ["MASTER_ADDR"]
-        told = broadcast_from_rank0(self._ranks, lambda: self._listen(host))
-        self._token = told["token"]
+        address = broadcast_from_rank0(self._ranks, lambda: self._listen(host))
+        self._token = address["token"]
         if not self._ranks.is_main:
             try:
-                self._socket = socket.create_connection((host, told["port"]), _CONNECT_SECONDS)
+                self._socket = socket.create_connection((host, address["port"]), _CONNECT_SECONDS)
             except OSError as error:
                 raise ConfigError(
                     f"rank {self._ranks.rank} on {socket.gethostname()} does not reach rank 0 at {host}, port "
-                    f"{told['port']} ({error}): free the way for any port between the hosts, as the collectives need "
-                    "it too; --set train.lost_after_seconds=0 does without this connection, and then a lost rank is "
-                    "noticed by time-outs alone"
+                    f"{address['port']} ({error}): allow any port between the hosts, which the collectives need "
+                    "as well; --set train.lost_after_seconds=0 does without this connection, and then a lost rank "
+                    "is noticed by time-outs only"
                 ) from error
             self._socket.setblocking(False)
 
@@ -63,16 +63,16 @@ class Line:
         return {"port": self._socket.getsockname()[1], "token": secrets.token_hex(16)}
 
     async def start(self) -> None:
-        """Begin to hear; in the event loop that `heard` is to be called in."""
+        """Start to receive, in the event loop that `on_message` is called in."""
         if self._ranks.is_main:
             self._server = await asyncio.start_server(self._accept, sock=self._socket)
             return
         reader, writer = await asyncio.open_connection(sock=self._socket)
         writer.write(json.dumps({"token": self._token, "rank": self._ranks.rank}).encode() + b"\n")
-        self._keep(0, reader, writer)
+        self._add(0, reader, writer)
 
-    def say(self, message: Message, to: int | None = None) -> None:
-        """Send to all ranks, or one, from rank 0, and to rank 0 from the others; never waits."""
+    def send(self, message: Message, to: int | None = None) -> None:
+        """Send to all ranks, or to one, from rank 0, and to rank 0 from the others; never waits."""
         line = json.dumps(message).encode() + b"\n"
         for rank, writer in self._writers.items():
             if to in (None, rank):
@@ -88,18 +88,18 @@ class Line:
         with contextlib.suppress(OSError, ValueError, TimeoutError):
             hello = json.loads(await asyncio.wait_for(reader.readline(), _HELLO_SECONDS))
         if not isinstance(hello, dict) or not secrets.compare_digest(str(hello.get("token")), self._token):
-            writer.close()  # a stranger, such as a port scanner
+            writer.close()  # not one of the ranks, e.g. a port scanner
             return
-        self._keep(int(hello["rank"]), reader, writer)
+        self._add(int(hello["rank"]), reader, writer)
 
-    def _keep(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _add(self, rank: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers[rank] = writer
-        self._tasks.add(asyncio.create_task(self._hear(rank, reader)))
-        self._heard(rank, HELLO)
+        self._tasks.add(asyncio.create_task(self._receive(rank, reader)))
+        self._on_message(rank, HELLO)
 
-    async def _hear(self, rank: int, reader: asyncio.StreamReader) -> None:
+    async def _receive(self, rank: int, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(OSError):
             while line := await reader.readline():
-                self._heard(rank, json.loads(line))
+                self._on_message(rank, json.loads(line))
         self._writers.pop(rank).close()
-        self._heard(rank, None)
+        self._on_message(rank, None)

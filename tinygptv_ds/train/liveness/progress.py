@@ -1,4 +1,4 @@
-"""Where a rank stands, what it does there, and how long that may take."""
+"""The step and phase of a rank, and how long they may take."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ START_UP, DATA, PREPARING, FORWARD, BACKWARD, REPORTING = (
     "in a backward pass or a step of the optimizer",
     "reporting",
 )
-_STEPS = 64  # that the median is taken over
+_STEPS = 64  # the median is taken over as many
 _MARGIN = 30.0  # seconds that collectives may wait beyond the limits here, so that the watchdog comes first
 
 
 @dataclass(frozen=True)
-class Beat:
-    """What a rank tells of itself.
+class RankStatus:
+    """What a rank reports of itself.
 
     Attributes:
-        rank: which.
+        rank: its number.
         host: where it runs.
         pid: of its process there.
-        step: the one under way, from 1; 0: none yet.
-        phase: what it does.
-        moves: phases entered so far; all ranks go through the same ones, so that the others wait for the lowest.
+        step: the current one, from 1; 0: none yet.
+        phase: what it is doing.
+        phases: entered so far; all ranks go through the same ones, so that the others wait for the lowest.
         patient: whether it may take long, as a start-up, a save or a validation may.
         seconds: since the step began, or the phase where that is patient.
     """
@@ -47,7 +47,7 @@ class Beat:
     pid: int
     step: int = 0
     phase: str = START_UP
-    moves: int = 0
+    phases: int = 0
     patient: bool = True
     seconds: float = 0.0
 
@@ -56,10 +56,10 @@ class Beat:
 
 
 class AwakeClock:
-    """Seconds that this process was running: time in which it was suspended, as by Ctrl-Z, does not count.
+    """Seconds that this process was running; time in which it was suspended, e.g. by Ctrl-Z, does not count.
 
     Args:
-        longest: seconds between two ticks; more was a suspension.
+        longest: seconds between two ticks; a longer gap was a suspension.
     """
 
     def __init__(self, longest: float) -> None:
@@ -68,25 +68,25 @@ class AwakeClock:
         self._ticked = time.monotonic()
 
     def tick(self) -> None:
-        """To be called at short intervals."""
+        """Check for a suspension; call at short intervals."""
         now = time.monotonic()
         gap, self._ticked = now - self._ticked, now
         if gap > self._longest:
             self._suspended += gap
 
     def now(self) -> float:
-        """On a scale of its own."""
+        """Return the seconds on this clock's own scale."""
         return time.monotonic() - self._suspended
 
 
 class Progress:
-    """One rank's way through a run: the training tells it, the watchdog reads it from another thread.
+    """One rank's step and phase, set by the training and read by the watchdog from another thread.
 
     Args:
-        rank: which.
+        rank: its number.
         train: the limits.
         set_group_timeout: sets how long collectives may wait.
-        clock: what is measured by.
+        clock: measures the phases.
 
     Attributes:
         starting: until the second step begins.
@@ -106,7 +106,7 @@ class Progress:
         self.starting = True
         self._first_step: int | None = None
         self._durations: deque[float] = deque(maxlen=_STEPS)
-        # step, phase, moves, patient, when its limit began to run: replaced as a whole, for the other thread
+        # step, phase, phases entered, patient, when its limit began: replaced as a whole, for the other thread
         self._state = (0, START_UP, 0, True, self._clock.now())
 
     @property
@@ -116,61 +116,61 @@ class Progress:
         return statistics.median(durations) if durations else 0.0
 
     def limit(self, *, patient: bool) -> float:
-        """Seconds that a phase may take."""
+        """Return the seconds that a phase may take."""
         return self._long if patient else self._short
 
-    def beat(self) -> Beat:
-        """As of now."""
-        step, phase, moves, patient, began = self._state
-        return Beat(self._rank, self._host, os.getpid(), step, phase, moves, patient, self._clock.now() - began)
+    def status(self) -> RankStatus:
+        """Return the present status."""
+        step, phase, phases, patient, began = self._state
+        return RankStatus(self._rank, self._host, os.getpid(), step, phase, phases, patient, self._clock.now() - began)
 
     def begin_step(self, step: int) -> None:
-        """A step, counted from 0, begins, with the wait for its data. A run's first one is part of its start-up."""
+        """Begin a step, counted from 0, with the wait for its data; a run's first one is part of its start-up."""
         now = self._clock.now()
-        _, _, moves, patient, began = self._state
+        _, _, phases, patient, began = self._state
         if self._first_step is None:
             self._first_step = step
         elif not patient:
             self._durations.append(now - began)
         if step == self._first_step:
-            self._state = (step + 1, DATA, moves + 1, True, began)
+            self._state = (step + 1, DATA, phases + 1, True, began)
             return
         if self.starting:
             self.starting = False
-            self._let_groups_wait(patient=False)
-        self._state = (step + 1, DATA, moves + 1, False, now)
+            self._set_group_timeout_for(patient=False)
+        self._state = (step + 1, DATA, phases + 1, False, now)
 
     def enter(self, phase: str) -> None:
-        """The next phase of the step under way."""
-        step, _, moves, patient, began = self._state
-        self._state = (step, phase, moves + 1, patient, began)
+        """Enter the next phase of the current step."""
+        step, _, phases, patient, began = self._state
+        self._state = (step, phase, phases + 1, patient, began)
 
     @contextmanager
     def patience(self, phase: str) -> Iterator[None]:
-        """What happens inside may take as long as the start-up, and counts to no step. To be entered on all ranks."""
+        """Let a block take as long as the start-up, outside the time of steps. Enter on all ranks."""
         _, before, _, patient, began = self._state
         entered = self._clock.now()
         self.last_phase(phase)
         yield
-        self._let_groups_wait(patient=patient)
-        step, _, moves, _, _ = self._state
-        self._state = (step, before, moves + 1, patient, began + self._clock.now() - entered)
+        self._set_group_timeout_for(patient=patient)
+        step, _, phases, _, _ = self._state
+        self._state = (step, before, phases + 1, patient, began + self._clock.now() - entered)
 
     def last_phase(self, phase: str) -> None:
-        """As `patience`, to the end."""
-        self._let_groups_wait(patient=True)
-        step, _, moves, _, _ = self._state
-        self._state = (step, phase, moves + 1, True, self._clock.now())
+        """Enter a phase that lasts to the end, as `patience` does for a block."""
+        self._set_group_timeout_for(patient=True)
+        step, _, phases, _, _ = self._state
+        self._state = (step, phase, phases + 1, True, self._clock.now())
 
-    def _let_groups_wait(self, *, patient: bool) -> None:
+    def _set_group_timeout_for(self, *, patient: bool) -> None:
         self._set_group_timeout(timedelta(seconds=min(self.limit(patient=patient), self._long) + _MARGIN))
 
 
 def first_group_timeout(train: TrainSection) -> timedelta:
-    """How long collectives may wait while a run starts up."""
+    """Return how long collectives may wait while a run starts up."""
     return timedelta(seconds=_limits(train)[0] + _MARGIN)
 
 
 def _limits(train: TrainSection) -> tuple[float, float]:
-    """Seconds that a start-up and what is like it may take, and those of a step."""
+    """Return the seconds that a patient phase, such as the start-up, and a step may take."""
     return 60.0 * train.startup_minutes, 60.0 * train.step_minutes or math.inf

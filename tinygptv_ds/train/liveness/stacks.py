@@ -1,4 +1,4 @@
-"""Where every thread of a rank and of its dataloader workers stands, written to a file when something hangs."""
+"""The stacks of all threads of a rank and of its dataloader workers, written to a file when something hangs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 
 FOLDER = "stacks"
 SIGNAL = signal.SIGUSR2
-_A_PROCESS = 0.1  # seconds for one to write before the next is asked
+_PER_PROCESS = 0.1  # seconds for one to write before the next is asked
 
 
 class Stacks:
-    """One rank's file below the run directory; it goes at the end where nothing was written.
+    """One rank's file of stacks below the run directory; removed at the end if nothing was written.
 
     SIGUSR2 to the rank, or to a dataloader worker of it, adds that process's stacks at any time.
     """
@@ -31,8 +31,8 @@ class Stacks:
         faulthandler.register(SIGNAL, self._file, all_threads=True)
 
     def dump(self, why: str) -> None:
-        """Add the stacks of this process's threads, then of its dataloader workers'."""
-        self._say(f"{why}; process {os.getpid()}")
+        """Add the stacks of this process's threads, then those of its dataloader workers."""
+        self._write(f"{why}; process {os.getpid()}")
         faulthandler.dump_traceback(self._file, all_threads=True)
         self.dump_workers(multiprocessing.active_children(), why)
 
@@ -41,10 +41,10 @@ class Stacks:
         for worker in workers:
             state = _status_of(worker.pid)
             if int(state.get("SigCgt", "0"), 16) >> (SIGNAL - 1) & 1:  # it would die of the signal otherwise
-                self._say(f"{why}; dataloader worker {worker.pid}, state {state.get('State', 'unknown')}")
+                self._write(f"{why}; dataloader worker {worker.pid}, state {state.get('State', 'unknown')}")
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, SIGNAL)
-                time.sleep(_A_PROCESS)
+                time.sleep(_PER_PROCESS)
 
     def arm(self, seconds: float, *, leave: bool) -> None:
         """Write this process's stacks, and end it if `leave`, unless armed again within `seconds`.
@@ -63,12 +63,12 @@ class Stacks:
                 self.path.parent.rmdir()
         self._file.close()
 
-    def _say(self, line: str) -> None:
+    def _write(self, line: str) -> None:
         os.write(self._file.fileno(), f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
 
 
 def _status_of(pid: int) -> dict[str, str]:
-    """What the system says of a process; nothing where it is gone."""
+    """Return the system's status of a process; nothing if it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
