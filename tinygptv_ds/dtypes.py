@@ -1,4 +1,4 @@
-"""The floating-point types by the names that recipes and commands use."""
+"""Floating-point types by the names that recipes and commands use."""
 
 import torch
 

@@ -1,12 +1,12 @@
-"""What a user can get wrong, one class a kind. The command line prints the message alone and exits with code 2."""
+"""Errors that a user can fix, by kind. The command line prints their message alone and exits with code 2."""
 
 
 class TinyGPTVError(Exception):
-    """Something the user has to fix. The message says what is wrong, where, and what to do."""
+    """An error that the user has to fix. The message names what is wrong, where, and the remedy."""
 
 
 class ConfigError(TinyGPTVError):
-    """A recipe, a DeepSpeed JSON or a command line that cannot be carried out."""
+    """A recipe, a DeepSpeed JSON or a command line that is invalid."""
 
 
 class DataError(TinyGPTVError):
@@ -14,15 +14,15 @@ class DataError(TinyGPTVError):
 
 
 class WeightsError(TinyGPTVError):
-    """Weights that are missing, of the wrong shape, or only partly explained."""
+    """Weights that are missing, of the wrong shape, or only partly recognised."""
 
 
 class CheckpointError(TinyGPTVError):
-    """A training checkpoint that is torn, altered, or of another run."""
+    """A training checkpoint that is incomplete, altered, or of another run."""
 
 
 class Stopped(Exception):
-    """A run that was told to stop by a signal, and that goes on later from what it has saved.
+    """The end of a run that a signal has stopped, and that can be resumed from what it has saved.
 
     Attributes:
         code: the exit code, 128 + the signal's number: 143 after SIGTERM, 138 after SIGUSR1.

@@ -1,4 +1,4 @@
-"""Logging: rank 0 talks on the console and keeps everything in the run directory's log; the others only warn."""
+"""Logging: rank 0 prints to the console and writes the run directory's log file; other ranks only print warnings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LOGGER = logging.getLogger("tinygptv_ds")
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes above a progress bar instead of through it, and falls silent when nobody is there to read.
+    """A console handler that writes above a progress bar, and discards the output once nobody can read it.
 
-    With several nodes the launcher's ssh connections carry the output; a run that is told to stop must save although
-    they are closed first.
+    With several nodes the launcher's ssh connections carry the output. They are closed before a stopped run has saved,
+    which it must do all the same.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -28,7 +28,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def set_up_logging(rank: int = 0, log_file: Path | None = None) -> None:
-    """Send the program's log to the console (rank 0: all, others: warnings) and, on rank 0, to `log_file`."""
+    """Log to the console (rank 0 everything, other ranks warnings) and, on rank 0, to `log_file`."""
     LOGGER.handlers.clear()
     LOGGER.propagate = False
     LOGGER.setLevel(logging.INFO)
@@ -42,7 +42,7 @@ def set_up_logging(rank: int = 0, log_file: Path | None = None) -> None:
 
 
 def note(message: str) -> None:
-    """To the log file alone, not to the console."""
+    """Write a message to the log file alone, not to the console."""
     for handler in LOGGER.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(LOGGER.makeRecord(LOGGER.name, logging.INFO, "", 0, message, (), None))

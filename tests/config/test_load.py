@@ -1,4 +1,4 @@
-"""From YAML and `--set` to a recipe, and what is said about mistakes."""
+"""From YAML and `--set` to a recipe, and the messages about mistakes."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
 """Reference values of the original TinyGPT-V; `pytest tests/golden --golden DIR` takes another set of this layout.
 
-Nothing in these tests may assume the sizes, names or cases of the set that lies next to them.
+Nothing in these tests may assume the sizes, names or cases of the set that is next to them.
 """
 
 import json
@@ -41,7 +41,7 @@ def _generate_language_model(metafunc: pytest.Metafunc) -> None:
 
 
 def _generate_full_model(metafunc: pytest.Metafunc) -> None:
-    """`full_name` is a model; the others are cases of one, told apart by what their JSON holds."""
+    """`full_name` is a model; the others are cases of one, distinguished by what their JSON holds."""
     root = _folder(metafunc.config) / "full"
     if "full_name" in metafunc.fixturenames:
         metafunc.parametrize("full_name", sorted(path.parent.name for path in root.glob("*/weights.safetensors")))

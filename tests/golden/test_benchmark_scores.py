@@ -39,7 +39,7 @@ def test_gqa_and_vsr(golden: Path) -> None:
 
 
 def test_okvqa(golden: Path) -> None:
-    """The scorer's table; what stands in front of it, the cleaning of answers, has cases of its own."""
+    """The scorer's table; the cleaning of answers before it has cases of its own."""
     rows = read(golden, "vqa_accuracy")["rows"]
     clean = [row for row in rows if okvqa_answer(row["prediction"], compat=True) == row["prediction"]]
     assert len(clean) > len(rows) / 2

@@ -81,7 +81,7 @@ def test_one_more_step(
 
 
 def test_imported_and_exported_again(file: Path, expected: dict, tmp_path: Path) -> None:
-    """Through our own names and back, every bit and key is there, and what lies next to "model" too."""
+    """Through our own names and back, every bit and key is there, and what is next to "model", too."""
     before = load_torch(file)
     call(export, str(file), "--to", "original", "--out", str(tmp_path / "direct.pth"))
     assert_equal(load_torch(tmp_path / "direct.pth"), before)

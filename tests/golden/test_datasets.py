@@ -146,7 +146,7 @@ def test_map_dataset(map_name: str, golden: Path, root: Path, tmp_path: Path) ->
 def test_img2dataset_shards(shard_name: str, golden: Path, tmp_path: Path) -> None:
     """The shards as downloaded: same samples in the same order with the same captions.
 
-    Deliberate deviations: images other than .jpg are used, the .txt member is not looked at, and a shard that does
+    Deliberate deviations: images other than .jpg are used, the .txt member is ignored, and a shard that does
     not exist is an error at the start.
     """
     reference = expected(golden, shard_name)
@@ -189,7 +189,7 @@ def image_of(content: object, folder: Path) -> Path:
 
 
 def test_oddities(oddity: dict, golden: Path, tmp_path: Path) -> None:
-    """Malformed annotations never crash: a sample, a skipped entry, or an error that says what is wrong."""
+    """Malformed annotations never crash: a sample, a skipped entry, or an error that names what is wrong."""
     name, content = oddity["dataset"], oddity["content"]
     files = [file for file in DATASETS[name].files if Path(file).suffix in (".json", ".p")]
     images = next((Path(f) for f in DATASETS[name].files if not Path(f).suffix), Path("coco/train2014"))

@@ -97,7 +97,7 @@ def test_vizwiz(golden: Path) -> None:
 
 
 def test_hateful_memes(golden: Path) -> None:
-    """An answer that is neither yes nor no stands for itself in the original's results."""
+    """An answer that is neither yes nor no is kept as it is in the original's results."""
     cases = read(golden, "answer_cleaning")["hateful_memes"]
     assert cases
     for case in cases:

@@ -12,7 +12,7 @@ from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence, prompt_ids
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, Rendered
 
-IMAGE = -1  # stands for a row of an image; no token has this id
+IMAGE = -1  # marks a row of an image; no token has this id
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def test_training_rows(training_case: Path, tokenizer: PreTrainedTokenizerBase) 
 
 
 def in_words(sequence: Sequence, image: ImageTokens, first_image: int) -> list[int | dict[str, int]]:
-    """A row as the reference writes it: token ids, and {image, row} where an image stands."""
+    """A row as the reference writes it: token ids, and {image, row} for an image."""
     items: list[int | dict[str, int]] = sequence.input_ids.tolist()
     for row, index in zip(sequence.image_rows, sequence.image_index, strict=True):
         assert items[row] == IMAGE

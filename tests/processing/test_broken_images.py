@@ -203,7 +203,7 @@ PACKED = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200_000_000), 1))
 PROFILE = chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(200_000_000), 1))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux tells it")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux reports it")
 def test_claims_take_no_memory(tmp_path: Path) -> None:
     """Refused by the header, before anything of that size is made room for."""
     files = claims(12_000, 10_000) | claims(50_000, 50_000)  # above our limit, and above Pillow's

@@ -1,7 +1,7 @@
 """DeepSpeed's JSON, checked and completed by the recipe.
 
-DeepSpeed ignores unknown top-level keys, replaces "auto" silently by defaults, and clips gradients unless told not to.
-Here every key must be known, nothing is "auto", clipping is written, and what the recipe decides comes from the recipe.
+DeepSpeed ignores unknown top-level keys, replaces "auto" silently by defaults, and clips gradients by default. Here
+every key must be supported, no value is "auto", clipping is explicit, and batch sizes come from the recipe.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def load_deepspeed_json(path: Path | str) -> dict[str, Any]:
 
 
 def resolve_deepspeed(raw: dict[str, Any], recipe: Recipe, world_size: int, source: str) -> dict[str, Any]:
-    """The JSON that DeepSpeed gets: the file, the recipe's `deepspeed` changes, and the recipe's batch sizes.
+    """Merge the file, the recipe's `deepspeed` changes and the recipe's batch sizes into what DeepSpeed gets.
 
     Args:
-        raw: what the file holds.
+        raw: the content of the file.
         recipe: the recipe.
         world_size: ranks over all nodes.
         source: the file's name, for errors.
@@ -72,14 +72,14 @@ def resolve_deepspeed(raw: dict[str, Any], recipe: Recipe, world_size: int, sour
             f"{clipping}. Change one of them, for instance with --set deepspeed.gradient_clipping={clipping}"
         )
     config.setdefault("steps_per_print", 1_000_000_000)
-    # On by default in DeepSpeed, for a line that is never printed; the host would wait for the GPU twice a micro-step.
+    # On by default in DeepSpeed, for a line that is never printed; the host would wait for the GPU twice a micro-batch.
     config.setdefault("timers", {"throughput": {"enabled": False}})
     config.pop("comment", None)
     return config
 
 
 def precision(config: dict[str, Any]) -> str:
-    """ "bf16", "fp16" or "fp32": what matrix products run in under this JSON."""
+    """Return the dtype in which matrix products run under this JSON: "bf16", "fp16" or "fp32"."""
     autocast = config.get("torch_autocast", {})
     if autocast.get("enabled"):
         return {"bfloat16": "bf16", "float16": "fp16"}[autocast.get("dtype", "bfloat16")]
@@ -90,7 +90,7 @@ def precision(config: dict[str, Any]) -> str:
 
 
 def zero_stage(config: dict[str, Any]) -> int:
-    """The ZeRO stage of this JSON."""
+    """Return the ZeRO stage of this JSON."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 

@@ -1,4 +1,4 @@
-"""From a YAML file and `--set key=value` to a checked `Recipe`. No torch here: mistakes must show at once."""
+"""From a YAML file and `--set key=value` to a checked `Recipe`, without torch, so that errors are reported at once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `load_recipe` takes, for a verb that works on a recipe: `recipe` and `--set`."""
+    """Add the arguments `recipe` and `--set`, for a verb that calls `load_recipe`."""
     parser.add_argument("recipe", type=Path, help="a stage's YAML, e.g. stages/stage4.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
 
@@ -70,7 +70,7 @@ def apply_overrides(raw: dict, overrides: Sequence[str]) -> dict:
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain values, for writing it down."""
+    """Return the recipe as plain nested values, for a file."""
     return dataclasses.asdict(recipe)
 
 

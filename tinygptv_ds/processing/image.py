@@ -3,8 +3,8 @@
 RGB, resized to a square bicubically without keeping the aspect ratio. The original goes on to floats and normalises;
 here pixels stay uint8 until they are on the device (`TinyGPTVForConditionalGeneration.normalize`).
 
-Pillow reads every header and says what is wrong. Ordinary JPEGs are decoded by simplejpeg, whose libjpeg-turbo gives
-Pillow's own values sooner; whatever it refuses or has a warning for goes to Pillow.
+Pillow reads every header and reports errors. Ordinary JPEGs are decoded by simplejpeg, whose libjpeg-turbo gives
+Pillow's own values sooner; files that it refuses or warns about are decoded by Pillow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from tinygptv_ds.errors import DataError
 
 MAX_PIXELS = 100_000_000
-# No others: some of Pillow's readers start programs (EPS), and all of them would be tried on what is no image.
+# No others: some of Pillow's readers start programs (EPS), and all of them would be tried on a file that is no image.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 Source = bytes | str | Path | Image.Image  # encoded, a path, or decoded
@@ -37,21 +37,21 @@ def open_image(source: Source) -> Image.Image:
 
 
 def read_image_size(source: Source) -> tuple[int, int]:
-    """Width and height by the header, before anything is decoded; errors as in `open_image`."""
+    """Read width and height from the header, without decoding; errors as in `open_image`."""
     with _refusals(source):
         return _open(source)[0].size
 
 
 def to_pixels(source: Source, image_size: int, decoding: str = "exact") -> np.ndarray:
-    """uint8 `[3, image_size, image_size]`; errors as in `open_image`.
+    """Decode and resize to uint8 `[3, image_size, image_size]`; errors as in `open_image`.
 
     Args:
         source: the image.
         image_size: side of the result.
-        decoding: "exact": what Pillow gives. "fast": JPEGs of at least twice `image_size` are decoded at a half or less
-            and then resized; photos move by 1 to 3 of 255 on average, fine stripes by more.
+        decoding: "exact": the values that Pillow gives. "fast": JPEGs of at least twice `image_size` are decoded at
+            half their size or less and then resized; values of photos differ by 1 to 3 of 255 on average, of fine stripes by more.
     """
-    from tinygptv_ds.processing.resize import resize  # numba takes its time, and who only opens images needs none
+    from tinygptv_ds.processing.resize import resize  # importing numba is slow, and only resizing needs it
 
     with _refusals(source):
         image, encoded = _open(source)
@@ -65,20 +65,20 @@ def to_pixels(source: Source, image_size: int, decoding: str = "exact") -> np.nd
 
 @contextmanager
 def _refusals(source: Source) -> Iterator[None]:
-    """Whatever goes wrong with an image is a DataError; Pillow's readers raise nearly everything."""
+    """Raise DataError for anything that goes wrong with an image: Pillow's readers raise exceptions of many kinds."""
     try:
         yield
     except DataError:
         raise
     except Exception as error:
         name = f"{source}: " if isinstance(source, str | Path) else ""
-        alien = isinstance(error, UnidentifiedImageError)
-        why = f"it is none of {', '.join(FORMATS)}" if alien else str(error) or type(error).__name__
+        unrecognised = isinstance(error, UnidentifiedImageError)
+        why = f"it is none of {', '.join(FORMATS)}" if unrecognised else str(error) or type(error).__name__
         raise DataError(f"{name}the image cannot be decoded: {why}") from error
 
 
 def _open(source: Source) -> tuple[Image.Image, bytes | None]:
-    """The image, with nothing but its header read, and its bytes where it is not decoded yet."""
+    """Return the image with only its header read, and its bytes where it is not decoded yet."""
     if isinstance(source, Image.Image):
         return source, None
     encoded = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -89,12 +89,12 @@ def _open(source: Source) -> tuple[Image.Image, bytes | None]:
 
 
 def _decode_jpeg(encoded: bytes, size: tuple[int, int], at_least: int | None) -> np.ndarray | None:
-    """uint32 `[H, W]` as `resize` takes it; None where it is Pillow's turn.
+    """Decode to uint32 `[H, W]` as `resize` takes it; None where Pillow has to decode the file.
 
     Args:
-        encoded: the file.
-        size: width and height by Pillow's reading of the header.
-        at_least: decode to the smallest size that both sides allow, were it half of the file's or less; None: as it is.
+        encoded: the content of the file.
+        size: width and height as Pillow reads them from the header.
+        at_least: decode at the smallest scale, 1/2 at most, that leaves both sides this long; None: at full size.
     """
     import simplejpeg
 
@@ -110,6 +110,6 @@ def _decode_jpeg(encoded: bytes, size: tuple[int, int], at_least: int | None) ->
 
 
 def _pack(image: Image.Image) -> np.ndarray:
-    """uint32 `[H, W]` as `resize` takes it, decoded by Pillow."""
+    """Decode with Pillow to uint32 `[H, W]` as `resize` takes it."""
     raw = image.convert("RGB").tobytes("raw", "RGBX")
-    return np.frombuffer(raw, "<u4").reshape(image.height, image.width).copy()  # compiled code wants to own its input
+    return np.frombuffer(raw, "<u4").reshape(image.height, image.width).copy()  # compiled code needs a writable array

@@ -1,4 +1,4 @@
-"""About how many tokens a record will have: what batches are balanced by, known without a tokenizer or a draw."""
+"""Estimated token counts of records, by which batches are balanced: no tokenizer and no random draw is needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PIECES = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\
 
 
 def estimate_tokens(text: str) -> int:
-    """Tokens of a text under GPT-2's vocabulary, within about a tenth for English, boxes and task tokens.
+    """Estimate the tokens of a text under GPT-2's vocabulary, within about 10 % for English, boxes and task tokens.
 
     A piece beyond ASCII takes more than one token: half a token a byte is added.
     """
@@ -22,7 +22,7 @@ def estimate_tokens(text: str) -> int:
 
 
 def text_lengths(record: dict[str, Any]) -> tuple[int, int]:
-    """(tokens of the first question, tokens of all that follows), estimated; images and templates not counted.
+    """Estimate (tokens of the first question, tokens of all that follows), without images and templates.
 
     Where training draws among several texts, their mean counts. A record that cannot be used counts as empty.
     """
@@ -44,7 +44,7 @@ def _mean_tokens(value: object, *, clean: bool) -> int:
 
 @lru_cache(maxsize=64)
 def pool_tokens(name: str) -> int:
-    """Tokens of an entry of a pool of prompts.yaml, in the mean; 0 for an unknown pool."""
+    """Return the mean token count of the entries of a pool of prompts.yaml; 0 for an unknown pool."""
     entries = load_prompts().pools.get(name, ())
     return round(sum(map(estimate_tokens, entries)) / len(entries)) if entries else 0
 

@@ -1,4 +1,4 @@
-"""From the words of a sample to token ids, labels and positions, laid out as TinyGPT-V was trained.
+"""From the texts of a sample to token ids, labels and positions, laid out as TinyGPT-V was trained.
 
 A training row is `BOS | prompt with 32 rows per image | answer + end_sym`; the targets are the answer and `end_sym`. In
 a conversation every later question follows as a BOS that nothing attends to (the original's attention hole) and the
@@ -25,7 +25,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """How an image stands in a row: `count` times the id `token_id`."""
+    """The tokens of an image in a row: `count` times the id `token_id`."""
 
     token_id: int
     count: int
@@ -40,7 +40,7 @@ class Sequence:
         labels: int64 `[T]`, -100 where a token is no target.
         position_ids: int64 `[T]`, from 0; may skip.
         image_rows: int64 `[R]`, positions of the image tokens in the row.
-        image_index: int64 `[R]`, which row of the sample's images (image * count + row) stands there.
+        image_index: int64 `[R]`, the row of the sample's images (image * count + row) that goes there.
     """
 
     input_ids: np.ndarray
@@ -54,19 +54,19 @@ class Sequence:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids without special tokens; an empty text has none."""
+    """Return token ids without special tokens; an empty text has none."""
     if not text:
         return []
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.truncation or backend.padding:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # the same in half the time
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids  # the same ids in half the time
 
 
 def prompt_text(rendered: Rendered, num_images: int, text: TextSection, draw: Draw) -> str:
-    """The first question as it stands in the row, wrapped, with a placeholder for each image.
+    """Return the first question as in the row: wrapped, with a placeholder for each image.
 
-    A bare caption is asked for with an entry of the recipe's prompt pool, or by its image alone.
+    The prompt of a bare caption is an entry of the recipe's prompt pool, or its image alone.
     """
     question = rendered.turns[0][0]
     if question is not None:
@@ -78,7 +78,7 @@ def prompt_text(rendered: Rendered, num_images: int, text: TextSection, draw: Dr
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, num_images: int, image: ImageTokens) -> list[int]:
-    """Token ids of a prompt; the text around each placeholder is tokenised by itself, as in the original.
+    """Return the token ids of a prompt; the text around each placeholder is tokenised by itself, as in the original.
 
     Raises:
         DataError: the prompt does not hold one placeholder per image.
@@ -92,7 +92,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, num_images: int,
 
 
 def check_placeholders(prompt: str, num_images: int) -> None:
-    """See that a prompt holds one placeholder per image.
+    """Check that a prompt holds one placeholder per image.
 
     Raises:
         DataError: it does not.
@@ -115,12 +115,12 @@ def build_sequence(
     """Lay out one training sample.
 
     Args:
-        rendered: its turns.
-        num_images: images stored with it.
-        tokenizer: Phi's; its BOS token is also the end and padding token.
+        rendered: the turns of the sample.
+        num_images: number of images stored with it.
+        tokenizer: the tokenizer of Phi; its BOS token is also the end and padding token.
         text: template, end symbol and lengths of the recipe.
-        image: how images stand in the row.
-        draw: gives a uniform integer below n, for the prompt pool.
+        image: the tokens of an image.
+        draw: draws a uniform integer below n, for the prompt pool.
 
     Raises:
         DataError: placeholders and images do not match.
