@@ -17,7 +17,7 @@ from tinygptv_ds.estimate.data_summary import ASSUMED, MeanSample
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.parameters import lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.sequence import IGNORE, Sequence
+from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 from tinygptv_ds.weights.assemble import empty_model
 
 DATASET = "made up"
@@ -125,11 +125,11 @@ def _around(rng: np.random.Generator, mean: int) -> int:
     return int(rng.integers(max(1, mean // 2), mean + mean // 2 + 1))
 
 
-def _row(rng: np.random.Generator, config: TinyGPTVConfig, asked: int, answered: int) -> Sequence:
+def _row(rng: np.random.Generator, config: TinyGPTVConfig, asked: int, answered: int) -> TokenRow:
     """Return a sequence of a BOS token and a prompt, the image, and target tokens."""
     queries = config.num_query_tokens
     length = asked + queries + answered
     ids = rng.integers(0, config.image_token_id, length)
     ids[asked : asked + queries] = config.image_token_id
     labels = np.where(np.arange(length) < asked + queries, IGNORE, ids)
-    return Sequence(ids, labels, np.arange(length), np.arange(asked, asked + queries), np.arange(queries))
+    return TokenRow(ids, labels, np.arange(length), np.arange(asked, asked + queries), np.arange(queries))

@@ -26,7 +26,7 @@ from tinygptv_ds.data.sets import digits
 from tinygptv_ds.models.attention import make_layout
 from tinygptv_ds.models.loss import token_losses
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence
+from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, TokenRow, build_sequence
 from tinygptv_ds.processing.text import load_prompts, render
 
 CELLS = len(digits.CELLS)
@@ -98,7 +98,7 @@ def _tokenizer_corpus(rng: random.Random) -> Iterator[str]:
 class Text:
     """One text: its row, and the words that stand at each image position, as a bag of token ids."""
 
-    sequence: Sequence
+    sequence: TokenRow
     cells: list[list[int]]
 
 

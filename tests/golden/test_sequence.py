@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tinygptv_ds.config.recipe import TextSection
-from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence, prompt_ids
+from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, TokenRow, build_sequence, prompt_ids
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, Rendered
 
 IMAGE = -1  # marks a row of an image; no token has this id
@@ -74,7 +74,7 @@ def test_training_rows(training_case: Path, tokenizer: PreTrainedTokenizerBase) 
     assert holes == case["attention_holes"]
 
 
-def in_words(sequence: Sequence, image: ImageTokens, first_image: int) -> list[int | dict[str, int]]:
+def in_words(sequence: TokenRow, image: ImageTokens, first_image: int) -> list[int | dict[str, int]]:
     """A row as the reference writes it: token ids, and {image, row} for an image."""
     items: list[int | dict[str, int]] = sequence.input_ids.tolist()
     for row, index in zip(sequence.image_rows, sequence.image_index, strict=True):

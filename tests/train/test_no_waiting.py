@@ -22,7 +22,7 @@ from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.models.parameters import lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.sequence import IGNORE, Sequence
+from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.liveness.progress import Progress
 from tinygptv_ds.train.metrics.accumulator import Accumulator
@@ -76,7 +76,7 @@ def sample(number: int, features: bool) -> Sample:
     ids = np.arange(length) + number
     ids[:queries] = config.image_token_id
     labels = np.where(np.arange(length) < queries, IGNORE, ids)
-    row = Sequence(ids, labels, np.arange(length), np.arange(queries), np.arange(queries))
+    row = TokenRow(ids, labels, np.arange(length), np.arange(queries), np.arange(queries))
     pixels = np.full((0 if features else 1, 3, 28, 28), number, dtype=np.uint8)
     made = torch.ones(1, queries, config.qformer_config.hidden_size) if features else None
     return Sample(SampleRef(number, "vqa", 0, 0, number), row, pixels, made)

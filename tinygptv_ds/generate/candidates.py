@@ -14,8 +14,7 @@ from tinygptv_ds.generate.conversation import Prompt
 from tinygptv_ds.generate.generate import vision_inputs
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
-from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
-from tinygptv_ds.processing.sequence import Sequence as Row
+from tinygptv_ds.processing.sequence import ImageTokens, TokenRow, build_sequence
 from tinygptv_ds.processing.text import Rendered
 
 
@@ -83,7 +82,7 @@ def candidate_losses(
 
 @torch.no_grad()
 def _losses(
-    model: TinyGPTVForConditionalGeneration, rows: Sequence[Row], places: Sequence[int], images: dict[str, Tensor]
+    model: TinyGPTVForConditionalGeneration, rows: Sequence[TokenRow], places: Sequence[int], images: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Return the mean loss and the number of target tokens of each row, both `[rows]`.
 

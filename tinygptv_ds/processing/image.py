@@ -49,7 +49,7 @@ def to_pixels(source: Source, image_size: int, decoding: str = "exact") -> np.nd
         source: the image.
         image_size: side of the result.
         decoding: "exact": the values that Pillow gives. "fast": JPEGs of at least twice `image_size` are decoded at
-            half their size or less and then resized; values of photos differ by 1 to 3 of 255 on average, of fine stripes by more.
+            half their size or less and then resized; photos differ by 1 to 3 of 255 on average, fine stripes by more.
     """
     from tinygptv_ds.processing.resize import resize  # importing numba is slow, and only resizing needs it
 

@@ -32,8 +32,8 @@ class ImageTokens:
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """One sample, ready for a packed batch.
+class TokenRow:
+    """One training sample as a row of tokens, ready for a packed batch.
 
     Attributes:
         input_ids: int64 `[T]`, image positions hold the image token id.
@@ -111,7 +111,7 @@ def build_sequence(
     text: TextSection,
     image: ImageTokens,
     draw: Draw,
-) -> Sequence:
+) -> TokenRow:
     """Lay out one training sample.
 
     Args:
@@ -143,7 +143,7 @@ def build_sequence(
     position_ids = np.arange(len(input_ids), dtype=np.int64)
     input_ids, labels, position_ids = input_ids[keep], labels[keep], position_ids[keep]
     image_rows = np.flatnonzero(input_ids == image.token_id)
-    return Sequence(input_ids, labels, position_ids, image_rows, np.arange(len(image_rows), dtype=np.int64))
+    return TokenRow(input_ids, labels, position_ids, image_rows, np.arange(len(image_rows), dtype=np.int64))
 
 
 def _turns(

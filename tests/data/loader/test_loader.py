@@ -23,7 +23,7 @@ from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.data.stream.plan import OpenStream, open_stream
 from tinygptv_ds.processing.image import to_pixels
-from tinygptv_ds.processing.sequence import IGNORE, Sequence
+from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 
 STEPS = 4
 RAW = Callable[..., dict[str, Any]]
@@ -233,9 +233,9 @@ def test_a_micro_batch_without_a_sample(raw_recipe: RAW, tmp_path: Path) -> None
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
-def row(ids: list[int], labels: list[int], images: list[int]) -> Sequence:
+def row(ids: list[int], labels: list[int], images: list[int]) -> TokenRow:
     arrays = (ids, labels, range(len(ids)), images, range(len(images)))
-    return Sequence(*(np.array(list(values), dtype=np.int64) for values in arrays))
+    return TokenRow(*(np.array(list(values), dtype=np.int64) for values in arrays))
 
 
 def test_collate() -> None:

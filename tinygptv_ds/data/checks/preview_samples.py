@@ -14,7 +14,7 @@ from tinygptv_ds.data.shards.reader import SampleError, ShardReader
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.processing.boxes import Box, FoundBox, find_boxes
-from tinygptv_ds.processing.sequence import IGNORE, Sequence
+from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 
 PROMPT, TARGET, CUT, IMAGE, TURN = "prompt", "target", "cut", "image", "turn"
 _READ = (PROMPT, TARGET)
@@ -104,7 +104,7 @@ def _unlimited(tokens: Tokens) -> tuple[TextSection, TextSection]:
     return answers, replace(answers, max_context_len=_ENDLESS)
 
 
-def kinds_of(kept: Sequence, answers: Sequence, whole: Sequence, max_context_len: int) -> np.ndarray:
+def kinds_of(kept: TokenRow, answers: TokenRow, whole: TokenRow, max_context_len: int) -> np.ndarray:
     """ "prompt", "target" or "cut" for each token of `whole`: str `[T]`.
 
     Args:
@@ -120,7 +120,7 @@ def kinds_of(kept: Sequence, answers: Sequence, whole: Sequence, max_context_len
     return kinds
 
 
-def _pieces(row: Sequence, kinds: np.ndarray, tokens: Tokens) -> list[Piece]:
+def _pieces(row: TokenRow, kinds: np.ndarray, tokens: Tokens) -> list[Piece]:
     """The row in words, token by token; the rows of an image are one piece."""
     image_of = dict(zip(row.image_rows.tolist(), (row.image_index // tokens.image.count).tolist(), strict=True))
     starts = np.flatnonzero(np.diff(row.position_ids) > 1) + 1  # a skipped position: a later question begins

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from tinygptv_ds.data.loader.sample import Sample, SkippedSample
 from tinygptv_ds.data.stream.mixture import SampleRef
-from tinygptv_ds.processing.sequence import IGNORE, Sequence
+from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ class MicroBatch:
 
 
 def collate(
-    samples: Seq[Sample],
-    datasets: Seq[str],
+    samples: Sequence[Sample],
+    datasets: Sequence[str],
     *,
     queries: int,
     image_size: int,
@@ -137,6 +136,6 @@ def _recorded(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
     return tensor
 
 
-def _lone_token(bos: int) -> Sequence:
+def _lone_token(bos: int) -> TokenRow:
     none = np.zeros(0, dtype=np.int64)
-    return Sequence(np.array([bos]), np.array([IGNORE]), np.array([0]), none, none)
+    return TokenRow(np.array([bos]), np.array([IGNORE]), np.array([0]), none, none)

@@ -5,7 +5,7 @@ torch and transformers are imported only where they are needed: `check-data` ren
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.features.format import FeatureShape
 from tinygptv_ds.processing.image import to_pixels
-from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, Sequence, build_sequence
+from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, TokenRow, build_sequence
 from tinygptv_ds.processing.text import Draw, Rendered, render
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Sample:
     """
 
     ref: SampleRef
-    sequence: Sequence
+    sequence: TokenRow
     pixels: np.ndarray
     features: Tensor | None = None
 
@@ -91,7 +91,7 @@ class SampleDraft:
 
     ref: SampleRef
     where: str
-    sequence: Sequence
+    sequence: TokenRow
     images: tuple[bytes, ...]
 
 
@@ -177,7 +177,7 @@ def render_sample(raw: RawSample, draw: Draw, *, clean: bool, where: str) -> Ren
     return rendered
 
 
-def read_features(members: Seq[bytes], shape: FeatureShape, where: str) -> Tensor:
+def read_features(members: Sequence[bytes], shape: FeatureShape, where: str) -> Tensor:
     """Return the stored features of a sample's images, `[images, queries, width]` in the dtype of `shape`.
 
     Raises:
@@ -202,7 +202,7 @@ def _stack(pixels: list[np.ndarray]) -> np.ndarray:
     return np.stack(pixels) if pixels else _NO_PIXELS
 
 
-def _check_length(sequence: Sequence, max_tokens: int | None, where: str) -> None:
+def _check_length(sequence: TokenRow, max_tokens: int | None, where: str) -> None:
     """Raise SampleError for a sample without a target token, or one that is too long for any micro-batch."""
     if not (sequence.labels != IGNORE).any():
         raise SampleError("no_target_tokens", f"{where}: no token of its answer is within the length limits")
