@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts = (projections, norms, lora) if job.recipe.model.lora_r else (projections, norms)
         train_only(model, *parts, override=job.recipe.model.train)
         stream = open_stream(job.recipe)
-        check_features(model, job)  # where data.features names some: stale ones are refused
+        check_features(model, job.recipe.data, job.precision)  # where data.features names some: stale ones are refused
         with session.start_engine(model, stream) as run:  # DeepSpeed, from the last checkpoint where there is one
             train(run, stream)
             save_model(run)

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=job.dtype)
         train_only(model, projections, norms, lora, override=job.recipe.model.train)
         stream = open_stream(job.recipe)
-        check_features(model, job)  # where data.features names some: stale ones are refused
+        check_features(model, job.recipe.data, job.precision)  # where data.features names some: stale ones are refused
         with session.start_engine(model, stream) as run:  # DeepSpeed, from the last checkpoint where there is one
             train(run, stream)
             save_model(run)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,7 +70,7 @@ def model_of(raw: dict[str, Any]) -> tuple[Recipe, TinyGPTVForConditionalGenerat
 
 def check(raw: dict[str, Any], precision: str = "fp32") -> None:
     recipe, model = model_of(raw)
-    check_features(model, SimpleNamespace(recipe=recipe, precision=precision))
+    check_features(model, recipe.data, precision)
 
 
 def refused(raw: dict[str, Any], precision: str = "fp32") -> str:
@@ -157,7 +156,7 @@ def test_sixteen_bit(dtype: str, raw_recipe: Callable[..., dict[str, Any]], tmp_
     recipe = build_recipe(raw, "test")
     model = build_model(recipe.model, recipe.text, frozen_dtype=encode.DTYPES[dtype])
     model.requires_grad_(False)
-    check_features(model, SimpleNamespace(recipe=recipe, precision=dtype))
+    check_features(model, recipe.data, dtype)
     pairs = zip(loaded(recipe, model.config), loaded(build_recipe(raw_recipe(), "test"), model.config), strict=True)
     for ours, theirs in pairs:
         assert ours.batch.image_features.dtype == encode.DTYPES[dtype]
@@ -195,7 +194,7 @@ def test_a_vision_path_that_learns(raw_recipe: Callable[..., dict[str, Any]], ma
     recipe, model = model_of(raw_recipe(data__features=str(made)))
     model.query_tokens.requires_grad_(True)
     with pytest.raises(ConfigError, match="the ViT or the Q-Former is trained"):
-        check_features(model, SimpleNamespace(recipe=recipe, precision="fp32"))
+        check_features(model, recipe.data, "fp32")
 
 
 def test_differences_name_everything_and_weights_last() -> None:

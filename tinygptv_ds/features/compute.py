@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,21 +29,22 @@ from tinygptv_ds.features.format import (
     tar_name,
     write_notes,
 )
+from tinygptv_ds.files import LockedError, lock_file
 from tinygptv_ds.log import LOGGER, set_up_logging
 from tinygptv_ds.train.setup.preflight import check_files
 
 if TYPE_CHECKING:
-    from tinygptv_ds.features.image_chunks import Slot
+    from tinygptv_ds.features.encode import Slot
     from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class FeatureJob:
     """What one call of the command makes.
 
     Attributes:
         vision: ViT and Q-Former, on the device that computes.
-        made_with: from `vision_facts`.
+        made_with: from `vision_fingerprint`.
         batch_size: samples that go through together.
         workers: processes that decode.
         ranks: who this process is; shards are dealt out by rank.
@@ -101,24 +101,24 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.out}: train from them with --set data.features={args.out}")
 
 
-def _load_vision(recipe: Recipe, args: argparse.Namespace, ranks: Ranks) -> Work:
+def _load_vision(recipe: Recipe, args: argparse.Namespace, ranks: Ranks) -> FeatureJob:
     import torch
 
     from tinygptv_ds.dtypes import DTYPES
-    from tinygptv_ds.features.vision_fingerprint import vision_facts
+    from tinygptv_ds.features.verify import vision_fingerprint
     from tinygptv_ds.weights.assemble import build_vision
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
     dtype = args.dtype if args.dtype != "auto" else "bf16" if on_gpu else "fp32"
     vision = build_vision(recipe.model, recipe.text, frozen_dtype=DTYPES[dtype])
-    facts = vision_facts(vision, dtype)
-    LOGGER.info("ViT and Q-Former on %s in %s, images of %d pixels", device, dtype, facts["image_size"])
+    made_with = vision_fingerprint(vision, dtype)
+    LOGGER.info("ViT and Q-Former on %s in %s, images of %d pixels", device, dtype, made_with["image_size"])
     workers = min(args.workers, cores_per_rank(ranks))
-    return Work(vision.to(device), facts, args.batch_size, workers, ranks, recipe.data)
+    return FeatureJob(vision.to(device), made_with, args.batch_size, workers, ranks, recipe.data)
 
 
-def _make(section: DatasetSection, folder: Path, work: Work) -> None:
+def _make(section: DatasetSection, folder: Path, work: FeatureJob) -> None:
     """The features of one dataset. Finished shards of the same vision path and sources are kept."""
     sources = expand_shards(section.shards, allow_pipe=section.name in work.data.allow_pipe)
     counts = count_samples(sources, open_cache(work.data))
@@ -138,10 +138,9 @@ def _make(section: DatasetSection, folder: Path, work: Work) -> None:
             print(f"{section.name}: {sum(counts):,} samples in {len(tars)} shard(s), {size:.3g} GB", flush=True)
 
 
-def _encode(name: str, shards: list[tuple[Shard, int, Path]], work: Work) -> None:
+def _encode(name: str, shards: list[tuple[Shard, int, Path]], work: FeatureJob) -> None:
     """Write the tars of this rank that are not there; each comes as (source, samples, tar)."""
-    from tinygptv_ds.features.encode import write_features
-    from tinygptv_ds.features.image_chunks import ImageChunks
+    from tinygptv_ds.features.encode import ImageChunks, write_features
 
     left = [shard for shard in shards if not shard[2].is_file()]
     total, to_do = (sum(count for _, count, _ in part) for part in (shards, left))
@@ -185,15 +184,16 @@ def _begin(folder: Path, notes: FeatureNotes) -> None:
 
 @contextmanager
 def _one_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Rank 0 holds the folder for this call of the command."""
+    """Hold the folder on rank 0 for this call of the command."""
     if not ranks.is_main:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".writing").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"{folder}: another process is writing features into it; let it finish") from error
+    path = folder / ".writing"
+    try:
+        lock = lock_file(path)
+    except (LockedError, OSError) as error:
+        raise DataError(f"{folder}: another process is writing features into it; let it finish") from error
+    with lock:
         yield
-        Path(file.name).unlink()
+        path.unlink()

@@ -53,7 +53,7 @@ class FeatureNotes:
     """What `features.json` of a dataset says.
 
     Attributes:
-        made_with: everything that the features depend on, from `models.fingerprint.vision_facts`.
+        made_with: everything that the features depend on, from `verify.vision_fingerprint`.
         sources: `name`, `bytes` and `samples` of each shard that they were made from.
         shard_bytes: size of each tar of features; empty until all are written.
     """

@@ -1,26 +1,30 @@
-"""Training from features: only from those that this very vision path would have made."""
+"""Training from features is allowed only with features that this very vision path would have computed."""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from tinygptv_ds.config.data_section import DataSection
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.features.format import refuse_stale
-from tinygptv_ds.features.vision_fingerprint import vision_facts
-from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.train.setup.job import Job
+from tinygptv_ds.models.parameters import vision
+from tinygptv_ds.models.tinygptv import IMAGE_MEAN, IMAGE_STD, TinyGPTVForConditionalGeneration
 
 
-def check_features(model: TinyGPTVForConditionalGeneration, job: Job) -> None:
-    """Hold the model's vision path against what the features of `data.features` were made with, where it names some.
+def check_features(model: TinyGPTVForConditionalGeneration, data: DataSection, precision: str) -> None:
+    """Compare the model's vision path with what the features of `data.features` were made with, if any are named.
 
-    To be called on all ranks, before DeepSpeed divides the weights.
+    To be called on all ranks, before DeepSpeed partitions the weights.
 
     Raises:
-        ConfigError: the vision path learns, so that features would be wrong after the first step.
-        DataError: features are stale; says in what they differ and how to make them again.
+        ConfigError: the vision path is trained, so features would be wrong after the first step.
+        DataError: features are stale; names the differences and how to make them again.
     """
-    data = job.recipe.data
     if data.features is None:
         return
     if not model.vision_is_frozen:
@@ -28,6 +32,40 @@ def check_features(model: TinyGPTVForConditionalGeneration, job: Job) -> None:
             "data.features is set, but the ViT or the Q-Former is trained, whose outputs change with every step; set "
             "data.features to null, or freeze them"
         )
-    here = vision_facts(model, job.precision)
+    current = vision_fingerprint(model, precision)
     for section in data.used:
-        refuse_stale(Path(data.features) / section.name, here)
+        refuse_stale(Path(data.features) / section.name, current)
+
+
+def vision_fingerprint(model: TinyGPTVForConditionalGeneration, precision: str) -> dict[str, Any]:
+    """Return everything that the outputs of a frozen vision path depend on, as plain values.
+
+    These are sizes, transform, precision, and the hash of the weights as they are used.
+
+    Args:
+        model: its vision path in memory, in the dtype that it computes in; not yet partitioned by DeepSpeed.
+        precision: "fp32", "bf16" or "fp16", of matrix products.
+    """
+    config = model.config
+    return {
+        "dtype": precision,
+        "image_size": config.vision_config.image_size,
+        "decoding": "exact",
+        "mean": list(IMAGE_MEAN),
+        "std": list(IMAGE_STD),
+        "vit_heads": config.vision_config.num_attention_heads,
+        "qformer_heads": config.qformer_config.num_attention_heads,
+        "queries": config.num_query_tokens,
+        "width": config.qformer_config.hidden_size,
+        "weights": _hash({name: p for name, p in model.named_parameters() if vision(name)}),
+    }
+
+
+def _hash(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -30,7 +30,6 @@ def test_reads_any_sample_in_any_order(tmp_path: Path) -> None:
     for i in (5, 0, 3, 4, 0):
         sample = reader.read(tars[i // 4], i % 4)
         assert (sample.key, sample.record, sample.images) == (f"k{i}", {"answer": str(i)}, (bytes([i]),))
-        assert reader.read_record(tars[i // 4], i % 4) == (sample.key, sample.record)
 
 
 def test_images_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -76,7 +76,11 @@ class ShardReader:
             os.close(self._shards.popitem()[1][0])
 
     def read(self, tar: Shard, index: int) -> RawSample:
-        """Sample number `index` of `tar`. Raises SampleError if it, or the whole shard, cannot be used."""
+        """Read sample number `index` of `tar`.
+
+        Raises:
+            SampleError: the sample, or the whole shard, cannot be used.
+        """
         try:
             _, shard = self._shard(tar)
         except DataError as error:
@@ -95,20 +99,19 @@ class ShardReader:
         return RawSample(key, record, tuple(self._read(tar, member, where) for member in images))
 
     def key(self, tar: Shard, index: int) -> str:
-        """The key of a sample, for messages; its number where the shard cannot be read."""
+        """Return the key of a sample, for messages; its number if the shard cannot be read."""
         try:
             return self._shard(tar)[1].key(index)
         except (DataError, IndexError):
             return f"number {index}"
 
-    def read_record(self, tar: Shard, index: int) -> tuple[str, dict[str, Any]]:
-        """(key, record) without the images. Raises SampleError if it is unusable, DataError if the shard is."""
-        shard = self._shard(tar)[1]
-        where = f"{tar}: sample {shard.key(index)}"
-        return shard.key(index), parse_record(self._record_bytes(tar, shard.members(index), where), where)
-
     def stored(self, tar: Shard, index: int) -> tuple[str, bytes | None, int]:
-        """(key, the ``json`` member as it is or None, how many images there are); errors as in `read_record`."""
+        """Return (key, the ``json`` member's bytes or None, number of images) of a sample.
+
+        Raises:
+            SampleError: the storage failed.
+            DataError: the shard cannot be opened.
+        """
         _, shard = self._shard(tar)
         where = f"{tar}: sample {shard.key(index)}"
         member = next((member for member in shard.members(index) if member.suffix == "json"), None)
@@ -116,7 +119,7 @@ class ShardReader:
         return shard.key(index), record, int(shard.lengths[index, 0])
 
     def _raise_if_skipped(self, tar: Shard, members: tuple[Member, ...], where: str) -> None:
-        """Features keep the place of a sample that could not be used, and say why."""
+        """Raise the SampleError that a shard of features stores in place of a sample that could not be used."""
         for member in members:
             if member.suffix == SKIPPED:
                 noted = parse_record(self._read(tar, member, where), where)
@@ -130,7 +133,7 @@ class ShardReader:
         raise SampleError("missing_record", f"{where}: has no .json member")
 
     def _shard(self, tar: Shard) -> tuple[int, ShardIndex]:
-        """(file descriptor, index) of `tar`."""
+        """Return (file descriptor, index) of `tar`, opened if necessary."""
         if tar in self._shards:
             self._shards.move_to_end(tar)
             return self._shards[tar]
@@ -140,7 +143,7 @@ class ShardReader:
         return self._shards[tar]
 
     def _read(self, tar: Shard, member: Member, where: str) -> bytes:
-        """One member's bytes, tried a few times where the storage fails."""
+        """Read one member, with several attempts if the storage fails."""
         file, _ = self._shard(tar)
         try:
             data = STORAGE.call(where, lambda: _pread(file, member), lambda: self._reread(tar, member))
@@ -152,7 +155,7 @@ class ShardReader:
         return data
 
     def _reread(self, tar: Shard, member: Member) -> bytes:
-        """By a new file descriptor: one of a network file system may have become stale."""
+        """Read through a new file descriptor: one of a network file system may have become stale."""
         file, index = self._shards[tar]
         fresh = self._cache.open(tar)[0] if isinstance(tar, RemoteShard) else os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
         os.close(file)
@@ -169,9 +172,9 @@ def _open(tar: Path) -> tuple[int, ShardIndex]:
 
 
 def _pread(file: int, member: Member) -> bytes:
-    """Read at a position, without moving the file's own; a single call may give less than asked for.
+    """Read a member without moving the file's position; a single `pread` may return less than asked for.
 
-    What the file does not hold is not there in the result, and no memory is taken for it.
+    The result is shorter if the file ends before the member, and no memory is taken for the missing bytes.
     """
     wanted = min(member.size, max(0, os.fstat(file).st_size - member.offset))
     data = os.pread(file, wanted, member.offset) if wanted else b""
@@ -184,7 +187,11 @@ def _pread(file: int, member: Member) -> bytes:
 
 
 def parse_record(data: bytes, where: str) -> dict[str, Any]:
-    """A sample's record from its ``json`` member. Raises SampleError if it is no JSON object; `where` names it."""
+    """Parse a sample's ``json`` member; `where` names the sample.
+
+    Raises:
+        SampleError: it is not a JSON object.
+    """
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -195,7 +202,7 @@ def parse_record(data: bytes, where: str) -> dict[str, Any]:
 
 
 def _images(members: tuple[Member, ...], where: str) -> list[Member]:
-    """The image members: one ``jpg``, or ``0.jpg``, ``1.jpg``, ... in the order of their numbers."""
+    """Return the image members: one ``jpg``, or ``0.jpg``, ``1.jpg``, ... in the order of their numbers."""
     numbered: dict[int, Member] = {}
     for member in members:
         number, dot, suffix = member.suffix.rpartition(".")
