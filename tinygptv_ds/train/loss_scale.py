@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LossScale:
     """fp16's dynamic loss scale, by the rule and constants of torch's GradScaler.
@@ -16,7 +18,7 @@ class LossScale:
 
     START = 65536.0
 
-    def __init__(self, optimizer: object, value: float = START, good_steps: int = 0) -> None:
+    def __init__(self, optimizer: Any, value: float = START, good_steps: int = 0) -> None:
         optimizer.torch_autocast_gradscaler = None
         self._optimizer = optimizer
         self.set(value, good_steps)

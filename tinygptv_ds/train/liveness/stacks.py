@@ -39,6 +39,8 @@ class Stacks:
     def dump_workers(self, workers: Iterable[BaseProcess], why: str) -> None:
         """Add the stacks of dataloader workers."""
         for worker in workers:
+            if worker.pid is None:  # not started
+                continue
             state = _status_of(worker.pid)
             if int(state.get("SigCgt", "0"), 16) >> (SIGNAL - 1) & 1:  # it would die of the signal otherwise
                 self._write(f"{why}; dataloader worker {worker.pid}, state {state.get('State', 'unknown')}")

@@ -83,7 +83,7 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         failed = error is not None and self._channel is not None and not isinstance(error, Stopped)
-        if failed:
+        if error is not None and failed:
             self._explain(error)
         self._over.set()
         self._thread.join(_LAST_RESORT)
@@ -155,7 +155,8 @@ class Watchdog:
     def _on_message(self, rank: int, message: Message | None) -> None:
         self._received_at[rank] = self._clock.now()
         if message == HELLO:
-            self._channel.send(self._own_status(), to=rank)
+            if self._channel is not None:
+                self._channel.send(self._own_status(), to=rank)
         elif message is None:
             if rank not in self._excused:
                 self._lose({rank}, "its process is gone")
@@ -252,7 +253,7 @@ class Watchdog:
         self._leave_at(until, end["code"])
 
     def _leave_at(self, until: float, code: int) -> None:
-        if time.monotonic() < until and not self._channel.is_alone:
+        if self._channel is not None and time.monotonic() < until and not self._channel.is_alone:
             self._loop.call_later(0.02, self._leave_at, until, code)
         else:
             os._exit(code)
