@@ -154,7 +154,7 @@ def test_features_that_are_not_there(recipe_file: Callable[..., Path], tmp_path:
     recipe = str(recipe_file(data__features=str(tmp_path / "none")))
     message = one_error(stage(4, "--recipe", recipe, "--deepspeed_config", CPU))
     assert f"dataset vqa: {tmp_path / 'none' / 'vqa'} holds no features" in message
-    assert message.count("python -m tinygptv_ds features RECIPE --out DIR") == 4
+    assert message.count("tinygptv-ds features RECIPE --out DIR") == 4
 
 
 def test_a_folder_that_is_no_phi(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def check(raw: dict[str, Any], precision: str = "fp32") -> None:
 def refused(raw: dict[str, Any], precision: str = "fp32") -> str:
     with pytest.raises(DataError) as caught:
         check(raw, precision)
-    assert "python -m tinygptv_ds features RECIPE --out DIR" in str(caught.value)
+    assert "tinygptv-ds features RECIPE --out DIR" in str(caught.value)
     return str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""`python -m tinygptv_ds answer MODEL`: a file of questions to a file of answers, in batches, on one rank or many."""
+"""`tinygptv-ds answer MODEL`: a file of questions to a file of answers, in batches, on one rank or many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m tinygptv_ds chat MODEL`: a conversation about images in the terminal."""
+"""`tinygptv-ds chat MODEL`: a conversation about images in the terminal."""
 
 from __future__ import annotations
 

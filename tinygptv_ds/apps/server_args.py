@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import socket
-from pathlib import Path
 
 from tinygptv_ds.errors import ConfigError, require
 from tinygptv_ds.generate.model_args import add_model_arguments, check_model_arguments
 from tinygptv_ds.generate.settings import Generation, add_generation_arguments, generation_from
+from tinygptv_ds.resources import project_root
 
-_REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements-app.txt"
+_REQUIREMENTS = project_root() / "requirements-app.txt"
 
 
 def add_serving_arguments(parser: argparse.ArgumentParser, port: int) -> None:

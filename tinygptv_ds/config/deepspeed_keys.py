@@ -119,7 +119,7 @@ REFUSED = {
     "use_data_before_expert_parallelism": "the model has no experts",
     "pipeline": "the model is not divided into a pipeline",
     "hybrid_engine": "it is for reinforcement learning",
-    "autotuning": "use 'python -m tinygptv_ds estimate' and --dry-run",
+    "autotuning": "use 'tinygptv-ds estimate' and --dry-run",
     "weight_quantization": "it is for inference",
     "bfloat16": "write bf16",
     "amp": _REMOVED,

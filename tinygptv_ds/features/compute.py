@@ -1,4 +1,4 @@
-"""`python -m tinygptv_ds features`: images through a frozen ViT and Q-Former once, for training from the outputs."""
+"""`tinygptv-ds features`: images through a frozen ViT and Q-Former once, for training from the outputs."""
 
 from __future__ import annotations
 

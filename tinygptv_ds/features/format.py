@@ -25,7 +25,7 @@ from tinygptv_ds.files import whole_file
 
 NOTES = "features.json"
 FORMAT = 1
-HOW = "python -m tinygptv_ds features RECIPE --out DIR"
+HOW = "tinygptv-ds features RECIPE --out DIR"
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def test_nothing_is_there(capsys: pytest.CaptureFixture, tmp_path: Path, monkeyp
     found, code = checked(ROOT / "stages/stage4.yaml", tmp_path)
     assert (code, len(found["left_out"]), found["options"], found["plan"]) == (1, 20, None, None)
     printed = capsys.readouterr().out
-    assert printed.count("python -m tinygptv_ds prepare") == 20 and "No training dataset is left." in printed
+    assert printed.count("tinygptv-ds prepare") == 20 and "No training dataset is left." in printed
 
 
 def test_a_shard_that_is_cut_short(recipe_file: FILE, shards: dict[str, Path], tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def full_name(name: str) -> str:
 
 def how_to_get(name: str) -> str:
     """Where dataset `name` comes from and how its shards are made, as lines for an error message; any name will do."""
-    command = "python -m tinygptv_ds prepare"
+    command = "tinygptv-ds prepare"
     if name.startswith("digits"):
         return f"{name} is embedded; make it with: {command} digits --out DIR"
     if name not in DATASETS:
