@@ -9,9 +9,7 @@ import socket
 from tinygptv_ds.errors import ConfigError, require
 from tinygptv_ds.generate.model_args import add_model_arguments, check_model_arguments
 from tinygptv_ds.generate.settings import Generation, add_generation_arguments, generation_from
-from tinygptv_ds.resources import project_root
-
-_REQUIREMENTS = project_root() / "requirements-app.txt"
+from tinygptv_ds.resources import is_clone
 
 
 def add_serving_arguments(parser: argparse.ArgumentParser, port: int) -> None:
@@ -32,7 +30,7 @@ def check_serving_arguments(args: argparse.Namespace, *packages: str) -> Generat
         TinyGPTVError: one of `packages` is not installed, there is no such model, or a value is out of range.
     """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    how = "pip install -r requirements-app.txt" if _REQUIREMENTS.is_file() else "pip install 'tinygptv_ds[app]'"
+    how = "pip install -r requirements-app.txt" if is_clone() else "pip install 'tinygptv_ds[app]'"
     require(not missing, f"this needs {' and '.join(missing)}, not installed here: {how}")
     check_model_arguments(args)
     require(0 < args.port < 65536, f"--port must lie in 1 to 65535, not {args.port}")
