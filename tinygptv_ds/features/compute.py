@@ -115,7 +115,8 @@ def _load_vision(recipe: Recipe, args: argparse.Namespace, ranks: Ranks) -> Feat
     made_with = vision_fingerprint(vision, dtype)
     LOGGER.info("ViT and Q-Former on %s in %s, images of %d pixels", device, dtype, made_with["image_size"])
     workers = min(args.workers, cores_per_rank(ranks))
-    return FeatureJob(vision.to(device), made_with, args.batch_size, workers, ranks, recipe.data)
+    vision.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the method's parameters
+    return FeatureJob(vision, made_with, args.batch_size, workers, ranks, recipe.data)
 
 
 def _make(section: DatasetSection, folder: Path, work: FeatureJob) -> None:

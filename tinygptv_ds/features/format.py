@@ -119,7 +119,7 @@ def shards_of(section: DatasetSection, root: str | None, *, allow_pipe: bool = F
             state = "is gone" if found is None else f"is torn ({found:,} bytes instead of {size:,})"
             raise DataError(f"{tar} {state}; run the same command again to mend it: {HOW}")
     _same_sources(section, folder, notes, allow_pipe)
-    return tars
+    return list(tars)
 
 
 def tar_name(number: int) -> str:

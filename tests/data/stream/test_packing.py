@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygptv_ds.config.recipe import TextSection
-from tinygptv_ds.data.stream.packing import Estimate, Packing, pack, spread
+from tinygptv_ds.data.stream.packing import LengthEstimate, StepPacking, pack, spread
 
 COSTS = st.lists(st.integers(1, 500), min_size=1, max_size=60)
 
 
-def places(packing: Packing) -> list[int]:
+def places(packing: StepPacking) -> list[int]:
     shares = [
         packing.share(micro, rank).tolist()
         for micro in range(packing.micro_batches)
@@ -70,7 +70,7 @@ def test_the_slowest_rank_is_near_the_mean(world: int, per_rank: int) -> None:
     cost = tokens + 186 * (rng.random(n) > 0.05)
     packing = pack(cost, tokens, world_size=world, micro_batch_size=4, max_tokens=None)
     assert packing.imbalance(cost) < 0.05
-    by_turns = Packing(np.arange(n) % world, 1, world)
+    by_turns = StepPacking(np.arange(n) % world, 1, world)
     assert by_turns.imbalance(cost) > 3 * packing.imbalance(cost)
 
 
@@ -86,7 +86,7 @@ def test_ranks_are_alike_within_each_micro_batch() -> None:
 def test_estimate_counts_rows_as_they_are_laid_out() -> None:
     """BOS token, image rows, question, answer with its end; cut where the recipe cuts."""
     text = TextSection(prompt_template=None, end_sym="###", max_txt_len=20, max_context_len=100)
-    estimate = Estimate(text, image_cost=50.0)
+    estimate = LengthEstimate(text, image_cost=50.0)
     lengths = np.array([[1, 0, 9], [0, 10, 5], [1, 30, 400], [9, 500, 1]], dtype=np.uint16)
     assert estimate.tokens(lengths).tolist() == [1 + 32 + 10, 1 + 10 + 6, 1 + 62 + 20, 1 + 100 + 2]
     assert (estimate.cost(lengths) - estimate.tokens(lengths)).tolist() == [50, 0, 50, 450]

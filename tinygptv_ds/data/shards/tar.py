@@ -111,7 +111,8 @@ def _headers(file: int, size: int, at: int = 0) -> Iterator[_Header]:
     Not by the standard library's tarfile: it believes what a header claims, to the point of endless loops, and takes
     several times as long. Raises _DamageError unless the tar ends as it should.
     """
-    name, extended = None, {}
+    name: str | None = None
+    extended: dict[bytes, bytes] = {}
     if size == 0:
         raise _DamageError("empty file")
     while True:

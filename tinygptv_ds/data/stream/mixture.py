@@ -67,8 +67,7 @@ class Mixture:
             start = cycle * self.cycle
             piece = slice(max(first - start, 0), first + count - start)
             parts.append((which[piece], cycle * counts[which[piece]] + occurrence[piece]))
-        which, k = zip(*parts, strict=True)
-        return np.concatenate(which), np.concatenate(k)
+        return np.concatenate([which for which, _ in parts]), np.concatenate([k for _, k in parts])
 
     def position_of(self, name: str, k: int) -> int:
         """The inverse of `locate`."""
@@ -147,7 +146,7 @@ class Stream:
         for number in np.unique(which):
             mine = np.flatnonzero(which == number)  # consecutive draws of the dataset
             order = self._datasets[self._mixture.names[number]]
-            located[:, mine] = order.draws(int(draws[mine[0]]), len(mine))
+            located[:, mine] = np.stack(order.draws(int(draws[mine[0]]), len(mine)))
         return StepSamples(self._mixture.names, first + np.arange(size), which, *located)
 
     def position_of(self, name: str, k: int) -> int:
@@ -179,7 +178,7 @@ def step_rng(seed: int, step: int) -> Callable[[int], int]:
     return _draws(seed, "step", step)
 
 
-def _draws(*key: object) -> Callable[[int], int]:
+def _draws(*key: str | int) -> Callable[[int], int]:
     calls = 0
 
     def draw(n: int) -> int:

@@ -14,12 +14,12 @@ from tinygptv_ds.errors import ConfigError, DataError
 
 
 def stable_hash(*parts: str | int) -> int:
-    """A 256-bit number that is the same for the same strings and integers on every machine and version."""
+    """Return a 256-bit number that is the same for the same strings and integers on every machine and version."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest())
 
 
 def permutation(n: int, seed: tuple[str | int, ...]) -> np.ndarray:
-    """A uniform permutation of range(n), int64 [n], that depends on `n` and `seed` alone.
+    """Return a uniform permutation of range(n), int64 [n], that depends on `n` and `seed` alone.
 
     Sorted raw generator output: NumPy keeps PCG64's bit stream for ever, but not what `Generator.permutation` makes of
     it.
@@ -27,8 +27,8 @@ def permutation(n: int, seed: tuple[str | int, ...]) -> np.ndarray:
     return np.argsort(np.random.PCG64(stable_hash(*seed)).random_raw(n), kind="stable")
 
 
-def held_out_counts(counts: Sequence[int], share: float) -> np.ndarray:
-    """How many samples at the end of each shard are held out, int64 [S], so that together they are `share` of all."""
+def held_out_counts(counts: Sequence[int] | np.ndarray, share: float) -> np.ndarray:
+    """Return how many samples at the end of each shard are held out, int64 [S]; together they are `share` of all."""
     ends = np.floor(np.cumsum([0, *counts]) * share).astype(np.int64)
     return np.diff(ends)
 
@@ -38,7 +38,7 @@ class Draws(NamedTuple):
 
     epoch: np.ndarray
     shard: np.ndarray
-    index: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # a tuple's method `index` is not needed here
 
 
 class DatasetOrder:
@@ -47,7 +47,7 @@ class DatasetOrder:
     Memory: 8 bytes per shard and twice 8 bytes per sample of a window.
 
     Args:
-        counts: samples of each shard.
+        counts: samples of each shard, `[S]`.
         seed: selects the order, together with `name`.
         name: of the dataset.
         window: number of shards whose samples are mixed with each other.
@@ -55,7 +55,13 @@ class DatasetOrder:
     """
 
     def __init__(
-        self, counts: Sequence[int], *, seed: int, name: str, window: int, first: Sequence[int] | None = None
+        self,
+        counts: Sequence[int] | np.ndarray,
+        *,
+        seed: int,
+        name: str,
+        window: int,
+        first: Sequence[int] | np.ndarray | None = None,
     ) -> None:
         if window < 1:
             raise ConfigError(f"dataset {name}: the shuffle window must be at least 1 shard, not {window}")
@@ -80,12 +86,12 @@ class DatasetOrder:
         return self._counts
 
     def locate(self, k: int) -> tuple[int, int, int]:
-        """(epoch, shard, index within the shard) of draw `k`, 0 <= k."""
+        """Return (epoch, shard, index within the shard) of draw `k`, 0 <= k."""
         draws = self.draws(k, 1)
         return int(draws.epoch[0]), int(draws.shard[0]), int(draws.index[0])
 
     def draws(self, first: int, count: int) -> Draws:
-        """Draws `first` to `first + count`, one array operation a window."""
+        """Return draws `first` to `first + count` - 1, with one array operation per window."""
         parts, k = [], first
         while k < first + count:
             parts.append(self._within_window(k, first + count - k))
@@ -93,7 +99,7 @@ class DatasetOrder:
         return Draws(*(np.concatenate([*arrays, np.zeros(0, np.int64)]) for arrays in zip(*parts, strict=True)))
 
     def _within_window(self, k: int, most: int) -> Draws:
-        """Up to `most` draws from `k` on, as far as its window reaches."""
+        """Return up to `most` draws from `k` on, to the end of its window at most."""
         epoch, position = divmod(k, self._size)
         shards, starts = self._epoch(epoch)
         # the last shard that starts at or before the position: never an empty one
@@ -105,7 +111,7 @@ class DatasetOrder:
         return Draws(np.full(len(samples), epoch), which, samples - starts[slots] + self._first[which])
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(shards in the epoch's order [S], position at which each starts [S + 1])."""
+        """Return (shards in the epoch's order [S], position at which each starts [S + 1])."""
         if epoch not in self._epochs:
             shards = permutation(len(self._counts), (*self._seed, "shards", epoch))
             _remember(self._epochs, epoch, (shards, np.concatenate(([0], np.cumsum(self._counts[shards])))))
@@ -123,7 +129,7 @@ class DatasetOrder:
 
 
 def _remember(cache: dict, key: object, value: object) -> None:
-    """Keep `value` and the entry before it."""
+    """Store `value`, keeping only the most recent other entry."""
     while len(cache) > 1:
         del cache[next(iter(cache))]
     cache[key] = value

@@ -22,7 +22,7 @@ _PATCH = 14
 
 
 @dataclass(frozen=True)
-class Estimate:
+class LengthEstimate:
     """What a recipe makes of the lengths in an index (`ShardIndex.lengths`).
 
     Attributes:
@@ -34,17 +34,17 @@ class Estimate:
     image_cost: float
 
     def tokens(self, lengths: np.ndarray) -> np.ndarray:
-        """Rows of each sample, float64 `[n]`, from lengths `[n, 3]`."""
+        """Return the tokens of each sample, float64 `[n]`, from lengths `[n, 3]`."""
         images, question, answer = lengths.astype(np.float64).T
         asked = self._asked(images, question)
         return 1 + asked + self._answered(answer)
 
     def targets(self, lengths: np.ndarray) -> np.ndarray:
-        """The target tokens among these rows, float64 `[n]`."""
+        """Return the target tokens of each sample, float64 `[n]`."""
         return self._answered(lengths[:, 2].astype(np.float64))
 
     def cost(self, lengths: np.ndarray) -> np.ndarray:
-        """What each sample takes in time, in tokens of the language model, float64 `[n]`."""
+        """Return what each sample costs in time, in tokens of the language model, float64 `[n]`."""
         return self.tokens(lengths) + lengths[:, 0] * self.image_cost
 
     def _answered(self, answer: np.ndarray) -> np.ndarray:
@@ -58,14 +58,14 @@ class Estimate:
         return np.minimum(words + images * (IMAGE_ROWS + tag), self.text.max_context_len)
 
 
-def estimate_for(recipe: Recipe) -> Estimate:
-    """The estimate under a recipe. Features in place of pixels change nothing in it: the same samples go together."""
+def estimate_for(recipe: Recipe) -> LengthEstimate:
+    """Return the estimate of a recipe; features and pixels have the same, so that the same samples go together."""
     patches = (recipe.model.image_size // _PATCH) ** 2 + 1
-    return Estimate(recipe.text, patches * _PATCH_COST)
+    return LengthEstimate(recipe.text, patches * _PATCH_COST)
 
 
 @dataclass(frozen=True)
-class Packing:
+class StepPacking:
     """Where the samples of one step go.
 
     Attributes:
@@ -79,23 +79,23 @@ class Packing:
     world_size: int
 
     def share(self, micro: int, rank: int) -> np.ndarray:
-        """The samples of one micro-batch of one rank, in the order of the stream."""
+        """Return the samples of one micro-batch of one rank, in the order of the stream."""
         return np.flatnonzero(self.place == micro * self.world_size + rank)
 
     def rank_share(self, rank: int) -> np.ndarray:
-        """All samples of one rank in the order of the stream."""
+        """Return all samples of one rank, in the order of the stream."""
         return np.flatnonzero(self.place % self.world_size == rank)
 
     def imbalance(self, cost: np.ndarray) -> float:
-        """What the slowest rank has to do, relative to the mean, less one."""
+        """Return the cost of the slowest rank relative to the mean, minus one."""
         loads = np.bincount(self.place % self.world_size, cost, self.world_size)
         return float(loads.max() / loads.mean() - 1)
 
 
 def pack(
     cost: np.ndarray, tokens: np.ndarray, *, world_size: int, micro_batch_size: int | None, max_tokens: int | None
-) -> Packing:
-    """Share out a step.
+) -> StepPacking:
+    """Assign the samples of a step to micro-batches and ranks.
 
     Args:
         cost: of each sample, float64 `[n]`; balanced over the micro-batches and over the ranks.
@@ -108,6 +108,8 @@ def pack(
     if micro_batch_size is not None:
         micro_batches = -(-len(cost) // (micro_batch_size * world_size))
         return _dealt(spread(cost, micro_batches * world_size), cost, micro_batches, world_size)
+    if max_tokens is None:
+        raise ValueError("either micro_batch_size or max_tokens is needed")
     rows = np.minimum(tokens, max_tokens)
     enough = -(-len(cost) // world_size)  # a micro-batch for every sample
     micro_batches = min(enough, max(1, int(np.ceil(rows.sum() / max_tokens / world_size))))
@@ -117,7 +119,7 @@ def pack(
 
 
 def _fitting(cost: np.ndarray, rows: np.ndarray, bins: int, max_tokens: int) -> np.ndarray | None:
-    """A bin for each sample, balanced by cost if that fits, else by tokens; None if neither does."""
+    """Return a bin for each sample, balanced by cost if that fits, else by tokens; None if neither does."""
     for weight in (cost, rows):
         which = spread(weight, bins)
         if np.bincount(which, rows, bins).max() <= max_tokens or bins >= len(rows):
@@ -126,7 +128,7 @@ def _fitting(cost: np.ndarray, rows: np.ndarray, bins: int, max_tokens: int) -> 
 
 
 def spread(weight: np.ndarray, bins: int) -> np.ndarray:
-    """A bin for each weight, int64 `[n]`: sums about equal, and numbers that differ by one at most.
+    """Return a bin for each weight, int64 `[n]`: sums about equal, and counts that differ by one at most.
 
     Greedy in rounds: each round gives every bin one more, the heaviest of those left to the lightest bin.
     """
@@ -141,8 +143,8 @@ def spread(weight: np.ndarray, bins: int) -> np.ndarray:
     return which
 
 
-def _dealt(which: np.ndarray, cost: np.ndarray, micro_batches: int, world_size: int) -> Packing:
-    """Bins to (micro-batch, rank): those of one micro-batch alike, and the ranks' sums too."""
+def _dealt(which: np.ndarray, cost: np.ndarray, micro_batches: int, world_size: int) -> StepPacking:
+    """Map bins to (micro-batch, rank): bins of one micro-batch cost about the same, and so do the ranks in total."""
     loads = np.bincount(which, cost, micro_batches * world_size)
     heaviest_first = np.argsort(-loads, kind="stable").reshape(micro_batches, world_size)
     place = np.empty(micro_batches * world_size, dtype=np.int64)
@@ -151,4 +153,4 @@ def _dealt(which: np.ndarray, cost: np.ndarray, micro_batches: int, world_size: 
         ranks = np.argsort(of_ranks, kind="stable")
         place[bins] = micro * world_size + ranks
         of_ranks[ranks] += loads[bins]
-    return Packing(place[which], micro_batches, world_size)
+    return StepPacking(place[which], micro_batches, world_size)

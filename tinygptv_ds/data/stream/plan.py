@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,21 +17,22 @@ from tinygptv_ds.data.shards.index import ShardIndex, load_index
 from tinygptv_ds.data.shards.remote import RemoteShard, Shard
 from tinygptv_ds.data.stream.mixture import Mixture, SampleRef, StepSamples, Stream
 from tinygptv_ds.data.stream.order import DatasetOrder, held_out_counts
-from tinygptv_ds.data.stream.packing import Estimate, Packing, estimate_for, pack
+from tinygptv_ds.data.stream.packing import LengthEstimate, StepPacking, estimate_for, pack
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.features.format import FeatureShape, read_notes, shards_of
 
 log = logging.getLogger(__name__)
+
 
 _LENGTHS_KEPT = 512  # shards, each 60 kB for 10,000 samples
 
 
 @dataclass(frozen=True)
 class OpenStream:
-    """The order of the samples and where they lie.
+    """The order of the samples, and the shards that hold them.
 
     Attributes:
-        order: step to samples, a pure function.
+        order: step to samples, a pure function: a `Stream`, or the `FixedSamples` of a validation.
         orders: the same of each dataset alone.
         sections: the recipe's datasets by name.
         shards: tars of each dataset, in the order that `SampleRef.shard` counts.
@@ -43,27 +45,27 @@ class OpenStream:
         features: how features lie in these tars, where they hold them in place of images.
     """
 
-    order: Stream
+    order: Any
     orders: dict[str, DatasetOrder]
     sections: dict[str, DatasetSection]
     shards: dict[str, list[Shard]]
     batch_size: int
     micro_batch_size: int | None
     max_tokens: int | None
-    estimate: Estimate
+    estimate: LengthEstimate
     seed: int
     cache: ShardCache
     features: FeatureShape | None = None
 
     @property
     def names(self) -> list[str]:
-        """The datasets, in the recipe's order."""
+        """Names of the datasets, in the recipe's order."""
         return list(self.sections)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One step: its samples, and who computes which.
+class StepPlan:
+    """One step: its samples, and which rank computes which.
 
     Attributes:
         samples: of the whole step.
@@ -72,36 +74,36 @@ class Plan:
     """
 
     samples: StepSamples
-    packing: Packing
+    packing: StepPacking
     cost: np.ndarray
 
     def micro_batch(self, number: int, rank: int) -> list[SampleRef]:
-        """Samples of micro-batch `number` of a rank; over all ranks and numbers they are the whole step."""
+        """Return the samples of micro-batch `number` of a rank; over all ranks and numbers they are the whole step."""
         return self.samples.refs(self.packing.share(number, rank))
 
     def rank_share(self, rank: int) -> list[SampleRef]:
-        """All samples of a rank, in the order of the stream."""
+        """Return all samples of a rank, in the order of the stream."""
         return self.samples.refs(self.packing.rank_share(rank))
 
 
 @dataclass
 class Planner:
-    """Plans of steps. Nothing is remembered but caches; every rank and dataloader worker finds the same by itself."""
+    """Plans steps. A pure function but for caches: every rank and dataloader worker computes the same by itself."""
 
     stream: OpenStream
     world_size: int
     _lengths: OrderedDict[tuple[str, int], np.ndarray] = field(default_factory=OrderedDict, repr=False)
-    _plans: OrderedDict[int, Plan] = field(default_factory=OrderedDict, repr=False)
+    _plans: OrderedDict[int, StepPlan] = field(default_factory=OrderedDict, repr=False)
 
-    def plan(self, step: int) -> Plan:
-        """The plan of a step, 0 <= step."""
+    def plan(self, step: int) -> StepPlan:
+        """Return the plan of a step, 0 <= step."""
         if step not in self._plans:
             self._plans[step] = self._make(step)
             if len(self._plans) > 2:
                 self._plans.popitem(last=False)
         return self._plans[step]
 
-    def _make(self, step: int) -> Plan:
+    def _make(self, step: int) -> StepPlan:
         samples = self.stream.order.samples(step)
         lengths = self.lengths_of(samples)
         cost = self.stream.estimate.cost(lengths)
@@ -112,10 +114,10 @@ class Planner:
             micro_batch_size=self.stream.micro_batch_size,
             max_tokens=self.stream.max_tokens,
         )
-        return Plan(samples, packing, cost)
+        return StepPlan(samples, packing, cost)
 
     def lengths_of(self, samples: StepSamples) -> np.ndarray:
-        """`ShardIndex.lengths` of all samples of a step `[n, 3]`, read a shard at a time."""
+        """Return `ShardIndex.lengths` of all samples of a step, `[n, 3]`, read one shard at a time."""
         lengths = np.zeros((len(samples), 3), dtype=np.uint16)
         by_shard = np.lexsort((samples.shard, samples.dataset))
         pairs = np.stack([samples.dataset, samples.shard])[:, by_shard]
@@ -186,7 +188,5 @@ def _order(recipe: Recipe, name: str, counts: np.ndarray, share: float, held_out
             f"dataset {name}: data.validation_share {share} of its {counts.sum()} samples holds out none; raise it"
         )
     trained = counts - kept_back
-    options = {"seed": recipe.seed, "name": name, "window": recipe.data.shuffle_shards}
-    if held_out:
-        return DatasetOrder(kept_back, first=trained, **options)
-    return DatasetOrder(trained, **options)
+    drawn, first = (kept_back, trained) if held_out else (trained, None)
+    return DatasetOrder(drawn, first=first, seed=recipe.seed, name=name, window=recipe.data.shuffle_shards)
