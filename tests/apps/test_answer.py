@@ -1,4 +1,4 @@
-"""A file of questions: any source of images, any number of ranks, a kill in between: the same file of answers."""
+"""The command `answer`: any source of images, any number of ranks, a kill in between, and the same file of answers."""
 
 import json
 import multiprocessing
@@ -16,6 +16,7 @@ from helpers.tar_server import TarServer
 from helpers.verbs import call
 
 from tinygptv_ds.apps import answer as verb
+from tinygptv_ds.apps.question_file import QuestionRecord
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.generate.conversation import Conversation
@@ -88,7 +89,7 @@ def read_questions(folder: Path) -> list[dict]:
 
 
 def test_images_from_the_web(exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed fetch is the error of its line alone; with --strict it ends the job, which goes on from there."""
+    """A failed fetch is the error of its line alone; with --strict it ends the job, which can be resumed."""
     with TarServer() as server:
         server.files["0.png"] = (folder / "images/0.png").read_bytes()
         urls = [f"{server.url}/0.png", f"{server.url}/none.png"]
@@ -96,10 +97,10 @@ def test_images_from_the_web(exported: Path, folder: Path, monkeypatch: pytest.M
         write(folder / "questions.jsonl", records)
         first, fetched, missing = answer(exported, folder, "--allow-private")
         assert first["answer"] == fetched["answer"]
-        assert missing == records[2] | {"error": f"{urls[1]}: the server says 404 Not Found"}
+        assert missing == records[2] | {"error": f"{urls[1]}: the server answers 404 Not Found"}
         refused = answer(exported, folder, out="refused.jsonl")
         assert all("not on the public internet" in record["error"] for record in refused[1:])
-        with pytest.raises(DataError, match=r"questions.jsonl:5: .*none.png: the server says 404"):
+        with pytest.raises(DataError, match=r"questions.jsonl:5: .*none.png: the server answers 404"):
             answer(exported, folder, "--allow-private", "--strict", out="strict.jsonl")
         server.files["none.png"] = server.files["0.png"]
         assert [*map(len, answer(exported, folder, "--allow-private", "--strict", out="strict.jsonl"))] == [3, 3, 3]
@@ -114,7 +115,7 @@ def test_images_that_are_none(exported: Path, folder: Path) -> None:
 
 
 BAD = {
-    '{"question": ': "no JSON",
+    '{"question": ': "not JSON",
     "[1]": "a JSON object is expected, not a list",
     '{"image": "images/0.png"}': "'question' must be a text",
     '{"question": " "}': "'question' must be a text",
@@ -122,8 +123,8 @@ BAD = {
     '{"question": "a", "error": null}': "has a field 'error'",
     '{"question": "a", "image": "x", "images": []}': "both 'image' and 'images'",
     '{"question": "a", "image": "images/9.png"}': "no image",
-    '{"question": "a", "image": "../x.png"}': "lies outside",
-    '{"question": "a", "image": "/etc/hostname"}': "lies outside",
+    '{"question": "a", "image": "../x.png"}': "is outside",
+    '{"question": "a", "image": "/etc/hostname"}': "is outside",
     '{"question": "a", "image": "images"}': "no image",
     '{"question": "a", "image": 3}': "must be a path, a URL, or",
     '{"question": "a", "image": "file:///etc/passwd"}': "begins with http:// or https://",
@@ -161,7 +162,7 @@ def test_lines_are_checked_before_the_model_is_loaded(
     with pytest.raises(DataError, match="No such file"):
         answer(exported, folder)
     (folder / "answers.jsonl").touch()
-    with pytest.raises(ConfigError, match="already there, and complete"):
+    with pytest.raises(ConfigError, match="exists already and is complete"):
         answer(exported, folder)
 
 
@@ -185,16 +186,15 @@ def test_another_job_is_refused(exported: Path, folder: Path, monkeypatch: pytes
 
 
 def test_ranks_and_kills(exported: Path, folder: Path) -> None:
-    """Two ranks are killed amid their work and one of their lines is torn; three go on, and none asks twice."""
+    """Two ranks are killed while they answer and one journal is torn; three ranks resume, and none answers twice."""
     records = read_questions(folder) * 4
     write(folder / "questions.jsonl", [record | {"number": number} for number, record in enumerate(records)])
     expected = answer(exported, folder)
     argv = [exported, "--input", folder / "questions.jsonl", "--output", folder / "ranks.jsonl", *OPTIONS]
     parts = folder / "ranks.jsonl.parts"
-    ranks = start(2, argv, folder / "said.txt", slow)
-    until = time.monotonic() + 60
+    ranks = start(2, argv, folder / "output.txt", slow)
     while sum(file.read_bytes().count(b"\n") for file in parts.glob("rank-*")) < 6:
-        assert time.monotonic() < until and all(rank.is_alive() for rank in ranks), (folder / "said.txt").read_text()
+        assert all(rank.is_alive() for rank in ranks), (folder / "output.txt").read_text()
         time.sleep(0.01)
     for rank in ranks:
         os.kill(rank.pid, signal.SIGKILL)
@@ -203,44 +203,49 @@ def test_ranks_and_kills(exported: Path, folder: Path) -> None:
     torn = parts / "rank-00001.jsonl"
     torn.write_bytes(torn.read_bytes() + b'{"index": 1, "rec')
     kept = {json.loads(line)["index"] for file in parts.glob("rank-*") for line in file.open() if line.endswith("}\n")}
-    for rank in (ranks := start(3, argv, folder / "said.txt", note_asked)):
-        rank.join(60)
-    said = (folder / "said.txt").read_text()
-    assert [rank.exitcode for rank in ranks] == [0, 0, 0], said
+    for rank in (ranks := start(3, argv, folder / "output.txt", note_asked)):
+        rank.join()
+    output = (folder / "output.txt").read_text()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0], output
     assert read(folder / "ranks.jsonl") == expected
-    asked = [int(line.split()[1]) for line in said.splitlines() if line.startswith("asked ")]
+    asked = [int(line.split()[1]) for line in output.splitlines() if line.startswith("asked ")]
     assert sorted(asked) == sorted(set(range(28)) - kept)
     assert len(kept) >= 6 and not parts.exists()
 
 
 def slow() -> None:
-    """One question at a time, slowly."""
-    ready = verb._ready
-    verb._ready = lambda *given: (time.sleep(0.1), ready(*given))[1]
+    """Prepare each question slowly."""
+    prepare = verb._prepare
+    verb._prepare = lambda *given: (time.sleep(0.1), prepare(*given))[1]
 
 
 def note_asked() -> None:
-    ready = verb._ready
-    verb._ready = lambda line, work: (print(f"asked {line.index}\n", end="", flush=True), ready(line, work))[1]
+    prepare = verb._prepare
+
+    def noted(question: QuestionRecord, work: verb.BatchAnswering) -> verb.PreparedQuestion:
+        print(f"asked {question.index}\n", end="", flush=True)
+        return prepare(question, work)
+
+    verb._prepare = noted
 
 
-def start(world: int, argv: list, said: Path, fault: Callable[[], None]) -> list[BaseProcess]:
-    """Ranks of the verb, forked from a process that has imported everything."""
+def start(world: int, argv: list, output: Path, fault: Callable[[], None]) -> list[BaseProcess]:
+    """Start ranks of the command, forked from a process that has imported everything."""
     forked._start_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=_rank, args=(rank, world, port, said, argv, fault)) for rank in range(world)]
+    processes = [context.Process(target=_rank, args=(rank, world, port, output, argv, fault)) for rank in range(world)]
     for process in processes:
         process.start()
     return processes
 
 
-def _rank(rank: int, world: int, port: int, said: Path, argv: list, fault: Callable[[], None]) -> None:
+def _rank(rank: int, world: int, port: int, output: Path, argv: list, fault: Callable[[], None]) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    with said.open("ab") as file:
+    with output.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     fault()

@@ -66,7 +66,7 @@ def test_a_conversation(say: Say, loaded: LoadedModel, image: Path) -> None:
     assert out == f"{first}\n{second}\n"
     assert "fp32 on cpu, template training" in err.replace("float32", "fp32") and "error" not in err
     out, _ = say(f"/image {image}\nwhat is it ?\n/reset\n/image {image}\nwhat is it ?\n/quit\nnever said\n")
-    assert out.count(first) == 2 and "goes with the next question" in out and "(a new conversation)" in out
+    assert out.count(first) == 2 and "for the next question" in out and "(a new conversation)" in out
     assert out.rstrip().endswith(first)
 
 
@@ -89,7 +89,7 @@ def test_mistakes_do_not_end_it(say: Say, tmp_path: Path, image: Path) -> None:
     )  # fmt: skip
     out, err = say("\n".join(lines))
     for told in (
-        "none.png: no such image", "torn.png: the image cannot be decoded", "wants a path or a URL",
+        "none.png: no such image", "torn.png: the image cannot be decoded", "needs a path or a URL",
         "not on the public internet", "no command /imagine; /help lists them", "1 times <ImageHere>",
         "exceed the model",
     ):  # fmt: skip

@@ -65,7 +65,7 @@ def test_a_image(server: str) -> None:
 @pytest.mark.parametrize(
     ("path", "match"),
     [
-        ("/404", "the server says 404"),
+        ("/404", "the server answers 404"),
         ("/loop", "more than 5 redirections"),
         ("/to/file:///etc/passwd", "begins with http:// or https://"),
         ("/long", "larger than 100,000 bytes"),
@@ -153,7 +153,7 @@ def test_an_ipv4_address_inside_ipv6_is_no_way_round(address: ipaddress.IPv4Addr
     [
         ("ftp://a.example/x", "begins with http"), ("http:///x", "begins with http"),
         ("https://a:b@/x", "names a host"),
-        ("http://a.example:x/", "no URL"), ("http://[::1", "no URL"), ("http://a.example/x y", "white space"),
+        ("http://a.example:x/", "not a URL"), ("http://[::1", "not a URL"), ("http://a.example/x y", "white space"),
         ("http://a.example/x\r\nHost: b", "white space"),
     ],
 )  # fmt: skip

@@ -37,7 +37,7 @@ def test_a_package_that_is_missing(verb: str, package: str) -> None:
     ("options", "words"),
     [
         (["nowhere"], "nowhere"),
-        ([".", "--port", "70000"], "--port must lie in 1 to 65535"),
+        ([".", "--port", "70000"], "--port must be from 1 to 65535"),
         ([".", "--template", "D"], "--template must be one of training, benchmark, A, B, C, or"),
         ([".", "--temperature", "-1"], "temperature must be in 0"),
     ],
@@ -48,10 +48,10 @@ def test_options_that_are_wrong(verb: str, options: list[str], words: str) -> No
 
 
 def test_limits_that_are_wrong() -> None:
-    with pytest.raises(ConfigError, match="--most-megapixels must be at least 1"):
-        verbs.call(serve, ".", "--most-megapixels", "0")
-    with pytest.raises(ConfigError, match="--most-waiting must be at least 0"):
-        verbs.call(serve, ".", "--most-waiting", "-1")
+    with pytest.raises(ConfigError, match="--max-megapixels must be at least 1"):
+        verbs.call(serve, ".", "--max-megapixels", "0")
+    with pytest.raises(ConfigError, match="--max-waiting must be at least 0"):
+        verbs.call(serve, ".", "--max-waiting", "-1")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -59,7 +59,7 @@ def test_a_port_that_is_taken(verb: str) -> None:
     """Seen before the model is loaded, torch not being there."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert f"127.0.0.1:{port} cannot be listened on (" in one_error(cli(verb, ".", "--port", port))
+        assert f"127.0.0.1:{port} is not available (" in one_error(cli(verb, ".", "--port", port))
 
 
 def test_a_server_from_start_to_end(exported: Path) -> None:

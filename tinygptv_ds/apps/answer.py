@@ -1,4 +1,4 @@
-"""`tinygptv-ds answer MODEL`: a file of questions to a file of answers, in batches, on one rank or many."""
+"""The command `answer`: answers a file of questions in batches, on one or several ranks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tinygptv_ds.apps.answer_files import Answered
-from tinygptv_ds.apps.question_file import Line, QuestionFile, read_images
+from tinygptv_ds.apps.answer_files import AnswerFiles
+from tinygptv_ds.apps.question_file import QuestionFile, QuestionRecord, read_images
 from tinygptv_ds.distributed import Ranks, barrier, process_group, ranks_from_env
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.files import sha256
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
     from tinygptv_ds.generate.answerer import Answerer
 
-_READERS = 4  # threads that read, fetch and decode images meanwhile
-_SHOWN = 5
+_READERS = 4  # threads that read, fetch and decode images while the model answers
+_MAX_SHOWN = 5  # problems listed in a message
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """What answers and how.
+class BatchAnswering:
+    """The model and the settings that a rank answers its questions with.
 
     Attributes:
         answerer: the model with its template.
-        generation: settings.
-        batch_size: questions at once.
-        allow_private: fetch images from private addresses.
+        generation: settings of generation.
+        batch_size: questions per batch.
+        allow_private: whether images may be fetched from private addresses.
     """
 
     answerer: Answerer
@@ -51,19 +51,19 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """A line ready for the model, or why it is not."""
+class PreparedQuestion:
+    """A question with its prompt, or with the reason why it cannot be answered."""
 
-    line: Line
+    question: QuestionRecord
     prompt: Prompt | None = None
     problem: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the verb."""
+    """Add the arguments of `answer`."""
     parser.epilog = (
-        "On several GPUs: torchrun --nproc-per-node 8 -m tinygptv_ds answer MODEL ... Repeat the same command to go on "
-        "after a kill, with any number of ranks."
+        "On several GPUs: torchrun --nproc-per-node 8 -m tinygptv_ds answer MODEL ... Repeat the same command to "
+        "resume after a kill, with any number of ranks."
     )
     add_model_arguments(parser)
     group = parser.add_argument_group("questions and answers")
@@ -78,67 +78,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="the same lines, each with its answer or an error"
     )
-    group.add_argument("--image-root", type=Path, metavar="DIR", help="where images lie (default: next to the input)")
+    group.add_argument("--image-root", type=Path, metavar="DIR", help="folder of the images (default: the input's)")
     group.add_argument("--answer-field", default="answer", metavar="NAME", help="(default: %(default)s)")
-    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions at once (default: 8)")
-    group.add_argument("--strict", action="store_true", help="end at the first line that cannot be answered")
-    group.add_argument("--allow-private", action="store_true", help="fetch images from private addresses, too")
+    group.add_argument("--batch-size", type=int, default=8, metavar="N", help="questions per batch (default: 8)")
+    group.add_argument("--strict", action="store_true", help="stop at the first line that cannot be answered")
+    group.add_argument("--allow-private", action="store_true", help="also fetch images from private addresses")
     add_generation_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answer what is not answered yet, and write the file when all is."""
+    """Answer the questions that have no answer yet, and write the output once all have one."""
     check_model_arguments(args)
     generation = generation_from(args)
     ranks = ranks_from_env()
     set_up_logging(ranks.rank)
-    lines = _checked_lines(args, ranks)
-    answered = Answered(args.output, ranks.rank)
-    answered.begin(_job(args, generation))
-    done = answered.done()
-    mine = [line for line in lines[ranks.rank :: ranks.world_size] if line.index not in done]
+    questions = _checked_questions(args, ranks)
+    files = AnswerFiles(args.output, ranks.rank)
+    files.open_folder(_fingerprint(args, generation))
+    done = files.done()
+    share = questions[ranks.rank :: ranks.world_size]
+    pending = [question for question in share if question.index not in done]
     with process_group(ranks):
-        with answered:
-            if mine:
-                _answer_all(mine, len(lines[ranks.rank :: ranks.world_size]), answered, args, generation, ranks)
+        with files:
+            if pending:
+                _answer_all(pending, len(share), files, args, generation, ranks)
         barrier(ranks)
         if ranks.is_main:
-            failed = answered.finish(len(lines))
-            errors = f", {failed} of them with an error in place of one" if failed else ""
-            print(f"{args.output}: {len(lines)} answers{errors}", flush=True)
+            failed = files.finish(len(questions))
+            errors = f", {failed} of them errors" if failed else ""
+            print(f"{args.output}: {len(questions)} answers{errors}", flush=True)
 
 
-def _checked_lines(args: argparse.Namespace, ranks: Ranks) -> list[Line]:
-    """All lines of the input. What is wrong with some is told at once.
+def _checked_questions(args: argparse.Namespace, ranks: Ranks) -> list[QuestionRecord]:
+    """Read all questions of the input, and log those that cannot be answered.
 
     Raises:
-        DataError: none can be answered, or with --strict any cannot.
-        ConfigError: an option cannot be carried out.
+        DataError: no question can be answered, or with --strict any one cannot.
+        ConfigError: an option is wrong.
     """
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.answer_field in ("question", "image", "images", "history", "error", ""):
         raise ConfigError(f"--answer-field {args.answer_field!r} is the name of another field")
     if args.output.exists():
-        raise ConfigError(f"{args.output} is already there, and complete; remove it, or choose another --output")
+        raise ConfigError(f"{args.output} exists already and is complete; remove it, or choose another --output")
     root = args.image_root or args.input.parent
-    lines = QuestionFile(args.input, root, (args.answer_field, "error")).lines()
-    bad = [line for line in lines if line.problem]
+    questions = QuestionFile(args.input, root, (args.answer_field, "error")).questions()
+    bad = [question for question in questions if question.problem]
     if bad:
-        told = [f"{line.where}: {line.problem}" for line in bad[:_SHOWN]]
-        told += [f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
-        message = f"{len(bad)} of {len(lines)} lines cannot be answered:\n  " + "\n  ".join(told)
-        if args.strict or len(bad) == len(lines):
+        shown = [f"{question.where}: {question.problem}" for question in bad[:_MAX_SHOWN]]
+        shown += [f"and {len(bad) - _MAX_SHOWN} more"] if len(bad) > _MAX_SHOWN else []
+        message = f"{len(bad)} of {len(questions)} lines cannot be answered:\n  " + "\n  ".join(shown)
+        if args.strict or len(bad) == len(questions):
             raise DataError(message)
         if ranks.is_main:
             LOGGER.warning("%s", message)
-    return lines
+    return questions
 
 
-def _job(args: argparse.Namespace, generation: Generation) -> dict[str, Any]:
-    """What answers depend on; batch size and ranks are not of it."""
+def _fingerprint(args: argparse.Namespace, generation: Generation) -> dict[str, Any]:
+    """Return everything that answers depend on; they do not depend on the batch size and the number of ranks."""
     path = args.model.resolve()
-    folder = path / "model" if (path / "model").is_dir() else path  # of a run
+    folder = path / "model" if (path / "model").is_dir() else path  # of a run directory
     files = [path] if path.is_file() else sorted(file for kind in _WEIGHTS for file in folder.glob(f"*{kind}"))
     options = ("bits", "quantize_vision", "dtype", "device", "merge_lora", "template", "add_bos_token", "set")
     return {
@@ -152,51 +153,58 @@ def _job(args: argparse.Namespace, generation: Generation) -> dict[str, Any]:
 
 
 def _answer_all(
-    mine: list[Line], share: int, answered: Answered, args: argparse.Namespace, generation: Generation, ranks: Ranks
+    pending: list[QuestionRecord],
+    share: int,
+    files: AnswerFiles,
+    args: argparse.Namespace,
+    generation: Generation,
+    ranks: Ranks,
 ) -> None:
-    """This rank's lines, the longest first, so that the end of the bar is no surprise, and alike ones in one batch."""
+    """Answer this rank's questions, longest first: batches hold similar lengths, and the last ones are not slower."""
     import torch
 
     device = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None
-    work = Work(load_from(args, device=device), generation, args.batch_size, args.allow_private)
-    ordered = sorted(mine, key=lambda line: line.weight, reverse=True)
+    work = BatchAnswering(load_from(args, device=device), generation, args.batch_size, args.allow_private)
+    ordered = sorted(pending, key=lambda question: question.length, reverse=True)
     hidden = None if ranks.is_main else True
-    what = "answers" if ranks.world_size == 1 else f"answers of rank 0 (1 of {ranks.world_size})"
-    with tqdm(desc=what, total=share, initial=share - len(mine), unit="question", disable=hidden) as bar:
-        shown = not (args.show_prompt and ranks.is_main)
+    label = "answers" if ranks.world_size == 1 else f"answers of rank 0 (1 of {ranks.world_size})"
+    with tqdm(desc=label, total=share, initial=share - len(pending), unit="question", disable=hidden) as bar:
+        prompt_shown = not (args.show_prompt and ranks.is_main)
         for batch in _batches(ordered, work):
-            ready = [asked.prompt for asked in batch if asked.prompt is not None]
-            if ready and not shown:
-                tqdm.write(work.answerer.describe(ready[0]))
-                shown = True
-            for asked, record in _records(batch, work, args.answer_field):
+            prompts = [prepared.prompt for prepared in batch if prepared.prompt is not None]
+            if prompts and not prompt_shown:
+                tqdm.write(work.answerer.describe(prompts[0]))
+                prompt_shown = True
+            for question, record in _records(batch, work, args.answer_field):
                 if args.strict and "error" in record:
-                    raise DataError(f"{asked.line.where}: {record['error']}")
-                answered.write(asked.line.index, record)
+                    raise DataError(f"{question.where}: {record['error']}")
+                files.write(question.index, record)
             bar.update(len(batch))
 
 
-def _records(batch: list[Asked], work: Work, field: str) -> Iterator[tuple[Asked, dict[str, Any]]]:
-    """Each line's fields with its answer or error."""
-    ready = [(asked, asked.prompt) for asked in batch if asked.prompt is not None]
-    prompts, numbers = [prompt for _, prompt in ready], [asked.line.index for asked, _ in ready]
-    given = work.answerer.answers(prompts, work.generation, batch_size=work.batch_size, numbers=numbers)
-    for (asked, _), answer in zip(ready, given, strict=True):
-        yield asked, {**asked.line.fields, field: answer}
-    for asked in batch:
-        if asked.prompt is None:
-            yield asked, {**asked.line.fields, "error": asked.problem}
+def _records(
+    batch: list[PreparedQuestion], work: BatchAnswering, field: str
+) -> Iterator[tuple[QuestionRecord, dict[str, Any]]]:
+    """Generate the answers of a batch; yield the fields of each question with its answer or error."""
+    ready = [(prepared.question, prepared.prompt) for prepared in batch if prepared.prompt is not None]
+    prompts, numbers = [prompt for _, prompt in ready], [question.index for question, _ in ready]
+    answers = work.answerer.answers(prompts, work.generation, batch_size=work.batch_size, numbers=numbers)
+    for (question, _), answer in zip(ready, answers, strict=True):
+        yield question, {**question.fields, field: answer}
+    for prepared in batch:
+        if prepared.prompt is None:
+            yield prepared.question, {**prepared.question.fields, "error": prepared.problem}
 
 
-def _batches(lines: Sequence[Line], work: Work) -> Iterator[list[Asked]]:
-    """Lines made ready by threads, two batches ahead of the model."""
-    waiting: deque[Future[Asked]] = deque()
+def _batches(questions: Sequence[QuestionRecord], work: BatchAnswering) -> Iterator[list[PreparedQuestion]]:
+    """Yield batches of questions that threads prepare, two batches ahead of the model."""
+    waiting: deque[Future[PreparedQuestion]] = deque()
     with ThreadPoolExecutor(_READERS) as pool:
-        coming = iter(lines)
+        remaining = iter(questions)
         try:
             while True:
                 wanted = 3 * work.batch_size - len(waiting)
-                waiting.extend(pool.submit(_ready, line, work) for line in islice(coming, wanted))
+                waiting.extend(pool.submit(_prepare, question, work) for question in islice(remaining, wanted))
                 if not waiting:
                     return
                 yield [waiting.popleft().result() for _ in range(min(work.batch_size, len(waiting)))]
@@ -205,28 +213,28 @@ def _batches(lines: Sequence[Line], work: Work) -> Iterator[list[Asked]]:
                 future.cancel()
 
 
-def _ready(line: Line, work: Work) -> Asked:
-    """Read and decode the images and word the prompt; what is wrong with the line is kept with it."""
+def _prepare(question: QuestionRecord, work: BatchAnswering) -> PreparedQuestion:
+    """Read and decode the images and make the prompt; an error becomes the question's problem."""
     from tinygptv_ds.processing.image import to_pixels
 
     try:
-        if line.problem:
-            raise DataError(line.problem)
-        encoded = read_images(line, allow_private=work.allow_private)
+        if question.problem:
+            raise DataError(question.problem)
+        encoded = read_images(question, allow_private=work.allow_private)
         pixels = []
         for number, image in enumerate(encoded, 1):
             try:
                 pixels.append(to_pixels(image, work.answerer.processor.image_size))
             except DataError as error:
                 raise DataError(f"image {number} of {len(encoded)}: {error}") from None
-        prompt = work.answerer.prompt(_turns(line, pixels))
+        prompt = work.answerer.prompt(_turns(question, pixels))
         work.answerer.prompt_length(prompt, work.generation.max_new_tokens)
     except DataError as error:
-        return Asked(line, problem=str(error))
-    return Asked(line, prompt)
+        return PreparedQuestion(question, problem=str(error))
+    return PreparedQuestion(question, prompt)
 
 
-def _turns(line: Line, images: Sequence[np.ndarray]) -> list[Turn]:
-    """The conversation of a line; all images belong to its first question."""
-    turns = [Turn(question, answer=answer) for question, answer in line.history] + [Turn(line.question)]
+def _turns(question: QuestionRecord, images: Sequence[np.ndarray]) -> list[Turn]:
+    """Return the conversation of a question; all images belong to its first turn."""
+    turns = [Turn(earlier, answer=answer) for earlier, answer in question.history] + [Turn(question.question)]
     return [dataclasses.replace(turns[0], images=images), *turns[1:]]

@@ -1,9 +1,10 @@
-"""`tinygptv-ds chat MODEL`: a conversation about images in the terminal."""
+"""The command `chat`: a conversation about images in the terminal."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,26 +26,26 @@ if TYPE_CHECKING:
 _HELP = """\
 /image PATH|URL   an image for the next question; further ones may follow
 /reset            forget the conversation and its images
-/prompt           the last prompt to the letter, and how long it is
+/prompt           the exact text of the last prompt, and its length
 /help             this list
 /quit             leave (or Ctrl-D; Ctrl-C ends an answer)
-Anything else is a question. Task words stand in front: [vqa] [caption] [refer] [identify] [grounding] [detection]"""
+Anything else is a question. Task names come first: [vqa] [caption] [refer] [identify] [grounding] [detection]"""
 _HISTORY_LINES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the verb."""
+    """Add the arguments of `chat`."""
     parser.epilog = "Questions may also be piped in, one a line, with the same commands (/help)."
     add_model_arguments(parser)
     parser.add_argument(
         "--image", action="append", default=[], metavar="PATH|URL", help="an image to begin with (repeatable)"
     )
-    parser.add_argument("--allow-private", action="store_true", help="fetch images from private addresses, too")
+    parser.add_argument("--allow-private", action="store_true", help="also fetch images from private addresses")
     add_generation_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, then ask and answer until the input ends."""
+    """Load the model, then answer questions until the input ends."""
     check_model_arguments(args)
     generation = generation_from(args)
     images = [load_image(source, args.allow_private) for source in args.image]
@@ -54,16 +55,16 @@ def run(args: argparse.Namespace) -> None:
     about = f"{args.bits} bit, {dtype}" if args.bits < 16 else dtype
     print(f"{args.model}: {about} on {model.device}, template {template.name}; /help", file=sys.stderr, flush=True)
     chat = Chat(answerer, Conversation(template), generation, args.show_prompt, args.allow_private, images)
-    for line in _typed() if sys.stdin.isatty() else sys.stdin:
+    for line in _typed_lines() if sys.stdin.isatty() else sys.stdin:
         if not chat.take(line):
             return
 
 
 def load_image(source: str, allow_private: bool = False) -> Image.Image:
-    """An image by path or URL, decoded to RGB.
+    """Read an image by path or URL, decoded to RGB.
 
     Raises:
-        DataError: it is not there or no image; says which.
+        DataError: there is no such file, or it is not an image; names it.
     """
     from tinygptv_ds.processing.image import open_image
 
@@ -85,12 +86,12 @@ class Chat:
 
     Attributes:
         answerer: the model with its template.
-        conversation: what has been said.
-        generation: settings.
-        show_prompt: print every prompt before its answer.
-        allow_private: fetch images from private addresses.
-        waiting: images for the next question.
-        prompt: the last one.
+        conversation: the questions and answers so far.
+        generation: settings of generation.
+        show_prompt: whether to print each prompt before its answer.
+        allow_private: whether images may be fetched from private addresses.
+        next_images: images for the next question.
+        prompt: the last prompt.
     """
 
     answerer: Answerer
@@ -98,11 +99,11 @@ class Chat:
     generation: Generation
     show_prompt: bool = False
     allow_private: bool = False
-    waiting: list[Image.Image] = field(default_factory=list)
+    next_images: list[Image.Image] = field(default_factory=list)
     prompt: Prompt | None = None
 
     def take(self, line: str) -> bool:
-        """Carry out a command or answer a question; False when it is time to leave."""
+        """Run a command or answer a question; return False if the user wants to leave."""
         line = line.strip()
         word, _, rest = line.partition(" ")
         commands: dict[str, Callable[[], object]] = {
@@ -120,7 +121,7 @@ class Chat:
                 raise DataError(f"no command {word}; /help lists them")
             elif line:
                 self._answer(line)
-        except KeyboardInterrupt:  # before the first word: the question is taken back
+        except KeyboardInterrupt:  # before the first token: the question is removed
             print()
         except TinyGPTVError as error:
             sys.stdout.flush()
@@ -130,14 +131,14 @@ class Chat:
 
     def _add_image(self, source: str) -> None:
         if not source:
-            raise DataError("/image wants a path or a URL")
+            raise DataError("/image needs a path or a URL")
         image = load_image(source, self.allow_private)
-        self.waiting.append(image)
-        print(f"({source}: {image.width} x {image.height} pixels, goes with the next question)")
+        self.next_images.append(image)
+        print(f"({source}: {image.width} x {image.height} pixels, for the next question)")
 
     def _reset(self) -> None:
         self.conversation = Conversation(self.conversation.template)
-        self.waiting, self.prompt = [], None
+        self.next_images, self.prompt = [], None
         print("(a new conversation)")
 
     def _print_prompt(self) -> None:
@@ -146,34 +147,32 @@ class Chat:
         print(self.answerer.describe(self.prompt))
 
     def _answer(self, question: str) -> None:
-        talk = self.conversation
-        self.prompt = talk.ask(question, self.waiting)
+        conversation = self.conversation
+        self.prompt = conversation.ask(question, self.next_images)
         if self.show_prompt:
             self._print_prompt()
-        seed = self.generation.seed  # with one seed for all turns, every turn would draw alike
-        turn = self.generation if seed is None else replace(self.generation, seed=seed + len(talk.turns) - 1)
+        seed = self.generation.seed  # each turn has its own: with the same one, all turns would draw alike
+        turns = len(conversation.turns)
+        settings = self.generation if seed is None else replace(self.generation, seed=seed + turns - 1)
         try:
-            answer = self.answerer.stream(self.prompt, turn)
+            answer = self.answerer.stream(self.prompt, settings)
         except BaseException:
-            talk.remove_unanswered()
+            conversation.remove_unanswered()
             raise
-        self.waiting = []
-        said = ""
-        with contextlib.suppress(KeyboardInterrupt):  # what has been said so far is the answer then
+        self.next_images = []
+        text = ""
+        with contextlib.suppress(KeyboardInterrupt):  # the text so far is the answer then
             for piece in answer:
-                said += piece
+                text += piece
                 print(piece, end="", flush=True)
         answer.close()
         print()
-        talk.add_answer(said)
+        conversation.add_answer(text)
 
 
-def _typed() -> Iterator[str]:
-    """Lines typed at a terminal, with editing and the history of earlier times where Python has readline."""
-    try:
-        import readline
-    except ImportError:
-        readline = None
+def _typed_lines() -> Iterator[str]:
+    """Yield lines typed at a terminal, with editing and the history of earlier sessions if Python has readline."""
+    readline = importlib.import_module("readline") if importlib.util.find_spec("readline") else None
     history = cache_home() / "chat_history"
     if readline is not None:
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""Images from the web that somebody else's question names: no private address, no endless or huge download. No torch.
+"""Images fetched from URLs in other people's questions: no private address, no endless or huge download. No torch.
 
-The address that was checked is the one that is connected to, so that a name cannot point elsewhere a moment later. No
-proxy is used, since behind one nobody here knows what is connected to.
+The connection goes to the address that was checked, so a name cannot resolve to another one a moment later. Proxies are
+not used, because behind one the address is unknown.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _REDIRECTS = 5
 _MOVED = (301, 302, 303, 307, 308)
 _PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses inside IPv6 ones
-_SAFE = "%/:=&?~+!$,;'@()*[]"  # of a path and a query
+_SAFE = "%/:=&?~+!$,;'@()*[]"  # characters of a path and a query
 
 
 def fetch_image(
     url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, allow_private: bool = False
 ) -> bytes:
-    """The bytes behind a URL; whether they are an image shows when they are decoded (processing/images.py).
+    """Fetch the bytes of a URL; `processing.image` checks that they are an image when it decodes them.
 
     Args:
         url: http or https.
-        max_bytes: more are refused.
-        timeout: seconds for all of it, redirections included.
-        allow_private: addresses that are not on the public internet, too.
+        max_bytes: a larger file is refused.
+        timeout: seconds for everything, including redirections.
+        allow_private: whether addresses outside the public internet are allowed.
 
     Raises:
-        DataError: refused, not there, too large or too slow; names the URL without its password.
+        DataError: the URL is refused or missing, too large or too slow; names it without its password.
     """
     until = time.monotonic() + timeout
     try:
@@ -56,30 +56,30 @@ def fetch_image(
 
 
 def is_url(text: str) -> bool:
-    """Whether a text names something on the web rather than a file."""
+    """Return whether a text is a URL rather than a path."""
     return "://" in text[:32]
 
 
 def checked_url(url: str) -> SplitResult:
-    """The parts of a URL that may be fetched, as far as its text tells.
+    """Split a URL that may be fetched, judging by its text.
 
     Raises:
-        DataError: it is none, or of another scheme.
+        DataError: it is not a URL, or has another scheme.
     """
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise DataError(f"{shown(url)}: no URL: {error}") from None
+        raise DataError(f"{shown(url)}: not a URL: {error}") from None
     if parts.scheme not in _PORTS or not host:
         raise DataError(f"{shown(url)}: an image's URL begins with http:// or https:// and names a host")
     if any(ord(character) < 33 or ord(character) == 127 for character in url):
-        raise DataError(f"{shown(url)}: a URL holds no white space; write %20")
+        raise DataError(f"{shown(url)}: a URL must not contain white space; write %20")
     return parts
 
 
 def shown(url: str) -> str:
-    """A URL for a message: without user and password, and not too long."""
+    """Return a URL for messages, without user and password and not too long."""
     scheme, mark, rest = url.partition("://")
     authority, slash, path = rest.partition("/")
     text = f"{scheme}{mark}{authority.rpartition('@')[2]}{slash}{path}"
@@ -87,17 +87,17 @@ def shown(url: str) -> str:
 
 
 def _addresses(parts: SplitResult, allow_private: bool) -> list[tuple[str, int]]:
-    """Where the host can be reached; all of its addresses must be allowed."""
+    """Resolve the host; all of its addresses must be allowed."""
     port = parts.port or _PORTS[parts.scheme]
     try:
         found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
         raise DataError(f"{shown(parts.geturl())}: the host is not known ({error})") from None
-    addresses = list(dict.fromkeys((entry[4][0], port) for entry in found))
+    addresses = list(dict.fromkeys((str(entry[4][0]), port) for entry in found))
     private = [address for address, _ in addresses if not _is_public(address)]
     if private and not allow_private:
         raise DataError(
-            f"{shown(parts.geturl())}: refused, since {parts.hostname} is {private[0]}, which is not on the public "
+            f"{shown(parts.geturl())}: refused because {parts.hostname} is {private[0]}, which is not on the public "
             "internet"
         )
     return addresses
@@ -113,23 +113,23 @@ def _is_public(address: str) -> bool:
 def _get(
     parts: SplitResult, addresses: list[tuple[str, int]], max_bytes: int, until: float
 ) -> tuple[str | None, bytes]:
-    """(where it has moved, content); one of them."""
+    """Request a URL; return its new location, or None and the content."""
     where = shown(parts.geturl())
     channel = _connect(parts, addresses, until)
-    # However slowly bytes drip in, there is an end; the system's own shutdown, below that of TLS, wakes the reader.
+    # Ends even a download that trickles in. The socket's own shutdown, below TLS, wakes the reader.
     alarm = threading.Timer(_left(until), socket.socket.shutdown, (channel, socket.SHUT_RDWR))
     alarm.daemon = True
     alarm.start()
     try:
-        response = _ask(parts, channel)
+        response = _request(parts, channel)
         if response.status in _MOVED and response.getheader("Location"):
             return response.getheader("Location"), b""
         if response.status != 200:
-            raise DataError(f"{where}: the server says {response.status} {response.reason}")
+            raise DataError(f"{where}: the server answers {response.status} {response.reason}")
         content = response.read(max_bytes + 1)
         if len(content) > max_bytes:
             raise DataError(f"{where}: larger than {max_bytes:,} bytes")
-        _left(until)  # what the alarm has cut off looks like an end
+        _left(until)  # a download that the alarm has cut off looks complete
         if response.length:
             raise OSError(f"it ends {response.length} bytes early")
         return None, content
@@ -138,9 +138,10 @@ def _get(
         channel.close()
 
 
-def _ask(parts: SplitResult, channel: socket.socket) -> http.client.HTTPResponse:
+def _request(parts: SplitResult, channel: socket.socket) -> http.client.HTTPResponse:
+    assert parts.hostname is not None  # see `checked_url`
     connection = http.client.HTTPConnection(parts.hostname, parts.port or _PORTS[parts.scheme])
-    connection.default_port = _PORTS[parts.scheme]  # which a Host header leaves out
+    connection.default_port = _PORTS[parts.scheme]  # omitted from the Host header
     connection.sock = channel
     target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=_SAFE)
     agent = f"tinygptv_ds/{__version__}"
@@ -149,7 +150,7 @@ def _ask(parts: SplitResult, channel: socket.socket) -> http.client.HTTPResponse
 
 
 def _connect(parts: SplitResult, addresses: list[tuple[str, int]], until: float) -> socket.socket:
-    """A connection to the first of the addresses that answers, made here so that no name is looked up again."""
+    """Connect to the first address that answers; connecting by address resolves no name again."""
     error: OSError | None = None
     for address in addresses:
         try:

@@ -1,4 +1,4 @@
-"""What `serve` and `demo` have in common on the command line: where they listen, and the packages they need."""
+"""Command-line arguments that `serve` and `demo` share: their address, and the packages that they need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinygptv_ds.resources import is_clone
 
 
 def add_serving_arguments(parser: argparse.ArgumentParser, port: int) -> None:
-    """Which model, where to listen, and how answers are generated."""
+    """Add the arguments of the model, the address and generation."""
     add_model_arguments(parser)
     group = parser.add_argument_group("address")
     group.add_argument(
@@ -24,7 +24,7 @@ def add_serving_arguments(parser: argparse.ArgumentParser, port: int) -> None:
 
 
 def check_serving_arguments(args: argparse.Namespace, *packages: str) -> Generation:
-    """See what can be seen without torch; the settings of generation.
+    """Check all that can be checked without torch, and return the settings of generation.
 
     Raises:
         TinyGPTVError: one of `packages` is not installed, there is no such model, or a value is out of range.
@@ -33,20 +33,20 @@ def check_serving_arguments(args: argparse.Namespace, *packages: str) -> Generat
     how = "pip install -r requirements-app.txt" if is_clone() else "pip install 'tinygptv_ds[app]'"
     require(not missing, f"this needs {' and '.join(missing)}, not installed here: {how}")
     check_model_arguments(args)
-    require(0 < args.port < 65536, f"--port must lie in 1 to 65535, not {args.port}")
+    require(0 < args.port < 65536, f"--port must be from 1 to 65535, not {args.port}")
     return generation_from(args)
 
 
 def listen(args: argparse.Namespace) -> socket.socket:
-    """A socket at the address, taken before a model is loaded for nothing.
+    """Open a socket at the address, so that a taken one is reported before the model is loaded.
 
     Raises:
-        ConfigError: the address is another program's, or not this machine's.
+        ConfigError: another program uses the address, or it is not one of this machine's.
     """
     try:
         family = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((args.host, args.port), family=family)
     except OSError as error:
         raise ConfigError(
-            f"{args.host}:{args.port} cannot be listened on ({error}); choose another --port or --host"
+            f"{args.host}:{args.port} is not available ({error}); choose another --port or --host"
         ) from None

@@ -1,4 +1,4 @@
-"""What a request can be refused for, in the shape in which OpenAI's API says it."""
+"""Errors of requests, in the form of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from starlette.responses import JSONResponse
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
 
 
-class Refused(Exception):
-    """A request that is not carried out.
+class RequestError(Exception):
+    """A request that is refused or has failed.
 
     Args:
-        message: what is wrong and what to do.
-        status: of HTTP.
+        message: what is wrong, and the remedy.
+        status: the HTTP status.
         param: the field of the request that is wrong.
-        code: a word for programs, such as `model_not_found`.
+        code: an identifier for programs, for example `model_not_found`.
     """
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
@@ -30,6 +30,6 @@ class Refused(Exception):
         }
 
     def response(self) -> JSONResponse:
-        """The answer to the client."""
+        """Return the response to the client."""
         headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}}.get(self.status)
         return JSONResponse(self.body, self.status, headers)

@@ -1,13 +1,13 @@
-"""A request of OpenAI's API as a prompt with settings, and an answer as pieces and a reason for its end."""
+"""From a request of OpenAI's API to a prompt with settings, and to an answer in pieces with its finish reason."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
-from tinygptv_ds.apps.serve.api_errors import Refused
+from tinygptv_ds.apps.serve.api_errors import RequestError
 from tinygptv_ds.apps.serve.request_schema import ChatRequest
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.generate.answerer import Answerer
@@ -16,8 +16,8 @@ from tinygptv_ds.generate.settings import Generation
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A request that is ready to be answered."""
+class PreparedRequest:
+    """A checked request: its prompt, settings of generation, and length of the prompt in tokens."""
 
     prompt: Prompt
     generation: Generation
@@ -26,26 +26,30 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Finish:
-    """How an answer ended: "stop" or "length", after so many tokens."""
+    """The end of an answer: the reason, "stop" or "length", and the number of its tokens."""
 
     reason: str
     tokens: int
 
 
 def prepare(
-    answerer: Answerer, request: ChatRequest, images: Sequence[Sequence[Image.Image]], defaults: Generation, most: int
-) -> Prepared:
-    """See that the model can take a request.
+    answerer: Answerer,
+    request: ChatRequest,
+    images: Sequence[Sequence[Image.Image]],
+    defaults: Generation,
+    max_tokens: int,
+) -> PreparedRequest:
+    """Check that the model can answer a request.
 
     Args:
         answerer: the model.
-        request: checked.
-        images: those of each message.
-        defaults: what the request does not say.
-        most: tokens that a request may ask for.
+        request: from `parse_request`.
+        images: the images of each message.
+        defaults: settings of generation that the request leaves out.
+        max_tokens: the server's limit for an answer.
 
     Raises:
-        Refused: the prompt does not fit, or cannot be made.
+        RequestError: the prompt is too long or cannot be made.
     """
     system, turns = _turns(request, images)
     try:
@@ -53,36 +57,42 @@ def prepare(
         length = answerer.prompt_length(prompt)
     except DataError as error:
         code = "context_length_exceeded" if "exceed" in str(error) else "invalid_value"
-        raise Refused(str(error), param="messages", code=code) from None
-    room = answerer.context - length
+        raise RequestError(str(error), param="messages", code=code) from None
+    available = answerer.context - length
     wanted = request.max_completion_tokens or request.max_tokens
-    if wanted is not None and wanted > min(most, room):
-        limit = f"this server's limit of {most}" if wanted > most else f"{room}, what the prompt of {length} leaves"
-        raise Refused(f"max_tokens is {wanted}, above {limit}", param="max_tokens", code="context_length_exceeded")
-    said = {name: getattr(request, name) for name in ("temperature", "top_p", "repetition_penalty", "seed")}
-    said = {name: value for name, value in said.items() if value is not None}
+    if wanted is not None and wanted > min(max_tokens, available):
+        limit = (
+            f"this server's limit of {max_tokens}"
+            if wanted > max_tokens
+            else f"{available}, what the prompt of {length} leaves"
+        )
+        raise RequestError(f"max_tokens is {wanted}, above {limit}", param="max_tokens", code="context_length_exceeded")
+    settings = {name: getattr(request, name) for name in ("temperature", "top_p", "repetition_penalty", "seed")}
+    settings = {name: value for name, value in settings.items() if value is not None}
     generation = Generation(
         **vars(defaults)
-        | said
+        | settings
         | {
-            "max_new_tokens": wanted or min(defaults.max_new_tokens, most, room),
+            "max_new_tokens": wanted or min(defaults.max_new_tokens, max_tokens, available),
             "stop": tuple(dict.fromkeys((*prompt.stop, *request.stop))),
         }
     )
-    return Prepared(prompt, generation, length)
+    return PreparedRequest(prompt, generation, length)
 
 
-def answer(answerer: Answerer, prepared: Prepared) -> Iterator[str | Finish]:
-    """The pieces of text, then how it ended; closing this ends the generation."""
-    under_way = answerer.stream(prepared.prompt, prepared.generation)
-    yield from under_way
-    yield Finish(under_way.finish, under_way.new_tokens)
+def stream_answer(answerer: Answerer, prepared: PreparedRequest) -> Generator[str | Finish]:
+    """Yield the pieces of the answer, then its end; closing this generator ends the generation."""
+    stream = answerer.stream(prepared.prompt, prepared.generation)
+    yield from stream
+    yield Finish(stream.finish, stream.new_tokens)
 
 
 def _turns(request: ChatRequest, images: Sequence[Sequence[Image.Image]]) -> tuple[str | None, list[Turn]]:
-    """The system message, and each question with the answer that follows it."""
+    """Return the system message, and each question with the answer after it."""
     messages = list(zip(request.messages, images, strict=True))
     system = messages.pop(0)[0].text if messages[0][0].role in ("system", "developer") else None
     questions, answers = messages[::2], [message.text for message, _ in messages[1::2]]
     padded = [*answers, None]
-    return system, [Turn(said.text, seen, given) for (said, seen), given in zip(questions, padded, strict=True)]
+    return system, [
+        Turn(question.text, seen, answer) for (question, seen), answer in zip(questions, padded, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""The images of a request: from `data:` URLs or fetched, checked, and made as small as the model sees them."""
+"""Images of a request: decoded from `data:` URLs or fetched, checked, and resized to the model's image size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from tinygptv_ds.apps.fetch_image import fetch_image
-from tinygptv_ds.apps.serve.api_errors import Refused
+from tinygptv_ds.apps.serve.api_errors import RequestError
 from tinygptv_ds.apps.serve.request_schema import ChatRequest
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.image import read_image_size, to_pixels
@@ -18,12 +18,12 @@ from tinygptv_ds.processing.image import read_image_size, to_pixels
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What images a request may have.
+    """Limits of the images of a request.
 
     Attributes:
-        count: in all of its messages.
-        bytes: each, as it is encoded.
-        pixels: each, by its header.
+        count: number of images in all messages.
+        bytes: encoded size of each.
+        pixels: pixels of each, according to its header.
         fetch: whether http(s) URLs are fetched.
     """
 
@@ -34,10 +34,10 @@ class ImageLimits:
 
 
 async def load_images(request: ChatRequest, side: int, limits: ImageLimits) -> list[list[Image.Image]]:
-    """The images of each message, `side` pixels square, with the pixels that the model would make of them.
+    """Load the images of each message, resized to `side` x `side` exactly as the model does it.
 
     Raises:
-        Refused: too many, or one of them is too large, no image, or not to be had.
+        RequestError: there are too many, or one is too large, not an image, or cannot be fetched.
     """
     places = [
         (number, f"messages[{number}].content[{at}].image_url.url", part.image_url.url)
@@ -46,7 +46,7 @@ async def load_images(request: ChatRequest, side: int, limits: ImageLimits) -> l
         if part.type == "image_url"
     ]
     if len(places) > limits.count:
-        raise Refused(f"{len(places)} images; at most {limits.count} may come with a request", param="messages")
+        raise RequestError(f"{len(places)} images; at most {limits.count} may come with a request", param="messages")
     loaded: list[list[Image.Image]] = [[] for _ in request.messages]
     for number, param, url in places:
         loaded[number].append(await asyncio.to_thread(_load, url, param, side, limits))
@@ -61,7 +61,7 @@ def _load(url: str, param: str, side: int, limits: ImageLimits) -> Image.Image:
             raise DataError(f"an image of {width} x {height} pixels is above the limit of {limits.pixels:,}")
         return Image.fromarray(to_pixels(encoded, side).transpose(1, 2, 0))
     except DataError as error:
-        raise Refused(str(error), param=param, code="invalid_image") from None
+        raise RequestError(str(error), param=param, code="invalid_image") from None
 
 
 def _decoded(url: str, limits: ImageLimits) -> bytes:

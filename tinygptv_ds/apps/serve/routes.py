@@ -8,7 +8,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,28 +20,28 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Send
 
-from tinygptv_ds.apps.serve.api_errors import Refused
-from tinygptv_ds.apps.serve.completion import Finish, answer, prepare
+from tinygptv_ds.apps.serve.api_errors import RequestError
+from tinygptv_ds.apps.serve.completion import Finish, prepare, stream_answer
+from tinygptv_ds.apps.serve.generation_queue import GenerationQueue
 from tinygptv_ds.apps.serve.request_images import ImageLimits, load_images
 from tinygptv_ds.apps.serve.request_schema import parse_request
-from tinygptv_ds.apps.serve.worker import Worker
 from tinygptv_ds.generate.answerer import Answerer
 from tinygptv_ds.generate.settings import Generation
 
 log = logging.getLogger(__name__)
-_BODY_SECONDS = 60  # a body that takes longer to arrive is not waited for
+_BODY_SECONDS = 60  # for a request's body to arrive
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may ask for.
+    """Limits of a request.
 
     Attributes:
-        body_bytes: of a request, images in `data:` URLs included.
-        new_tokens: of an answer.
-        waiting: requests that may wait for their turn.
-        images: what each image may be.
+        body_bytes: size of the body, including images in `data:` URLs.
+        new_tokens: length of an answer.
+        waiting: number of requests that may wait while one is answered.
+        images: number and size of the images.
     """
 
     body_bytes: int
@@ -51,62 +51,62 @@ class Limits:
 
 
 def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key: str | None = None) -> Starlette:
-    """The application.
+    """Build the application.
 
     Args:
         answerer: the model.
-        defaults: settings that a request does not give.
-        limits: what a request may ask for.
-        api_key: asked of whoever calls `/v1/...`, unless it is None.
+        defaults: settings of generation that a request leaves out.
+        limits: limits of a request.
+        api_key: required for `/v1/...`, unless it is None.
     """
-    worker = Worker(limits.waiting)
-    began = int(time.time())
+    queue = GenerationQueue(limits.waiting)
+    created = int(time.time())
 
     async def chat(request: Request) -> Response:
-        asked = parse_request(await _body(request, limits.body_bytes))
-        if asked.model != answerer.name:
-            message = f"the model {asked.model!r} is not here; this server has {answerer.name!r}"
-            raise Refused(message, status=404, param="model", code="model_not_found")
-        images = await load_images(asked, answerer.processor.image_size, limits.images)
-        prepared = await asyncio.to_thread(prepare, answerer, asked, images, defaults, limits.new_tokens)
-        pieces = worker.run(lambda: answer(answerer, prepared))
+        parsed = parse_request(await _body(request, limits.body_bytes))
+        if parsed.model != answerer.name:
+            message = f"the model {parsed.model!r} is not here; this server has {answerer.name!r}"
+            raise RequestError(message, status=404, param="model", code="model_not_found")
+        images = await load_images(parsed, answerer.processor.image_size, limits.images)
+        prepared = await asyncio.to_thread(prepare, answerer, parsed, images, defaults, limits.new_tokens)
+        pieces = queue.run(lambda: stream_answer(answerer, prepared))
         reply = _Reply(answerer.name, prepared.prompt_tokens)
-        if not asked.stream:
-            return JSONResponse(await _unless_gone(request, reply.whole(pieces)))
-        first = await _unless_gone(request, anext(pieces))  # what goes wrong before it has a status of its own
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return _EventStream(reply.events(first, pieces, usage=usage), media_type="text/event-stream")
+        if not parsed.stream:
+            return JSONResponse(await _unless_disconnected(request, reply.whole(pieces)))
+        first = await _unless_disconnected(request, anext(pieces))  # an error before the first piece has its own status
+        usage = parsed.stream_options is not None and parsed.stream_options.include_usage
+        return _EventStream(reply.events(first, pieces, usage=usage))
 
     async def models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [_model(answerer.name, began)]})
+        return JSONResponse({"object": "list", "data": [_model(answerer.name, created)]})
 
     async def model(request: Request) -> Response:
         if request.path_params["name"] != answerer.name:
-            raise Refused(f"the only model here is {answerer.name!r}", status=404, code="model_not_found")
-        return JSONResponse(_model(answerer.name, began))
+            raise RequestError(f"the only model here is {answerer.name!r}", status=404, code="model_not_found")
+        return JSONResponse(_model(answerer.name, created))
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "model": answerer.name, "in_hand": worker.in_hand})
+        return JSONResponse({"status": "ok", "model": answerer.name, "in_hand": queue.in_hand})
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        worker.close()
+        queue.close()
 
     def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def check(request: Request) -> Response:
             if api_key is not None and not _has_key(request, api_key):
-                raise Refused(
+                raise RequestError(
                     "a valid API key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key"
                 )
             try:
                 return await endpoint(request)
-            except (Refused, ClientDisconnect):
+            except (RequestError, ClientDisconnect):
                 raise
-            except Exception as error:  # a mistake of ours: answered here, so that the connection stays
+            except Exception as error:  # a bug: answered here, so that the connection stays open
                 log.exception("%s %s", request.method, request.url.path)
                 message = f"the server failed: {type(error).__name__}"
-                raise Refused(message, status=500, code="internal_error") from None
+                raise RequestError(message, status=500, code="internal_error") from None
 
         return check
 
@@ -118,7 +118,7 @@ def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key:
             Route("/health", health),
         ],
         exception_handlers={
-            Refused: lambda _, refused: refused.response(),
+            RequestError: _request_error,
             HTTPException: _http_error,
             ClientDisconnect: lambda *_: Response(status_code=499),  # nobody reads it
         },
@@ -128,14 +128,14 @@ def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key:
 
 @dataclass(frozen=True)
 class _Reply:
-    """An answer as OpenAI's API has it, whole or as events."""
+    """An answer in the form of OpenAI's API, whole or as events."""
 
     model: str
     prompt_tokens: int
 
-    async def whole(self, pieces: AsyncIterator[str | Finish]) -> dict[str, Any]:
-        """`chat.completion`."""
-        text = []
+    async def whole(self, pieces: AsyncGenerator[str | Finish]) -> dict[str, Any]:
+        """Return a `chat.completion`."""
+        text: list[str] = []
         async with aclosing(pieces):
             async for piece in pieces:
                 if isinstance(piece, Finish):
@@ -143,12 +143,12 @@ class _Reply:
                     choice = {"message": message, "logprobs": None, "finish_reason": piece.reason}
                     return self._object("chat.completion", choice) | {"usage": self._usage(piece)}
                 text.append(piece)
-        raise RuntimeError("the answer came without its end")
+        raise RuntimeError("the answer has no end")
 
     async def events(
-        self, first: str | Finish, pieces: AsyncIterator[str | Finish], *, usage: bool
-    ) -> AsyncIterator[str]:
-        """`chat.completion.chunk`s as server-sent events."""
+        self, first: str | Finish, pieces: AsyncGenerator[str | Finish], *, usage: bool
+    ) -> AsyncGenerator[str]:
+        """Yield `chat.completion.chunk`s as server-sent events."""
         constant = self._object("chat.completion.chunk", {})
 
         def event(delta: dict[str, str], reason: str | None = None) -> str:
@@ -168,7 +168,7 @@ class _Reply:
                 yield "data: [DONE]\n\n"
             except Exception as error:
                 log.exception("an answer broke off")
-                yield _event(Refused(f"the answer broke off: {type(error).__name__}", status=500).body)
+                yield _event(RequestError(f"the answer broke off: {type(error).__name__}", status=500).body)
 
     def _object(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -188,10 +188,14 @@ class _Reply:
 
 
 class _EventStream(StreamingResponse):
-    """Ends its source when the client has gone, and not when the garbage is collected."""
+    """A stream of events that ends its source as soon as the client disconnects, not when it is garbage-collected."""
+
+    def __init__(self, events: AsyncGenerator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events = events
 
     async def stream_response(self, send: Send) -> None:
-        async with aclosing(self.body_iterator):
+        async with aclosing(self._events):
             await super().stream_response(send)
 
 
@@ -201,44 +205,44 @@ async def _chain(first: Any, others: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield other
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """The body, read no further than `most` bytes."""
+async def _body(request: Request, limit: int) -> bytes:
+    """Read the body, up to `limit` bytes."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a page of another site cannot send this without asking
-        raise Refused(f"the body must be application/json, not {kind or 'of no type'}", status=415)
-    too_large = Refused(f"the body is larger than {most:,} bytes", status=413, code="request_too_large")
-    if int(request.headers.get("content-length", "0")) > most:
+    if kind != "application/json":  # which a page of another site cannot send without permission (CORS)
+        raise RequestError(f"the body must be application/json, not {kind or 'of no type'}", status=415)
+    too_large = RequestError(f"the body is larger than {limit:,} bytes", status=413, code="request_too_large")
+    if int(request.headers.get("content-length", "0")) > limit:
         raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             async for block in request.stream():
                 body += block
-                if len(body) > most:
+                if len(body) > limit:
                     raise too_large
     except TimeoutError:
-        raise Refused(f"the body did not arrive within {_BODY_SECONDS} s", status=408) from None
+        raise RequestError(f"the body did not arrive within {_BODY_SECONDS} s", status=408) from None
     return bytes(body)
 
 
-async def _unless_gone(request: Request, work: Awaitable[_Result]) -> _Result:
-    """The result of `work`, which is cancelled where the client does not wait for it.
+async def _unless_disconnected(request: Request, work: Awaitable[_Result]) -> _Result:
+    """Return the result of `work`, which is canceled if the client disconnects.
 
     Raises:
-        ClientDisconnect: he does not.
+        ClientDisconnect: it has disconnected.
     """
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))]
+    result, disconnection = asyncio.ensure_future(work), asyncio.ensure_future(_disconnection(request))
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
+        await asyncio.wait([result, disconnection], return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
             raise ClientDisconnect
-        return tasks[0].result()
+        return result.result()
     finally:
-        for task in tasks:
-            task.cancel()
+        result.cancel()
+        disconnection.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def _disconnection(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -256,6 +260,12 @@ def _model(name: str, created: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "tinygptv_ds"}
 
 
-def _http_error(request: Request, error: HTTPException) -> Response:
-    """No such path, or not with this method."""
-    return Refused(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code).response()
+def _request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error.response()
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """Answer a request for an unknown path, or with a wrong method."""
+    assert isinstance(error, HTTPException)
+    return RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code).response()

@@ -1,4 +1,4 @@
-"""The command `serve`: a server of OpenAI's chat API, with images and streams."""
+"""The command `serve`: a server with OpenAI's chat API, images and streaming."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from tinygptv_ds.log import set_up_logging
 
 KEY_VARIABLE = "TINYGPTV_API_KEY"
 _MB = 1_000_000
-_SHUTDOWN_SECONDS = 5  # for answers under way
-_CONNECTIONS = 32  # next to those that wait: further ones get a 503
+_SHUTDOWN_SECONDS = 5  # for running answers
+_CONNECTIONS = 32  # in addition to those that wait; further ones get a 503
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `serve`."""
+    """Add the arguments of `serve`."""
     add_serving_arguments(parser, 8000)
-    parser.add_argument("--model-name", metavar="NAME", help="what clients call it (default: the folder's name)")
+    parser.add_argument("--model-name", metavar="NAME", help="the model's name for clients (default: the folder's)")
     parser.add_argument(
-        "--api-key", metavar="KEY", help=f"what clients have to know (default: ${KEY_VARIABLE}; none: all are served)"
+        "--api-key",
+        metavar="KEY",
+        help=f"the key that clients must send (default: ${KEY_VARIABLE}; without one, everyone is served)",
     )
     limits = parser.add_argument_group("limits")
     for option, default, what in (
-        ("--most-new-tokens", 1024, "tokens that a request may ask for"),
-        ("--most-images", 8, "images of a request"),
-        ("--most-image-mb", 20, "MB of an image as it is encoded"),
-        ("--most-megapixels", 40, "million pixels of an image"),
-        ("--most-body-mb", 64, "MB of a request"),
-        ("--most-waiting", 16, "requests that wait while one is answered"),
+        ("--max-request-tokens", 1024, "tokens of an answer that a request may ask for"),
+        ("--max-images", 8, "images of a request"),
+        ("--max-image-mb", 20, "MB of an encoded image"),
+        ("--max-megapixels", 40, "million pixels of an image"),
+        ("--max-body-mb", 64, "MB of a request"),
+        ("--max-waiting", 16, "requests waiting while one is answered"),
     ):
         limits.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
-    limits.add_argument("--no-fetch", action="store_true", help="take images from data URLs alone")
+    limits.add_argument("--no-fetch", action="store_true", help="accept images in data URLs only")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -41,14 +43,14 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: an option is wrong, a package is missing, or the port is taken.
-        WeightsError: there is no model.
+        WeightsError: there is no such model.
     """
     defaults = check_serving_arguments(args, "starlette", "uvicorn", "pydantic")
-    for option in ("most_new_tokens", "most_images", "most_image_mb", "most_megapixels", "most_body_mb"):
+    for option in ("max_request_tokens", "max_images", "max_image_mb", "max_megapixels", "max_body_mb"):
         require(getattr(args, option) >= 1, f"--{option.replace('_', '-')} must be at least 1")
-    require(args.most_waiting >= 0, "--most-waiting must be at least 0")
+    require(args.max_waiting >= 0, "--max-waiting must be at least 0")
     api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
-    channel = listen(args)
+    address = listen(args)
     set_up_logging()
 
     import uvicorn
@@ -57,23 +59,21 @@ def run(args: argparse.Namespace) -> None:
     from tinygptv_ds.apps.serve.routes import Limits, build_app
     from tinygptv_ds.generate.model_args import load_from
 
-    images = ImageLimits(
-        args.most_images, args.most_image_mb * _MB, args.most_megapixels * _MB, fetch=not args.no_fetch
-    )
-    limits = Limits(args.most_body_mb * _MB, args.most_new_tokens, args.most_waiting, images)
+    images = ImageLimits(args.max_images, args.max_image_mb * _MB, args.max_megapixels * _MB, fetch=not args.no_fetch)
+    limits = Limits(args.max_body_mb * _MB, args.max_request_tokens, args.max_waiting, images)
     answerer = load_from(args, name=args.model_name, show_prompts=args.show_prompt)
     app = build_app(answerer, defaults, limits, api_key)
     config = uvicorn.Config(
         app,
         log_level="warning",
-        limit_concurrency=args.most_waiting + _CONNECTIONS,
+        limit_concurrency=args.max_waiting + _CONNECTIONS,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         server_header=False,
     )
     print(f"{answerer.name}, template {answerer.template.name}, at http://{args.host}:{args.port}/v1", flush=True)
     if api_key is None and not _is_loopback(args.host):
         print(f"anyone who reaches {args.host} is answered: --api-key or ${KEY_VARIABLE} asks for a key", flush=True)
-    uvicorn.Server(config).run([channel])
+    uvicorn.Server(config).run([address])
 
 
 def _is_loopback(host: str) -> bool:
