@@ -1,4 +1,4 @@
-"""How the stand-ins are trained: one loop for both."""
+"""The training loop of both stand-ins."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Training:
 
 
 def optimize(part: str, parameters: list[nn.Parameter], losses: Iterable[Tensor], training: Training) -> None:
-    """AdamW with a tenth of warm-up and a cosine to zero; takes one of `losses` a step and prints now and then."""
+    """Train with AdamW, a tenth of warm-up and a cosine to zero; each step takes one of `losses`."""
     optimizer = torch.optim.AdamW(parameters, training.lr, betas=(0.9, 0.98), weight_decay=0.05)
     warmup = max(1, training.steps // 10)
     began = time.monotonic()
     for step, loss in zip(range(training.steps), losses, strict=False):
-        rate = min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / training.steps))
+        factor = min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / training.steps))
         for group in optimizer.param_groups:
-            group["lr"] = training.lr * rate
+            group["lr"] = training.lr * factor
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

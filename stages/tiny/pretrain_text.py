@@ -96,7 +96,7 @@ def _tokenizer_corpus(rng: random.Random) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Text:
-    """One text: its row, and the words that stand at each image position, as a bag of token ids."""
+    """One text: its row, and the words at each image position, as a bag of token ids."""
 
     sequence: TokenRow
     cells: list[list[int]]
@@ -116,12 +116,12 @@ class Teacher:
         return {word: self.tokenizer.encode(word) for word in words}
 
     def texts(self, count: int) -> list[Text]:
-        """Of all LESSONS, by their shares."""
+        """Make texts of all LESSONS, by their shares."""
         names = self.rng.choices(list(LESSONS), [share for share, _ in LESSONS.values()], k=count)
         return [self.text(name) for name in names]
 
     def text(self, name: str) -> Text:
-        """Of one of the LESSONS."""
+        """Make a text of one of the LESSONS."""
         rng = self.rng
         scene = digits.random_scene(rng, "train")
         if name == "facts":
@@ -145,16 +145,16 @@ class Teacher:
 
 def facts(rng: random.Random, scene: digits.Scene) -> str:
     """Things to look up, as tersely as possible: "color seven red, box red {<4><5><24><30>}, ..."."""
-    said = []
+    statements = []
     for _ in range(FACTS_PER_TEXT):
         digit = rng.choice(scene.digits)
         of = {"digit": digit.value, "color": digit.color, "place": digit.cell}
         key, asked = rng.sample(list(of), 2)
         if rng.random() < BOX_SHARE:
-            said.append(f"box {of[key]} {digits.box_string(digit.box)}")
+            statements.append(f"box {of[key]} {digits.box_string(digit.box)}")
         else:
-            said.append(f"{asked} {of[key]} {of[asked]}")
-    return ", ".join(said)
+            statements.append(f"{asked} {of[key]} {of[asked]}")
+    return ", ".join(statements)
 
 
 def text_loss(model: TinyGPTVForConditionalGeneration, texts: list[Text]) -> Tensor:
@@ -203,10 +203,10 @@ def initialise(model: TinyGPTVForConditionalGeneration, tokenizer: CodeGenTokeni
 def train_text(
     model: TinyGPTVForConditionalGeneration, tokenizer: CodeGenTokenizer, training: Training, seed: int
 ) -> float:
-    """Train Phi of `model` in place; returns the loss on fresh texts.
+    """Train Phi of `model` in place; return the loss on new texts.
 
-    The norms that TinyGPT-V adds to Phi are there, and stay as they are made: no Phi file holds them, so stage 1 has to
-    find a Phi that works with fresh ones.
+    The norms that TinyGPT-V adds to Phi are present and stay at their initial values: no Phi file holds them, so
+    stage 1 needs a Phi that works with newly initialized ones.
     """
     teacher = Teacher(random.Random(f"text {seed}"), tokenizer, ImageTokens(model.config.image_token_id, CELLS))
     added = ("q_layernorm", "k_layernorm", "post_layernorm")
@@ -223,5 +223,5 @@ def train_text(
     optimize("text", parameters, losses(), training)
     with torch.no_grad():
         loss = text_loss(model, teacher.texts(200)).item()
-    print(f"text: fresh texts, loss {loss:.3f}")
+    print(f"text: new texts, loss {loss:.3f}")
     return loss

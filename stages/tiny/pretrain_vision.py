@@ -1,6 +1,6 @@
 """A small ViT and Q-Former that can read the digit scenes.
 
-Query i answers for cell i of the scene: which digit stands there, in which colour, and where in the cell.
+Query i answers for cell i of the scene: which digit is there, in which colour, and where in the cell.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def crowded_scene(rng: random.Random) -> digits.Scene:
 
 @dataclass(frozen=True)
 class CellTruth:
-    """What stands in the cells of N scenes.
+    """The contents of the cells of N scenes.
 
     `value` int64 `[N, 9]`, -1 for an empty cell; `color` int64 `[N, 9]`, 0 for an empty cell; `box` fp32 `[N, 9, 4]`,
     the digit's box inside its cell, 0-1.
@@ -117,7 +117,7 @@ def initialise(model: TinyGPTVForConditionalGeneration) -> None:
 
 
 def train_vision(model: TinyGPTVForConditionalGeneration, training: Training, seed: int) -> float:
-    """Train ViT, ln_vision and Q-Former of `model` in place; returns the share of held-out digits read right."""
+    """Train ViT, ln_vision and Q-Former of `model` in place; return the share of held-out digits read right."""
     rng = random.Random(f"vision {seed}")
     query_head, patch_head = CellHead(), CellHead()
     parts = (model.visual_encoder, model.ln_vision, model.qformer, query_head, patch_head)

@@ -1,6 +1,6 @@
-"""The main job in miniature, on real handwritten digits: data, pretrained parts, four stages, scores, one answer.
+"""The whole training in miniature, on real handwritten digits: data, pretrained parts, four stages, scores, one answer.
 
-`bash launch/quickstart.sh` sets everything up and calls this. What is complete is reused; what was interrupted goes on.
+`bash launch/quickstart.sh` sets everything up and calls this. Complete parts are reused; interrupted ones resume.
 """
 
 from __future__ import annotations
@@ -51,25 +51,25 @@ class Timings:
                 save_json(self._path, self.seconds)
 
 
-def say(text: str) -> None:
-    """A heading on the console."""
+def print_heading(text: str) -> None:
+    """Print a heading."""
     print(f"\n=== {text}", flush=True)
 
 
 def main() -> None:
-    """All parts in order."""
+    """Run all parts in order."""
     os.chdir(ROOT)
     RUN.mkdir(parents=True, exist_ok=True)
     timings = Timings(RUN / "timings.json")
-    say("Data: scenes of handwritten digits")
+    print_heading("Data: scenes of handwritten digits")
     timings.run("data", make_data)
-    say("Stand-ins for the pretrained parts: ViT, Q-Former, Phi")
+    print_heading("Stand-ins for the pretrained parts: ViT, Q-Former, Phi")
     timings.run("weights", make_weights)
     for stage in STAGES:
-        say(f"Stage {stage}")
+        print_heading(f"Stage {stage}")
         timings.run(f"stage{stage}", partial(train_stage, stage))
         timings.run("scores", partial(once, scores_file(stage), partial(score_vqa, RUN / f"stage{stage}")))
-    say("Export, scores on held-out scenes, one answer")
+    print_heading("Export, scores on held-out scenes, one answer")
     timings.run("export", export)
     timings.run("scores", partial(once, RUN / "scores" / "refer.json", partial(score_refer, MODEL)))
     result = summary(timings.seconds)
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def make_data() -> bool:
-    """Shards of every embedded dataset, for training and held out."""
+    """Make the shards of every embedded dataset, for training and held-out scores."""
     from tinygptv_ds.data.prepare.prepare import prepare_digits
 
     reports = prepare_digits(DATA).values()
@@ -120,14 +120,14 @@ def train_stage(stage: int) -> bool:
     done = subprocess.run(["bash", f"launch/stage{stage}.sh", *options], env=env, check=False)
     if done.returncode or not (run_dir / "model").exists():
         raise TinyGPTVError(
-            f"stage {stage} ended with exit code {done.returncode}; the reason stands above and in {run_dir}/log.txt. "
-            "Run the quick start again to go on from there"
+            f"stage {stage} ended with exit code {done.returncode}; the reason is above and in {run_dir}/log.txt. "
+            "Run the quick start again to resume from there"
         )
     return True
 
 
 def launch_ranks(batch_size: int) -> tuple[int, dict[str, str]]:
-    """How many ranks, and their environment: every GPU that the batch divides over, or two ranks on a CPU."""
+    """Return the number of ranks and their environment: every GPU that the batch divides over, or two ranks on CPUs."""
     import torch
 
     if torch.cuda.is_available():
@@ -137,7 +137,7 @@ def launch_ranks(batch_size: int) -> tuple[int, dict[str, str]]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a port that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
@@ -146,24 +146,24 @@ def free_port() -> int:
 def once(file: Path, make: Callable[[], dict]) -> bool:
     """Write the result of `make` to `file` unless it is there."""
     if file.exists():
-        print(f"{file} is there: reused")
+        print(f"{file} exists: reused")
         return False
     save_json(file, make())
     return True
 
 
 def scores_file(stage: int) -> Path:
-    """VQA scores after a stage."""
+    """Return the file of the VQA scores after a stage."""
     return RUN / "scores" / f"vqa_stage{stage}.json"
 
 
 def score_vqa(model: Path) -> dict:
-    """Held-out VQA, in stage 4's template whatever the stage."""
+    """Return the scores of held-out VQA, in stage 4's template for every stage."""
     return _score("vqa", model, "digits_vqa")
 
 
 def score_refer(model: Path) -> dict:
-    """Held-out boxes."""
+    """Return the scores of held-out boxes."""
     return _score("refer", model, "digits_refer")
 
 
@@ -175,9 +175,9 @@ def _score(kind: str, model: Path, name: str) -> dict:
 
 
 def export() -> bool:
-    """The folder for inference, LoRA merged."""
+    """Export the model for inference, LoRA merged."""
     if MODEL.exists():
-        print(f"{MODEL} is there: reused")
+        print(f"{MODEL} exists: reused")
         return False
     import torch
 
@@ -190,7 +190,7 @@ def export() -> bool:
 
 
 def summary(seconds: dict[str, float]) -> dict:
-    """The figures of the table."""
+    """Return the figures of the table."""
     from tinygptv_ds.data.sets import digits
 
     stages = []
@@ -220,13 +220,13 @@ def summary(seconds: dict[str, float]) -> dict:
 
 
 def training_lines(metrics: Path) -> list[dict]:
-    """The lines of a run's metrics that are about steps; others hold validation losses."""
+    """Return the lines of a run's metrics that are about steps; others hold validation losses."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [line for line in lines if "train/loss" in line]
 
 
 def show_answer() -> None:
-    """One question about one held-out image, asked of the exported model."""
+    """Ask the exported model one question about one held-out image, and print its answer."""
     import torch
 
     from tinygptv_ds.generate.conversation import Conversation
@@ -246,7 +246,7 @@ def show_answer() -> None:
 
 
 def print_table(result: dict) -> None:
-    """What came of it."""
+    """Print the results."""
     chance, refer_chance = result["chance"], result["refer_chance"]
     print("\n stage | loss before -> after | held-out VQA | samples/s | seconds")
     print(" ------|----------------------|--------------|-----------|--------")
@@ -257,7 +257,7 @@ def print_table(result: dict) -> None:
         )
     print(f"\n held-out VQA accuracy  {100 * result['vqa_accuracy']:5.1f} %   (chance {100 * chance:.1f} %)")
     print(f" held-out refer IoU     {result['refer_iou']:5.3f}     (chance {refer_chance:.3f})")
-    print(f" in all {result['seconds']:.0f} s; run directory {RUN}, model {MODEL}, figures {RUN / 'summary.json'}")
+    print(f" total {result['seconds']:.0f} s; run directory {RUN}, model {MODEL}, figures {RUN / 'summary.json'}")
     print(f" TensorBoard: tensorboard --logdir {RUN}")
 
 

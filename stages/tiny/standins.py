@@ -68,7 +68,7 @@ def make_standins(out: Path, *, seed: int, steps: int | None = None) -> dict:
 
 
 def _settings(seed: int, steps: int | None) -> dict:
-    """What the weights depend on."""
+    """Return everything that the weights depend on."""
     here = Path(__file__).parent
     sources = [here / name for name in ("standins.py", "pretrain.py", "pretrain_text.py", "pretrain_vision.py")]
     sources.append(Path(pretrain_text.digits.__file__))
@@ -93,7 +93,7 @@ def _model(seed: int, end: int) -> TinyGPTVForConditionalGeneration:
 
 
 def make_vision(out: Path, seed: int, steps: int | None) -> float:
-    """Train and write ViT and Q-Former; returns the share of held-out digits that are read right."""
+    """Train and write ViT and Q-Former; return the share of held-out digits that are read right."""
     training = pretrain_vision.TRAINING
     model = _model(seed, end=0)
     read = pretrain_vision.train_vision(model, training if steps is None else replace(training, steps=steps), seed)
@@ -104,7 +104,7 @@ def make_vision(out: Path, seed: int, steps: int | None) -> float:
 
 
 def make_phi(out: Path, seed: int, steps: int | None) -> float:
-    """Train and write Phi with its tokenizer; returns the loss on fresh texts."""
+    """Train and write Phi with its tokenizer; return the loss on new texts."""
     training = pretrain_text.TRAINING
     tokenizer = pretrain_text.train_tokenizer(seed)
     model = _model(seed, end=tokenizer.eos_token_id)
@@ -150,7 +150,7 @@ def phi_layout(model: TinyGPTVForConditionalGeneration) -> PhiForCausalLM:
 
 
 def _save(value: dict, path: Path) -> None:
-    """Complete or not at all."""
+    """Write a file atomically."""
     with whole_file(path) as partial:
         torch.save(value, partial)
 

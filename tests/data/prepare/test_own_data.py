@@ -194,7 +194,7 @@ def test_options_that_do_not_fit(root: Path, tmp_path: Path) -> None:
         prepare("gqa", root, out, image_root=root)
     with pytest.raises(DataError, match=r"gone\.json: no such file"):
         prepare("llava", root, out, annotations=root / "gone.json")
-    with pytest.raises(DataError, match="gone: is no folder"):
+    with pytest.raises(DataError, match="gone: is not a folder"):
         prepare("llava", root, out, annotations=root / "a.jpg", image_root=root / "gone")
     (root / "mine.json").write_text(json.dumps(ITEMS))
     for option, value in (("samples_per_shard", 0), ("workers", 0), ("limit", -1)):

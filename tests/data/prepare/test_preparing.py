@@ -117,7 +117,7 @@ def test_killed_and_resumed(kind: signal.Signals, tmp_path: Path) -> None:
     if kind == signal.SIGINT:
         assert process.returncode == 130
         assert "Traceback" not in stderr
-        assert "goes on from the finished shards" in stderr
+        assert "resumes from the finished shards" in stderr
         assert not [path.name for path in out.iterdir() if path.name.endswith((".tmp", ".partial"))]
     assert not (out / "report.json").exists()
     done = {tar: tar.stat().st_mtime_ns for tar in out.glob("*.tar") if (out / f".{tar.stem}.part").exists()}
@@ -165,7 +165,7 @@ def overwrite(tar: Path) -> None:
         ("00001.tar.idx", overwrite),
     ],
 )
-def test_damaged_parts_are_made_anew(file: str, damage: object, tmp_path: Path) -> None:
+def test_damaged_parts_are_made_again(file: str, damage: object, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "a", interrupted(7))
     before = (tmp_path / "a/00000.tar").stat().st_mtime_ns
@@ -177,7 +177,7 @@ def test_damaged_parts_are_made_anew(file: str, damage: object, tmp_path: Path) 
     assert len(load_index(tmp_path / "a/00001.tar")) == 2
 
 
-def test_other_entries_are_made_anew(tmp_path: Path) -> None:
+def test_other_entries_are_made_again(tmp_path: Path) -> None:
     """A source may change in a way that its settings do not show; shards past its end go."""
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "a", interrupted(9))

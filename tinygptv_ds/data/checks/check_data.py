@@ -1,6 +1,7 @@
-"""The command ``check-data``: what of a recipe's data is there, whether it can be read, and what it amounts to.
+"""The command ``check-data``: which of a recipe's data is there and readable, and in which mixture it trains.
 
-Without torch. The exit code is 0 if everything that the recipe names can train, 1 if something is missing or broken.
+torch is not imported. The exit code is 0 if everything that the recipe names can train, 1 if something is missing or
+broken.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ INCOMPLETE = 1  # the exit code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``check-data``."""
+    """Add the arguments of ``check-data``."""
     parser.epilog = (
         "Exit code 0: everything that the recipe names can train; 1: something is missing or broken, or more samples "
         "than data.max_skipped_share would drop out; 2: the recipe or the command line is wrong."
     )
     add_recipe_arguments(parser)
-    parser.add_argument("--root", type=Path, metavar="DIR", help="look there for the own files of missing datasets")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="search it for the own files of missing datasets")
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(
         "--samples",
         type=int,
         default=SAMPLES,
         metavar="N",
-        help="samples to look at in each dataset, spread over its shards (default: %(default)s)",
+        help="samples to check in each dataset, spread over its shards (default: %(default)s)",
     )
-    amount.add_argument("--all", action="store_true", help="look at every sample")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: 1; with --all one a core)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there, for machines")
+    amount.add_argument("--all", action="store_true", help="check every sample")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: 1; with --all one per core)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Carry out ``check-data``: print the report, and leave with its exit code."""
+    """Run ``check-data``: print the report and exit with its code."""
     if args.samples < 1 or (args.workers is not None and args.workers < 1):
         raise ConfigError("--samples and --workers must be at least 1")
     if args.root and not args.root.is_dir():

@@ -1,4 +1,4 @@
-"""What ``check-data`` found, in plain text for a terminal."""
+"""The report of ``check-data`` as plain text for a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHARES = ("weight", "share", "of the cycle", "samples an epoch", "epochs in a p
 
 
 def report(check: Check, recipe: Recipe, source: str) -> str:
-    """All of it; `source` is the recipe's file."""
+    """Return the whole report; `source` is the recipe's file."""
     lines: list[str] = []
     for title, checks in (("training", check.training), ("validation", check.validation)):
         if checks:
@@ -32,7 +32,7 @@ def report(check: Check, recipe: Recipe, source: str) -> str:
 
 
 def _found(found: DatasetCheck) -> tuple[str, ...]:
-    """A row of the first tables."""
+    """Return a row of the first tables."""
     tally = found.tally
     return (
         found.section.name,
@@ -47,7 +47,7 @@ def _found(found: DatasetCheck) -> tuple[str, ...]:
 
 
 def _details(found: DatasetCheck) -> Iterator[str]:
-    """Everything about a dataset that is not as it should be."""
+    """Yield everything that is wrong with a dataset."""
     if found.problem:
         yield found.problem
     if found.missing > 1:
@@ -64,7 +64,7 @@ def _details(found: DatasetCheck) -> Iterator[str]:
 
 
 def _narrower(found: DatasetCheck, recipe: Recipe) -> Iterator[str]:
-    """How to do with the shards that are there."""
+    """Yield the option that restricts a dataset to the shards that are there."""
     if found.narrowed and found.section in recipe.data.datasets:
         number = recipe.data.datasets.index(found.section)
         option = f"--set data.datasets.{number}.shards={shlex.quote(found.narrowed)}"

@@ -22,13 +22,13 @@ _NAMED = 5  # missing shards
 
 @dataclass(frozen=True)
 class Scope:
-    """How much is looked at.
+    """The extent of a check.
 
     Attributes:
         seed: the recipe's, of the random choices.
         limit: samples of a dataset, spread evenly over its shards, and entries of its own files; None: all.
         workers: processes that look.
-        root: where the own files of datasets without shards may lie; None: they are not looked for.
+        root: folder of the own files of datasets without shards; None: they are not searched.
         cache: where remote shards are fetched to.
         allow_pipe: the datasets whose shards may be ``pipe:`` commands.
     """
@@ -43,7 +43,7 @@ class Scope:
 
 @dataclass
 class DatasetCheck:
-    """What was found of one dataset.
+    """The result of checking one dataset.
 
     Attributes:
         section: the dataset as the recipe names it.
@@ -75,17 +75,17 @@ class DatasetCheck:
 
     @property
     def opens(self) -> bool:
-        """Whether a run that uses it could start."""
+        """Whether a run that uses the dataset could start."""
         return self.problem is None and not self.unreadable and self.samples > 0
 
     @property
     def whole(self) -> bool:
-        """Whether none of its shards is cut short either."""
+        """Whether additionally none of its shards is cut short."""
         return self.opens and not self.tally.cut_shards
 
 
 def check_dataset(section: DatasetSection, scope: Scope) -> DatasetCheck:
-    """Look at the shards of a dataset and at samples in them."""
+    """Check the shards of a dataset and samples in them."""
     tars, missing, problem = _find(section.shards, section.name in scope.allow_pipe)
     counts, unreadable = _count(tars, scope.cache)
     check = DatasetCheck(section, len(tars), len(missing), missing[:_NAMED], problem, unreadable, sum(counts))
@@ -121,7 +121,7 @@ def _find(pattern: str, allow_pipe: bool) -> tuple[list[Shard], list[str], str |
 
 
 def _folder_of(tars: Sequence[Shard]) -> str | None:
-    """The folder of which these are all the shards, if there is one."""
+    """Return the folder that holds exactly these shards, if there is one."""
     folders = {tar.parent for tar in tars if isinstance(tar, Path)}
     return next((str(folder) for folder in folders if set(folder.glob("*.tar")) == set(tars)), None)
 

@@ -1,4 +1,4 @@
-"""What a recipe's datasets amount to: exact shares, and how often each is seen."""
+"""The mixture of a recipe's datasets: exact shares, and how often each is seen."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, sections: Sequence[DatasetSection]) -> Plan | None:
-    """The mixture of `sections`, whose shards must all be there; None if there are none."""
+    """Return the mixture of `sections`, whose shards must all be there; None if there are none."""
     if not sections:
         return None
     mixture = Mixture({section.name: section.weight for section in sections}, seed=recipe.seed)

@@ -20,7 +20,7 @@ COUNT = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``preview``."""
+    """Add the arguments of ``preview``."""
     add_recipe_arguments(parser)
     parser.add_argument(
         "--out",
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Carry out ``preview``.
+    """Run ``preview``.
 
     Raises:
         ConfigError: the recipe or an option is wrong, or the tokenizer is missing.
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.set)
     _check(args, recipe)
 
-    from tinygptv_ds.data.checks.preview_html import write_html  # what tokenises imports torch
+    from tinygptv_ds.data.checks.preview_html import write_html  # the tokenizer imports torch
     from tinygptv_ds.data.checks.preview_samples import previews
     from tinygptv_ds.data.stream.plan import open_stream
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace, recipe: Recipe) -> None:
-    """What can be wrong without a look at any sample."""
+    """Check the options and that the shards are there, before any sample is read."""
     if args.out.suffix.lower() != ".html":
         raise ConfigError(f"--out {args.out}: the name must end in .html")
     if args.count < 1 or args.start_step < 0 or args.queries < 1:
@@ -82,7 +82,7 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
 
 
 def _open_tokens(recipe: Recipe, queries: int) -> Tokens:
-    """The tokenizer next to Phi's weights. Images get an id that no word has."""
+    """Load the tokenizer next to Phi's weights; images get an id that no word has."""
     from transformers import AutoTokenizer
 
     from tinygptv_ds.data.loader.sample import Tokens

@@ -57,7 +57,7 @@ rect.halo { stroke: #fff; stroke-width: 5px; opacity: .75 }
 
 
 def write_html(out: Path, previews: Sequence[Preview], *, title: str, recipe: Recipe, source: str) -> None:
-    """Write the page to `out`, whole or not at all."""
+    """Write the page to `out`, atomically."""
     cards = "\n".join(_card(preview) for preview in previews)
     page = f"""<!doctype html>
 <html lang="en">
@@ -72,8 +72,8 @@ def write_html(out: Path, previews: Sequence[Preview], *, title: str, recipe: Re
 <h1>{escape(title)}</h1>
 <p>{escape(summary(recipe, source))}</p>
 <p class="legend"><span class="prompt">read</span><span class="target">target</span><span class="cut">cut off by
-text.max_txt_len or text.max_context_len</span><span class="image">an image's tokens</span>shades tell tokens apart;
-boxes have the colour of their words</p>
+text.max_txt_len or text.max_context_len</span><span class="image">an image's tokens</span>alternating shades separate
+tokens; boxes have the colour of their words</p>
 </header>
 <main>
 {cards}
@@ -86,7 +86,7 @@ boxes have the colour of their words</p>
 
 
 def summary(recipe: Recipe, source: str) -> str:
-    """What of the recipe decides how samples look."""
+    """Return the settings of the recipe that decide how samples look."""
     text = recipe.text
     return (
         f"{source}: seed {recipe.seed}, steps of {recipe.train.batch_size} samples, "
@@ -96,12 +96,12 @@ def summary(recipe: Recipe, source: str) -> str:
 
 
 def place(preview: Preview) -> str:
-    """Where a sample stands in the stream."""
+    """Return the place of a sample in the stream."""
     return f"step {preview.step}, position {preview.ref.position}, epoch {preview.ref.epoch}"
 
 
 def amounts(preview: Preview) -> str:
-    """How many tokens it has."""
+    """Return the token counts of a sample."""
     counts = preview.counts
     cut = f", {counts[CUT]} cut off" if counts[CUT] else ""
     return f"{counts[PROMPT] + counts[TARGET]} tokens, {counts[TARGET]} of them targets{cut}"
@@ -145,12 +145,12 @@ def _image(preview: Preview, number: int, pixels: np.ndarray) -> str:
 
 
 def enlargement(side: int) -> int:
-    """How many pixels wide a pixel is shown."""
+    """Return the factor by which an image of `side` pixels is shown enlarged."""
     return max(1, SHOWN_AT_LEAST // side)
 
 
 def _rect(number: int, box: Box) -> str:
-    """A box in per cent, on a light halo that sets it off from the image."""
+    """Return a box in per cent, with a light halo that separates it from the image."""
     x1, y1, x2, y2 = box
     left, top, width, height = min(x1, x2), min(y1, y2), abs(x2 - x1), abs(y2 - y1)
     place = f'x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}"'
@@ -179,5 +179,5 @@ def _words(pieces: Sequence[Piece]) -> Iterator[str]:
 
 
 def visible(text: str) -> str:
-    """Line ends with a mark, which any font has."""
+    """Return the text with visible marks at line ends."""
     return text.replace("\r", "\\r").replace("\n", "\\n\n")

@@ -15,7 +15,7 @@ from tinygptv_ds.data.stream.mixture import Mixture
 
 @dataclass
 class Check:
-    """What was found of a recipe.
+    """The result of checking a recipe's data.
 
     Attributes:
         training: the datasets that are used.
@@ -37,7 +37,7 @@ class Check:
 
 
 def check_data(recipe: Recipe, scope: Scope) -> Check:
-    """Look at everything that the data section of `recipe` names.
+    """Check everything that the data section of `recipe` names.
 
     Raises:
         ConfigError: the weights make no mixture.

@@ -1,4 +1,4 @@
-"""Looking at a dataset's samples as training would: read, put into words, images decoded. What breaks is counted."""
+"""Checks of a dataset's samples as training reads them: record, text and images. What fails is counted."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Broken:
 
 @dataclass
 class Tally:
-    """What was found in the samples that were looked at.
+    """Counts over the samples that were checked.
 
     Attributes:
         looked_at: samples.
@@ -66,11 +66,11 @@ class Tally:
 
     @property
     def unusable_share(self) -> float:
-        """Of the samples looked at."""
+        """The share of the checked samples that are unusable."""
         return sum(self.unusable.values()) / max(1, self.looked_at)
 
     def add(self, other: Tally) -> None:
-        """Count in what was found in later samples."""
+        """Add the counts of later samples."""
         if other.longest_text > self.longest_text:
             self.longest_text, self.longest_sample = other.longest_text, other.longest_sample
         for name in ("looked_at", "images", "missing_images", "corrupt_images"):
@@ -105,7 +105,7 @@ def check_samples(
     workers: int,
     cache: ShardCache,
 ) -> Tally:
-    """Look at `limit` samples spread evenly over the shards, or at all of them (None), in `workers` processes."""
+    """Check `limit` samples spread evenly over the shards, or at all of them (None), in `workers` processes."""
     chunks: list[Chunk] = []
     for shard, indices in _spread(counts, limit):
         first = not chunks or chunks[-1].shard != shard
@@ -119,7 +119,7 @@ def check_samples(
 
 
 def _mapped(chunks: list[Chunk], workers: int) -> Iterator[Tally]:
-    """`check_chunk` of every chunk, in order."""
+    """Yield `check_chunk` of every chunk, in order."""
     if workers < 2 or len(chunks) < 2:
         yield from map(check_chunk, chunks)
         return
@@ -128,7 +128,7 @@ def _mapped(chunks: list[Chunk], workers: int) -> Iterator[Tally]:
 
 
 def _spread(counts: Sequence[int], limit: int | None) -> Iterator[tuple[int, Sequence[int]]]:
-    """(shard, indices in it) of the samples to look at, in order."""
+    """Yield (shard, indices in it) of the samples to check, in order."""
     total = sum(counts)
     if limit is None or limit >= total:
         for shard, count in enumerate(counts):
@@ -143,7 +143,7 @@ def _spread(counts: Sequence[int], limit: int | None) -> Iterator[tuple[int, Seq
 
 
 def check_chunk(chunk: Chunk) -> Tally:
-    """Look at the samples of a chunk."""
+    """Check the samples of a chunk."""
     tally, reader = Tally(), ShardReader(cache=chunk.cache)
     if chunk.first:
         tally.cut_shards += _cut(chunk.tar)
@@ -162,7 +162,7 @@ def check_chunk(chunk: Chunk) -> Tally:
 
 
 def _check(tally: Tally, reader: ShardReader, chunk: Chunk, index: int) -> None:
-    """Raises SampleError where training would leave the sample out."""
+    """Check one sample; raises SampleError if training would leave it out."""
     raw = reader.read(chunk.tar, index)
     where = f"{chunk.tar}: sample {raw.key}"
     corrupt = list(_corrupt(raw))
@@ -190,7 +190,7 @@ def _measure(tally: Tally, rendered: Rendered, where: str) -> None:
 
 
 def _cut(tar: Shard) -> list[str]:
-    """What is wrong at the end of a shard on this machine, which training would warn of once, when it is indexed."""
+    """Return what is wrong at the end of a local shard, of which training would warn once, when it is indexed."""
     if not isinstance(tar, Path):
         return []
     try:

@@ -1,4 +1,4 @@
-"""The command ``stream``: what a run would be fed, one JSON line a sample. Neither torch nor a GPU is needed."""
+"""The command ``stream``: the samples of a run, one JSON line each. Neither torch nor a GPU is needed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tinygptv_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class Steps:
-    """What each step gives, as lines; picklable, so that several processes can share the work.
+    """The samples of each step, as lines; picklable, so that several processes can share the work.
 
     Attributes:
-        planner: shares steps out to the ranks.
+        planner: distributes the steps over the ranks.
         rank: show only this one's; None: all.
     """
 
@@ -28,7 +28,7 @@ class Steps:
     rank: int | None
 
     def lines(self, step: int) -> str:
-        """The samples of a step in the order of the stream, a line each."""
+        """Return the samples of a step in the order of the stream, one line each."""
         return "".join(self._line(step, ref) for ref in self._samples(step))
 
     def _samples(self, step: int) -> list[SampleRef]:
@@ -45,7 +45,7 @@ class Steps:
 
 
 def show(steps: Steps, first: int, last: int, workers: int) -> Iterator[str]:
-    """The lines of steps `first` to `last` - 1 in order, computed here or by `workers` processes."""
+    """Yield the lines of steps `first` to `last` - 1 in order, computed here or by `workers` processes."""
     if workers == 0:
         yield from map(steps.lines, range(first, last))
         return
@@ -54,7 +54,7 @@ def show(steps: Steps, first: int, last: int, workers: int) -> Iterator[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``stream``."""
+    """Add the arguments of ``stream``."""
     add_recipe_arguments(parser)
     parser.add_argument("--steps", type=int, default=1, metavar="N", help="optimizer steps to show (default: 1)")
     parser.add_argument("--start-step", type=int, default=0, metavar="S", help="the first of them (default: 0)")
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Carry out ``stream``."""
+    """Run ``stream``."""
     _check(args)
     recipe = load_recipe(args.recipe, args.set)
     if args.held_out and not recipe.data.validation_share:

@@ -1,4 +1,4 @@
-"""Looking at a dataset's own files below a root: what `prepare` would find, before it is run."""
+"""Checks of a dataset's own files below a root: what `prepare` would find, before it is run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinygptv_ds.errors import DataError
 
 @dataclass
 class Sources:
-    """What of a dataset's own files is there.
+    """The state of a dataset's own files.
 
     Attributes:
         files: the files and folders that it needs below the root, and whether each is there.
@@ -37,7 +37,7 @@ class Sources:
 
 
 def check_sources(name: str, root: Path, limit: int | None) -> Sources | None:
-    """Look below `root` at the files of dataset `name` and at its first `limit` entries, or all (None).
+    """Check below `root` the files of dataset `name` and at its first `limit` entries, or all (None).
 
     None for a dataset that is not made by `prepare` from files of its own.
     """

@@ -1,1 +1,1 @@
-"""What stands behind ``prepare``: images, one shard from its entries, processes, the output folder, the report."""
+"""The command ``prepare`` and its parts, and the commands that convert caption lists for img2dataset."""

@@ -20,11 +20,11 @@ FILES = {
 }
 _DECODER = json.JSONDecoder()
 _BLOCK = 1 << 20  # characters
-_LARGEST = 1 << 24  # characters of one entry; what is longer is broken
+_LARGEST = 1 << 24  # characters of one entry; a longer one is broken
 
 
 class Captioned(NamedTuple):
-    """One entry of the list, and the character of the file at which it begins, both counted from 0."""
+    """One entry of the list: its number, and the character of the file at which it starts, both counted from 0."""
 
     number: int
     start: int
@@ -32,13 +32,13 @@ class Captioned(NamedTuple):
 
 
 def convert_captions(source: Path, out: Path) -> int:
-    """Write the objects of the JSON list `source` as rows of the TSV `out`; returns how many there are.
+    """Write the objects of the JSON list `source` as rows of the TSV `out`; return their number.
 
     The header is the keys of the first object, and the bytes are those of Python's ``csv.writer`` (tab, ``\\r\\n``,
     quotes where needed), as in the original. Takes a few MB of memory however long the list is.
 
-    Raises DataError, with nothing written, if `out` is there, or `source` is cut, is no list, or holds an entry that is
-    no object or has other keys.
+    Raises DataError, with nothing written, if `out` exists, or if `source` is cut, is not a list, or has an entry that
+    is not an object or has other keys.
     """
     if out.exists():
         raise DataError(f"{out} is already there; choose another --out")
@@ -75,7 +75,7 @@ def _write(source: Path, text: Iterator[str], tsv: io.TextIOBase) -> int:
 
 
 def _with_progress(source: Path, file: io.BufferedReader) -> Iterator[str]:
-    """The file's text block by block, behind a bar of bytes."""
+    """Yield the file's text block by block, with a progress bar of bytes."""
     reader = io.TextIOWrapper(file, encoding="utf-8-sig")
     with tqdm(desc=source.name, total=source.stat().st_size, unit="B", unit_scale=True, disable=None) as bar:
         try:
@@ -87,7 +87,7 @@ def _with_progress(source: Path, file: io.BufferedReader) -> Iterator[str]:
 
 
 class _Text:
-    """A window on the text that moves forward; `start` is the position in the file of its first character."""
+    """A window on the text that moves forward; `at` is the next character in it."""
 
     def __init__(self, blocks: Iterator[str]) -> None:
         self._blocks = blocks
@@ -102,14 +102,14 @@ class _Text:
         return len(self.window) - self.at
 
     def more(self) -> bool:
-        """Add a block, and forget what has been read; False at the end of the file."""
+        """Add a block and drop what has been read; return False at the end of the file."""
         block = next(self._blocks, "")
         self._before += self.at
         self.window, self.at = self.window[self.at :] + block, 0
         return bool(block)
 
     def next_character(self) -> str:
-        """The next one that is no white space, which stays where it is; empty at the end of the file."""
+        """Return the next character that is not white space, without consuming it; empty at the end of the file."""
         while True:
             while self.at < len(self.window) and self.window[self.at] in " \t\r\n":
                 self.at += 1
@@ -118,7 +118,7 @@ class _Text:
 
 
 def _entries(source: Path, blocks: Iterator[str]) -> Iterator[Captioned]:
-    """The objects of the list, one at a time."""
+    """Yield the objects of the list, one at a time."""
     text = _Text(blocks)
     if text.next_character() != "[":
         raise DataError(f"{source}: is no JSON list; is it the right file?")
@@ -165,14 +165,14 @@ def _entry(source: Path, text: _Text, number: int) -> Captioned:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of both commands."""
+    """Add the arguments of both commands."""
     names = ", ".join(FILES.values())
     parser.add_argument("--json", type=Path, help=f"BLIP's list of captions (default: here, of {names}, the command's)")
     parser.add_argument("--out", type=Path, help="the TSV (default: of the same name, in the current folder)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Carry out the command `args.verb` and print what was made."""
+    """Run the command `args.verb` and print the number of rows."""
     source = args.json or Path(FILES[args.verb])
     out = args.out or Path(source.with_suffix(".tsv").name)
     print(f"{out}: {convert_captions(source, out):,} rows")

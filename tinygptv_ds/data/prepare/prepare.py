@@ -1,4 +1,4 @@
-"""The command ``prepare``: a dataset's own files -> shards, once; what could not be used is counted and listed."""
+"""The command ``prepare``: make shards of a dataset's own files; unusable entries are counted and listed."""
 
 import argparse
 import json
@@ -42,7 +42,7 @@ def prepare(
 ) -> Report:
     """Write dataset `name` from the files below `root` as shards into `out`; only the first `limit` entries if given.
 
-    `annotations` and `image_root` say where a user's own files lie, if not in `root`. The shards do not depend on the
+    `annotations` and `image_root` are where a user's own files are, if not in `root`. The shards do not depend on the
     number of `workers`. Raises DataError if files are missing, nothing could be used, or `out` holds something else.
     """
     name = full_name(name)
@@ -53,7 +53,7 @@ def prepare(
     places = {option: path for option, path in given.items() if path is not None}
     if places and not entry.own:
         option = next(iter(places)).replace("_", "-")
-        raise DataError(f"{name} takes no --{option}, its files lie below --root\n{how_to_get(name)}")
+        raise DataError(f"{name} takes no --{option}, its files are below --root\n{how_to_get(name)}")
     settings = {
         "dataset": name,
         "root": str(root.resolve()),
@@ -82,7 +82,7 @@ def prepare_digits(
     encoding: Encoding = AS_THEY_ARE,
     workers: int = 1,
 ) -> dict[str, Report]:
-    """Make the embedded datasets: ``out/<dataset>/<split>/00000.tar``. `limit` bounds the samples of each."""
+    """Write the shards of the embedded datasets, ``out/<dataset>/<split>/00000.tar``. `limit` is per dataset."""
     from tinygptv_ds.data.sets.digits import DIGIT_SETS, samples
 
     reports = {}
@@ -141,7 +141,7 @@ def write_samples(
 def _unmade(
     samples: Iterable[Entry], size: int, out: Path, encoding: Encoding, parts: list[Path], bar: tqdm
 ) -> Iterator[Chunk]:
-    """The chunks of `size` entries that an earlier attempt has not finished; all chunks' parts go to `parts`."""
+    """Yield the chunks of `size` entries that are not made yet; the parts of all chunks are appended to `parts`."""
     source, cut = iter(samples), 0
     while entries := tuple(islice(source, size)):
         chunk = Chunk(len(parts), entries, out, encoding)
@@ -158,10 +158,10 @@ def _unmade(
 
 
 def _sources(name: str, root: Path, annotations: Path | None = None, image_root: Path | None = None) -> list[Path]:
-    """The annotation files: when one changes, the shards are others. Raises DataError if anything is missing."""
+    """Return the annotation files, on whose state the shards depend. Raises DataError if anything is missing."""
     absent = next((path for path in (root, image_root) if path is not None and not path.is_dir()), None)
     if absent is not None:
-        raise DataError(f"{absent}: is no folder\n{how_to_get(name)}")
+        raise DataError(f"{absent}: is not a folder\n{how_to_get(name)}")
     if annotations is not None:
         if not annotations.is_file():
             raise DataError(f"{annotations}: no such file")
@@ -175,7 +175,7 @@ def _sources(name: str, root: Path, annotations: Path | None = None, image_root:
 
 @dataclass(frozen=True)
 class _Lazy:
-    """Samples whose annotation files are read once they are asked for: not at all where the shards are there."""
+    """Samples whose annotation files are read on iteration: not at all if the shards are already made."""
 
     read: Callable[[], Iterator[Entry]]
     limit: int | None
@@ -188,7 +188,7 @@ class _Lazy:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``prepare``."""
+    """Add the arguments of ``prepare``."""
     parser.add_argument(
         "name",
         help="'digits' (embedded), a published dataset, or your own as llava, jsonl or caption-folder",
@@ -201,7 +201,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="your own JSON, JSON lines or table, if not in --root",
     )
-    parser.add_argument("--image-root", type=Path, metavar="DIR", help="where your own images lie, if not in --root")
+    parser.add_argument("--image-root", type=Path, metavar="DIR", help="the folder of your own images, if not --root")
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="use only the first entries")
     parser.add_argument(
@@ -215,7 +215,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Carry out ``prepare`` and print what was made."""
+    """Run ``prepare`` and print one line for each dataset."""
     options = {
         "samples_per_shard": args.samples_per_shard,
         "limit": args.limit,

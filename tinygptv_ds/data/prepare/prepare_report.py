@@ -1,4 +1,4 @@
-"""What a preparation made: of one shard, and of all of them."""
+"""The report of a preparation, and the part of it about one shard."""
 
 import json
 from collections import Counter
@@ -16,8 +16,9 @@ _LISTED = 1_000  # skipped entries that are named one by one; all are counted
 
 @dataclass
 class Part:
-    """What one chunk of entries, of which `digest` is the hash, gave. `shard` is the name of its tar, if there is one,
-    `state` the tar's size in bytes and time of writing in ns.
+    """The part of the report about one chunk of entries, whose hash is `digest`.
+
+    `shard` is the name of its tar, if there is one, `state` the tar's size in bytes and time of writing in ns.
     """
 
     digest: str
@@ -37,7 +38,7 @@ class Part:
             self.skipped_entries.append({"key": entry.key, "reason": entry.reason, "detail": entry.detail})
 
     def is_whole(self, out: Path) -> bool:
-        """Whether the shard lies in `out` as it was written; a lost index is built again."""
+        """Return whether the shard is in `out` as it was written; a lost index is built again."""
         if self.shard is None:
             return self.samples == 0
         tar = out / self.shard
@@ -46,7 +47,7 @@ class Part:
 
 @dataclass
 class Report:
-    """What a preparation made; kept as report.json next to the shards.
+    """The result of a preparation, kept as report.json next to the shards.
 
     `skipped` counts entries that could not be used by reason, `missing_fields` those that lack a field by its name,
     `skipped_entries` names the first thousand. `reused` is True if the shards were already there.
@@ -62,7 +63,7 @@ class Report:
 
     @classmethod
     def of(cls, settings: dict[str, Any], parts: Iterable[Part]) -> Self:
-        """The sum of `parts`, in their order."""
+        """Return the sum of `parts`, in their order."""
         report = cls(settings)
         for part in parts:
             report.samples += part.samples
@@ -86,14 +87,14 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def save(made: Part | Report, path: Path) -> None:
-    """Write it as JSON, whole or not at all."""
+    """Write a part or a report as JSON, atomically."""
     text = json.dumps(asdict(made), indent=1, ensure_ascii=False)
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def load_part(path: Path) -> Part | None:
-    """The part in a file; None if there is none, or it is damaged."""
+    """Read the part in a file; None if it is missing or damaged."""
     try:
         return Part(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -101,6 +102,6 @@ def load_part(path: Path) -> Part | None:
 
 
 def file_state(path: Path) -> list[int]:
-    """Size in bytes and time of writing in ns: what changes when a file does."""
+    """Return the size in bytes and time of writing in ns, which change when the file does."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]

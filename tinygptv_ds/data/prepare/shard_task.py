@@ -1,4 +1,4 @@
-"""One chunk of entries -> one shard with its index and its part of the report. What a worker process does."""
+"""The task of a worker process: make one shard, its index and its part of the report from a chunk of entries."""
 
 import hashlib
 import json
@@ -25,26 +25,28 @@ class Chunk:
 
     @property
     def part(self) -> Path:
-        """Where its part of the report lies until all is done."""
+        """The file of its part of the report, until all shards are done."""
         return self.out / f".{self.number:05d}.part"
 
     def digest(self) -> str:
-        """The hash of all that the shard is made of, but for the images in their files."""
+        """Return the hash of everything that decides the shard's content, except the images in files."""
         digest = hashlib.sha256(repr(self.encoding).encode())
         for entry in self.entries:
             digest.update(repr(entry).encode(errors="backslashreplace"))
         return digest.hexdigest()
 
     def is_made(self) -> bool:
-        """Whether it was made before, from the same entries, and is still whole."""
+        """Return whether its shard was made before, from the same entries, and is still whole."""
         part = load_part(self.part)
         return part is not None and part.digest == self.digest() and part.is_whole(self.out)
 
 
 def make_shard(chunk: Chunk, tick: Callable[[int], object]) -> None:
-    """Write the shard, its index and, last, its part. No usable entry, no shard. `tick` gets the entries done.
+    """Write the shard, its index and, last, its part; without a usable entry there is no shard.
 
-    Raises DataError if something cannot be written; nothing half-made has its final name then.
+    `tick` is called with the number of entries done.
+
+    Raises DataError if something cannot be written; nothing incomplete has its final name then.
     """
     part = Part(chunk.digest())
     try:
@@ -58,7 +60,7 @@ def make_shard(chunk: Chunk, tick: Callable[[int], object]) -> None:
     except OSError as error:
         raise DataError(
             f"{chunk.out}: shard {chunk.number:05d} cannot be written: {error.strerror or error}; finished shards are "
-            f"kept, the same command goes on from them"
+            f"kept, the same command resumes from them"
         ) from error
 
 
@@ -77,7 +79,7 @@ def _write(writer: ShardWriter, entry: Entry, encoding: Encoding, part: Part) ->
 
 
 def _members(sample: PreparedSample, encoding: Encoding) -> dict[str, bytes]:
-    """The sample's files by suffix. Raises SkipEntry if an image or the record cannot be used."""
+    """Return the sample's files by suffix. Raises SkipEntry if an image or the record cannot be used."""
     try:
         render(sample.record, len(sample.images), lambda n: n - 1)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Images on their way into a shard: as they are, or scaled down and encoded again."""
+"""Images as a shard stores them: unchanged, or scaled down and encoded again."""
 
 import io
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ class Encoding:
 
 @lru_cache(maxsize=4)  # neighbouring entries often share an image
 def stored_image(image: Path | bytes, encoding: Encoding) -> tuple[str, bytes]:
-    """(suffix, bytes) to store. Of an image that stays as it is only the header is looked at.
+    """Return (suffix, bytes) to store. Only the header is read of an image that stays unchanged.
 
-    Raises SkipEntry if it is missing, no image, of a format that is not read, or above 100 megapixels.
+    Raises SkipEntry if it is missing, not an image, of a format that is not read, or above 100 megapixels.
     """
     where = image if isinstance(image, Path) else "image"
     with image_errors(where):
@@ -52,7 +52,7 @@ def stored_image(image: Path | bytes, encoding: Encoding) -> tuple[str, bytes]:
 
 
 def _jpeg(opened: Image.Image, max_side: int | None, quality: int) -> bytes:
-    """The RGB image that training sees (alpha dropped, EXIF rotation ignored), without colour subsampling."""
+    """Encode the RGB image that training sees (alpha dropped, EXIF rotation ignored), without colour subsampling."""
     if max_side is not None:
         width, height = (max(1, round(side * max_side / max(opened.size))) for side in opened.size)
         opened.draft("RGB", (2 * width, 2 * height))  # a large JPEG is decoded at a fraction of its size

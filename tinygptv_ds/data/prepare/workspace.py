@@ -19,7 +19,7 @@ _MADE = ("[0-9]*.tar", "[0-9]*.tar.idx", ".[0-9]*.part")
 
 
 def finished(out: Path, settings: dict[str, Any]) -> Report | None:
-    """The report of a finished preparation with these settings, None if there is none."""
+    """Return the report of a finished preparation with these settings, or None."""
     path = out / "report.json"
     if not path.exists():
         return None
@@ -39,8 +39,8 @@ def finished(out: Path, settings: dict[str, Any]) -> Report | None:
 
 @contextmanager
 def workspace(out: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """`out`, held by this process alone, with no more in it than what an interrupted preparation with the same settings
-    has finished. Raises DataError if it holds anything else or another process.
+    """Lock the folder `out` for this process; it then holds only what an interrupted preparation with the same settings
+    has finished. Raises DataError if it holds anything else, or if another process has the lock.
     """
     marker = out / _MARKER
     if out.exists() and (not out.is_dir() or (not marker.exists() and any(out.iterdir()))):
@@ -52,7 +52,7 @@ def workspace(out: Path, settings: dict[str, Any]) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            log.warning("%s: interrupted; the same command goes on from the finished shards", out)
+            log.warning("%s: interrupted; the same command resumes from the finished shards", out)
             raise
         finally:
             _remove(out, _HALF_MADE)
@@ -62,9 +62,9 @@ def workspace(out: Path, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def finish(out: Path, settings: dict[str, Any], parts: Sequence[Path]) -> Report:
-    """Sum up `parts`, write report.json and remove what is needed no more.
+    """Sum up `parts`, write report.json and remove temporary files.
 
-    Raises DataError if there is not one sample; then nothing is left in `out`.
+    Raises DataError if there is no sample; nothing is left in `out` then.
     """
     report = Report.of(settings, (_part(path) for path in parts))
     if report.samples == 0:

@@ -1,4 +1,4 @@
-"""The table of datasets: which there are, what each expects below ``--root``, and where its files come from."""
+"""The table of datasets: the files that each needs below ``--root``, and where they come from."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ __all__ = ["DATASETS", "Dataset", "PreparedSample", "Skipped", "full_name", "how
 
 @dataclass(frozen=True)
 class Dataset:
-    """How to turn a dataset's own files into samples.
+    """A dataset of the table, with the function that turns its own files into samples.
 
-    `samples(root)` yields them, `files` are the files and folders it needs below the root, `source` says where to
-    get them. `samples` is None for datasets that are published as shards and need no preparation. Files that are
-    `optional` are used where they are. A user's `own` data may lie elsewhere, and then `samples` is called with
-    ``annotations`` and ``image_root``, either or both.
+    `samples(root)` yields them, `files` are the files and folders it needs below the root, `source` is where to
+    get them. `samples` is None for datasets that are published as shards and need no preparation. `optional`
+    files are used if present. A user's `own` data may be elsewhere; `samples` is then called with ``annotations``,
+    ``image_root`` or both.
     """
 
     samples: Callable[..., Iterator[Entry]] | None
@@ -139,15 +139,15 @@ DATASETS: dict[str, Dataset] = {
 
 
 def full_name(name: str) -> str:
-    """`name` as the table has it. Raises DataError for one that it has not."""
+    """Return the table's spelling of `name`. Raises DataError for an unknown dataset."""
     name = {"caption_folder": "caption-folder"}.get(name, name)
     if name not in DATASETS:
-        raise DataError(f"no dataset is called {name!r}; there are digits, {', '.join(DATASETS)}")
+        raise DataError(f"no dataset is called {name!r}; choose one of digits, {', '.join(DATASETS)}")
     return name
 
 
 def how_to_get(name: str) -> str:
-    """Where dataset `name` comes from and how its shards are made, as lines for an error message; any name will do."""
+    """Return lines for an error message: where dataset `name`, known or not, comes from and how to prepare it."""
     command = "tinygptv-ds prepare"
     if name.startswith("digits"):
         return f"{name} is embedded; make it with: {command} digits --out DIR"

@@ -1,4 +1,4 @@
-"""A user's own images with captions: a text file next to each, or one table."""
+"""Images of a user with captions, in a text file next to each image or in one table."""
 
 import csv
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _CAPTION_COLUMNS = ("caption", "text")
 
 
 class Row(NamedTuple):
-    """One row of a table by column, and the line on which it ends."""
+    """One row of a table: its cells by column, and the line on which it ends."""
 
     line: int
     cells: dict[str, str | None]
@@ -25,8 +25,8 @@ class Row(NamedTuple):
 
 
 def caption_folder(root: Path, annotations: Path | None = None, image_root: Path | None = None) -> Iterator[Entry]:
-    """Images and captions of the table `annotations`, or of the only ``*.csv`` or ``*.tsv`` in `root`; without one,
-    every image below `root` with the caption in the text file of its name (``a.jpg``, ``a.txt``).
+    """Yield the images and captions of the table `annotations`, or of the only ``*.csv`` or ``*.tsv`` in `root`;
+    without one, every image below `root` with the caption in the text file of its name (``a.jpg``, ``a.txt``).
 
     The paths of a table start from `image_root` or `root`, which without a table is the folder of the images.
     """

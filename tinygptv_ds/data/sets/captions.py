@@ -7,7 +7,7 @@ from tinygptv_ds.data.sets.common import COCO, Built, Entry, Samples, inside, lo
 
 
 def coco_caption(root: Path) -> Iterator[Entry]:
-    """`coco_caption/coco_karpathy_train.json`; entries whose image path does not say "train" are left out."""
+    """Yield the entries of `coco_caption/coco_karpathy_train.json` whose image path contains "train"."""
 
     def build(entry: dict) -> Built:
         if "train" not in entry["image"]:
@@ -19,7 +19,7 @@ def coco_caption(root: Path) -> Iterator[Entry]:
 
 
 def textcaps_caption(root: Path) -> Iterator[Entry]:
-    """`textcaps/TextCaps_0.1_train.json`, images `textcaps/train_images/<image_id>.jpg`."""
+    """Yield the entries of `textcaps/TextCaps_0.1_train.json`, images `textcaps/train_images/<image_id>.jpg`."""
 
     def build(entry: dict) -> Built:
         record = turn("caption", "", entry["caption_str"], clean=["answer"], image_id=entry["image_id"])
@@ -29,7 +29,7 @@ def textcaps_caption(root: Path) -> Iterator[Entry]:
 
 
 def cc_sbu_align(root: Path) -> Iterator[Entry]:
-    """`cc_sbu_align/filter_cap.json`, images `cc_sbu_align/image/<image_id>.jpg`; captions stay as they are."""
+    """Yield the entries of `cc_sbu_align/filter_cap.json`, images `cc_sbu_align/image/<image_id>.jpg`."""
 
     def build(entry: dict) -> Built:
         record = {"caption": entry["caption"], "clean": [], "image_id": entry["image_id"]}

@@ -1,4 +1,4 @@
-"""What the dataset adapters share: the samples they yield, safe paths, images, boxes."""
+"""Shared parts of the dataset adapters: the samples they yield, safe paths, images and boxes."""
 
 import json
 import os
@@ -22,8 +22,8 @@ COCO = "coco/train2014"
 class PreparedSample:
     """One sample on its way into a shard.
 
-    `key` is unique in its dataset, `record` as processing/text.py reads it, `images` the encoded images or where they
-    lie. `where` tells people which entry of the source it is.
+    `key` is unique in its dataset, `record` is as processing/text.py reads it, `images` are encoded images or paths.
+    `where` names the entry of the source in messages.
     """
 
     key: str
@@ -34,7 +34,7 @@ class PreparedSample:
 
 @dataclass(frozen=True)
 class Skipped:
-    """An entry that gives no sample: one word for counting, and what exactly is wrong; `field` is one that it lacks."""
+    """An entry that gives no sample: `reason`, one word for counting; the `detail`; and `field`, if one is missing."""
 
     key: str
     reason: str
@@ -43,7 +43,7 @@ class Skipped:
 
 
 class SkipEntry(Exception):
-    """Raised while a sample is built: this entry cannot be used."""
+    """An entry that cannot be used; raised while its sample is built."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -58,9 +58,9 @@ Built = tuple[dict[str, Any], Sequence[Path | bytes]] | None
 class Samples(Iterator[Entry]):
     """A sample for each annotation entry, one at a time; its key is the entry's number in the source, from 0.
 
-    `build` makes one of an entry; what it raises for a broken entry becomes a `Skipped`. `where` names an entry for
-    people. `total` counts the entries, if they cannot tell that themselves. `operator.length_hint` says how many
-    samples are to come, estimated from the share of entries that did not belong to the training set so far.
+    `build` makes one of an entry; what it raises for a broken entry becomes a `Skipped`. `where` names an entry
+    in messages. `total` is the number of entries, if they have no length. `operator.length_hint` returns how many
+    samples are to come, estimated from the share of entries that belonged to the training set so far.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Samples(Iterator[Entry]):
 
 
 def load_json(path: Path) -> Any:
-    """A whole JSON file. Raises DataError if it is missing or no JSON."""
+    """Read a whole JSON file. Raises DataError if it is missing or no JSON."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -120,7 +120,7 @@ def load_json(path: Path) -> Any:
 
 
 def load_entries(path: Path, field: str = "annotations") -> list[Any]:
-    """The list in a JSON file, which is either the whole file or its `field`."""
+    """Read the list in a JSON file, which is either the whole file or its `field`."""
     content = load_json(path)
     entries = content.get(field) if isinstance(content, dict) else content
     if not isinstance(entries, list):
@@ -129,7 +129,7 @@ def load_entries(path: Path, field: str = "annotations") -> list[Any]:
 
 
 def load_objects(path: Path) -> list[dict[str, Any]]:
-    """`load_entries` of a file that others refer to: every entry must be an object."""
+    """Read the list in a JSON file as `load_entries` does, and check that every entry is an object."""
     entries = load_entries(path)
     odd = next((position for position, entry in enumerate(entries) if not isinstance(entry, dict)), None)
     if odd is not None:
@@ -138,7 +138,7 @@ def load_objects(path: Path) -> list[dict[str, Any]]:
 
 
 def inside(root: Path, *names: object) -> Path:
-    """The path of `names` under `root`. Raises SkipEntry where an annotation would lead out of it."""
+    """Return the path of `names` under `root`. Raises SkipEntry if it would lead out of `root`."""
     relative = Path(os.path.normpath(Path(*map(str, names))))
     if relative.is_absolute() or relative.parts[:1] == ("..",) or "\0" in str(relative):
         raise SkipEntry("outside_root", f"image path {str(relative)!r} leads out of {root}, below which it must stay")
@@ -146,19 +146,19 @@ def inside(root: Path, *names: object) -> Path:
 
 
 def coco_image(root: Path, image_id: object) -> Path:
-    """The training image of COCO 2014 with the (already padded) id."""
+    """Return the path of the COCO 2014 training image with the (already padded) id."""
     return inside(root, COCO, f"COCO_train2014_{image_id}.jpg")
 
 
 @lru_cache(maxsize=64)
 def read_image_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels from the header. Raises SkipEntry if the image is missing or none."""
+    """Read (width, height) in pixels from the header. Raises SkipEntry if the image is missing or none."""
     with image_errors(path), Image.open(path) as image:
         return check_pixels(image).size
 
 
 def check_pixels(image: Image.Image) -> Image.Image:
-    """The opened image, of which only the header has been read. Raises DecompressionBombError if it is too large."""
+    """Check the size of an opened image without decoding it. Raises DecompressionBombError if it is too large."""
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels (limit {MAX_PIXELS:,})")
     return image
@@ -166,7 +166,7 @@ def check_pixels(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def image_errors(where: object) -> Iterator[None]:
-    """What is wrong with the image `where`, as SkipEntry."""
+    """Turn errors of reading the image `where` into SkipEntry."""
     try:
         yield
     except FileNotFoundError as error:
@@ -180,7 +180,7 @@ def image_errors(where: object) -> Iterator[None]:
 
 
 def box_string(box: Sequence[float], size: tuple[int, int]) -> str:
-    """Box [x, y, width, height] in pixels -> ``{<x1><y1><x2><y2>}`` in whole per cent of an image (width, height).
+    """Format a box [x, y, width, height] in pixels as ``{<x1><y1><x2><y2>}`` in whole per cent of (width, height).
 
     MiniGPT-v2's arithmetic, whose order of operations decides the last digit: divide, multiply, cut off towards zero.
     Boxes that stick out of the image are not clamped.
@@ -193,5 +193,5 @@ def box_string(box: Sequence[float], size: tuple[int, int]) -> str:
 def turn(
     pool: str | None, text: str | list[str], answer: str | list[str], *, clean: Sequence[str] = (), **ids: object
 ) -> dict[str, Any]:
-    """The record of a single-turn sample; `clean` names those of text and answer that pass the caption clean-up."""
+    """Return the record of a single-turn sample; `clean` names the fields that pass the caption clean-up."""
     return {"pool": pool, "text": text, "answer": answer, "clean": list(clean), **ids}

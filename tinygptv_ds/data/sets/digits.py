@@ -1,7 +1,7 @@
 """The embedded datasets: scenes of real handwritten digits, whose contents are known exactly.
 
 A scene is an 84 x 84 image with a 3 x 3 grid of cells. One to four handwritten digits (the 8 x 8 scans that
-scikit-learn ships) stand in different cells, no digit value and no colour twice, so that every question has one true
+scikit-learn ships) are in different cells, no digit value and no colour twice, so that every question has one true
 answer. Training and test scenes are drawn with different scans.
 """
 
@@ -60,7 +60,7 @@ class Scene:
 
 @cache
 def glyphs(split: str) -> dict[str, list[np.ndarray]]:
-    """Every scan of `split` at each of GLYPH_SIZES, by value: float32 [height, width] opacities, cut to the ink.
+    """Return every scan of `split` at each of GLYPH_SIZES, by value: float32 [height, width] opacities, cut to the ink.
 
     Every fifth scan is a test scan; no scan is in both splits.
     """
@@ -87,7 +87,7 @@ def _texture() -> np.ndarray:
 
 
 def draw(rng: random.Random, split: str, contents: Sequence[tuple[int, str, str]]) -> Scene:
-    """A scene with the given (cell index, value, color) in it, on a dark, lightly textured background."""
+    """Draw a scene with the given (cell index, value, color), on a dark, lightly textured background."""
     top, left = rng.randrange(256 - SIZE), rng.randrange(256 - SIZE)
     pixels = _texture()[top : top + SIZE, left : left + SIZE] + np.array(
         [rng.randint(20, 60) for _ in range(3)], np.float32
@@ -106,13 +106,13 @@ def draw(rng: random.Random, split: str, contents: Sequence[tuple[int, str, str]
 
 
 def _jittered(rng: random.Random, extent: int) -> int:
-    """The start of `extent` pixels about the middle of a cell and inside it."""
+    """Return the start of `extent` pixels about the middle of a cell and inside it."""
     free = CELL - extent
     return min(free, max(0, free // 2 + rng.randint(-JITTER, JITTER)))
 
 
 def random_scene(rng: random.Random, split: str) -> Scene:
-    """One to four digits, all of different values, colours and cells."""
+    """Draw one to four digits, all of different values, colours and cells."""
     count = rng.randint(1, MAX_DIGITS)
     cells = rng.sample(range(GRID * GRID), count)
     values, colors = rng.sample(VALUES, count), rng.sample(tuple(COLORS), count)
@@ -123,7 +123,7 @@ def random_scene(rng: random.Random, split: str) -> Scene:
 
 
 def box_string(box: tuple[int, int, int, int]) -> str:
-    """Pixels to MiniGPT-v2's box text: `{<x1><y1><x2><y2>}` in whole per cent of the image, cut off, not rounded."""
+    """Format a pixel box as MiniGPT-v2's box text: `{<x1><y1><x2><y2>}` in whole per cent, cut off, not rounded."""
     return "{" + "".join(f"<{int(edge / SIZE * 100)}>" for edge in box) + "}"
 
 
@@ -140,13 +140,13 @@ def _is_are(count: int) -> str:
 
 
 def caption(rng: random.Random, scene: Scene) -> str:
-    """One short line, half of the time with the places."""
+    """Return a caption of one short line, half of the time with the places."""
     with_place = rng.random() < 0.5
     return " and ".join(f"a {_name(digit)}" + (f" {_place(digit)}" if with_place else "") for digit in scene.digits)
 
 
 def description(scene: Scene) -> str:
-    """Every digit in a sentence of its own."""
+    """Return a description with one sentence for every digit."""
     sentences = [f"There {_is_are(len(scene.digits))} in this image."]
     return " ".join(sentences + [f"The {digit.value} {_place(digit)} is {digit.color}." for digit in scene.digits])
 
@@ -187,7 +187,7 @@ def _ask_count(rng: random.Random, scene: Scene) -> tuple[str, str]:
 
 
 def _ask_presence(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    """Half of the answers are yes."""
+    """Ask whether a value or colour is present; half of the answers are yes."""
     there = rng.random() < 0.5
     pool: Iterable[str]
     if rng.random() < 0.5:
@@ -209,12 +209,12 @@ QUESTIONS: dict[str, tuple[Callable[[random.Random, Scene], tuple[str, str]], fl
 
 
 def ask(rng: random.Random, scene: Scene) -> tuple[str, str, str]:
-    """A random (type, question, answer) about the scene."""
+    """Return a random (type, question, answer) about the scene."""
     kind = rng.choices(list(QUESTIONS), [share for _, share in QUESTIONS.values()])[0]
     return kind, *QUESTIONS[kind][0](rng, scene)
 
 
-# ---- records: what each dataset says about a scene -------------------------------------------------------------------
+# ---- records of a scene in each dataset ------------------------------------------------------------------------------
 
 
 def _pooled(pool: str | None, text: str, answer: str, **more: str) -> dict:
@@ -284,7 +284,7 @@ DIGIT_SETS: dict[str, Callable[[random.Random, Scene], dict]] = {
 
 
 def samples(name: str, split: str, size: int, seed: int) -> Iterator[PreparedSample]:
-    """The first `size` samples of a dataset: a pure function of the arguments.
+    """Yield the first `size` samples of a dataset, which depend on the arguments alone.
 
     Records have the keys of the other datasets' and "scene", the digits (see `Digit`) in the image; those of
     digits_vqa also have "question_type", a key of QUESTIONS.
@@ -315,7 +315,7 @@ def _jpeg(pixels: np.ndarray) -> bytes:
 
 
 def vqa_chance(records: Iterable[Mapping]) -> dict[str, float]:
-    """Accuracy (0-1) of always giving each question type's most frequent answer, by type and under "all"."""
+    """Return the accuracy (0-1) of always giving each question type's most frequent answer, by type and under "all"."""
     answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for record in records:
         answers[record["question_type"]][record["answer"]] += 1
@@ -326,7 +326,7 @@ def vqa_chance(records: Iterable[Mapping]) -> dict[str, float]:
 
 
 def refer_chance(records: Iterable[Mapping]) -> float:
-    """Mean IoU (0-1) of answering every referring expression with the mean of all true boxes, in whole per cent."""
+    """Return the mean IoU (0-1) of answering every referring expression with the mean of all true boxes."""
     boxes = np.array([[int(edge) for edge in record["answer"][2:-2].split("><")] for record in records])
     mean = boxes.mean(0)
     low, high = np.maximum(boxes[:, :2], mean[:2]), np.minimum(boxes[:, 2:], mean[2:])

@@ -9,17 +9,17 @@ FOLDER = "filtered_flickr"
 
 
 def flickr_grounded_caption(root: Path) -> Iterator[Entry]:
-    """Describe the image with a box behind every phrase."""
+    """Yield captions of the whole image with a box after every phrase."""
     return _samples(root, "groundedcaption.json", lambda e: turn("grounding", "", e["grounded_caption"]))
 
 
 def flickr_caption_to_phrase(root: Path) -> Iterator[Entry]:
-    """From a caption to its phrases and their boxes."""
+    """Yield captions as questions, their phrases and boxes as answers."""
     return _samples(root, "captiontobbox.json", lambda e: turn("detection", e["caption"], e["output"]))
 
 
 def flickr_object_to_phrase(root: Path) -> Iterator[Entry]:
-    """From one phrase to its boxes."""
+    """Yield phrases as questions, their boxes as answers."""
 
     def record(entry: dict) -> dict:
         return turn("detection", entry["phrase"], f"<p>{entry['phrase']}</p> {entry['bbox']}")

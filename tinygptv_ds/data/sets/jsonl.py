@@ -1,4 +1,4 @@
-"""A user's own data as JSON: one object a line, or a file in LLaVA's format."""
+"""JSON data of a user: one object per line, or a file in LLaVA's format."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ _ASKING, _ANSWERING = ("human", "user"), ("gpt", "assistant")
 
 
 class JsonLine(NamedTuple):
-    """One line of a file, counted from 1."""
+    """One line of a JSON lines file; `number` counts from 1."""
 
     file: Path
     number: int
@@ -26,7 +26,7 @@ class JsonLine(NamedTuple):
 
 
 def jsonl(root: Path, annotations: Path | None = None, image_root: Path | None = None) -> Iterator[Entry]:
-    """Every line of `annotations`, or of every ``*.jsonl`` in `root`; images lie below `image_root` or `root`.
+    """Yield a sample per line of `annotations`, or of every ``*.jsonl`` in `root`; images in `image_root` or `root`.
 
     A line is an object with "image" (a path, a list of paths, or absent) and one of
 
@@ -34,15 +34,16 @@ def jsonl(root: Path, annotations: Path | None = None, image_root: Path | None =
     - "conversations": ``[{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]``;
     - "caption".
 
-    Texts stay as they are. ``<image>`` in the questions says where an image belongs (see `llava`).
+    Texts stay as they are. ``<image>`` in the questions marks the place of an image (see `llava`).
     """
     return _lines([annotations] if annotations else sorted(root.glob("*.jsonl")), image_root or root, _record)
 
 
 def llava(root: Path, annotations: Path | None = None, image_root: Path | None = None) -> Iterator[Entry]:
-    """A file in LLaVA's format, `annotations` or the only ``*.json`` or ``*.jsonl`` in `root`: a list of items, or one
-    a line, each with "conversations" and, unless it is text alone, "image", a path or several, below `image_root` or
-    `root`.
+    """Yield the samples of a file in LLaVA's format, `annotations` or the only ``*.json`` or ``*.jsonl`` in `root`.
+
+    It is a list of items, or one per line, each with "conversations" and, unless it is text alone, "image": a path or
+    several, below `image_root` or `root`.
 
     Texts stay as they are. Each ``<image>`` in the questions is the place of an image, in their order. A single
     image whose mark begins or ends the first question, or that has no mark, comes in front as TinyGPT-V knows it.
@@ -77,7 +78,7 @@ def _lines(files: list[Path], folder: Path, record: _Record) -> Iterator[Entry]:
 
 
 def count_lines(file: Path) -> int:
-    """The number of lines that are not blank."""
+    """Return the number of lines that are not blank."""
     with file.open("rb") as lines:
         return sum(1 for line in lines if line.strip())
 
@@ -113,7 +114,7 @@ def _pairs(turns: list[dict[str, str]]) -> list[list[Any]]:
 
 
 def _place_images(pairs: list[list[Any]], num_images: int) -> bool:
-    """Put image tags where the questions hold marks; False if the images belong in front, where none is needed."""
+    """Replace the marks in the questions by image tags; return False if the images go in front, which needs no tag."""
     marks = sum(question.count(_MARK) for question, _ in pairs)
     if not marks:
         return False

@@ -1,6 +1,6 @@
 """LLaVA-Instruct-150K (conversation, detail, reason) and MiniGPT-v2's multi-task conversations, on COCO images.
 
-Roles are not looked at, only positions: the first value is a question, the second its answer, and so on.
+Roles are ignored, only positions count: the first value is a question, the second its answer, and so on.
 """
 
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from tinygptv_ds.data.sets.common import Built, Entry, Samples, coco_image, load
 
 
 def first_question(value: str) -> str:
-    """A first human turn without its image mark and line breaks (deleted, not made spaces, as trained)."""
+    """Remove the image mark and line breaks from a first human turn (deleted, not replaced by spaces, as trained)."""
     return value.replace("<image>", "").replace("\n", "").strip()
 
 
 def conversation(root: Path, file: str) -> Iterator[Entry]:
-    """All turns of each entry."""
+    """Yield a conversation with all turns of each entry."""
 
     def build(entry: dict) -> Built:
         values = [turn["value"] for turn in entry["conversations"]]
@@ -29,7 +29,7 @@ def conversation(root: Path, file: str) -> Iterator[Entry]:
 
 
 def first_turn(root: Path, file: str) -> Iterator[Entry]:
-    """The first question, cleaned, and its answer as it is; later turns are left out."""
+    """Yield the first question of each entry, cleaned, with its answer unchanged; later turns are left out."""
 
     def build(entry: dict) -> Built:
         question, answer = (turn["value"] for turn in entry["conversations"][:2])

@@ -10,7 +10,7 @@ from tinygptv_ds.errors import DataError
 
 
 def ocrvqa(root: Path) -> Iterator[Entry]:
-    """Every question of the training covers (split 1) in `ocrvqa/dataset.json`, images in `ocrvqa/images/`."""
+    """Yield every question of the training covers (split 1) in `ocrvqa/dataset.json`, images in `ocrvqa/images/`."""
     path = root / "ocrvqa/dataset.json"
     covers = load_json(path)
     if not isinstance(covers, dict) or not all(isinstance(cover, dict) for cover in covers.values()):

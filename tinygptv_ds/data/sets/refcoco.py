@@ -26,7 +26,7 @@ from tinygptv_ds.errors import DataError
 
 
 def refcoco(root: Path, name: str, split_by: str, *, inverse: bool = False) -> Iterator[Entry]:
-    """One sample per training reference of `refcoco_annotations/<name>`, with all its sentences to draw from."""
+    """Yield one sample per training reference of `refcoco_annotations/<name>`, with all its sentences to draw from."""
     folder = root / "refcoco_annotations" / name
     annotations = load_objects(folder / "instances.json")
     boxed = {annotation["id"]: annotation for annotation in annotations if "id" in annotation}
@@ -48,10 +48,10 @@ def refcoco(root: Path, name: str, split_by: str, *, inverse: bool = False) -> I
 
 
 def refer(root: Path, annotations: Path | None = None, image_root: Path | None = None) -> Iterator[Entry]:
-    """MiniGPT-v2's evaluation files (``refcoco_testA.json``, ``refcocog_val.json``, ...): one sample per sentence, raw.
+    """Yield one sample per sentence of MiniGPT-v2's evaluation files (``refcoco_testA.json``, ...).
 
-    Entries are ``{img_id, sents, bbox, height, width}``; `img_id` is an image's name, which lies below `image_root` or
-    `root` as ``.jpg``, and the number of an object. The box is relative to the size that is listed.
+    Entries are ``{img_id, sents, bbox, height, width}``; `img_id` is an image's name, a ``.jpg`` below `image_root` or
+    `root`, and the number of an object. The box is relative to the size that is listed.
     """
     found = [annotations] if annotations else sorted(root.glob("*.json"))
     if len(found) != 1:
@@ -69,7 +69,7 @@ def refer(root: Path, annotations: Path | None = None, image_root: Path | None =
 
 
 def load_refs(path: Path) -> list[dict[str, Any]]:
-    """The list in a REFER pickle, written by Python 2 or 3.
+    """Read the list in a REFER pickle, written by Python 2 or 3.
 
     Only plain containers, strings and numbers are accepted: no class or function is ever looked up, so the file cannot
     run code. Raises DataError otherwise.

@@ -20,7 +20,7 @@ MAX_AREA = 16384  # square pixels; regions from here on are left out
 
 
 def refvg(root: Path) -> Iterator[Entry]:
-    """Every small region of `region_descriptions.json`; `image_data.json` holds the image's folder and name.
+    """Yield every small region of `region_descriptions.json`; `image_data.json` holds the image's folder and name.
 
     The box is relative to the size of the image itself, not to the one that is listed.
     """
@@ -53,4 +53,4 @@ def _regions(image: dict) -> list[dict | None]:
 
 
 def _id(entry: dict, field: str) -> object:
-    return entry.get(field, entry.get("id"))  # older releases say just "id"
+    return entry.get(field, entry.get("id"))  # older releases have just "id"

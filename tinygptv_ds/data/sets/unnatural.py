@@ -7,7 +7,7 @@ from tinygptv_ds.data.sets.common import Built, Entry, Samples, load_entries, tu
 
 
 def unnatural_instruction(root: Path) -> Iterator[Entry]:
-    """The first instance of each entry of `unnatural_instruction/filtered_unnatural_instruction.json`."""
+    """Yield the first instance of each entry of `unnatural_instruction/filtered_unnatural_instruction.json`."""
 
     def build(entry: dict) -> Built:
         instance = entry["instances"][0]

@@ -10,7 +10,7 @@ from tinygptv_ds.data.sets.common import COCO, Built, Entry, Samples, inside, lo
 
 
 def coco_question(root: Path, files: tuple[str, ...], answers: str = "answer") -> Iterator[Entry]:
-    """Questions about COCO training images; a second file (VQAv2's validation part) may be left out."""
+    """Yield questions about COCO training images; a second file (VQAv2's validation part) may be left out."""
 
     def build(entry: dict) -> Built:
         image = inside(root, COCO, Path(entry["image"]).name)
@@ -21,7 +21,7 @@ def coco_question(root: Path, files: tuple[str, ...], answers: str = "answer") -
 
 
 def gqa(root: Path) -> Iterator[Entry]:
-    """`gqa/train_balanced_questions.json`, as LAVIS lists it or as GQA publishes it (an object keyed by question)."""
+    """Yield the entries of `gqa/train_balanced_questions.json`, a list (LAVIS) or an object keyed by question (GQA)."""
     path = root / "gqa/train_balanced_questions.json"
     content = load_json(path)
     if isinstance(content, dict) and "annotations" not in content:
