@@ -15,7 +15,7 @@ from helpers.forked import started
 
 from tinygptv_ds.train.liveness.stop_signals import launchers_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 ASLEEP = "import time; print(flush=True); time.sleep(60)"
 
 

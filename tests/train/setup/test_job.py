@@ -12,7 +12,7 @@ from tinygptv_ds.train.setup import job as job_module
 from tinygptv_ds.train.setup.job import parse_job
 from tinygptv_ds.train.setup.run_dir import note_run, start_run_dir
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OWN = ROOT / "stages/stage4.yaml"
 CPU = f"--deepspeed_config={ROOT / 'ds_configs/cpu.json'}"
 
