@@ -27,7 +27,7 @@ def build(section: ModelSection, frozen_dtype: torch.dtype = torch.float32) -> d
     return {name: p.detach() for name, p in build_model(section, TEXT, frozen_dtype=frozen_dtype).named_parameters()}
 
 
-def starts_afresh(name: str) -> bool:
+def is_initialized(name: str) -> bool:
     return projections(name) or lora(name) or ADDED_NORMS.fullmatch(name) is not None
 
 
@@ -36,7 +36,7 @@ def test_base_weights(base: Base, values: dict[str, Tensor], layout: str) -> Non
     built = build(base(layout=layout, lora_r=3))
     assert built.keys() == values.keys()
     for name in values:
-        if not starts_afresh(name):
+        if not is_initialized(name):
             assert torch.equal(built[name], values[name]), name
 
 
@@ -106,7 +106,7 @@ def test_a_value_beyond_fp16_is_refused(base: Base) -> None:
         build(section, torch.float16)
 
 
-def test_the_tokenizer_tells_the_end_token(base: Base, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_tokenizer_has_the_eos_token(base: Base, caplog: pytest.LogCaptureFixture) -> None:
     """A config.json written with the defaults of transformers' PhiConfig ends at 2, which is '#'."""
     section = base()
     (Path(section.phi) / "config.json").write_text(json.dumps(PHI | {"eos_token_id": 2}))

@@ -125,7 +125,7 @@ def test_what_is_not_right_is_refused(tmp_path: Path, spoil, message: str) -> No
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_stages_as_older_pythons_pickle_them(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before Python 3.11.4 an Enum's member is getattr(Enum, name); its name tells the stage."""
+    """Before Python 3.11.4 an Enum's member is getattr(Enum, name); its name gives the stage."""
     path = "deepspeed.runtime.zero.config"
     enum = type("ZeroStageEnum", (), {"__module__": path})
     for depth in range(1, 5):

@@ -1,4 +1,4 @@
-"""Every exported form stands for the run's model: the same answers, the same values, loadable where it says."""
+"""Every exported form is the run's model: the same answers, the same values, loadable by what it is written for."""
 
 import json
 import shutil
@@ -89,15 +89,15 @@ def test_hf_is_complete(run: Path, tmp_path: Path) -> None:
     assert (generation.do_sample, generation.pad_token_id) == (False, 9)
 
 
-def test_hf_tells_what_made_it_and_no_local_path(run: Path, tmp_path: Path) -> None:
+def test_hf_notes_its_origin_and_no_local_path(run: Path, tmp_path: Path) -> None:
     (tmp_path / "vqa.json").write_text(json.dumps({"accuracy": 0.875, "questions": 40, "predictions": []}))
     out = export(run, tmp_path / "out", "--scores", str(tmp_path / "vqa.json"))
     notes, card = json.loads((out / "provenance.json").read_text()), (out / "README.md").read_text()
     assert (notes["stage"], notes["lora"]) == (4, "merged")
     eva = notes["base"]["eva_vit"]["files"]["eva_vit_g.pth"]
     assert len(eva) == 64
-    for told in (eva, "x (1)", "| vqa | accuracy | 0.875 |", "rank 3, alpha 6", "`[INST] {} [/INST]`"):
-        assert told in card, told
+    for text in (eva, "x (1)", "| vqa | accuracy | 0.875 |", "rank 3, alpha 6", "`[INST] {} [/INST]`"):
+        assert text in card, text
     texts = [path.read_text() for path in out.iterdir() if path.suffix in (".json", ".md", ".yaml")]
     assert not any(str(tmp_path) in text for text in texts)
 
@@ -114,7 +114,7 @@ def test_auto_classes(run: Path, model: TinyGPTVForConditionalGeneration, tmp_pa
 
 
 def test_auto_classes_in_a_process_that_knows_nothing_of_them(run: Path, tmp_path: Path) -> None:
-    """The folder says where its classes are; transformers asks for trust and then finds them."""
+    """The folder names the place of its classes; transformers asks for trust and then finds them."""
     out = export(run, tmp_path / "out")
     script = f"""
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -241,7 +241,7 @@ def test_the_language_model_alone(
 
 
 def test_transformers_own_phi_takes_the_split_layout(run: Path, tmp_path: Path) -> None:
-    """All but the norm that it has not; the README next to says what that means."""
+    """All but the norm that it lacks; the README explains what that means."""
     out = export(run, tmp_path / "out", "--to", "phi", "--dtype", "fp32")
     _, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"]

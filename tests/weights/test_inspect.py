@@ -1,4 +1,4 @@
-"""`inspect` says what a file is from its content alone, and names what is not as it should be."""
+"""`inspect` reports what a file is from its content alone, and names every problem."""
 
 import json
 from collections.abc import Callable
@@ -135,21 +135,21 @@ NORM = "llama_model.base_model.model.model.layers.1.post_layernorm.weight"
 
 
 @pytest.mark.parametrize(
-    ("spoil", "field", "told"),
+    ("spoil", "field", "problem"),
     [
         (lambda s: s.pop(NORM), "missing", "language_model.model.layers.1.post_layernorm.weight"),
         (lambda s: s.update(surprise=torch.zeros(1)), "unexpected", "surprise"),
         (lambda s: s.update({NORM: torch.zeros(7)}), "wrong_shape", "post_layernorm.weight is [7] instead of [12]"),
     ],
 )
-def test_what_is_not_right_is_named(tmp_path: Path, trained: dict, spoil: Callable, field: str, told: str) -> None:
+def test_what_is_not_right_is_named(tmp_path: Path, trained: dict, spoil: Callable, field: str, problem: str) -> None:
     state = original(trained)
     spoil(state)
     torch.save({"model": state}, tmp_path / "x.pth")
     report = inspect(tmp_path / "x.pth")
     assert len(getattr(report, field)) == 1
-    assert told in getattr(report, field)[0]
-    assert told in report.incomplete
+    assert problem in getattr(report, field)[0]
+    assert problem in report.incomplete
 
 
 def test_the_verb_reports_before_it_complains(
@@ -157,8 +157,8 @@ def test_the_verb_reports_before_it_complains(
 ) -> None:
     torch.save({"model": original(trained)}, tmp_path / "x.pth")
     call(verb, tmp_path / "x.pth", "--json")
-    told = json.loads(capsys.readouterr().out)
-    assert told["matched"] == inspect(tmp_path / "x.pth").matched
+    report = json.loads(capsys.readouterr().out)
+    assert report["matched"] == inspect(tmp_path / "x.pth").matched
     trained.pop("llama_proj.bias")
     torch.save({"model": original(trained)}, tmp_path / "x.pth")
     with pytest.raises(WeightsError, match=r"is not complete, .*: missing: llama_proj\.bias"):

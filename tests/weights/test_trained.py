@@ -95,7 +95,7 @@ def test_a_failed_write_leaves_the_old_one(run: Path, trained: dict[str, Tensor]
 def test_stage_1_to_2(
     base: Callable[..., ModelSection], tmp_path: Path, trained: dict[str, Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without LoRA in the file the model gets its own, which changes nothing yet, and says so."""
+    """Without LoRA in the file the model gets LoRA of its own without effect, and logs it."""
     without = {name: tensor for name, tensor in trained.items() if not lora(name)}
     save_trained(without, tiny_config(lora_r=0), tmp_path / "run/model", {"stage": 1})
     section = base(lora_r=3, init_from=str(tmp_path / "run"), allow_missing=["lora"])
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_refused(
     ],
 )
 def test_weights_of_the_wrong_stage(tmp_path: Path, trained: dict, fresh: Callable, part: str, named: str) -> None:
-    """A part that is not there at all is an error, unless the recipe lets it start afresh."""
+    """A part that is not there at all is an error, unless the recipe lets it start from initial values."""
     state = {name: tensor for name, tensor in trained.items() if not PARTS[part](name)}
     model = fresh()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -282,8 +282,8 @@ def test_an_unfinished_run_is_refused(tmp_path: Path, fresh: Callable) -> None:
         load_into(fresh(), tmp_path / "nowhere")
 
 
-def test_a_damaged_adjacent_recipe_a_checkpoint_is_named(tmp_path: Path, trained: dict, fresh: Callable) -> None:
-    """It would tell what else belongs to the model."""
+def test_a_damaged_recipe_of_the_run_is_named(tmp_path: Path, trained: dict, fresh: Callable) -> None:
+    """The recipe names what else belongs to the model."""
     folder = tmp_path / "checkpoints/step-00000001"
     folder.mkdir(parents=True)
     save_file({f"weight/{name}": tensor for name, tensor in trained.items()}, folder / "state.safetensors")

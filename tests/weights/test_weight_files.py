@@ -1,4 +1,4 @@
-"""Weight files are opened without executing anything, and a damaged one says so."""
+"""Weight files are opened without executing anything, and damaged ones are reported."""
 
 import json
 import os

@@ -66,7 +66,7 @@ def test_every_tensor_lies_at_a_multiple_of_its_size(tmp_path_factory, made: dic
     cut=st.tuples(st.floats(0, 1), st.floats(0, 1)),
 )
 def test_parts_of_a_tensor_in_a_pytorch_file(tmp_path_factory, shape, dtype, transposed: bool, cut: tuple) -> None:
-    """Also of one that shares its storage, and of one whose values do not lie in order."""
+    """Also of one that shares its storage, and of one whose values are not in order."""
     path = tmp_path_factory.mktemp("weights") / "x.pth"
     whole = torch.randint(0, 2, (3, *shape)).to(dtype)
     tensor = whole[1].T if transposed and len(shape) == 2 else whole[1]
