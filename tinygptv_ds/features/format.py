@@ -3,8 +3,8 @@
 `ROOT/<dataset>/` has as many tars as the dataset, with the same keys in the same order, so that the order of the stream
 and every random draw are those of training from images. A sample holds its `.json` byte for byte and, for each
 image, `.fp32`, `.bf16` or `.fp16` (`.0.fp32`, `.1.fp32`, ... where there are several): `[queries, width]`, little
-endian. One that cannot be used holds `.skipped.json` with the reason. `features.json` tells what the features were made
-with and from.
+endian. One that cannot be used holds `.skipped.json` with the reason. `features.json` records what the features were
+made with and from.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     differing = [name for name in names if there.get(name) != here.get(name)]
     if differing == ["weights"]:
         return ["the weights of the ViT and the Q-Former"]
-    told = [name for name in differing if name != "weights"]
-    return [f"{name} {there.get(name)} there, {here.get(name)} here" for name in told]
+    named = [name for name in differing if name != "weights"]
+    return [f"{name} {there.get(name)} there, {here.get(name)} here" for name in named]
 
 
 def refuse_stale(folder: Path, here: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ def tar_name(number: int) -> str:
 
 
 def source_of(tar: Shard, samples: int) -> dict[str, Any]:
-    """One entry of `FeatureNotes.sources`; of a remote shard the size is not told."""
+    """One entry of `FeatureNotes.sources`; of a remote shard the size is unknown."""
     return {"name": tar.name, "bytes": _size(tar), "samples": samples}
 
 
@@ -156,9 +156,9 @@ def read_notes(folder: Path) -> FeatureNotes:
 
 def write_notes(folder: Path, notes: FeatureNotes) -> None:
     """Write `features.json`, whole."""
-    told = {"format": FORMAT, "fingerprint": fingerprint(notes.made_with), **asdict(notes)}
+    content = {"format": FORMAT, "fingerprint": fingerprint(notes.made_with), **asdict(notes)}
     with whole_file(folder / NOTES) as partial:
-        partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _size(tar: Shard) -> int | None:

@@ -91,7 +91,7 @@ class ShardIndex:
         )
 
     def to_bytes(self, tar_state: tuple[int, int]) -> bytes:
-        """The index file: a header that alone tells the count, then the arrays. `tar_state` is (size, mtime in ns)."""
+        """The index file: a header that alone holds the count, then the arrays. `tar_state` is (size, mtime in ns)."""
         suffixes = "\n".join(self._suffixes).encode()
         arrays = (self._key_ends, self._member_ends, self._suffix_of, self._offsets, self._sizes, self.lengths)
         body = struct.pack("<II", len(suffixes), len(self._keys)) + suffixes + self._keys

@@ -91,7 +91,7 @@ def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
 def bad_end(tar: Path, after: int) -> str | None:
     """What is wrong with `tar` from byte `after` on, where one of its members ends; None: it ends as it should.
 
-    What `scan_tar` warns of when an index is built can so be told again from the index, without a new scan.
+    What `scan_tar` warns of when an index is built can be reported again from the index, without a new scan.
     """
     with tar.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
