@@ -40,7 +40,7 @@ class Channel:
         """Connect the other ranks to rank 0. Call on all ranks, from the main thread.
 
         Raises:
-            ConfigError: this rank does not reach rank 0.
+            ConfigError: this rank cannot reach rank 0.
         """
         host = os.environ["MASTER_ADDR"]
         address = broadcast_from_rank0(self._ranks, lambda: self._listen(host))
@@ -80,7 +80,7 @@ class Channel:
 
     @property
     def is_alone(self) -> bool:
-        """Whether no connection is open."""
+        """Return whether no connection is open."""
         return not self._writers
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -111,7 +111,7 @@ class Progress:
 
     @property
     def usual(self) -> float:
-        """Median seconds of the last steps; 0 where there are none."""
+        """Return the median seconds of the last steps; 0 if there are none."""
         durations = list(self._durations)
         return statistics.median(durations) if durations else 0.0
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 FOLDER = "stacks"
 SIGNAL = signal.SIGUSR2
-_PER_PROCESS = 0.1  # seconds for one to write before the next is asked
+_PER_PROCESS = 0.1  # seconds for one process to write before the next gets the signal
 
 
 class Stacks:
@@ -27,7 +27,7 @@ class Stacks:
         self.path = run_dir / FOLDER / f"rank-{rank}.txt"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
-        # Processes that are forked from here on inherit it, dataloader workers among them.
+        # Processes that are forked later inherit it, e.g. dataloader workers.
         faulthandler.register(SIGNAL, self._file, all_threads=True)
 
     def dump(self, why: str) -> None:
@@ -56,7 +56,7 @@ class Stacks:
         faulthandler.dump_traceback_later(seconds, file=self._file, exit=leave)
 
     def close(self) -> None:
-        """Disarm, and remove what is empty."""
+        """Disarm, and remove the file if it is empty."""
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(SIGNAL)
         with contextlib.suppress(OSError):  # a dry run has removed it already, other ranks still have theirs

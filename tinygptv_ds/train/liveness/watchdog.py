@@ -29,14 +29,14 @@ from tinygptv_ds.train.liveness.stacks import Stacks
 from tinygptv_ds.train.setup.job import Job
 
 LOST = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
-_TIMES_SLOWER = 5.0  # than the median of the steps before, for a step to be reported
+_TIMES_SLOWER = 5.0  # a step is reported if it takes so many times the median of earlier steps
 _GATHER = 0.1  # seconds: processes that end together are named together
 _OWN_WAY = 5.0  # seconds that a rank gets to find by itself the mistake that another one has reported
 _LAST_WORD = 5.0  # seconds that a last message may take to be sent,
 _ON_ITS_WAY = 0.3  # and that it is then given to arrive
 _LEFT_OVER = 2.0  # seconds at most that rank 0 stays after it has asked the others to end
 _WAY_OUT = 20.0  # seconds that a rank gets to end after an error of its own
-_LAST_RESORT = 10.0  # seconds for a message to be written, on a console that takes nothing any more
+_LAST_RESORT = 10.0  # seconds for a message to be written, in case the console is blocked
 
 
 class Watchdog:

@@ -1,4 +1,4 @@
-"""Are the files that a recipe names there? Asked before anything is loaded, and answered with how to get them."""
+"""The check that the files which a recipe names exist, before anything is loaded, with the remedy for each."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ HOW_TO_GET_WEIGHTS = {
 
 
 def check_files(recipe: Recipe) -> list[Task]:
-    """See that everything is there that a recipe names; what it has scored while training is returned, opened.
+    """Check that every file that a recipe names exists, and return the benchmarks that it scores while training.
 
     Raises:
         ConfigError: lists every missing weight file and dataset and what is wrong with benchmarks, each with its
-            remedy. Where some datasets are there and others are not, it ends with the option that trains on the former.
+            remedy. If some datasets exist and others do not, it ends with the option that trains on the former.
     """
     away, tasks = absent(recipe.data), []
     problems = [*_weights(recipe.model), *away.values()]
@@ -45,11 +45,11 @@ def check_files(recipe: Recipe) -> list[Task]:
 
 
 def _evaluation_tasks(recipe: Recipe) -> list[Task]:
-    """What the recipe has scored while training, with its questions.
+    """Return the benchmarks that the recipe scores while training, with their questions.
 
     Raises:
-        DataError: benchmark files or held-out shards that are missing or odd, all of them named.
-        ConfigError: a package that scores need is not there.
+        DataError: benchmark files or held-out shards are missing or invalid; all of them are named.
+        ConfigError: a package that a score needs is not installed.
     """
     checks, section = Checks(), recipe.evaluation
     tasks = []

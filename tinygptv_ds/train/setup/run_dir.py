@@ -1,4 +1,4 @@
-"""The run directory: everything of one run, so that it can be understood and repeated later."""
+"""The run directory: all files of one run, so that it can be understood and repeated later."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "timm", "peft",
 
 
 def start_run_dir(job: Job) -> Path:
-    """Make the run directory and take it for this process; returns the log file's path.
+    """Make the run directory and lock it for this process; return the path of the log file.
 
     Raises:
-        ConfigError: another job holds it.
+        ConfigError: another job has the lock.
     """
-    if job.dry_run:  # what a dry run that was killed has left
+    if job.dry_run:  # remove the files of a dry run that was killed
         shutil.rmtree(job.run_dir, ignore_errors=True)
     job.run_dir.mkdir(parents=True, exist_ok=True)
     lock_run_dir(job.run_dir)
@@ -33,7 +33,7 @@ def start_run_dir(job: Job) -> Path:
 
 
 def note_run(job: Job) -> None:
-    """Write the resolved recipe, the DeepSpeed JSON and the versions, once it is clear that they will run."""
+    """Write the resolved recipe, the DeepSpeed JSON and the versions, once the run has started."""
     recipe = yaml.safe_dump(recipe_dict(job.recipe), sort_keys=False, allow_unicode=True)
     (job.run_dir / "recipe.yaml").write_text(recipe, encoding="utf-8")
     (job.run_dir / "deepspeed.json").write_text(json.dumps(job.deepspeed, indent=2) + "\n")
@@ -41,7 +41,7 @@ def note_run(job: Job) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Python, this package with its commit, and the packages that numbers depend on."""
+    """Return the versions of Python, this package with its commit, and the packages that numbers depend on."""
     found: dict[str, str | None] = {"python": platform.python_version(), "tinygptv_ds": __version__}
     found["commit"] = _commit()
     for name in PACKAGES:

@@ -1,4 +1,4 @@
-"""One job at a time in a run directory."""
+"""The lock of a run directory: one job at a time."""
 
 from __future__ import annotations
 
