@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,11 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def module_of(path: Path) -> str:
+    """The dotted name of a file of the package."""
+    return ".".join(("tinygptv_ds", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
 def part_of(module: str) -> str:
     """The longest name of `MAY_IMPORT` that a module lies in: `tinygptv_ds.data.loader.batch.Batch` -> `data`."""
     names = module.split(".")[1:]
@@ -67,12 +73,28 @@ def part_of(module: str) -> str:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_direction(path: Path) -> None:
-    module = ".".join(("tinygptv_ds", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
-    part = part_of(module)
+    part = part_of(module_of(path))
     assert part != "__init__" or path.name == "__init__.py", f"{path}: say in MAY_IMPORT what it may import"
     own = {module for module in imported(path) if module.split(".")[0] == "tinygptv_ds"}
     assert {part_of(module) for module in own} <= MAY_IMPORT[part] | {part, "__init__"}
     assert not {module.split(".")[0] for module in imported(path)} & {"stages", "eval", "benchmarks", "tests"}
+
+
+def test_no_cycles() -> None:
+    """No module imports itself through others, not even inside a function or for type checkers alone."""
+    paths = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+    graph = {name: {m if m in paths else m.rpartition(".")[0] for m in imported(path)} for name, path in paths.items()}
+    # `from tinygptv_ds.package import module` runs the package's own __init__ as well, which imports nothing back.
+    sorter = TopologicalSorter({name: found & paths.keys() for name, found in graph.items()})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
+
+
+def test_a_cycle_would_be_found() -> None:
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
 
 
 @pytest.mark.parametrize("package", ONLY_IN)
