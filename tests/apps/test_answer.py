@@ -141,7 +141,7 @@ BAD = {
 def test_lines_are_checked_before_the_model_is_loaded(
     exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where none can be answered, and with --strict where one cannot; the first few are told, with file and line."""
+    """The job is refused if no question, or with --strict any one, cannot be answered; file and line are listed."""
     path = folder / "questions.jsonl"
     monkeypatch.setattr(verb, "load_from", lambda *_, **__: pytest.fail("loaded"))
     for line, why in BAD.items():

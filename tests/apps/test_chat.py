@@ -88,12 +88,12 @@ def test_mistakes_do_not_end_it(say: Say, tmp_path: Path, image: Path) -> None:
         "/imagine", "<ImageHere> ?", "the bus " * 2500, "/help", "the bus",
     )  # fmt: skip
     out, err = say("\n".join(lines))
-    for told in (
+    for message in (
         "none.png: no such image", "torn.png: the image cannot be decoded", "needs a path or a URL",
         "not on the public internet", "no command /imagine; /help lists them", "1 times <ImageHere>",
         "exceed the model",
     ):  # fmt: skip
-        assert told in err, told
+        assert message in err, message
     assert err.count("error: ") == 7
     alone, _ = say("the bus")
     assert out.endswith(alone) and "/image PATH|URL" in out

@@ -280,7 +280,7 @@ def test_bodies_that_are_refused(post, address: str) -> None:
 
 
 def test_a_large_body_is_not_read_to_its_end(answerer: Answerer) -> None:
-    """One whose length is not told before."""
+    """A body whose length is not declared in advance."""
     sent = 0
 
     async def blocks() -> AsyncIterator[bytes]:
@@ -370,7 +370,7 @@ def test_who_leaves_ends_his_answer_and_who_is_too_many_is_sent_away(answerer: A
         asyncio.run(scenario(address))
 
 
-def test_a_failure_is_told(answerer: Answerer) -> None:
+def test_a_failure_is_reported(answerer: Answerer) -> None:
     """Before the first piece with a status of its own, after it within the stream."""
 
     class Failing(Slow):

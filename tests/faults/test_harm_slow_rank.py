@@ -86,8 +86,8 @@ def test_the_first_samples_are_shown(runs: Runs) -> None:
     assert [row.split(" | ")[0].strip("| ") for row in rows] == list(NAMES)
     for name, row in zip(NAMES, rows, strict=True):
         assert "&lt;&lt;" in row and "###>>" in row
-        (told,) = [line for line in log.splitlines() if f"INFO   {name} | " in line]
-        assert "<<" in told and "###>>" in told
+        (message,) = [line for line in log.splitlines() if f"INFO   {name} | " in line]
+        assert "<<" in message and "###>>" in message
     assert len(events.Images("data/first_images")) == 1
 
 

@@ -53,7 +53,7 @@ def test_one_of_four_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> N
         run.wait_for(run.folder / "metrics.jsonl")
         workers = [child for process in run.processes for child in children(process.pid)]
         assert len(workers) >= 4
-        run.tell(0, signal.SIGUSR2)  # whoever asks is told, too
+        run.tell(0, signal.SIGUSR2)  # a request from outside is answered, too
         run.wait_for(run.folder / "reached")
         began = time.monotonic()
         assert run.end() == [LOST, LOST, -signal.SIGKILL, LOST]
@@ -75,7 +75,7 @@ def test_rank_0_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_the_launcher_ends_the_others_at_once(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Its SIGTERM may come before the loss has been told of, but does not keep it from being told."""
+    """The launcher's SIGTERM may arrive before the lost rank is reported, but does not prevent the report."""
     with started(recipe(), tmp_path / "run", ranks=2, fault=in_step, at=2, rank=1, how="killed") as run:
         run.wait_for(run.folder / "reached")
         while run.processes[0].is_alive():

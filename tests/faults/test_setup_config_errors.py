@@ -1,4 +1,4 @@
-"""Mistakes in recipe, JSON or options: told in under a second, before torch is imported, with the key and a fix."""
+"""Mistakes in recipe, JSON or options are reported within a second, before torch is imported, with key and remedy."""
 
 import json
 import os
@@ -33,18 +33,18 @@ from pathlib import Path
 sys.modules.update(dict.fromkeys(("torch", "deepspeed", "transformers")))
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.setup.job import parse_job
-told = []
+reports = []
 for options in json.loads(sys.argv[1]):
     start = time.perf_counter()
     try:
         parse_job(options, Path("stages/stage4.yaml"))
     except ConfigError as error:
-        told.append([str(error), time.perf_counter() - start])
-print(json.dumps(told))
+        reports.append([str(error), time.perf_counter() - start])
+print(json.dumps(reports))
 """
 
 
-def test_each_is_told_at_once(tmp_path: Path) -> None:
+def test_each_is_reported_at_once(tmp_path: Path) -> None:
     asked = [
         [_file(tmp_path / f"{number}.json", text) for text in options] for number, (options, _) in enumerate(MISTAKES)
     ]
@@ -52,9 +52,9 @@ def test_each_is_told_at_once(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert len(told) == len(MISTAKES)
-    for (message, seconds), (options, parts) in zip(told, MISTAKES, strict=True):
+    reports = json.loads(done.stdout)
+    assert len(reports) == len(MISTAKES)
+    for (message, seconds), (options, parts) in zip(reports, MISTAKES, strict=True):
         assert all(part in message for part in parts), (options, message)
         assert seconds < 1
 

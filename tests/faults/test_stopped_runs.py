@@ -1,4 +1,4 @@
-"""Runs that are killed or told to stop, and go on: on as many ranks or fewer, the same samples, the same numbers."""
+"""Runs that are killed or stopped resume with the same samples and the same numbers, on as many ranks or fewer."""
 
 import json
 import shutil
@@ -100,7 +100,7 @@ def test_by_the_clock_of_rank_0(recipe: Callable[..., Path], tmp_path: Path) -> 
 
 
 def test_two_jobs_in_one_run_directory(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """The second is refused and told of the first; a lock does not outlive a SIGKILL."""
+    """The second job is refused with a message that names the first; a lock does not outlive a SIGKILL."""
     path, run = recipe(train__checkpoint_every=2), tmp_path / "run"
     waiting = {"at": 3, "after": "step-00000002", "pause": "never"}
     with started(path, run, ranks=2, fault=watched, **waiting) as first:

@@ -244,14 +244,14 @@ def test_what_the_notes_say_is_checked(
     gone = [{"name": "vqa", "shards": str(tmp_path / "removed")}]  # images may go once features are there
     open_stream(build_recipe(raw_recipe(data__datasets=gone, data__features=str(out)), "test"))
     notes = out / "vqa/features.json"
-    told = json.loads(notes.read_text())
-    notes.write_text(json.dumps({**told, "shard_bytes": []}))
+    content = json.loads(notes.read_text())
+    notes.write_text(json.dumps({**content, "shard_bytes": []}))
     assert "unfinished" in open_error(raw)
-    notes.write_text(json.dumps({**told, "made_with": {**told["made_with"], "dtype": "bf16"}}))
+    notes.write_text(json.dumps({**content, "made_with": {**content["made_with"], "dtype": "bf16"}}))
     assert "is damaged (altered since it was written)" in open_error(raw)
     notes.write_text("{")
     assert "is damaged" in open_error(raw)
-    notes.write_text(json.dumps({**told, "format": 0}))
+    notes.write_text(json.dumps({**content, "format": 0}))
     assert "of another version" in open_error(raw)
     notes.unlink()
     assert "holds no features" in open_error(raw)
@@ -293,10 +293,10 @@ def test_a_member_of_another_size_drops_out(
     """Not a row of someone else's numbers."""
     one = [{"name": "vqa", "shards": str(shards["vqa"])}]
     out = make(raw_recipe(data__datasets=one), tmp_path)
-    told = json.loads((out / "vqa/features.json").read_text())
-    told["made_with"]["width"] *= 2
-    told["fingerprint"] = fingerprint(told["made_with"])
-    (out / "vqa/features.json").write_text(json.dumps(told))
+    content = json.loads((out / "vqa/features.json").read_text())
+    content["made_with"]["width"] *= 2
+    content["fingerprint"] = fingerprint(content["made_with"])
+    (out / "vqa/features.json").write_text(json.dumps(content))
     recipe = build_recipe(raw_recipe(data__datasets=one, data__features=str(out)), "test")
     item = next(loaded(recipe, model_of(raw_recipe())[1].config))
     assert {skipped.reason for skipped in item.skipped} == {"torn_features"}
@@ -355,9 +355,9 @@ def test_what_is_there_is_not_made_twice(
     raw = raw_recipe(data__datasets=[{"name": "text", "shards": str(shards["text"])}])
     out = make(raw, tmp_path)
     before = (out / "text/features.json").read_bytes()
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         make(raw, tmp_path)
-    assert "text: 12 samples in 3 shard(s)" in told.getvalue()
+    assert "text: 12 samples in 3 shard(s)" in output.getvalue()
     assert (out / "text/features.json").read_bytes() == before
     with pytest.raises(DataError, match="differ in image_size 28 there, 56 here; remove it, or choose another --out"):
         make({**raw, "model": {**raw["model"], "image_size": 56}}, tmp_path)

@@ -40,13 +40,13 @@ class Ranks(Written):
     """The ranks of a run: their processes, what they print, and where they write."""
 
     processes: list[BaseProcess]
-    said: Path
+    output_file: Path
     folder: Path
 
     @property
     def output(self) -> str:
         """What all ranks have printed so far."""
-        return self.said.read_text(errors="replace")
+        return self.output_file.read_text(errors="replace")
 
     def tell(self, rank: int, number: int) -> None:
         """Send a rank a signal, if it is still there."""
@@ -87,7 +87,7 @@ def started(
         given: as for `launched`:
         ranks: how many.
         fault: called in each rank before it begins, to break something.
-        told: keyword arguments of `fault`.
+        fault_args: keyword arguments of `fault`.
     """
     argv = ["--recipe", str(recipe), "--run-dir", str(folder), "--deepspeed_config", str(CPU), *options]
     with launched(script, argv, folder, **given) as run:
@@ -102,20 +102,20 @@ def launched(
     *,
     ranks: int = 1,
     fault: Callable[..., None] | None = None,
-    **told: Any,
+    **fault_args: Any,
 ) -> Iterator[Ranks]:
     """As `started`, the ranks of any script of ours that has a `main`; `folder` is where they write."""
     _start_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    said = folder.with_name(f"{folder.name}-{time.monotonic_ns()}.txt")
-    said.touch()
-    shared = (ranks, port, said, script, argv, fault, told)
+    output_file = folder.with_name(f"{folder.name}-{time.monotonic_ns()}.txt")
+    output_file.touch()
+    shared = (ranks, port, output_file, script, argv, fault, fault_args)
     processes = [_FORKS.Process(target=_rank, args=(rank, *shared)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    run = Ranks(processes, said, folder)
+    run = Ranks(processes, output_file, folder)
     try:
         yield run
     finally:
@@ -154,20 +154,20 @@ def _rank(
     rank: int,
     world: int,
     port: int,
-    said: Path,
+    output_file: Path,
     script: str,
     argv: Sequence[str],
     fault: Callable[..., None] | None,
-    told: dict,
+    fault_args: dict,
 ) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_SIZE": world, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    with said.open("ab") as file:
+    with output_file.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115 - for as long as the process lives
     if fault is not None:
-        fault(**told)
+        fault(**fault_args)
     multiprocessing.set_start_method("fork", force=True)  # as it is for a rank that a launcher has started
     main = runpy.run_path(str(ROOT / script))["main"]
     run_command(lambda: main(argv))

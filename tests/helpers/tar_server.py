@@ -1,4 +1,4 @@
-"""A small HTTP server for the tests of remote shards, which counts what it is asked and fails where it is told to."""
+"""A small HTTP server for the tests of remote shards, which counts its requests and fails where a test asks for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TarServer:
 
     `faults[name]` are what happens to the next requests for a file instead: a status code, or "cut" for a connection
     that breaks half-way. `pause` is a delay in seconds before each block of 16 kB, `ranges` whether parts can be asked
-    for, `lengths` whether the size is told.
+    for, `lengths` whether the size is reported.
     """
 
     def __init__(self, *, ranges: bool = True, lengths: bool = True, pause: float = 0.0) -> None:

@@ -1,6 +1,6 @@
 """Two hosts on this machine: network namespaces joined by a cable, an sshd in each, and names of their own.
 
-Nothing outside the given folder and the namespaces is changed: keys and configurations lie in the folder, an `ssh` that
+Nothing outside the given folder and the namespaces is changed: keys and configurations are in the folder, an `ssh` that
 reads them comes first on PATH, and sshd sees a /run and a hostname of its own.
 """
 
@@ -41,17 +41,17 @@ class Host:
 
     def pids(self) -> list[int]:
         """Everything that runs on it."""
-        told = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=True)
-        return [int(pid) for pid in told.stdout.split()]
+        done = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=True)
+        return [int(pid) for pid in done.stdout.split()]
 
     def strays(self, patience: float = 5.0) -> list[str]:
         """The command lines of what runs on it next to sshd, after a moment."""
         until = time.monotonic() + patience
-        while (left := self._beside_sshd()) and time.monotonic() < until:
+        while (left := self._other_than_sshd()) and time.monotonic() < until:
             time.sleep(0.1)
         return left
 
-    def _beside_sshd(self) -> list[str]:
+    def _other_than_sshd(self) -> list[str]:
         found = []
         for pid in self.pids():
             with contextlib.suppress(OSError):

@@ -34,7 +34,7 @@ def test_killed_and_resumed(
     monkeypatch.setenv("KILL_AFTER", str(KILLED_AFTER))
     killed = go("broken", ok=False)
     assert killed.code != 0
-    # Told although the launcher, which looks once a second, ends rank 0.
+    # Reported although the launcher, which looks once a second, ends rank 0.
     (said,) = re.findall(r"^error: rank 1 \(host .* was lost in step (\d) \(its process is gone\)", killed.output, re.M)
     assert int(said) in (KILLED_AFTER + 1, KILLED_AFTER + 2) and "step-00000003\n" in killed.output
     assert "Traceback" not in killed.output

@@ -135,8 +135,10 @@ def test_from_features_two_ranks_zero_3(place: Place, zero_3: Run, features: str
     """No rank runs the ViT, those without an image neither; the panel of answers sees features too."""
     done = ended(place.recipe, place.folder / "features3", ZERO_3, features, ranks=2)
     equal(done, zero_3)
-    told = [re.findall(r"(sample \d at step 6: .*)", (each.folder / "log.txt").read_text()) for each in (done, zero_3)]
-    assert len(told[0]) == 2 and told[0] == told[1]
+    samples = [
+        re.findall(r"(sample \d at step 6: .*)", (each.folder / "log.txt").read_text()) for each in (done, zero_3)
+    ]
+    assert len(samples[0]) == 2 and samples[0] == samples[1]
 
 
 def resumed(place: Place, stopped: Run, name: str, *options: str, ranks: int) -> Ranks:

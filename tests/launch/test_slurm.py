@@ -135,8 +135,8 @@ def slurm(tmp_path: Path) -> Slurm:
     (folder / "stages").mkdir(parents=True)
     (folder / "stages/stage2.py").write_text(
         "import os, sys\nrank = int(os.environ['RANK'])\n"
-        "told = {k: os.environ.get(k) for k in os.environ['TELL'].split()}\n"
-        "os.write(1, f'{told} {sys.argv[1:]}\\n'.encode())\n"
+        "received = {k: os.environ.get(k) for k in os.environ['TELL'].split()}\n"
+        "os.write(1, f'{received} {sys.argv[1:]}\\n'.encode())\n"
         "code = int(os.environ['CODES'].split()[rank])\n"
         "os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)\n"
     )
@@ -152,7 +152,7 @@ def slurm(tmp_path: Path) -> Slurm:
         ("-9 75", 137, False),
         ("138 138", 138, True),
         ("143 143", 143, True),
-        ("-15 -15", 143, True),  # told before it could listen: there is nothing to save yet
+        ("-15 -15", 143, True),  # signaled before it could listen: there is nothing to save yet
     ],
 )
 def test_which_ends_are_requeued(codes: str, code: int, requeued: bool, slurm: Slurm) -> None:
@@ -168,8 +168,8 @@ def test_what_the_ranks_are_given(slurm: Slurm) -> None:
     assert code == 0, output
     for rank in range(2):
         values = [str(rank), "0", "2", "1", "localhost", "24711", "ib0", "a=b c", str(slurm.submitted_in)]
-        told = dict(zip(tell.split(), values, strict=True))
-        assert f"{told} ['--set', 'data.only=[gqa, vqa]']" in output, output
+        received = dict(zip(tell.split(), values, strict=True))
+        assert f"{received} ['--set', 'data.only=[gqa, vqa]']" in output, output
 
 
 def test_what_cannot_be_started(slurm: Slurm) -> None:

@@ -34,7 +34,7 @@ def after(path: Path, number: int) -> Callable[[int], None]:
         (deepspeed_form, signal.SIGTERM, -signal.SIGTERM),  # `deepspeed` dies of it at once, which the ranks notice
     ],
 )
-def test_one_process_is_told(
+def test_one_process_is_signaled(
     form: Callable[[int], list[str]],
     number: signal.Signals,
     code: int,
@@ -43,8 +43,8 @@ def test_one_process_is_told(
 ) -> None:
     raw = raw_recipe(train__steps_per_epoch=100_000, train__checkpoint_every=3, data__num_workers=1)
     recipe, folder = tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "run"
-    told = after(folder / "checkpoints/step-00000003", number)
-    done = run(form(4), recipe, folder, ok=False, meanwhile=told)
+    send_signal = after(folder / "checkpoints/step-00000003", number)
+    done = run(form(4), recipe, folder, ok=False, meanwhile=send_signal)
     assert done.code == code, done.output
     (step,) = re.findall(r"stopped: SIG\w+ at step (\d+) of 100000; saved", done.output)
     assert f"stopped: {number.name} at" in done.output and "Traceback" not in done.output, done.output

@@ -106,7 +106,7 @@ def test_the_prompts_of_stage_3_are_the_published_ones() -> None:
     assert list(load_prompts()["stage3"]) == [
         f"{IMAGE_TAG} Describe this image in detail.",
         f"{IMAGE_TAG} Take a look at this image and describe what you notice.",
-        f"{IMAGE_TAG} Please provide a detailed description of the picture.",
+        f"{IMAGE_TAG} Please provide a detailed description of the picture.",  # codespell:ignore picture
         f"{IMAGE_TAG} Could you describe the contents of this image for me?",
     ]
 

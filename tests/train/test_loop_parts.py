@@ -177,7 +177,7 @@ def test_the_panel_leaves_out_what_cannot_be_read(raw_recipe: Callable[..., dict
     assert len(panel) == 2
 
 
-def test_micro_batches_above_the_limit_are_told(warnings: pytest.LogCaptureFixture) -> None:
+def test_micro_batches_above_the_limit_are_reported(warnings: pytest.LogCaptureFixture) -> None:
     """Once for those since the last log line; without a limit never."""
     lengths = [SimpleNamespace(batch=SimpleNamespace(input_ids=torch.zeros(n))) for n in (90, 130, 110)]
     over, free = TokenLimit(100), TokenLimit(None)
@@ -185,5 +185,5 @@ def test_micro_batches_above_the_limit_are_told(warnings: pytest.LogCaptureFixtu
         counter.on_batch(0, lengths)
         counter.on_log(None)
         counter.on_log(None)
-    (told,) = [record.getMessage() for record in warnings.records]
-    assert told.startswith("2 micro-batches of this rank had more than train.max_tokens (100) tokens, 130 at most")
+    (message,) = [record.getMessage() for record in warnings.records]
+    assert message.startswith("2 micro-batches of this rank had more than train.max_tokens (100) tokens, 130 at most")

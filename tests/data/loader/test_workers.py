@@ -32,7 +32,7 @@ def workers(*numbers: int) -> Workers:
     return Workers(Numbers(), numbers, num_workers=1, pin_memory=False)
 
 
-def test_a_loss_is_told_where_its_batch_is_wanted() -> None:
+def test_a_lost_worker_is_reported_when_its_batch_is_requested() -> None:
     """And nowhere else: torch's own handler would break off whatever is going on, a collective too."""
     pool = workers(0, 1)
     assert pool.next() == 0

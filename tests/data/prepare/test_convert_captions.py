@@ -90,7 +90,7 @@ GOOD = '{"url": "u", "caption": "c"}'
         (f'[{GOOD}, {{"url": "u", "caption": "\\ud83d"}}]', "entry 1 .*half a character"),
     ],
 )
-def test_broken_files_are_told_with_the_place(text: str, message: str, tmp_path: Path) -> None:
+def test_broken_files_are_reported_with_the_place(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=rf"a\.json: .*{message}"):
         convert_captions(tmp_path / "a.json", tmp_path / "a.tsv")

@@ -242,7 +242,7 @@ def test_quality_makes_every_image_a_jpeg(kind: str, mode: str) -> None:
     assert len(stored_image(data, Encoding(jpeg_quality=20))[1]) < len(stored)
 
 
-def test_a_cut_image_is_stored_as_it_is_but_cannot_be_encoded_anew(tmp_path: Path) -> None:
+def test_a_truncated_image_is_stored_unchanged_but_cannot_be_reencoded(tmp_path: Path) -> None:
     whole = image(size=(300, 300))
     record = {"pool": None, "text": "q", "answer": "a"}
     samples = [PreparedSample("a", record, (whole[:-500],)), PreparedSample("b", record, (whole,))]

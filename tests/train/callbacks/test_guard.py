@@ -128,13 +128,15 @@ def test_a_spike_names_its_samples(raw_recipe: RAW, tmp_path: Path, warnings: py
     assert said.index(names[0]) < said.index("(90.00)") < said.index(names[1]) < said.index("(70.00)")
 
 
-def test_a_step_without_targets_is_told(raw_recipe: RAW, tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+def test_a_step_without_targets_is_reported(
+    raw_recipe: RAW, tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
     guard, _, _ = watched(raw_recipe(), tmp_path)
     assert spikes(guard, totals([(4, math.nan, 0.0)], [])) == 0
     assert "step 5 had no target token on any rank" in warnings.text
 
 
-def test_a_micro_batch_without_targets_is_told(
+def test_a_micro_batch_without_targets_is_reported(
     raw_recipe: RAW, tmp_path: Path, warnings: pytest.LogCaptureFixture
 ) -> None:
     """With the samples that were planned for it; where none was, as when ranks outnumber samples, nothing is odd."""

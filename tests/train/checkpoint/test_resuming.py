@@ -239,8 +239,8 @@ def test_old_ones_go(keep: int, keep_every: int, left: list[int] | None, tmp_pat
 def test_a_lock_of_another_host_is_explained(tmp_path: Path) -> None:
     """As a network file system shows it, where the lock of a node that has crashed may stay."""
     held = lock.lock_run_dir(tmp_path)
-    told = {"host": "node7", "pid": 12, "started": "2026-01-01 00:00:00 UTC"}
-    (tmp_path / lock.LOCK).write_text(json.dumps(told))
+    holder = {"host": "node7", "pid": 12, "started": "2026-01-01 00:00:00 UTC"}
+    (tmp_path / lock.LOCK).write_text(json.dumps(holder))
     with pytest.raises(ConfigError) as caught:
         lock.lock_run_dir(tmp_path)
     message = str(caught.value)
@@ -254,7 +254,7 @@ def test_a_lock_of_another_host_is_explained(tmp_path: Path) -> None:
     lock.lock_run_dir(tmp_path).release()
 
 
-def test_a_file_system_without_locks_is_told(
+def test_a_file_system_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
 ) -> None:
     def unsupported(handle: int, how: int) -> None:

@@ -72,7 +72,7 @@ def test_a_console_that_has_gone_stops_nothing(tmp_path: Path) -> None:
     assert lines == ["step 1", "saving", "saved"]
 
 
-def test_told_again_and_again(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_repeated_stop_signals(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """Until the process has ended, also after it has saved: it still ends with the code of what stopped it."""
     raw = raw_recipe(train__steps_per_epoch=100_000, train__sample_count=0)
     with started(tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "run") as run:

@@ -73,7 +73,7 @@ def test_sums_are_means_over_tokens() -> None:
     assert (again.loss, again.steps, again.samples["a"], again.work, again.recent) == (0.0, [], 0, BatchCounts(), [])
 
 
-def test_ranks_are_told_apart() -> None:
+def test_ranks_are_distinguished() -> None:
     """Each rank's times are in its own place of the sum."""
     alone = Accumulator(engine(world_size=3, rank=1), ["a"])
     assert alone.read(RankTimes(2.0, 3.0)).ranks == [RankTimes(0, 0), RankTimes(2.0, 3.0), RankTimes(0, 0)]

@@ -1,4 +1,4 @@
-"""Weights & Biases: asked for without the package is a mistake that is told at once; a resumed run keeps its entry."""
+"""Weights & Biases: a missing package is reported at once; a resumed run keeps its entry."""
 
 import importlib.util
 import sys
