@@ -73,7 +73,7 @@ def note(file: Path) -> None:
         if int(os.environ["RANK"]) == 0:
             file.write_text(json.dumps(vars(notes)))
 
-    Checkpoints.on_batch, Checkpoints.on_step = begun, ended
+    Checkpoints.on_batch, Checkpoints.on_step = begun, ended  # type: ignore[method-assign, assignment]  # to count them
     for name in (*PAYLOAD, *UNKNOWN):
         counted = _counted(notes, name, getattr(distributed, name))
         setattr(distributed, name, counted)

@@ -196,6 +196,7 @@ def random_features(shards: Path) -> Path:
         with (folder / tar_name(number)).open("wb") as file, open_tar(file) as writer:
             for index in range(sample_count(source)):
                 key, record, _ = reader.stored(source, index)
+                assert record is not None  # written by this benchmark
                 add_sample(writer, key, {"json": record, "bf16": rng.bytes(SHAPE.nbytes)})
         build_index(folder / tar_name(number))
     made_with = {"dtype": SHAPE.dtype, "queries": SHAPE.queries, "width": SHAPE.width}

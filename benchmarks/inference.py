@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.layers:
         rows = time_layers()
     elif args.form:
-        print(json.dumps(figures(*args.form, args.tokens)))
+        print(json.dumps(figures(args.form[0], args.form[1], args.tokens)))
         return
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -111,13 +111,14 @@ def _make_phi(made: MadeUp, shapes: dict[str, tuple[int, ...]], config: TinyGPTV
         folder.mkdir()
         write(folder, to_layout(plain, text.num_attention_heads, layout))
         text.save_pretrained(folder)
+        assert isinstance(text.eos_token_id, int)
         _tokenizer(text.eos_token_id).save_pretrained(folder)
 
 
 def _write_bin(folder: Path, tensors: dict[str, Stored]) -> None:
     """Write two .bin shards with their index."""
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate((names[::2], names[1::2]), 1):
         file = f"pytorch_model-{number:05d}-of-00002.bin"
         torch.save({name: tensors[name].read() for name in part}, folder / file)

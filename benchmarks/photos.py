@@ -31,7 +31,7 @@ def _crop(photo: Image.Image, size: tuple[int, int], rng: np.random.Generator) -
     """Return a large random part of the photo with the aspect ratio of `size`, resized to `size`."""
     scale = min(photo.width / size[0], photo.height / size[1]) * rng.uniform(0.85, 1)
     width, height = (round(side * scale) for side in size)
-    left, top = rng.integers(0, photo.width - width + 1), rng.integers(0, photo.height - height + 1)
+    left, top = (int(rng.integers(0, free + 1)) for free in (photo.width - width, photo.height - height))
     return photo.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
 
 

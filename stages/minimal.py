@@ -100,7 +100,7 @@ def main() -> list[float]:
     places = [(step, number) for step in range(STEPS) for number in range(accumulation)]
     loader: DataLoader[MicroBatch] = DataLoader(
         micro_batches,
-        sampler=places,  # type: ignore[arg-type]  # any sequence of the data set's own keys
+        sampler=places,
         batch_size=None,
         num_workers=NUM_WORKERS,
         pin_memory=device.type == "cuda",

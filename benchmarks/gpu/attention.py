@@ -50,12 +50,14 @@ def compare_backends(device: torch.device, size: str, out: Path) -> None:
     for shape, lengths in row_lengths(size).items():
         for precision, limit in LIMITS.items():
             q, k, v, gradient = _random_inputs(sum(lengths), *HEADS[size], DTYPES[precision], device)
-            wanted = _results(*(x.float() for x in (q, k, v, gradient)), lambda *x, n=lengths: _one_by_one(*x, n))
+            wanted = _results(
+                q.float(), k.float(), v.float(), gradient.float(), lambda q, k, v, n=lengths: _one_by_one(q, k, v, n)
+            )
             for backend in available_backends(device, DTYPES[precision]):
                 layout = _layout(lengths, backend, device)
 
-                def attend(*qkv: Tensor, layout: PackedLayout = layout) -> Tensor:
-                    return varlen_attention(*qkv, layout)
+                def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout = layout) -> Tensor:
+                    return varlen_attention(q, k, v, layout)
 
                 found = _results(q, k, v, gradient, attend)
                 errors = {name: _relative_error(found[name], wanted[name]) for name in wanted}
@@ -81,7 +83,7 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """Return SDPA of each sample separately, by plain matrix products, without packing or padding."""
     samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
     with sdpa_kernel(SDPBackend.MATH):
-        rows = [F.scaled_dot_product_attention(*sample, is_causal=True) for sample in samples]
+        rows = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in samples]
     return torch.cat(rows, dim=1).transpose(0, 1)
 
 
@@ -130,7 +132,7 @@ def compare_packed_with_padded(device: torch.device, out: Path) -> None:
 def _with_gradients(model: TinyGPTVForConditionalGeneration, losses: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     losses.sum().backward()
-    gradients = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return {"losses": losses.detach(), "gradients": torch.cat(gradients).float()}
 
 
@@ -139,6 +141,7 @@ def _padded_losses(model: TinyGPTVForConditionalGeneration, inputs: dict) -> Ten
     lengths, longest = inputs["cu_seqlens"].diff(), inputs["max_seqlen"]
     ids, rows = inputs["input_ids"], inputs["image_rows"]
     place = make_layout(inputs["cu_seqlens"], longest, len(ids), "sdpa").padded_rows
+    assert place is not None  # SDPA pads
     images = model.project(model.encode_vision(inputs["pixel_values"])).flatten(0, 1)
     embeds = model.get_input_embeddings()(ids).index_copy(0, rows, images[inputs["image_index"]])
 

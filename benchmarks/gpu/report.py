@@ -109,7 +109,9 @@ def step_checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Cases are compared if the same steps were made before them.
     """
-    found, twins, fresh = [], {}, {}
+    found: list[dict[str, Any]] = []
+    twins: dict[Any, Any] = {}
+    fresh: dict[Any, Any] = {}
     for row in rows:
         if row["status"] == MEASURED:
             case = Case(**row["case"])

@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, TokenRow, build
 from tinygptv_ds.processing.text import load_prompts, render
 
 CELLS = len(digits.CELLS)
-PHI = {"vocab_size": 640, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
+PHI: dict[str, Any] = {"vocab_size": 640, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
 PHI |= {"num_attention_heads": 4, "resid_pdrop": 0.0, "initializer_range": 0.08, "max_position_embeddings": 512}
 PHI |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
 END = "<|endoftext|>"
@@ -72,7 +73,13 @@ def train_tokenizer(seed: int) -> CodeGenTokenizer:
     tokenizer_model = json.loads(tokenizer.to_str())["model"]
     vocab = tokenizer_model["vocab"] | {END: len(tokenizer_model["vocab"])}
     merges = [tuple(pair) for pair in tokenizer_model["merges"]]
-    return CodeGenTokenizer(vocab=vocab, merges=merges, pad_token=END, model_max_length=PHI["max_position_embeddings"])
+    # The stub of `merges` wants strings, while the tokenizer takes pairs.
+    return CodeGenTokenizer(
+        vocab=vocab,
+        merges=merges,  # type: ignore[arg-type]
+        pad_token=END,
+        model_max_length=PHI["max_position_embeddings"],
+    )
 
 
 def _tokenizer_corpus(rng: random.Random) -> Iterator[str]:
@@ -125,7 +132,7 @@ class Teacher:
         rng = self.rng
         scene = digits.random_scene(rng, "train")
         if name == "facts":
-            record = {"caption": facts(rng, scene)}
+            record: dict[str, Any] = {"caption": facts(rng, scene)}
         elif name == "digits_conversation":
             kinds = rng.choices(list(digits.QUESTIONS), k=QUESTIONS_PER_CONVERSATION)
             record = {"conversation": [list(digits.QUESTIONS[kind][0](rng, scene)) for kind in kinds]}
@@ -193,7 +200,7 @@ def initialise(model: TinyGPTVForConditionalGeneration, tokenizer: CodeGenTokeni
             embeddings[spaced] = 0.9 * embeddings[index] + 0.44 * embeddings[spaced]
     model.get_output_embeddings().weight.copy_(0.1 * embeddings)
     for layer in model.language_model.model.layers:
-        attention = layer.self_attn
+        attention: Any = layer.self_attn  # torch types modules in lists as Module
         basis = nn.init.orthogonal_(torch.empty_like(attention.dense.weight))
         values = attention.query_key_value.weight.unflatten(0, (attention.heads, 3, -1))[:, 2]
         values.copy_(basis.unflatten(0, (attention.heads, -1)))

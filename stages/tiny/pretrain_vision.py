@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,12 @@ VALUES, COLORS = list(digits.VALUES), list(digits.COLORS)
 WIDTH, PATCH = 96, 14
 EVA_VIT = {"image_size": digits.SIZE, "patch_size": PATCH, "hidden_size": WIDTH, "num_hidden_layers": 3}
 EVA_VIT |= {"num_attention_heads": 4, "intermediate_size": 4 * WIDTH}
-QFORMER = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 4 * WIDTH}
+QFORMER: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 4 * WIDTH,
+}
 QFORMER |= {"encoder_hidden_size": WIDTH, "cross_attention_frequency": 2, "vocab_size": 1}
 QFORMER |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TRAINING = Training(steps=800, batch=32, lr=3e-3, first=0.35)
@@ -110,9 +116,12 @@ def initialise(model: TinyGPTVForConditionalGeneration) -> None:
     """
     cell, quarter = patch_grid()
     cells, quarters = torch.randn(CELLS, WIDTH), torch.randn(1 + int(quarter.max()), WIDTH)
-    model.visual_encoder.pos_embed[0, 1:] = POSITION_SCALE * (cells[cell] + quarters[quarter])
+    positions = model.visual_encoder.pos_embed
+    assert positions is not None
+    positions[0, 1:] = POSITION_SCALE * (cells[cell] + quarters[quarter])
     model.query_tokens.copy_(cells)
-    look = model.qformer.encoder.layer[0].crossattention.attention
+    layer: Any = model.qformer.encoder.layer[0]  # torch types the modules of a list as Module
+    look = layer.crossattention.attention
     look.query.weight.copy_(SHARPNESS * look.key.weight)
 
 

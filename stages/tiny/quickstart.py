@@ -237,7 +237,9 @@ def show_answer() -> None:
 
     question = read_held_out("vqa", str(DATA / "digits_vqa/test"), 1)[0]
     image = RUN / "example.jpg"
-    image.write_bytes(question.images()[0])
+    (encoded,) = question.images()
+    assert isinstance(encoded, bytes)  # shards hold encoded images
+    image.write_bytes(encoded)
     model, processor = load_model(MODEL, torch.float32)
     template = choose_template(TEMPLATE, processor.prompt_template, "###")
     prompt = Conversation(template).ask(question.text, question.images())

@@ -160,4 +160,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    run_command(lambda: make_standins(arguments.out, seed=arguments.seed))
+    run_command(lambda: print(make_standins(arguments.out, seed=arguments.seed)))

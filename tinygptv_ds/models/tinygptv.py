@@ -58,6 +58,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     original's names for the projections) and `language_model`.
     """
 
+    config: TinyGPTVConfig
     config_class = TinyGPTVConfig
     base_model_prefix = ""
     main_input_name = "input_ids"

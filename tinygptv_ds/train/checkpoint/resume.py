@@ -62,8 +62,9 @@ def choose_checkpoint(job: Job, fingerprint: dict[str, Any]) -> str | None:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a checkpoint that `choose_checkpoint` has verified."""
-    if step_folder(folder) is not None:
-        return _open_deepspeed(folder)
+    ranks_folder = step_folder(folder)
+    if ranks_folder is not None:
+        return _open_deepspeed(folder, ranks_folder)
     with safe_open(folder / TENSORS, framework="pt") as file:
         names = {key.removeprefix("weight/") for key in file.keys() if key.startswith("weight/")}  # noqa: SIM118
     return Checkpoint(
@@ -162,8 +163,9 @@ def _named(job: Job, path: Path) -> Path:
 def _is_checkpoint(path: Path) -> Path:
     """Return a path after verifying that it is a complete checkpoint of either format."""
     try:
-        if step_folder(path) is not None:
-            open_deepspeed(step_folder(path))
+        ranks_folder = step_folder(path)
+        if ranks_folder is not None:
+            open_deepspeed(ranks_folder)
             return path
     except WeightsError as error:
         raise CheckpointError(str(error)) from None
@@ -196,9 +198,9 @@ def _check_fingerprint(job: Job, folder: Path, state: dict[str, Any], fingerprin
     )
 
 
-def _open_deepspeed(folder: Path) -> Checkpoint:
+def _open_deepspeed(folder: Path, ranks_folder: Path) -> Checkpoint:
     try:
-        found = open_deepspeed(step_folder(folder))
+        found = open_deepspeed(ranks_folder)
     except WeightsError as error:
         raise CheckpointError(str(error)) from None
     stored = {"weight": found.weights, **found.moments}

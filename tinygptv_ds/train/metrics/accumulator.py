@@ -152,7 +152,8 @@ class Accumulator:
     def _by_step(self) -> tuple[list[int], Tensor]:
         """Return the steps since the last line and, on the device, float64 `[2 * steps]`: losses, then targets."""
         parts = {step: list(group) for step, group in groupby(self.recent, key=lambda micro: micro.step)}
-        losses = [sum(micro.token_losses.sum(dtype=torch.float64) for micro in each) for each in parts.values()]
+        zero = self._losses.new_zeros(())
+        losses = [sum((m.token_losses.sum(dtype=torch.float64) for m in each), start=zero) for each in parts.values()]
         tokens = [float(sum(len(micro.token_losses) for micro in each)) for each in parts.values()]
         if not parts:
             return [], self._losses[:0]

@@ -193,8 +193,9 @@ def write_hparams(board: SummaryWriter, job: Job) -> None:
     """Write the recipe as TensorBoard's one entry of hyperparameters, next to this run's losses."""
     values = _flat(recipe_dict(job.recipe))
     values |= {"precision": job.precision, "zero_stage": job.zero_stage, "world_size": job.ranks.world_size}
+    writer: Any = board.file_writer  # torch annotates it as None
     for summary in hparams(values, {"train/loss": 0.0, "val/loss": 0.0}):
-        board.file_writer.add_summary(summary)
+        writer.add_summary(summary)
 
 
 def _flat(node: Any, where: str = "") -> dict[str, Any]:
