@@ -17,7 +17,7 @@ def test_accumulation() -> None:
 
 @given(batch=st.integers(1, 60), micro=st.integers(1, 12), world=st.integers(1, 9))
 def test_it_divides_or_the_advice_helps(batch: int, micro: int, world: int) -> None:
-    """Every micro-batch size that is advised works, and none is left out."""
+    """Every micro-batch size that the message suggests works, and none is missing from it."""
     train = TrainSection(batch_size=batch, micro_batch_size=micro)
     works = [m for m in range(1, batch + 1) if batch % (m * world) == 0]
     try:

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: what DeepSpeed would swallow is refused, and the recipe completes it."""
+"""DeepSpeed's JSON: mistakes that DeepSpeed would ignore are refused, and the recipe completes the file."""
 
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ def test_the_recipe_completes_it() -> None:
 
 
 def test_the_recipe_changes_it() -> None:
-    """`deepspeed.*` of the recipe goes over the file, nested keys one by one."""
+    """`deepspeed.*` of the recipe overrides the file, nested keys one by one."""
     raw = {"gradient_clipping": 0.0, "zero_optimization": {"stage": 2, "overlap_comm": True}}
     resolved = resolve(raw, recipe(zero_optimization={"stage": 3}, steps_per_print=5))
     assert resolved["zero_optimization"] == {"stage": 3, "overlap_comm": True}
@@ -82,7 +82,7 @@ def test_refused(change: dict[str, Any], message: str) -> None:
 
 
 def test_clipping_must_be_written_and_agree() -> None:
-    """Left out, DeepSpeed 0.19 clips at 1.0."""
+    """Without the key, DeepSpeed 0.19 clips at 1.0."""
     without = {"zero_optimization": {"stage": 2}}
     with pytest.raises(ConfigError, match="write gradient_clipping"):
         resolve(without)

@@ -1,4 +1,4 @@
-"""Every supported key is one of the installed DeepSpeed, level by level; refused ones come with a reason."""
+"""Every supported key exists in the installed DeepSpeed, level by level; refused ones come with a reason."""
 
 import inspect
 import re
@@ -52,7 +52,7 @@ def test_every_supported_key_of_a_section_is_one_of_deepspeed(where: str) -> Non
 
 @pytest.mark.parametrize("where", MODELS)
 def test_the_types_are_those_of_the_fields(where: str) -> None:
-    """What the table takes, DeepSpeed takes; what is of another type, it refuses."""
+    """DeepSpeed accepts the types that the table accepts, and refuses others."""
     examples = {int: 1, float: 0.5, bool: True, str: "x", list: []}
     for key, kind in section(where).items():
         if isinstance(kind, dict):
@@ -76,7 +76,7 @@ def test_sections_that_deepspeed_reads_by_hand() -> None:
 
 
 def test_every_supported_top_level_key_is_read_by_deepspeed() -> None:
-    """Its reading functions name keys by constants, or as literals."""
+    """DeepSpeed's reading functions name the keys by constants or as literals."""
     source = inspect.getsource(runtime)
     words = set(re.findall(r"""param_dict(?:\.get\(|\[)\s*['"](\w+)['"]""", source))
     by_name = set(

@@ -116,7 +116,7 @@ def test_set_reaches_everywhere() -> None:
 
 
 def test_only_some_of_the_datasets() -> None:
-    """In the recipe's order and with its weights, whatever the order of the names; none named is all."""
+    """Datasets keep the recipe's order and weights, regardless of the order of the names; no name selects all."""
     only = changed("data.datasets.1.weight=3", "data.only=[b]")
     assert [(d.name, d.weight) for d in build_recipe(only, "my.yaml").data.used] == [("b", 3.0)]
     both = build_recipe(changed("data.only=[b, a]"), "my.yaml")

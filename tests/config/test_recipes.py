@@ -151,7 +151,7 @@ def test_the_recipes_run_on_one_and_eight_gpus_or_say_how() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(STAGES)))
 def test_complete_and_loads(path: Path) -> None:
-    """A reader of a recipe sees every key there is, and in the published ones those of each dataset, too."""
+    """A recipe contains every key that exists, and the published ones also every key of each dataset."""
     load_recipe(path)
     left_out = missing(Recipe, yaml.safe_load(path.read_text()))
     assert [key for key in left_out if path.parent == STAGES or "[" not in key] == []

@@ -1,4 +1,4 @@
-"""Comments of recipes are the documentation of the fields, and every field has some."""
+"""The comments of recipes are the documentation of the fields, and every field has some."""
 
 from dataclasses import fields
 from pathlib import Path

@@ -22,14 +22,14 @@ def golden(request: pytest.FixtureRequest) -> Path:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test for each case that the set in use holds."""
+    """Parametrize over the cases of the set in use: one test for each."""
     _generate_language_model(metafunc)
     _generate_full_model(metafunc)
     _generate_datasets(metafunc)
 
 
 def _generate_language_model(metafunc: pytest.Metafunc) -> None:
-    """`phi_case` and `lora_case` have a loss, `greedy_case` has generated tokens."""
+    """Parametrize the language model's tests: `phi_case` and `lora_case` have a loss, `greedy_case` has tokens."""
     for fixture, part, sign in (
         ("phi_case", "phi", "loss"),
         ("lora_case", "lora", "loss"),
@@ -41,7 +41,7 @@ def _generate_language_model(metafunc: pytest.Metafunc) -> None:
 
 
 def _generate_full_model(metafunc: pytest.Metafunc) -> None:
-    """`full_name` is a model; the others are cases of one, distinguished by what their JSON holds."""
+    """Parametrize the full model's tests: `full_name` is a model, the others are cases by the content of their JSON."""
     root = _folder(metafunc.config) / "full"
     if "full_name" in metafunc.fixturenames:
         metafunc.parametrize("full_name", sorted(path.parent.name for path in root.glob("*/weights.safetensors")))
@@ -57,13 +57,13 @@ def _generate_full_model(metafunc: pytest.Metafunc) -> None:
 
 
 def names_in(file: Path) -> set[str]:
-    """The tensors of a safetensors file."""
+    """Return the names of the tensors in a safetensors file."""
     with safe_open(file, framework="np") as opened:
         return set(opened.keys())
 
 
 def _generate_datasets(metafunc: pytest.Metafunc) -> None:
-    """Datasets (`map_name`, `shard_name`) and oddities."""
+    """Parametrize over the datasets (`map_name`, `shard_name`) and oddities."""
     wanted = {"map_name", "shard_name", "oddity"} & set(metafunc.fixturenames)
     if not wanted:
         return

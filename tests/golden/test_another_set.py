@@ -1,4 +1,4 @@
-"""`pytest tests/golden --golden DIR` goes by what a set lists: the same set under other names passes as well."""
+"""`pytest tests/golden --golden DIR` runs what a set lists: the same set under other names passes as well."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def rename_all(folder: Path) -> Path:
 
 
 def rename_cases(folder: Path, keep: set[str]) -> None:
-    """`x` and `x_grads` become `z_x` and `z_x_grads`."""
+    """Rename each case, e.g., `x` and `x_grads` to `z_x` and `z_x_grads`."""
     for file in list(folder.glob("*.*")):
         if file.stem not in keep and file.name != "config.json":
             file.rename(file.with_name(f"z_{file.name}"))

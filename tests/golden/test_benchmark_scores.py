@@ -1,4 +1,4 @@
-"""The original's scores come out of the whole way from raw text to a benchmark's `compat`, exactly."""
+"""The path from raw text to a benchmark's `compat` score gives exactly the original's scores."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_gqa_and_vsr(golden: Path) -> None:
 
 
 def test_okvqa(golden: Path) -> None:
-    """The scorer's table; the cleaning of answers before it has cases of its own."""
+    """The scorer's table agrees; the cleaning of answers before it has cases of its own."""
     rows = read(golden, "vqa_accuracy")["rows"]
     clean = [row for row in rows if okvqa_answer(row["prediction"], compat=True) == row["prediction"]]
     assert len(clean) > len(rows) / 2

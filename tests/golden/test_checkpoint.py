@@ -1,4 +1,4 @@
-"""A checkpoint as the original saves it: read, loss after loading, and one more step with its optimizer."""
+"""Checkpoints as the original saves them: names, loss after loading, and one more step with the restored optimizer."""
 
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def test_one_more_step(
 
 
 def test_imported_and_exported_again(file: Path, expected: dict, tmp_path: Path) -> None:
-    """Through our own names and back, every bit and key is there, and what is next to "model", too."""
+    """Importing and exporting keeps every bit and key, as well as the other entries than "model"."""
     before = load_torch(file)
     call(export, str(file), "--to", "original", "--out", str(tmp_path / "direct.pth"))
     assert_equal(load_torch(tmp_path / "direct.pth"), before)
@@ -115,7 +115,7 @@ def assert_equal(ours: Any, theirs: Any) -> None:
 
 
 def restored_optimizer(model: TinyGPTVForConditionalGeneration, saved: dict, expected: dict) -> torch.optim.Optimizer:
-    """torch's AdamW over the original's groups in the original's order, with its state."""
+    """Return torch's AdamW over the original's groups in the original's order, with its state."""
     parameters = dict(model.named_parameters())
     groups = [
         {"params": [parameters[canonical_name(name)] for name in group["param_names"]]}

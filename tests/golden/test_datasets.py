@@ -1,6 +1,6 @@
-"""Every published dataset against what the original readers make of the same files.
+"""Every published dataset, compared with what the original readers give for the same files.
 
-Random choices are unrolled on both sides: the same outcomes with the same probabilities, no generator to match.
+Random choices are enumerated on both sides: the same outcomes with the same probabilities, without a common generator.
 """
 
 import io
@@ -62,7 +62,7 @@ def expected(golden: Path, name: str) -> dict:
 
 
 def read_all(tars: list[Path]) -> dict:
-    """key -> RawSample, or the reason for which it cannot be used."""
+    """Return for each key its RawSample, or the reason why it cannot be used."""
     reader, found = ShardReader(), {}
     for tar in tars:
         for index in range(len(load_index(tar))):
@@ -74,7 +74,7 @@ def read_all(tars: list[Path]) -> dict:
 
 
 def outcomes(record: dict, num_images: int) -> dict:
-    """Every (question, answer) that can be drawn, with its exact probability."""
+    """Return every (question, answer) that can be drawn, with its exact probability."""
     found, paths = defaultdict(Fraction), [()]
     while paths:
         path, sizes = paths.pop(), []
@@ -107,9 +107,9 @@ def test_caption_clean_up_is_the_originals(golden: Path) -> None:
 
 
 def test_map_dataset(map_name: str, golden: Path, root: Path, tmp_path: Path) -> None:
-    """Same samples, same words with the same probabilities, same image files; failing entries are skipped ones.
+    """Samples, texts with their probabilities and image files agree; entries on which the original fails are skipped.
 
-    Deliberate deviations: where OCR-VQA's reader goes on to the next entry for a missing image, the entry is skipped;
+    Deliberate deviations: where OCR-VQA's reader uses the next entry for a missing image, the entry is skipped;
     a last question without an answer is left out (the original repeats the answer before it).
     """
     reference = expected(golden, map_name)
@@ -144,7 +144,7 @@ def test_map_dataset(map_name: str, golden: Path, root: Path, tmp_path: Path) ->
 
 
 def test_img2dataset_shards(shard_name: str, golden: Path, tmp_path: Path) -> None:
-    """The shards as downloaded: same samples in the same order with the same captions.
+    """Downloaded shards give the same samples in the same order with the same captions.
 
     Deliberate deviations: images other than .jpg are used, the .txt member is ignored, and a shard that does
     not exist is an error at the start.
@@ -172,7 +172,7 @@ def test_img2dataset_shards(shard_name: str, golden: Path, tmp_path: Path) -> No
 
 
 def usable(sample: object) -> bool:
-    """As the loader decides: readable, a caption of the right type, an image that decodes."""
+    """Return whether the loader would use it: readable, a caption of the right type, an image that decodes."""
     try:
         render(sample.record, 1, lambda n: 0)
         Image.open(io.BytesIO(sample.images[0])).convert("RGB")
@@ -182,14 +182,14 @@ def usable(sample: object) -> bool:
 
 
 def image_of(content: object, folder: Path) -> Path:
-    """The one image that the entries name, by its file name or its number."""
+    """Return the one image that the entries name, by its file name or its number."""
     numbers = {int(digits) for digits in re.findall(r"\d+", json.dumps(content))}
     known = sorted(path for path in folder.iterdir() if path.stat().st_size)
     return next((path for path in known if int(path.stem.rpartition("_")[2]) in numbers), known[0])
 
 
 def test_oddities(oddity: dict, golden: Path, tmp_path: Path) -> None:
-    """Malformed annotations never crash: a sample, a skipped entry, or an error that names what is wrong."""
+    """Malformed annotations never crash: they give a sample, a skipped entry, or an error that names the problem."""
     name, content = oddity["dataset"], oddity["content"]
     files = [file for file in DATASETS[name].files if Path(file).suffix in (".json", ".p")]
     images = next((Path(f) for f in DATASETS[name].files if not Path(f).suffix), Path("coco/train2014"))

@@ -1,4 +1,4 @@
-"""The vision tower gives the original's features, from a checkpoint with more in it and at another image size too."""
+"""The vision tower gives the original's features, also from a file with further tensors and at another image size."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def assert_features(folder: Path, model: torch.nn.Module, expected: dict) -> Non
 
 @pytest.mark.parametrize("more", [False, True])
 def test_forward(golden: Path, more: bool) -> None:
-    """From the bare weights, and from a file with blocks, a norm and a head more, as the published one has them."""
+    """The weights may come alone, or in a file with additional blocks, norm and head, like the published one."""
     folder = golden / "eva_vit"
     config = read(folder / "config.json")
     model, ignored = load(published(folder) if more else folder / "weights.safetensors", config, config["img_size"])

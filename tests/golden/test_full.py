@@ -1,4 +1,4 @@
-"""The whole model on every reference case, its layout packed: image embeddings, loss, gradients, greedy tokens."""
+"""The whole model on every reference case, in packed layout: image embeddings, loss, gradients, greedy tokens."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +41,7 @@ def folder_of(golden: Path, name: str) -> Path:
 
 
 def pixels(expected: dict[str, Tensor]) -> Tensor | None:
-    """`[N, 3, S, S]`; several images a sample are stored as `[B, N, 3, S, S]`."""
+    """Return the images as `[N, 3, S, S]`; several images per sample are stored as `[B, N, 3, S, S]`."""
     image = expected.get("image")
     return None if image is None else image.flatten(0, -4)
 
@@ -99,7 +99,7 @@ def test_greedy(greedy_prompts: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_candidates(candidates_case: Path, batch_size: int) -> None:
-    """The loss of each candidate answer by itself, whatever the batch; the lowest wins."""
+    """Each candidate answer has its own loss, independent of the batch, and the lowest wins."""
     case, folder = read(candidates_case), candidates_case.parents[1]
     for b, found in enumerate(losses_of(case, folder, candidates_case, batch_size)):
         assert found.means.tolist() == pytest.approx(case["per_sample_losses"][b], rel=LOSS["rtol"])
@@ -107,7 +107,7 @@ def test_candidates(candidates_case: Path, batch_size: int) -> None:
 
 
 def test_candidates_as_the_original_ranks_them(candidates_case: Path) -> None:
-    """One mean a batch, by which all its questions get the same answer."""
+    """The original takes one mean per batch, so all questions of a batch get the same answer."""
     case, folder = read(candidates_case), candidates_case.parents[1]
     means, tokens = zip(
         *((each.means, each.tokens) for each in losses_of(case, folder, candidates_case, 8)), strict=True
@@ -142,14 +142,14 @@ def losses_of(case: dict, folder: Path, path: Path, batch_size: int) -> Iterator
 
 
 def rank(means: torch.Tensor, offered: int) -> list[int]:
-    """Numbers of the candidates, the likeliest first; those from number `offered` on come last."""
+    """Return the candidates' numbers, the likeliest first; those from number `offered` on come last."""
     allowed = means.clone()
     allowed[offered:] = torch.inf
     return allowed.argsort(stable=True).tolist()
 
 
 def test_trainable_names(golden: Path, full_name: str) -> None:
-    """Trained, frozen, decayed and saved are exactly the original's, by name."""
+    """The trained, frozen, decayed and saved parameters are exactly the original's, by name."""
     folder = folder_of(golden, full_name)
     expected = read(folder / "trainable.json")
     with torch.device("meta"):
@@ -173,7 +173,7 @@ def assert_groups(model: TinyGPTVForConditionalGeneration, expected: list[dict])
 
 
 def test_names_there_and_back(golden: Path, full_name: str) -> None:
-    """Every name that the original saves comes back from the canonical one."""
+    """Every name that the original saves is recovered from the canonical one."""
     expected = read(folder_of(golden, full_name) / "trainable.json")
     with_lora = any("lora_" in name for name in expected["checkpoint_keys"])
     for name in expected["checkpoint_keys"]:

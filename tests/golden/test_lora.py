@@ -1,4 +1,4 @@
-"""LoRA on the fused qkv and on dense, as peft computed it for the original."""
+"""LoRA on the fused qkv and dense layers gives what peft computed for the original."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_packed(golden: Path, model: TinyGPTVForConditionalGeneration, expected:
 
 
 def test_merged(golden: Path, model: TinyGPTVForConditionalGeneration, expected: dict) -> None:
-    """Merged weights give the loss with adapters; without them it is the other one."""
+    """Merged weights give the loss with adapters; the base weights give the loss without."""
     config = read(golden / "lora/config.json")
     weights = merge_lora({name: in_memory(p.detach()) for name, p in model.named_parameters()}, model.config)
     plain = model.config.__class__.from_dict(model.config.to_dict() | {"lora_r": 0})

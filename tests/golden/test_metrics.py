@@ -1,4 +1,4 @@
-"""Every number that the original's scorers give, exactly."""
+"""Every score equals that of the original's scorers exactly."""
 
 import json
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_boxes(golden: Path) -> None:
 
 
 def error_of(numbers: list[int]) -> str | None:
-    """What the original runs into: it scales the first four numbers, then takes the whole list for a box."""
+    """Return the error of the original, which scales the first four numbers, then treats the whole list as a box."""
     return "IndexError" if len(numbers) < 4 else "ValueError" if len(numbers) > 4 else None
 
 

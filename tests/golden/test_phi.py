@@ -44,7 +44,7 @@ def load_language_model(folder: Path) -> TinyGPTVForConditionalGeneration:
 
 
 def hidden_states(model: TinyGPTVForConditionalGeneration, embeds: Tensor, mask: Tensor) -> list[Tensor]:
-    """Input, every block's output but the last's, and the output of the final norm: what the reference lists."""
+    """Return what the reference lists: the input, every block's output but the last's, and the final norm's output."""
     seen = [embeds]
     hooks = [
         layer.register_forward_hook(lambda _m, _i, out: seen.append(out)) for layer in model.language_model.model.layers
@@ -65,7 +65,7 @@ def inputs(model: TinyGPTVForConditionalGeneration, expected: dict) -> tuple[Ten
 
 
 def labels_of(expected: dict) -> Tensor:
-    """Where none are stored every token is a target."""
+    """Return the labels of a case; if none are stored, every token is a target."""
     return expected["labels"] if "labels" in expected else expected["input_ids"]
 
 
@@ -74,7 +74,7 @@ def padded_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def gradients_of(folder: Path, case: str, expected: dict) -> dict:
-    """In a file next to the case or in the case's own."""
+    """Return the gradients, from a file next to the case or from the case's own."""
     adjacent = folder / f"{case}_grads.safetensors"
     return expected | (tensors(adjacent) if adjacent.is_file() else {})
 
@@ -120,7 +120,7 @@ def test_packed(golden: Path, model: TinyGPTVForConditionalGeneration, phi_case:
 
 
 def assert_packed(model, expected: dict, gradients: dict) -> None:
-    """The samples end to end without padding give the same logits, loss and gradients."""
+    """Check that the samples, concatenated without padding, give the same logits, loss and gradients."""
     embeds, mask = inputs(model, expected)
     packed = pack(mask, labels_of(expected))
     given = packed.inputs
@@ -134,7 +134,7 @@ def assert_packed(model, expected: dict, gradients: dict) -> None:
 
 
 def test_greedy(golden: Path, model: TinyGPTVForConditionalGeneration, greedy_case: str) -> None:
-    """Where a bias of its own makes rows end early, even with their first token, they are filled with the end token."""
+    """A bias makes some rows end early, even with their first token; these are filled with the end token."""
     expected = tensors(golden / f"phi/{greedy_case}.safetensors")
     if "lm_head_bias" in expected:
         model.language_model.lm_head.bias.data.copy_(expected["lm_head_bias"])

@@ -1,4 +1,4 @@
-"""Pixels of every image mode and size, uint8 until the device and then normalised, against the original's floats."""
+"""Pixels of every image mode and size, uint8 up to the device and normalized there, against the original's floats."""
 
 import json
 from pathlib import Path

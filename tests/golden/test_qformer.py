@@ -11,7 +11,7 @@ from tinygptv_ds.weights.layouts import blip2
 
 
 class QFormer(nn.Module):
-    """The two parts that BLIP-2's file supplies here, under their canonical names."""
+    """The two parts that BLIP-2's file supplies, under their canonical names."""
 
     def __init__(self, config: Blip2QFormerConfig, queries: int) -> None:
         super().__init__()

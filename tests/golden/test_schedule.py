@@ -30,7 +30,7 @@ def test_curves(golden: Path) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_the_recipes_are_the_published_curves(stage: int) -> None:
-    """Those of the set next to, whatever other sets call theirs."""
+    """The recipes are compared with the set in this repository; other sets may use other names."""
     curve = json.loads((Path(__file__).parent / "data/schedule/lr.json").read_bytes())[f"stage{stage}"]
     recipe = load_recipe(STAGES / f"stage{stage}.yaml")
     o, t = recipe.optimizer, recipe.train

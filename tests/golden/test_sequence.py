@@ -1,4 +1,4 @@
-"""Token layout and targets of every reference case, from its strings; holes left out, their positions skipped."""
+"""Token layout and targets of every reference case, from its strings; gaps are omitted and their positions skipped."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def tokenizer(golden: Path) -> PreTrainedTokenizerBase:
 
 
 def settings(case: dict[str, Any]) -> TextSection:
-    """Instructions are wrapped where the model has a chat template and it is on; conversations always."""
+    """Return the text settings: instructions are wrapped if the model's chat template is on, conversations always."""
     s = case["settings"]
     wrapped = s["prompt_template"] and (s["chat_template"] or "conv_q" in case["samples"])
     return TextSection(
@@ -37,7 +37,7 @@ def settings(case: dict[str, Any]) -> TextSection:
 
 
 def turns(case: dict[str, Any], number: int) -> tuple[tuple[str | None, str], ...]:
-    """Sample `number` as questions and answers."""
+    """Return sample `number` as questions and answers."""
     samples = case["samples"]
     if "conv_q" in samples:
         symbol = samples["connect_sym"][number]
@@ -75,7 +75,7 @@ def test_training_rows(training_case: Path, tokenizer: PreTrainedTokenizerBase) 
 
 
 def in_words(sequence: TokenRow, image: ImageTokens, first_image: int) -> list[int | dict[str, int]]:
-    """A row as the reference writes it: token ids, and {image, row} for an image."""
+    """Return a row as the reference writes it: token ids, and {image, row} for an image."""
     items: list[int | dict[str, int]] = sequence.input_ids.tolist()
     for row, index in zip(sequence.image_rows, sequence.image_index, strict=True):
         assert items[row] == IMAGE
@@ -86,7 +86,7 @@ def in_words(sequence: TokenRow, image: ImageTokens, first_image: int) -> list[i
 
 
 def test_prompts_of_inference(prompt_case: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Without a BOS token, and with the strings as they are."""
+    """Prompts of inference have no BOS token, and their strings are unchanged."""
     case = read(prompt_case)
     image = ImageTokens(IMAGE, case["query_rows_per_image"])
     for text, layout in zip(case["texts"], case["layout"], strict=True):

@@ -1,4 +1,4 @@
-"""The count of operations: against torch's own counter on the tiny model, and against the published model by hand."""
+"""The count of operations, against torch's own counter (tiny model) and against figures by hand (published model)."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def everything(name: str) -> bool:
 
 
 def products(model: TinyGPTVForConditionalGeneration, inputs: dict[str, Any]) -> float:
-    """Operations in products of matrices, forward and backward, as torch counts them."""
+    """Return the operations in matrix products, forward and backward, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
         output = model(**inputs)
         (output.token_losses.sum() + output.anchor).backward()
@@ -37,7 +37,7 @@ def products(model: TinyGPTVForConditionalGeneration, inputs: dict[str, Any]) ->
 
 
 def without_kernels(costs: FlopRates, config: TinyGPTVConfig, vision_passes: int) -> FlopRates:
-    """The same without the attention of Phi and the ViT; the Q-Former's is made of products."""
+    """Return the same without the attention of Phi and the ViT; that of the Q-Former consists of counted products."""
     text, vision = config.text_config, config.vision_config
     rows = (vision.image_size // vision.patch_size) ** 2 + 1
     image = 4 * rows**2 * vision.hidden_size * vision.num_hidden_layers * vision_passes
@@ -53,7 +53,7 @@ def without_kernels(costs: FlopRates, config: TinyGPTVConfig, vision_passes: int
 def test_as_torch_counts(
     parts: tuple[Part, ...], lora_r: int, vision_passes: int, raw_recipe: Callable[..., dict[str, Any]]
 ) -> None:
-    """Of a whole step with images, texts and conversations: every product, forward and backward, and none else."""
+    """The count of a step with images, texts and conversations has every product of both passes, and nothing else."""
     raw = raw_recipe(model__lora_r=lora_r, train__batch_size=24, train__micro_batch_size=24)
     recipe = build_recipe(raw, "test")
     model = build_model(recipe.model, recipe.text, frozen_dtype=torch.float32).train()
@@ -65,7 +65,7 @@ def test_as_torch_counts(
 
 
 def test_causal_attention_is_half_of_a_square() -> None:
-    """One sample of n tokens: n (n + 1) / 2 pairs, two products forward and four backward, in every layer."""
+    """A sample of n tokens has n (n + 1) / 2 pairs, with two products forward and four backward in every layer."""
     config = TinyGPTVConfig()
     costs = step_flops(config, ["llama_proj.weight"])
     n, text = 100, config.text_config
@@ -88,7 +88,7 @@ def test_causal_attention_is_half_of_a_square() -> None:
     ],
 )
 def test_the_published_model(case: dict[str, Any], teraflops: float) -> None:
-    """A sample of each stage, against figures worked out by hand from the published sizes."""
+    """A sample of each stage matches figures calculated by hand from the published sizes."""
     case = dict(case)
     sizes = {"vision_config": {"image_size": case.pop("size")}, "lora_r": case.pop("lora")}
     work = BatchCounts(case["tokens"], case["tokens"] ** 2, case["targets"], 1)
@@ -119,7 +119,7 @@ def test_the_peak_goes_by_the_whole_name(device: str, peak: float | None) -> Non
 
 
 def test_no_torch_is_needed() -> None:
-    """An estimate may ask with any object that has the sizes."""
+    """An estimate may pass any object that has the sizes."""
     config = TinyGPTVConfig(lora_r=8)
     parts = {
         name: SimpleNamespace(**getattr(config, name).to_dict())

@@ -1,4 +1,4 @@
-"""What a stage trains, how it is decayed, and LoRA's and the norms' own rules."""
+"""What a stage trains, its weight decay, and the rules of LoRA and the norms."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_rms_norm() -> None:
 
 
 def test_rotation_depends_on_distance_alone() -> None:
-    """Scores of rotated queries and keys do not change when both move on; the rest of a head is not turned."""
+    """Scores of rotated queries and keys do not change when both are shifted; the rest of a head is not rotated."""
     rope = {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.5}
     config = PhiConfig(hidden_size=16, num_attention_heads=2, rope_parameters=rope)
     q, k = torch.randn(2, 1, 2, 8)
@@ -96,7 +96,7 @@ def test_rotation_depends_on_distance_alone() -> None:
 
 
 def test_rotary_tables_are_rounded_as_the_original_s() -> None:
-    """The original loads Phi in fp16 and so builds its tables in fp16; `rotary_dtype` is the switch."""
+    """The original loads Phi in fp16 and therefore builds its tables in fp16; `rotary_dtype` selects this."""
     config = TinyGPTVConfig()
     assert config.rotary_dtype == "float16"
     positions = torch.arange(50)

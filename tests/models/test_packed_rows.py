@@ -1,4 +1,4 @@
-"""Packed rows: the same numbers as padded ones, samples that do not see each other, positions that may skip."""
+"""Packed rows give the same numbers as padded ones; samples do not attend to each other, and positions may skip."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def pixels() -> Tensor:
 
 
 def packed(rows: list[list[int]]) -> dict:
-    """Every token but a row's first is a target."""
+    """Pack rows so that every token except a row's first is a target."""
     flat = torch.tensor([token for row in rows for token in row])
     ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
     starts = set(ends[:-1].tolist())
@@ -108,7 +108,7 @@ def test_samples_do_not_see_each_other(model: TinyGPTVForConditionalGeneration, 
 
 
 def test_a_skipped_position_is_a_token_nobody_attends_to(model: TinyGPTVForConditionalGeneration) -> None:
-    """The original masks such a token; leaving it out and skipping its position is the same."""
+    """The original masks such a token; omitting it and skipping its position is equivalent."""
     row, hole = [1, 2, 3, 4, 5, 6], 3
     mask = torch.ones(1, len(row), dtype=torch.long)
     mask[0, hole] = 0
@@ -122,8 +122,8 @@ def test_a_skipped_position_is_a_token_nobody_attends_to(model: TinyGPTVForCondi
     assert not torch.allclose(model(**inputs).token_losses, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_some_rows_of_a_image(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
-    """A prompt cut inside an image keeps its first rows, and the next image is not shifted."""
+def test_some_rows_of_an_image(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
+    """A prompt truncated within an image keeps the image's first rows, and the next image is not shifted."""
     inputs = packed([[IMAGE, IMAGE, 7, 8], [IMAGE, IMAGE, IMAGE, 9]])
     index = torch.tensor([0, 1, 3, 4, 5])
     cut = model(pixel_values=pixels, image_index=index, **inputs).token_losses
@@ -160,7 +160,7 @@ def test_recomputed_blocks_give_the_same_gradients(model: TinyGPTVForConditional
 
 
 def test_generation_uses_the_cache_rightly(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
-    """Greedy tokens with a cache are those of whole forwards without one, in a left-padded batch."""
+    """Greedy tokens with a cache equal those of full forward passes without one, in a left-padded batch."""
     model.eval()
     lengths: list[int] = []
     first = model.language_model.model.layers[0]
@@ -203,7 +203,7 @@ def test_the_frozen_vision_path_stays_in_evaluation(model: TinyGPTVForConditiona
 def test_flash_attention_needs_ampere(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], found: list[str]
 ) -> None:
-    """A V100 or T4, for which fp16 is there, has no kernels of it."""
+    """A V100 or T4, for which fp16 is meant, has no flash-attention kernels."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None if name == "flash_attn" else name)
     attention._found.cache_clear()

@@ -1,4 +1,4 @@
-"""Whatever bytes come in: pixels or a DataError, soon, and in little memory where a header claims a huge image."""
+"""Any bytes give pixels or a DataError, quickly, and in little memory if a header claims a huge image."""
 
 import io
 import random
@@ -33,7 +33,7 @@ def drawing(mode: str = "RGB") -> Image.Image:
 
 
 def originals() -> dict[str, list[bytes]]:
-    """Small images of every kind, in colours, grey, and with a palette where there may be one."""
+    """Return small images of every format, in color, gray, and with a palette if the format has one."""
     made: dict[str, list[bytes]] = {}
     for kind, variants in KINDS.items():
         for mode in ("RGB", "L") if kind in ("JPEG", "WEBP") else ("RGB", "L", "P"):
@@ -45,7 +45,7 @@ def originals() -> dict[str, list[bytes]]:
 
 
 def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
-    """Bits turned, bytes set (mostly in the header), a cut, a part left out or doubled, or another file's end."""
+    """Flip bits, set bytes (mostly in the header), truncate, omit or double a part, or append another file's end."""
     way, changed = rng.randrange(6), bytearray(data)
     at, to = sorted(rng.randrange(len(data)) for _ in range(2))
     if way == 0:
@@ -66,7 +66,7 @@ def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
 
 
 def with_right_sums(png: bytes) -> bytes:
-    """The chunks' checksums set right, so that what a change did is read at all."""
+    """Correct the chunks' checksums, so that the decoder reads what was changed."""
     made, at = bytearray(png), 8
     while at + 12 <= len(made):
         end = at + 8 + int.from_bytes(made[at : at + 4], "big")
@@ -149,7 +149,7 @@ def jpeg_of(width: int, height: int) -> bytes:
 
 
 def png_with(chunks: bytes, width: int = 40, height: int = 30) -> bytes:
-    """A whole PNG with other sizes in its header and something behind that."""
+    """Return a complete PNG with other sizes in its header and further bytes after it."""
     data = bytearray(encoded("PNG"))
     data[16:24] = struct.pack(">II", width, height)
     data[33:33] = chunks
@@ -161,7 +161,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def gif_of(width: int, height: int) -> bytes:
-    """Its one frame is as large as the screen."""
+    """Return a GIF whose single frame is as large as its screen."""
     data = bytearray(encoded("GIF", "P"))
     data[6:10] = size = struct.pack("<HH", width, height)
     frame = data.index(struct.pack("<HH", 40, 30)) - 4
@@ -185,7 +185,7 @@ def tiff_of(width: int, height: int) -> bytes:
 
 
 def claims(width: int, height: int) -> dict[str, bytes]:
-    """Small files of every kind whose headers claim these sizes."""
+    """Return small files of every format whose headers claim these sizes."""
     bmp = encoded("BMP")
     return {
         f"{width}.png": png_with(b"", width, height),
@@ -205,7 +205,7 @@ PROFILE = chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(200_000_000), 1))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux reports it")
 def test_claims_take_no_memory(tmp_path: Path) -> None:
-    """Refused by the header, before anything of that size is made room for."""
+    """Such files are refused by their header, before memory of that size is allocated."""
     files = claims(12_000, 10_000) | claims(50_000, 50_000)  # above our limit, and above Pillow's
     files |= {"text.png": png_with(PACKED), "profile.png": png_with(PROFILE)}
     small = {"small.jpg": encoded("JPEG"), "small.png": encoded("PNG"), "small.webp": encoded("WEBP")}

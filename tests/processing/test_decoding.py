@@ -1,4 +1,4 @@
-"""JPEGs that do not go through Pillow come out as if they did; those decoded at a part of their size, nearly so."""
+"""JPEGs decoded without Pillow equal Pillow's; those decoded at a reduced size are close to them."""
 
 import io
 
@@ -24,7 +24,7 @@ def encoded(image: Image.Image, **options: object) -> bytes:
 
 
 def part(width: int, height: int, mode: str = "RGB", left: int = 100) -> Image.Image:
-    """A part of a photo."""
+    """Return a part of a photo."""
     return Image.fromarray(FLOWER[:height, left : left + width]).convert(mode)
 
 
@@ -72,7 +72,7 @@ def test_colours_stored_as_rgb() -> None:
 
 
 def with_stray_bytes(data: bytes) -> bytes:
-    """Two bytes between two segments of the header, which libjpeg warns of."""
+    """Insert two bytes between two segments of the header, about which libjpeg warns."""
     return data.replace(b"\xff\xdb", b"\xff\xfe\x00\x04hm\xff\xdb", 1)
 
 
@@ -120,7 +120,7 @@ def test_a_cut_jpeg_has_pillows_error(keep: float, decoding: str) -> None:
 
 
 def test_fast_is_near() -> None:
-    """Two photos, one of them full of fine detail, decoded at a half, a quarter and an eighth."""
+    """Two photos, one of them with much fine detail, are decoded at a half, a quarter and an eighth of their size."""
     apart = []
     for photo in load_sample_images().images:
         data = encoded(Image.fromarray(photo), quality=90)

@@ -1,4 +1,4 @@
-"""Images that are none, or too large, are refused by name; everything else comes out as RGB squares."""
+"""Files that are no images or too large are refused by name; all others give RGB squares."""
 
 import io
 import struct
@@ -25,7 +25,7 @@ def noise(mode: str = "RGB") -> Image.Image:
 
 
 def claims_to_be(width: int, height: int) -> bytes:
-    """A PNG header of this size with no pixels behind it."""
+    """Return a PNG header of this size without pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -69,7 +69,7 @@ def test_no_image(data: bytes) -> None:
 
 @pytest.mark.parametrize("size", [(20_000, 5_001), (2**31 - 1, 2**31 - 1)])
 def test_a_huge_image_is_refused_by_its_header(size: tuple[int, int]) -> None:
-    """Decoding it would take the machine's memory."""
+    """Decoding the image would exhaust the machine's memory."""
     with pytest.raises(DataError, match=r"refused|decoded"):
         to_pixels(claims_to_be(*size), 28)
 

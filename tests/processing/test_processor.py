@@ -75,7 +75,7 @@ def test_answers_end_at_the_end_symbol(answer: str, stop: str, expected: str, pr
 
 
 def test_images_as_transformers_takes_them(processor: TinyGPTVProcessor, tmp_path: Path) -> None:
-    """One image, a flat list and paths are dealt out by the placeholders."""
+    """One image, a flat list and paths are assigned to the placeholders."""
     first, second = tiny.encoded_images(2)
     (tmp_path / "first.png").write_bytes(first)
     prompts = [QUESTION * 2, "the bus", QUESTION]

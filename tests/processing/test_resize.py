@@ -16,20 +16,20 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def image(height: int, width: int, kind: str, seed: int) -> np.ndarray:
-    """uint8 `[H, W, 3]`: "noise", or "edges", black and white, which overshoot most."""
+    """Return uint8 `[H, W, 3]`: "noise", or black and white "edges", which overshoot most."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     return noise if kind == "noise" else np.where(noise > 127, np.uint8(255), np.uint8(0))
 
 
 def packed(pixels: np.ndarray) -> np.ndarray:
-    """With something in the bits that do not count."""
+    """Pack the pixels, with arbitrary values in the unused bits."""
     filled = np.concatenate([pixels, np.full((*pixels.shape[:2], 1), 0xA5, np.uint8)], axis=2)
     return filled.view("<u4")[..., 0]
 
 
 def by_pillow(pixels: np.ndarray, size: int) -> np.ndarray:
-    """One axis at a time, so that the order does not depend on Pillow's version."""
+    """Resize one axis at a time, so that the order does not depend on Pillow's version."""
     height, width = pixels.shape[:2]
     height_first = height > size and height - size > 2 * max(width - size, 0)
     between = (width, size) if height_first else (size, height)
@@ -49,7 +49,7 @@ def test_every_value_is_pillows(height: int, width: int, size: int, kind: str, s
 @pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="earlier ones go along the width first always")
 @pytest.mark.parametrize("width", [20, 27, 28, 29, 40, 57, 112])
 def test_the_order_of_the_axes_is_pillow_13s(width: int) -> None:
-    """Around the height from which on it goes along the height first."""
+    """The sizes are around the height from which Pillow resizes along the height first."""
     turn = max(28, 28 + 2 * (width - 28))
     for height in (turn - 1, turn, turn + 1, turn + 2):
         pixels = image(height, width, "edges", height)
@@ -58,14 +58,14 @@ def test_the_order_of_the_axes_is_pillow_13s(width: int) -> None:
 
 
 def test_the_order_of_the_axes_counts() -> None:
-    """Otherwise the test above would pass with any."""
+    """The two orders differ; otherwise the test above would pass with either."""
     pixels = image(100, 28 + 7, "edges", 0)
     other = Image.fromarray(pixels).resize((28, 100), BICUBIC).resize((28, 28), BICUBIC)
     assert not np.array_equal(resize(packed(pixels), 28), np.asarray(other).transpose(2, 0, 1))
 
 
 def test_it_needs_no_place_to_keep_its_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container whose file system is read-only."""
+    """The resize works in a container whose file system is read-only."""
 
     def no_place(signature: str, cache: bool = False) -> object:
         if cache:

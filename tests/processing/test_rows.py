@@ -1,4 +1,4 @@
-"""Rows of training samples: what holds for any words, and the mistakes that are named."""
+"""Rows of training samples: invariants for any text, and the mistakes that are named."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def first(n: int) -> int:
 @settings(max_examples=200, deadline=None)
 @given(turns=TURNS, images=st.integers(0, 3), max_txt=st.integers(1, 60), max_context=st.integers(1, 60))
 def test_any_row(turns: list[tuple[str, str]], images: int, max_txt: int, max_context: int) -> None:
-    """One BOS token, in front; targets are the tokens there; positions rise; images come in order and whole."""
+    """A row starts with its only BOS token; targets equal its tokens; positions rise; images are in order and complete."""
     (question, answer), *later = turns
     turns = [(IMAGE_PLACEHOLDER * images + question, answer), *later]
     text = TextSection(prompt_template="<{}>", end_sym="#", max_txt_len=max_txt, max_context_len=max_context)
@@ -66,8 +66,8 @@ def test_a_conversation_letter_by_letter() -> None:
     assert "".join(chr(t) if t != IGNORE else "." for t in row.labels) == "....ab#...cd"
 
 
-def test_a_image_cut_by_the_context_length() -> None:
-    """The rows that are left are the image's first."""
+def test_an_image_truncated_by_the_context_length() -> None:
+    """The remaining rows are the first ones of the image."""
     text = TextSection(max_context_len=6, end_sym="#")
     row = build_sequence(Rendered(((f"ab{IMAGE_PLACEHOLDER}cd", "x"),)), 1, LETTERS, text, IMAGE, first)
     assert row.input_ids.tolist() == [BOS, *map(ord, "ab"), -1, -1, -1, -1, *map(ord, "x#")]
@@ -95,7 +95,7 @@ def test_the_prompt_pool_is_drawn_from() -> None:
 
 
 def test_braces_of_a_question_stay() -> None:
-    """Boxes are written in braces."""
+    """Braces in a question are kept, since boxes are written in them."""
     assert wrap("[INST] {} [/INST]", "what is {<1><2><3><4>} or {}?") == "[INST] what is {<1><2><3><4>} or {}? [/INST]"
     assert wrap(None, "{}") == "{}"
 

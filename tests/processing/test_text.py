@@ -35,7 +35,7 @@ def test_clean_caption_keeps_fifty_words() -> None:
 
 @given(st.text())
 def test_clean_caption_twice_is_once(text: str) -> None:
-    """Some of the original's readers apply it twice, ours never does: that must not matter."""
+    """Some of the original's readers clean twice, ours never do; the result must be the same."""
     once = clean_caption(text)
     assert clean_caption(once) == once
 
@@ -80,7 +80,7 @@ def test_single_turn_with_image_and_without() -> None:
 
 
 def test_draws_come_in_a_fixed_order_also_for_single_choices() -> None:
-    """Otherwise adding a sentence to a record would change its later draws in another way than it must."""
+    """Otherwise a sentence added to a record would also change unrelated later draws."""
     sizes: list[int] = []
 
     def draw(n: int) -> int:
