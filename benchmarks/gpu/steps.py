@@ -23,7 +23,7 @@ from tinygptv_ds.config.deepspeed import load_deepspeed_json, resolve_deepspeed
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.dtypes import DTYPES
-from tinygptv_ds.estimate.memory import GIB, MicroBatch, step_memory
+from tinygptv_ds.estimate.memory import GIB, MicroBatchSize, step_memory
 from tinygptv_ds.estimate.model_size import parameter_counts, parameter_shapes, trained_parts
 from tinygptv_ds.models.flops import peak_flops, step_flops
 from tinygptv_ds.resources import project_root
@@ -148,7 +148,7 @@ class Bench:
     def _estimated(self, case: Case, batches: Batches) -> float:
         """Return the bytes that `estimate` predicts for the same samples."""
         job = self._run.job
-        batch = MicroBatch(case.batch, batches.mean, float(case.recompute), case.source == "features")
+        batch = MicroBatchSize(case.batch, batches.mean, float(case.recompute), case.source == "features")
         config = self._engine.module.config
         counts = parameter_counts(parameter_shapes(config))
         memory = step_memory(config, counts, trained_parts(job.recipe), batch, job.ranks.world_size)

@@ -16,7 +16,7 @@ from tinygptv_ds.config.load import load_recipe, recipe_dict
 from tinygptv_ds.doctor import host_probe
 from tinygptv_ds.doctor import hosts as check
 from tinygptv_ds.doctor import local as doctor
-from tinygptv_ds.doctor.bandwidth import GRADIENTS_MB, Row
+from tinygptv_ds.doctor.bandwidth import GRADIENTS_MB, TimingRow
 from tinygptv_ds.doctor.check_result import CheckResult
 from tinygptv_ds.doctor.exchange import table
 from tinygptv_ds.doctor.hostfile import passed_on, read_hostfile
@@ -148,13 +148,13 @@ def test_the_same_on_several_hosts_is_one_line() -> None:
 
 def test_the_table_of_all_reduces() -> None:
     """As nccl-tests counts: 2 (n - 1) / n of the tensor passes each rank's link."""
-    head, *lines, meaning = table([Row(64, 0.032), Row(GRADIENTS_MB, 0.1)], 4, "nccl")
+    head, *lines, meaning = table([TimingRow(64, 0.032), TimingRow(GRADIENTS_MB, 0.1)], 4, "nccl")
     assert "4 ranks over nccl" in head.text
     assert lines[0].text.split() == ["64", "MB", "|", "32.0", "ms", "|", "2.00", "GB/s", "|", "3.00", "GB/s"]
     assert "181 MB" in meaning.text and "0.10 s" in meaning.text and meaning.remedy is None
-    assert "10 Gbit/s" in [*table([Row(256, 2.0)], 2, "nccl")][-1].remedy
-    assert [*table([Row(256, 2.0)], 2, "gloo")][-1].remedy is None
-    assert "1.41 s" in [*table([Row(256, 2.0)], 2, "gloo")][-1].text  # where the greater sizes took too long
+    assert "10 Gbit/s" in [*table([TimingRow(256, 2.0)], 2, "nccl")][-1].remedy
+    assert [*table([TimingRow(256, 2.0)], 2, "gloo")][-1].remedy is None
+    assert "1.41 s" in [*table([TimingRow(256, 2.0)], 2, "gloo")][-1].text  # where the greater sizes took too long
 
 
 def test_all_reduces_of_local_ranks() -> None:
@@ -162,7 +162,7 @@ def test_all_reduces_of_local_ranks() -> None:
         [*doctor._requested_checks(_arguments("--all-reduce"))[0]]
     where = {"master": "127.0.0.1", "backend": "gloo", "interface": "lo", "sizes_mb": [1, 9]}
     measured = host_probe.all_reduce(0, 2, 2, port=host_probe.machine(".")["free_port"], limit=60, **where)
-    rows = [Row(*row) for row in measured["rows"]]
+    rows = [TimingRow(*row) for row in measured["rows"]]
     assert [row.size_mb for row in rows] == [1, 9] and rows[1].seconds > rows[0].seconds > 0
     lonely = host_probe.all_reduce(0, 1, 2, port=host_probe.machine(".")["free_port"], limit=0.5, **where)
     assert lonely == {"error": "not done within 0.5 s"}

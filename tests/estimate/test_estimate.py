@@ -17,7 +17,7 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.estimate import estimate
 from tinygptv_ds.estimate.data_summary import ASSUMED, MeanSample, summarize_data
 from tinygptv_ds.estimate.gpus import cards_named
-from tinygptv_ds.estimate.memory import MicroBatch, phi_row_bytes, step_memory
+from tinygptv_ds.estimate.memory import MicroBatchSize, phi_row_bytes, step_memory
 from tinygptv_ds.estimate.model_size import (
     model_configuration,
     parameter_counts,
@@ -168,20 +168,20 @@ def test_optimizer_and_weights_are_what_torch_holds() -> None:
         value.nbytes for state in adamw.state.values() for key, value in state.items() if key.startswith("exp_avg")
     )
     whole = sum(p.nbytes if p.requires_grad else p.nbytes / 2 for p in model.parameters())
-    found = step_memory(model.config, counts, ALL, MicroBatch(1, MeanSample(1, 10, 5)), gpus=1)["ZeRO-2"]
+    found = step_memory(model.config, counts, ALL, MicroBatchSize(1, MeanSample(1, 10, 5)), gpus=1)["ZeRO-2"]
     masters = sum(p.nbytes for p in trainable)
     assert len(trained) == len(trainable)
     assert (found.weights, found.optimizer) == (whole, moments + masters)
 
 
 def test_zero_divides() -> None:
-    batch = MicroBatch(8, ASSUMED[2])
+    batch = MicroBatchSize(8, ASSUMED[2])
     one, eight = (step_memory(PUBLISHED, COUNTS, ALL, batch, gpus) for gpus in (1, 8))
     assert eight["ZeRO-2"].optimizer == one["ZeRO-2"].optimizer / 8
     assert eight["ZeRO-1"].gradients == one["ZeRO-1"].gradients
     assert eight["ZeRO-3"].weights < one["ZeRO-3"].weights / 4
     assert eight["ZeRO-3 + CPU offload"].optimizer == 0
-    again = step_memory(PUBLISHED, COUNTS, ALL, MicroBatch(8, ASSUMED[2], recomputed=1.0), 1)
+    again = step_memory(PUBLISHED, COUNTS, ALL, MicroBatchSize(8, ASSUMED[2], recomputed=1.0), 1)
     assert again["ZeRO-2"].activations < one["ZeRO-2"].activations / 5
 
 

@@ -14,7 +14,7 @@ from tinygptv_ds.config.recipe import ModelSection
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.files import sha256
 from tinygptv_ds.weights import inspect as verb
-from tinygptv_ds.weights.inspect import Report, inspect
+from tinygptv_ds.weights.inspect import WeightsReport, inspect
 from tinygptv_ds.weights.layouts.tinygptv import BUFFER, original_name
 from tinygptv_ds.weights.released import RELEASED
 
@@ -25,7 +25,7 @@ def original(trained: dict[str, Tensor], *, lora: bool = True) -> dict[str, Tens
     }
 
 
-def assert_whole(report: Report, matched: int) -> None:
+def assert_whole(report: WeightsReport, matched: int) -> None:
     assert (len(report.matched), report.missing, report.unexpected, report.wrong_shape) == (matched, [], [], [])
     assert report.incomplete == ""
 

@@ -25,7 +25,7 @@ _SECONDS_OF_SIZE = 1.0  # approximate time spent on each size
 _TOO_LONG = 20.0  # seconds for one all-reduce; larger sizes are then left out
 
 
-class Row(NamedTuple):
+class TimingRow(NamedTuple):
     """One tensor size in megabytes (10^6 bytes), and the seconds of an all-reduce of it."""
 
     size_mb: int
@@ -40,7 +40,7 @@ class Row(NamedTuple):
         return self.algorithm_bandwidth() * 2 * (ranks - 1) / ranks
 
 
-def measure(sizes_mb: Sequence[int], device: torch.device) -> Iterator[Row]:
+def measure(sizes_mb: Sequence[int], device: torch.device) -> Iterator[TimingRow]:
     """Time all-reduces of growing size; must be called on all ranks."""
     import torch
     from torch import distributed
@@ -55,7 +55,7 @@ def measure(sizes_mb: Sequence[int], device: torch.device) -> Iterator[Row]:
             for _ in range(count):
                 distributed.all_reduce(tensor)
 
-        yield Row(size, _timed(repeat, device) / int(times))
+        yield TimingRow(size, _timed(repeat, device) / int(times))
         too_long = torch.tensor(float(seconds > _TOO_LONG), device=device)
         distributed.broadcast(too_long, 0)
         if too_long:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 
 from tinygptv_ds.doctor import host_probe
-from tinygptv_ds.doctor.bandwidth import GRADIENTS_MB, SIZES_MB, Row
+from tinygptv_ds.doctor.bandwidth import GRADIENTS_MB, SIZES_MB, TimingRow
 from tinygptv_ds.doctor.check_result import CheckResult
 from tinygptv_ds.doctor.ssh import Host, HostFailed
 from tinygptv_ds.errors import ConfigError
@@ -47,10 +47,10 @@ def measure_hosts(
         for name, error in failed.items():
             yield CheckResult("all-reduce", f"{name}: {error}", remedy, blocks=True)
         return
-    yield from table([Row(*row) for row in answers[0]["rows"]], firsts[-1], backend)
+    yield from table([TimingRow(*row) for row in answers[0]["rows"]], firsts[-1], backend)
 
 
-def table(rows: Sequence[Row], ranks: int, backend: str) -> Iterator[CheckResult]:
+def table(rows: Sequence[TimingRow], ranks: int, backend: str) -> Iterator[CheckResult]:
     """Yield one result for each size, and the time of a ZeRO-2 step's gradients."""
     yield CheckResult("all-reduce", f"{ranks} ranks over {backend}:  size | time | algorithm | bus")
     for row in rows:
@@ -95,4 +95,4 @@ def measure_local(ranks: int | None) -> Iterator[CheckResult]:
     if "error" in answers:
         yield CheckResult("all-reduce", answers["error"], "see the lines on communication and GPUs above", blocks=True)
         return
-    yield from table([Row(*row) for row in answers["rows"]], ranks, backend)
+    yield from table([TimingRow(*row) for row in answers["rows"]], ranks, backend)

@@ -13,7 +13,7 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.estimate.communication import sent_in_a_step, step_volume
 from tinygptv_ds.estimate.data_summary import ASSUMED_SAMPLE_BYTES, DataSummary, summarize_data
 from tinygptv_ds.estimate.gpus import CARDS, LINKS, Card, Link, cards_named, links_named
-from tinygptv_ds.estimate.memory import MicroBatch, fits, step_memory
+from tinygptv_ds.estimate.memory import MicroBatchSize, fits, step_memory
 from tinygptv_ds.estimate.model_size import (
     model_configuration,
     parameter_counts,
@@ -89,7 +89,7 @@ def estimate(recipe: Recipe, cards: list[Card], *, gpus: int, mfu: float, data: 
     sample = data.sample.counts
     operations = {part: Operations(of.forward.of(sample), of.backward.of(sample)) for part, of in flops.items()}
     samples = _micro_batch_samples(recipe, data)
-    batch = MicroBatch(samples, data.sample, recomputed, features)
+    batch = MicroBatchSize(samples, data.sample, recomputed, features)
     volume = step_volume(
         config,
         counts,

@@ -43,7 +43,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatchSize:
     """The micro-batch of one GPU.
 
     Attributes:
@@ -60,7 +60,7 @@ class MicroBatch:
 
 
 def step_memory(
-    config: TinyGPTVConfig, counts: Mapping[str, int], trained: Collection[str], batch: MicroBatch, gpus: int
+    config: TinyGPTVConfig, counts: Mapping[str, int], trained: Collection[str], batch: MicroBatchSize, gpus: int
 ) -> dict[str, Memory]:
     """Return the peak of a step on one GPU under each of `SETTINGS`.
 
@@ -122,7 +122,7 @@ def phi_row_bytes(config: TinyGPTVConfig, trained: Collection[str]) -> float:
     return keeps
 
 
-def _activations(config: TinyGPTVConfig, trained: Collection[str], batch: MicroBatch) -> float:
+def _activations(config: TinyGPTVConfig, trained: Collection[str], batch: MicroBatchSize) -> float:
     text, rows = config.text_config, batch.samples * batch.sample.tokens
     whole = phi_row_bytes(config, trained)
     kept = (1 - batch.recomputed) * whole + batch.recomputed * 2 * text.hidden_size

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightsPart:
     """One part of the model: its number of values, and their dtypes."""
 
     values: int
@@ -53,7 +53,7 @@ class Part:
 
 
 @dataclass
-class Report:
+class WeightsReport:
     """The findings of `inspect`.
 
     Attributes:
@@ -88,7 +88,7 @@ class Report:
     lora_targets: list[str] = field(default_factory=list)
     qformer: bool = False
     also_contains: list[str] = field(default_factory=list)
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, WeightsPart] = field(default_factory=dict)
     matched: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Report:
         return "\n".join(f"{name:13} {text}" for name, text in rows if text is not None)
 
 
-def inspect(path: Path) -> Report:
+def inspect(path: Path) -> WeightsReport:
     """Examine weights without loading them.
 
     Raises:
@@ -140,7 +140,7 @@ def inspect(path: Path) -> Report:
     source = canonical_source(opened, heads=1)
     files = hashes(opened.files)
     released = [file for digest in files.values() if (file := released_by_hash(digest))]
-    report = Report(
+    report = WeightsReport(
         path=str(path),
         container=opened.container,
         kind=KINDS[opened.kind],
@@ -189,14 +189,14 @@ def _other_content(opened: Opened) -> list[str]:
     return [f"{key} {simple[key]}" if key in simple else key for key in opened.notes]
 
 
-def _parts(source: Source) -> dict[str, Part]:
+def _parts(source: Source) -> dict[str, WeightsPart]:
     values: Counter[str] = Counter()
     dtypes: dict[str, set[str]] = {}
     for name, stored in source.weights.items():
         part = _part_of(name)
         values[part] += stored.numel
         dtypes.setdefault(part, set()).add(str(stored.dtype).removeprefix("torch."))
-    return {part: Part(count, sorted(dtypes[part])) for part, count in values.items()}
+    return {part: WeightsPart(count, sorted(dtypes[part])) for part, count in values.items()}
 
 
 def _part_of(name: str) -> str:

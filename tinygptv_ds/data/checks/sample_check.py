@@ -80,7 +80,7 @@ class Tally:
         self.cut_shards += other.cut_shards
 
 
-class Chunk(NamedTuple):
+class SampleChunk(NamedTuple):
     """Samples of one shard for one process: `shard` is its number in the dataset, `seed` the recipe's.
 
     `first` is True for the first chunk of a shard, with which the shard's end is looked at.
@@ -106,10 +106,10 @@ def check_samples(
     cache: ShardCache,
 ) -> Tally:
     """Check `limit` samples spread evenly over the shards, or at all of them (None), in `workers` processes."""
-    chunks: list[Chunk] = []
+    chunks: list[SampleChunk] = []
     for shard, indices in _spread(counts, limit):
         first = not chunks or chunks[-1].shard != shard
-        chunks.append(Chunk(section, tars[shard], shard, indices, seed, first, cache))
+        chunks.append(SampleChunk(section, tars[shard], shard, indices, seed, first, cache))
     tally = Tally()
     with tqdm(desc=section.name, total=sum(len(c.indices) for c in chunks), unit="sample", disable=None) as bar:
         for found in _mapped(chunks, workers):
@@ -118,7 +118,7 @@ def check_samples(
     return tally
 
 
-def _mapped(chunks: list[Chunk], workers: int) -> Iterator[Tally]:
+def _mapped(chunks: list[SampleChunk], workers: int) -> Iterator[Tally]:
     """Yield `check_chunk` of every chunk, in order."""
     if workers < 2 or len(chunks) < 2:
         yield from map(check_chunk, chunks)
@@ -142,7 +142,7 @@ def _spread(counts: Sequence[int], limit: int | None) -> Iterator[tuple[int, Seq
             yield shard, (chosen[first:last] - ends[shard]).tolist()
 
 
-def check_chunk(chunk: Chunk) -> Tally:
+def check_chunk(chunk: SampleChunk) -> Tally:
     """Check the samples of a chunk."""
     tally, reader = Tally(), ShardReader(cache=chunk.cache)
     if chunk.first:
@@ -161,7 +161,7 @@ def check_chunk(chunk: Chunk) -> Tally:
     return tally
 
 
-def _check(tally: Tally, reader: ShardReader, chunk: Chunk, index: int) -> None:
+def _check(tally: Tally, reader: ShardReader, chunk: SampleChunk, index: int) -> None:
     """Check one sample; raises SampleError if training would leave it out."""
     raw = reader.read(chunk.tar, index)
     where = f"{chunk.tar}: sample {raw.key}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tinygptv_ds.data.prepare.prepare_report import Report, file_state
+from tinygptv_ds.data.prepare.prepare_report import PrepareReport, file_state
 from tinygptv_ds.data.prepare.shard_task import Chunk, make_shard
 from tinygptv_ds.data.prepare.stored_images import Encoding
 from tinygptv_ds.data.prepare.workspace import finish, finished, workspace
@@ -39,7 +39,7 @@ def prepare(
     limit: int | None = None,
     encoding: Encoding = AS_THEY_ARE,
     workers: int = 1,
-) -> Report:
+) -> PrepareReport:
     """Write dataset `name` from the files below `root` as shards into `out`; only the first `limit` entries if given.
 
     `annotations` and `image_root` are where a user's own files are, if not in `root`. The shards do not depend on the
@@ -81,7 +81,7 @@ def prepare_digits(
     seed: int = 0,
     encoding: Encoding = AS_THEY_ARE,
     workers: int = 1,
-) -> dict[str, Report]:
+) -> dict[str, PrepareReport]:
     """Write the shards of the embedded datasets, ``out/<dataset>/<split>/00000.tar``. `limit` is per dataset."""
     from tinygptv_ds.data.sets.digits import DIGIT_SETS, samples
 
@@ -111,7 +111,7 @@ def write_samples(
     settings: dict[str, Any],
     encoding: Encoding = AS_THEY_ARE,
     workers: int = 1,
-) -> Report:
+) -> PrepareReport:
     """Write `samples` as shards with indexes and report.json; `total` is for the progress bar alone, which asks the
     samples too (`operator.length_hint`).
 

@@ -15,7 +15,7 @@ _LISTED = 1_000  # skipped entries that are named one by one; all are counted
 
 
 @dataclass
-class Part:
+class ShardReport:
     """The part of the report about one chunk of entries, whose hash is `digest`.
 
     `shard` is the name of its tar, if there is one, `state` the tar's size in bytes and time of writing in ns.
@@ -46,7 +46,7 @@ class Part:
 
 
 @dataclass
-class Report:
+class PrepareReport:
     """The result of a preparation, kept as report.json next to the shards.
 
     `skipped` counts entries that could not be used by reason, `missing_fields` those that lack a field by its name,
@@ -62,7 +62,7 @@ class Report:
     reused: bool = False
 
     @classmethod
-    def of(cls, settings: dict[str, Any], parts: Iterable[Part]) -> Self:
+    def of(cls, settings: dict[str, Any], parts: Iterable[ShardReport]) -> Self:
         """Return the sum of `parts`, in their order."""
         report = cls(settings)
         for part in parts:
@@ -86,17 +86,17 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "none"
 
 
-def save(made: Part | Report, path: Path) -> None:
+def save(made: ShardReport | PrepareReport, path: Path) -> None:
     """Write a part or a report as JSON, atomically."""
     text = json.dumps(asdict(made), indent=1, ensure_ascii=False)
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def load_part(path: Path) -> Part | None:
+def load_part(path: Path) -> ShardReport | None:
     """Read the part in a file; None if it is missing or damaged."""
     try:
-        return Part(**json.loads(path.read_bytes()))
+        return ShardReport(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinygptv_ds.data.prepare.prepare_report import Part, file_state, load_part, save
+from tinygptv_ds.data.prepare.prepare_report import ShardReport, file_state, load_part, save
 from tinygptv_ds.data.prepare.stored_images import Encoding, stored_image
 from tinygptv_ds.data.sets.common import Entry, PreparedSample, SkipEntry, Skipped
 from tinygptv_ds.data.shards.writer import ShardWriter
@@ -48,7 +48,7 @@ def make_shard(chunk: Chunk, tick: Callable[[int], object]) -> None:
 
     Raises DataError if something cannot be written; nothing incomplete has its final name then.
     """
-    part = Part(chunk.digest())
+    part = ShardReport(chunk.digest())
     try:
         with ShardWriter(chunk.out, len(chunk.entries), first=chunk.number) as writer:
             for entry in chunk.entries:
@@ -64,7 +64,7 @@ def make_shard(chunk: Chunk, tick: Callable[[int], object]) -> None:
         ) from error
 
 
-def _write(writer: ShardWriter, entry: Entry, encoding: Encoding, part: Part) -> None:
+def _write(writer: ShardWriter, entry: Entry, encoding: Encoding, part: ShardReport) -> None:
     if isinstance(entry, Skipped):
         part.skip(entry)
         return

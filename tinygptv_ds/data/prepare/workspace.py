@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tinygptv_ds.data.prepare.prepare_report import Part, Report, load_part, save
+from tinygptv_ds.data.prepare.prepare_report import PrepareReport, ShardReport, load_part, save
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.files import FileLock, LockedError, LockRemovedError, fingerprint_differences, lock_file, sync
 
@@ -18,13 +18,13 @@ _HALF_MADE = (".[0-9]*.tmp", ".[0-9]*.idx.*", ".[0-9]*.partial", "report.json.pa
 _MADE = ("[0-9]*.tar", "[0-9]*.tar.idx", ".[0-9]*.part")
 
 
-def finished(out: Path, settings: dict[str, Any]) -> Report | None:
+def finished(out: Path, settings: dict[str, Any]) -> PrepareReport | None:
     """Return the report of a finished preparation with these settings, or None."""
     path = out / "report.json"
     if not path.exists():
         return None
     try:
-        report = Report(**json.loads(path.read_bytes()))
+        report = PrepareReport(**json.loads(path.read_bytes()))
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: is no report of this program ({error}); choose another folder") from error
     _check_settings(out, report.settings, settings)
@@ -61,12 +61,12 @@ def workspace(out: Path, settings: dict[str, Any]) -> Iterator[None]:
                 out.rmdir()
 
 
-def finish(out: Path, settings: dict[str, Any], parts: Sequence[Path]) -> Report:
+def finish(out: Path, settings: dict[str, Any], parts: Sequence[Path]) -> PrepareReport:
     """Sum up `parts`, write report.json and remove temporary files.
 
     Raises DataError if there is no sample; nothing is left in `out` then.
     """
-    report = Report.of(settings, (_part(path) for path in parts))
+    report = PrepareReport.of(settings, (_part(path) for path in parts))
     if report.samples == 0:
         _remove(out, _MADE)
         first = f"; the first: {report.skipped_entries[0]['detail']}" if report.skipped_entries else ""
@@ -76,13 +76,13 @@ def finish(out: Path, settings: dict[str, Any], parts: Sequence[Path]) -> Report
     return report
 
 
-def _tidy(out: Path, report: Report) -> None:
+def _tidy(out: Path, report: PrepareReport) -> None:
     """Remove what was needed while the shards were made, and shards of more entries than there are now."""
     strays = {tar.name for tar in out.glob("[0-9]*.tar")} - set(report.shards)
     _remove(out, (".[0-9]*.part", *strays, *(f"{name}.idx" for name in strays), _MARKER))
 
 
-def _part(path: Path) -> Part:
+def _part(path: Path) -> ShardReport:
     part = load_part(path)
     if part is None:
         raise DataError(f"{path}: is gone or damaged since it was written; the same command makes it again")

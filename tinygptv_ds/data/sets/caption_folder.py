@@ -14,7 +14,7 @@ _FILE_COLUMNS = ("file_name", "filename", "file", "image_path", "image", "filepa
 _CAPTION_COLUMNS = ("caption", "text")
 
 
-class Row(NamedTuple):
+class CaptionRow(NamedTuple):
     """One row of a table: its cells by column, and the line on which it ends."""
 
     line: int
@@ -55,10 +55,10 @@ def _text_files(root: Path) -> Iterator[Entry]:
 
 
 def _table(table: Path, images: Path) -> Iterator[Entry]:
-    header = next(iter(_rows(table)), Row(1, {})).cells
+    header = next(iter(_rows(table)), CaptionRow(1, {})).cells
     file_column, caption_column = _column(table, header, _FILE_COLUMNS), _column(table, header, _CAPTION_COLUMNS)
 
-    def build(row: Row) -> Built:
+    def build(row: CaptionRow) -> Built:
         absent = [column for column in (file_column, caption_column) if not row.cells[column]]
         if absent:
             raise KeyError(absent[0])
@@ -80,12 +80,12 @@ def _column(table: Path, header: dict[str, str | None], names: tuple[str, ...]) 
     return found
 
 
-def _rows(table: Path) -> Iterator[Row]:
+def _rows(table: Path) -> Iterator[CaptionRow]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
             for cells in reader:
-                yield Row(reader.line_num, cells)
+                yield CaptionRow(reader.line_num, cells)
     except OSError as error:
         raise DataError(f"{table}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
