@@ -37,7 +37,7 @@ def first(n: int) -> int:
 @settings(max_examples=200, deadline=None)
 @given(turns=TURNS, images=st.integers(0, 3), max_txt=st.integers(1, 60), max_context=st.integers(1, 60))
 def test_any_row(turns: list[tuple[str, str]], images: int, max_txt: int, max_context: int) -> None:
-    """A row starts with its only BOS token; targets equal its tokens; positions rise; images are in order and complete."""
+    """A row starts with its only BOS token; targets equal its tokens; positions rise; images are in order and whole."""
     (question, answer), *later = turns
     turns = [(IMAGE_PLACEHOLDER * images + question, answer), *later]
     text = TextSection(prompt_template="<{}>", end_sym="#", max_txt_len=max_txt, max_context_len=max_context)
