@@ -1,4 +1,4 @@
-"""What holds for any learning-rate curve; the original's own numbers are in golden/test_schedule.py."""
+"""Invariants of any learning-rate curve; the original's own numbers are in golden/test_schedule.py."""
 
 import itertools
 
@@ -28,14 +28,14 @@ def test_any_curve(lr: float, low: float, start: float, warmup: int, per_epoch: 
 
 
 def test_warm_up_counts_within_an_epoch() -> None:
-    """As in the original: one longer than an epoch starts again."""
+    """As in the original, a warm-up longer than an epoch restarts."""
     optimizer = OptimizerSection(lr=1.0, min_lr=0.0, warmup_lr=0.0, warmup_steps=8)
     rates = [learning_rate(s, optimizer, steps_per_epoch=4, total_steps=100) for s in range(8)]
     assert rates == [0.0, 0.125, 0.25, 0.375] * 2
 
 
 def test_a_min_above_the_rate_climbs() -> None:
-    """The published stage 4."""
+    """The published stage 4 has such a schedule."""
     optimizer = OptimizerSection(lr=1e-5, min_lr=8e-5)
     rates = [learning_rate(s, optimizer, steps_per_epoch=10, total_steps=20) for s in range(21)]
     assert rates == sorted(rates)

@@ -1,4 +1,4 @@
-"""Where the original is not followed by default: both ways, side by side."""
+"""Deviations from the original: the default and the original's behavior, side by side."""
 
 import logging
 from collections.abc import Callable
@@ -30,7 +30,7 @@ RAW = Callable[..., dict[str, Any]]
 
 @pytest.mark.parametrize("overrides", [[], ["model.lora_r=64"]])
 def test_stage_1_is_without_lora_or_as_its_code_was(overrides: list[str]) -> None:
-    """Without: 13,809,664 values are trained; with it 45,266,944 (a test of the model counts both)."""
+    """Without LoRA, 13,809,664 values are trained, with it 45,266,944 (a test of the model counts both)."""
     recipe = load_recipe(STAGES / "stage1.yaml", overrides)
     assert recipe.model.lora_r == (64 if overrides else 0)
     assert "if job.recipe.model.lora_r " in (STAGES / "stage1.py").read_text()
@@ -38,7 +38,7 @@ def test_stage_1_is_without_lora_or_as_its_code_was(overrides: list[str]) -> Non
 
 @pytest.mark.parametrize("reduction", ["step_mean", "micro_batch_mean"])
 def test_the_loss_of_a_step(reduction: str) -> None:
-    """Over all ranks and micro-batches, each token counts alike, or each micro-batch."""
+    """Over all ranks and micro-batches, either each token has the same weight or each micro-batch."""
     tokens = [torch.tensor([1.0, 2.0, 6.0]), torch.tensor([5.0]), torch.tensor([]), torch.tensor([4.0, 0.0])]
     ranks, losses, boundaries = 2, [], []
     engine = SimpleNamespace(
@@ -58,7 +58,7 @@ def test_the_loss_of_a_step(reduction: str) -> None:
 
 
 def prompts_by_step(raw: dict[str, Any], tmp_path: Path) -> list[set[tuple[int, ...]]]:
-    """What stands before the answers of each step, BOS token and image included."""
+    """Return what precedes the answers of each step, including BOS token and image."""
     recipe = build_recipe(raw, "test")
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
     tokens = Tokens(tokenizer, recipe.text, ImageTokens(len(tokenizer) + 4, tiny.QUERIES), tiny.IMAGE_SIZE)
@@ -90,7 +90,7 @@ def test_the_prompt_of_stage_3(raw_recipe: RAW, tmp_path: Path, per: str) -> Non
 
 
 def prompts_of(raw: dict[str, Any]) -> list[tuple[int, ...]]:
-    """The four prompts of the published file (MiniGPT-4's prompts/alignment.txt) in stage 3's template, as tokens."""
+    """Return the published prompts (MiniGPT-4's prompts/alignment.txt) in stage 3's template, as tokens."""
     recipe = build_recipe(raw, "test")
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
     image = ImageTokens(len(tokenizer) + 4, tiny.QUERIES)
@@ -132,7 +132,7 @@ def test_stage_4_rises_as_published_and_says_so(
 
 
 def test_inputs_on_which_the_original_raises(weights: Path) -> None:
-    """Images at either end of a prompt, turns without a template: all are rows like any other."""
+    """Images at either end of a prompt and turns without a template give ordinary rows."""
     tokenizer = AutoTokenizer.from_pretrained(weights / "phi")
     image = ImageTokens(len(tokenizer) + 4, tiny.QUERIES)
     for prompt in (IMAGE_PLACEHOLDER, f"{IMAGE_PLACEHOLDER} what ?", f"what ? {IMAGE_PLACEHOLDER}"):

@@ -32,7 +32,7 @@ REF = SampleRef(0, "vqa", 0, 0, 0)
 
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
-    """What the program's logger says, whatever an earlier test set it up to."""
+    """Return the records of the program's logger, independent of its setup by earlier tests."""
     monkeypatch.setattr(LOGGER, "propagate", True)
     with caplog.at_level(logging.WARNING, logger=LOGGER.name):
         yield caplog
@@ -45,7 +45,7 @@ def dropped(count: int) -> list[MicroBatch]:
 
 
 def seen(skipped: dict[str, int], samples: int) -> SimpleNamespace:
-    """As much of `Totals` as is judged."""
+    """Return the part of `Totals` that is checked."""
     return SimpleNamespace(skipped=skipped, samples={"a": samples, "b": 0})
 
 
@@ -58,7 +58,7 @@ def test_skipped_samples_are_named(warnings: pytest.LogCaptureFixture) -> None:
 
 
 def test_too_many_skipped_samples_stop_the_run(warnings: pytest.LogCaptureFixture) -> None:
-    """The share is judged against all samples seen, and of a short run against its whole length."""
+    """The share refers to all samples seen, or to the whole length of a short run."""
     counter = SkippedSamples(0.1, samples_of_run=50)
     counter.judge(seen({"corrupt_image": 3, "too_long": 2}, 5))  # 5 of 50
     assert counter.summary() == "3 corrupt_image, 2 too_long"
@@ -122,7 +122,7 @@ def test_the_loss_scale_halves_and_doubles() -> None:
 
 
 def test_the_loss_scale_is_that_of_torch() -> None:
-    """Step by step as a GradScaler under the same overflows."""
+    """The scale equals that of a GradScaler with the same overflows, step by step."""
     torchs = torch.amp.GradScaler("cpu", growth_interval=2000)
     ours = LossScale(FakeOptimizer())
     parameter = torch.nn.Parameter(torch.ones(1))
@@ -138,7 +138,7 @@ def test_the_loss_scale_is_that_of_torch() -> None:
 
 
 def test_skipped_steps_count_over_resumptions() -> None:
-    """The next checkpoint would otherwise tell AdamW of steps that it never took."""
+    """Otherwise the next checkpoint would give AdamW a step count that includes skipped steps."""
     engine = object.__new__(Engine)
     engine.deepspeed, engine.skipped_before = SimpleNamespace(skipped_steps=2), 3
     assert engine.skipped_steps == 5
@@ -178,7 +178,7 @@ def test_the_panel_leaves_out_what_cannot_be_read(raw_recipe: Callable[..., dict
 
 
 def test_micro_batches_above_the_limit_are_reported(warnings: pytest.LogCaptureFixture) -> None:
-    """Once for those since the last log line; without a limit never."""
+    """There is one warning for those since the last log line, and none without a limit."""
     lengths = [SimpleNamespace(batch=SimpleNamespace(input_ids=torch.zeros(n))) for n in (90, 130, 110)]
     over, free = TokenLimit(100), TokenLimit(None)
     for counter in (over, free):

@@ -1,4 +1,4 @@
-"""Our LoRA on the fused qkv and dense layers is peft's on the same weights: losses and gradients."""
+"""LoRA on the fused qkv and dense layers gives the losses and gradients of peft on the same weights."""
 
 import re
 from collections.abc import Callable
@@ -59,5 +59,5 @@ def test_losses_and_gradients(raw_recipe: Callable[..., dict[str, Any]], weights
 
 
 def ours_name(name: str) -> str:
-    """peft's name of a parameter -> ours."""
+    """Return the package's name of a parameter from peft's."""
     return re.sub(r"\.(base_layer|default)\.", ".", name)

@@ -36,7 +36,7 @@ WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select
 
 
 class Watch(TorchDispatchMode):
-    """Notes every operation that waits, with where it was called from."""
+    """A recorder of every operation that waits, with the place of its call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Watch(TorchDispatchMode):
 
 
 class Plain:
-    """As much of a DeepSpeed engine as a step calls."""
+    """The part of a DeepSpeed engine that a step calls."""
 
     def __init__(self, model: TinyGPTVForConditionalGeneration) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""The schedules beyond the published one, cycles of them, and the rates of parts."""
+"""The schedules other than the published one, their cycles, and the learning rates of parts."""
 
 import math
 
@@ -19,7 +19,7 @@ def rates(total: int, **options: object) -> list[float]:
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_the_warm_up_counts_once(schedule: str) -> None:
-    """Over the end of an epoch of five steps, too; the published one starts again there."""
+    """The warm-up continues over the end of an epoch of five steps, where the published schedule restarts."""
     assert rates(20, schedule=schedule, warmup_steps=8)[:9] == [step / 8 for step in range(9)]
     assert rates(20, schedule="published", warmup_steps=8)[5] == 0.0
 
@@ -36,7 +36,7 @@ def test_constant() -> None:
 
 
 def test_wsd() -> None:
-    """Warm-up, stable, and a straight fall that reaches its end with the last step."""
+    """The phases are warm-up, stable, and a linear decay that ends with the last step."""
     curve = rates(20, schedule="wsd", decay_steps=5)
     assert curve[4:16] == [1.0] * 12
     assert curve[15:] == pytest.approx([1.0, 0.82, 0.64, 0.46, 0.28, 0.1])
@@ -79,7 +79,7 @@ def recipe(cycles: int, **optimizer: object) -> Recipe:
 
 
 def test_cycles_repeat_the_schedule() -> None:
-    """The published stage 1: 17 runs in a row, each with its own warm-up."""
+    """The published stage 1 has 17 runs in a row, each with its own warm-up."""
     once, often = recipe(1), recipe(17)
     assert often.train.total_steps == 17 * once.train.total_steps
     of_one = [learning_rate_of_step(step, once) for step in range(10)]

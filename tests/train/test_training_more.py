@@ -1,4 +1,4 @@
-"""Training other parts than the published ones: what learns, in which precision, at which rate, and what is kept."""
+"""Training other parts than the published ones: trainable parts, precision, learning rate, and what is saved."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +46,7 @@ def built(raw_recipe: RawRecipe) -> Callable[..., tuple[Recipe, TinyGPTVForCondi
 
 
 def inputs(recipe: Recipe, model: TinyGPTVForConditionalGeneration) -> dict[str, Any]:
-    """The first micro-batch."""
+    """Return the first micro-batch."""
     batches = MicroBatches(open_stream(recipe), open_tokens(recipe, model.config), rank=0, world_size=1)
     return model_inputs(batches[0, 0].batch)
 
@@ -68,7 +68,7 @@ def test_the_parts_are_the_whole_model(built: Callable[..., Any]) -> None:
 
 
 def test_rates_by_part(built: Callable[..., Any]) -> None:
-    """A parameter of several parts takes the factor of the first: norms are not the whole Phi's."""
+    """A parameter in several parts has the factor of the first: norms do not take that of the whole Phi."""
     _, model = built(*ALL)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = weight_decay_groups(model, 0.05, {"qformer": 0.1, "llm": 0.5})
@@ -87,7 +87,7 @@ def test_rates_by_part(built: Callable[..., Any]) -> None:
 
 
 def test_text_alone_gives_every_part_a_gradient_of_zero(built: Callable[..., Any]) -> None:
-    """Without it, ZeRO-2 fails and ZeRO-3 hangs where another rank has an image."""
+    """Without these gradients, ZeRO-2 fails and ZeRO-3 hangs if another rank has an image."""
     recipe, model = built("projections", "norms", "lora", "qformer", "vit", data__only=["text"])
     model.always_run_vision = True
     output = model.train()(**inputs(recipe, model))
@@ -101,7 +101,7 @@ def test_text_alone_gives_every_part_a_gradient_of_zero(built: Callable[..., Any
 
 @pytest.mark.parametrize(("every", "recomputed"), [(True, 2), (1, 2), (2, 1), (5, 1), (False, 0)])
 def test_recomputed_blocks(every: bool | int, recomputed: int, built: Callable[..., Any]) -> None:
-    """Every N-th block runs a second time, and loss and gradients are the same, bit for bit."""
+    """Every N-th block runs a second time; loss and gradients are the same bit for bit."""
     results = []
     for setting in (False, every):
         recipe, model = built("projections", "norms", "lora", model__gradient_checkpointing=setting)
@@ -118,7 +118,7 @@ def test_recomputed_blocks(every: bool | int, recomputed: int, built: Callable[.
 
 
 def test_the_result_holds_all_that_is_trained_and_goes_on(built: Callable[..., Any], tmp_path: Path) -> None:
-    """Of a run that trained everything, then of one from it that trained the projections alone."""
+    """The first run trains everything; the second starts from its result and trains only the projections."""
     recipe, model = built(*ALL)
     with torch.no_grad():
         for parameter in model.parameters():

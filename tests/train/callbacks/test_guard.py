@@ -1,4 +1,4 @@
-"""Who watches the run: overflows in a row, spikes of the loss, batches that teach nothing, each with its samples."""
+"""The guards of a run: consecutive overflows, loss spikes and batches without targets, each with its samples."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
 
 
 def watched(raw: dict[str, Any], run_dir: Path, precision: str = "fp32") -> tuple[Guard, SimpleNamespace, OpenStream]:
-    """A guard over an engine of one rank, which took its last step or did not."""
+    """Return a guard of an engine with one rank, which has or has not taken its last step."""
     recipe = build_recipe(raw, "test")
     run_dir.mkdir(exist_ok=True)
     engine = SimpleNamespace(
@@ -55,20 +55,20 @@ def watched(raw: dict[str, Any], run_dir: Path, precision: str = "fp32") -> tupl
 
 
 def on_step(guard: Guard, step: int, recent: list[Computed]) -> None:
-    """A step after which these are the latest micro-batches."""
+    """Run a step after which these are the latest micro-batches."""
     guard._accumulator.recent = recent
     guard.on_step(step)
 
 
 def spikes(guard: Guard, totals: Totals) -> float:
-    """The number of spikes in a log line."""
+    """Return the number of spikes in a log line."""
     record = LogRecord(0, totals)
     guard.on_log(record)
     return record.metrics["train/spike"]
 
 
 def computed(stream: OpenStream, step: int, losses: dict[int, float], dropped: tuple[int, ...] = ()) -> list[Computed]:
-    """A step in one micro-batch, two targets a sample; `losses` by place in it, 1.0 for the others."""
+    """Return a step of one micro-batch with two targets per sample; `losses` by position, 1.0 for the others."""
     refs = [ref for place, ref in enumerate(stream.order.step(step)) if place not in dropped]
     first = step * stream.batch_size
     values = [losses.get(ref.position - first, 1.0) for ref in refs for _ in range(2)]
@@ -77,7 +77,7 @@ def computed(stream: OpenStream, step: int, losses: dict[int, float], dropped: t
 
 
 def test_fp16_may_overflow_now_and_then(raw_recipe: RAW, tmp_path: Path) -> None:
-    """A step that is left out halves the scale; only a run of them, without a good one between, ends it."""
+    """A skipped step halves the scale; only consecutive ones, without a good step in between, stop the run."""
     guard, engine, stream = watched(raw_recipe(train__max_overflows=3), tmp_path, "fp16")
     for step, taken in enumerate((False, False, True, False, False, True, False, False)):
         engine.step_taken = taken
@@ -89,7 +89,7 @@ def test_fp16_may_overflow_now_and_then(raw_recipe: RAW, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_elsewhere_the_first_bad_step_ends_the_run(precision: str, raw_recipe: RAW, tmp_path: Path) -> None:
-    """With finite losses it is a gradient; those of a sample that dropped out are not known."""
+    """If all losses are finite, a gradient is not; the loss of a skipped sample is unknown."""
     guard, engine, stream = watched(raw_recipe(), tmp_path, precision)
     engine.step_taken = False
     with pytest.raises(TinyGPTVError, match="a gradient is not finite at step 6, though the loss of every sample is"):
@@ -139,7 +139,7 @@ def test_a_step_without_targets_is_reported(
 def test_a_micro_batch_without_targets_is_reported(
     raw_recipe: RAW, tmp_path: Path, warnings: pytest.LogCaptureFixture
 ) -> None:
-    """With the samples that were planned for it; where none was, as when ranks outnumber samples, nothing is odd."""
+    """The warning names the planned samples; without any, e.g., with more ranks than samples, there is none."""
     guard, _, stream = watched(raw_recipe(), tmp_path)
     full, empty = (SimpleNamespace(batch=SimpleNamespace(targets=torch.zeros(n))) for n in (3, 0))
     guard.on_batch(2, [full, empty, full, full])
@@ -153,7 +153,7 @@ def test_a_micro_batch_without_targets_is_reported(
 
 @given(level=st.floats(0.01, 100), spread=st.floats(0, 0.7), seed=st.integers(0, 2**16))
 def test_a_calm_run_has_no_spikes(level: float, spread: float, seed: int) -> None:
-    """Whatever the level of the loss and its spread, as wide as that of very small batches; a falling loss is none."""
+    """No level or spread of the loss, even that of very small batches, is a spike, nor is a falling loss."""
     draw, spikes = random.Random(seed), LossSpikes()
     for step in range(300):
         loss = level * math.exp(draw.uniform(-spread, spread) - step / 100)
@@ -162,7 +162,7 @@ def test_a_calm_run_has_no_spikes(level: float, spread: float, seed: int) -> Non
 
 
 def test_spikes_do_not_hide_spikes() -> None:
-    """A loss that is not a number is no reference, and there is no verdict before there is something to go by."""
+    """A non-finite loss is not used as a reference, and no spike is reported before there are enough losses."""
     spikes = LossSpikes()
     assert spikes.score(1e9) == 0.0
     for step in range(128):
@@ -173,7 +173,7 @@ def test_spikes_do_not_hide_spikes() -> None:
 
 
 def test_what_comes_often_is_no_spike() -> None:
-    """One dataset a step, of which every tenth has three times the loss of the others."""
+    """With one dataset per step, every tenth step has three times the loss of the others."""
     spikes = LossSpikes()
     scores = []
     for step in range(300):
@@ -184,7 +184,7 @@ def test_what_comes_often_is_no_spike() -> None:
 
 
 def test_the_table_of_losses_has_every_sample(raw_recipe: RAW, tmp_path: Path) -> None:
-    """Refs are put where they stand in the step, whatever rank or micro-batch computed them."""
+    """Refs are at their position in the step, regardless of the rank or micro-batch that computed them."""
     guard, _, stream = watched(raw_recipe(), tmp_path)
     refs = stream.order.step(7)
     halves = [refs[1::2], refs[::2]]

@@ -1,4 +1,4 @@
-"""Scores while training: on all ranks under ZeRO-3, whatever each has to ask, and as the scripts give them after."""
+"""Scores while training: on all ranks under ZeRO-3, with any share of questions, equal to those of the scripts."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ RAW = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven questions, of which the second batch of two has no image at all."""
+    """Return seven questions, of which the second batch of two has no image."""
     made = tiny.samples("vqa", 7)
     made[2:4] = tiny.samples("text", 4)[2:]
     return tiny.write_shards(tmp_path_factory.mktemp("held_out") / "vqa", made)

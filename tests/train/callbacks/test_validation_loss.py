@@ -1,4 +1,4 @@
-"""The validation loss: fixed samples, each once whatever the ranks, without dropout or gradient."""
+"""The validation loss: fixed samples, each once for any number of ranks, without dropout or gradient."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ RAW = Callable[..., dict[str, Any]]
 
 
 def fake_run(raw: dict[str, Any]) -> tuple[SimpleNamespace, Tokens]:
-    """One rank without DeepSpeed; `inference` is the real engine's."""
+    """Return a run of one rank without DeepSpeed; `inference` is the real engine's."""
     recipe = build_recipe(raw, "test")
     torch.manual_seed(0)
     model = build_model(recipe.model, recipe.text, frozen_dtype=torch.float32).train()
@@ -43,7 +43,7 @@ def fake_run(raw: dict[str, Any]) -> tuple[SimpleNamespace, Tokens]:
 
 
 def alone(model: TinyGPTVForConditionalGeneration, run: SimpleNamespace, tokens: Tokens, ref: SampleRef) -> Any:
-    """Token losses of one sample by itself, in evaluation mode."""
+    """Return the token losses of one sample by itself, in evaluation mode."""
     stream = open_stream(run.recipe, held_out=True)
     batches = MicroBatches(stream, tokens, rank=0, world_size=1)
     batches._planner = SimpleNamespace(plan=lambda _: SimpleNamespace(micro_batch=lambda *_: [ref]))
@@ -52,7 +52,7 @@ def alone(model: TinyGPTVForConditionalGeneration, run: SimpleNamespace, tokens:
 
 
 def test_it_is_the_mean_over_all_targets(raw_recipe: RAW) -> None:
-    """Of the first held-out samples of each dataset, one by one, and with dropout only where training has it."""
+    """It covers the first held-out samples of each dataset one by one; dropout is on only in training."""
     raw = raw_recipe(data__validation_share=0.5, train__validation_samples=4, model__resid_dropout=0.5)
     run, tokens = fake_run(raw)
     validation = ValidationLoss(run, tokens, None)
@@ -87,7 +87,7 @@ def test_to_validate_on_nothing_is_a_mistake(raw_recipe: RAW) -> None:
 def test_every_sample_once_in_the_same_number_of_passes(
     world_size: int, samples: int, size: tuple[int | None, int | None], raw_recipe: RAW
 ) -> None:
-    """By number of samples or by tokens, ranks that have none take part with an empty batch."""
+    """With packing by samples or by tokens, ranks without samples take part with an empty batch."""
     raw = raw_recipe(data__validation_share=0.5, train__validation_samples=samples, train__batch_size=12)
     raw["train"] |= {"micro_batch_size": size[0], "max_tokens": size[1]}
     recipe = build_recipe(raw, "test")

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: a damaged one is named, another run's refused, an unfinished one not seen."""
+"""The checkpoint that a run resumes from: a damaged one is named, another run's refused, an unfinished one ignored."""
 
 import errno
 import fcntl
@@ -32,7 +32,7 @@ MakeJob = Callable[..., Job]
 
 @pytest.fixture
 def job(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> MakeJob:
-    """The same run with other values, as `--set` gives them."""
+    """Return a function that gives the same run with other values, as with `--set`."""
 
     def make(*overrides: str, resume: object = "auto", run: str = "run", anyway: bool = False) -> Job:
         recipe = build_recipe(apply_overrides(raw_recipe(), overrides), "test")
@@ -75,7 +75,7 @@ def test_the_newest_is_taken(job: MakeJob) -> None:
 
 
 def test_none_is_taken_where_none_is_whole(job: MakeJob) -> None:
-    """Beginning again over what could not be read would hide that weeks are lost."""
+    """Starting over when no checkpoint can be read would hide that weeks of training are lost."""
     (write(job(), 1) / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoint\(s\) in .* is complete"):
         chosen(job())
@@ -142,7 +142,7 @@ def test_what_changes_no_number_may_change(override: str, job: MakeJob) -> None:
 
 
 def test_other_data_other_weights_another_tokenizer(job: MakeJob, weights: Path, tmp_path: Path) -> None:
-    """By what they hold: the same under another path is the same."""
+    """Data and weights are compared by content: the same under another path is the same."""
     here = facts(job())
     copy = shutil.copytree(weights, tmp_path / "copy")
     paths = {part: copy / name for part, name in (("phi", "phi"), ("eva_vit", "eva_vit_g.pth"))}
@@ -192,7 +192,7 @@ def test_other_parameters_are_refused(job: MakeJob) -> None:
 
 
 def test_one_of_another_run(job: MakeJob) -> None:
-    """A run begins from it, and goes on from its own, again and again, when the same command is repeated."""
+    """A run starts from it, and resumes from its own checkpoints each time the same command is repeated."""
     given = write(job(run="other"), 4)
     mine = job(resume=given)
     assert chosen(mine) == given and began_from(mine, given) == str(given)
@@ -204,7 +204,7 @@ def test_one_of_another_run(job: MakeJob) -> None:
 
 
 def test_an_earlier_one_of_the_run(job: MakeJob) -> None:
-    """The newer ones are of a way that is left: a later `auto` must not return to it."""
+    """The newer ones belong to an abandoned continuation, to which a later `auto` must not return."""
     first, second, third = (write(job(), step) for step in (1, 2, 3))
     assert chosen(job(resume=first)) == first
     assert chosen(job()) == first
@@ -237,7 +237,7 @@ def test_old_ones_go(keep: int, keep_every: int, left: list[int] | None, tmp_pat
 
 
 def test_a_lock_of_another_host_is_explained(tmp_path: Path) -> None:
-    """As a network file system shows it, where the lock of a node that has crashed may stay."""
+    """The message explains that a network file system may keep the lock of a node that has crashed."""
     held = lock.lock_run_dir(tmp_path)
     holder = {"host": "node7", "pid": 12, "started": "2026-01-01 00:00:00 UTC"}
     (tmp_path / lock.LOCK).write_text(json.dumps(holder))

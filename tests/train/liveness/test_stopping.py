@@ -1,4 +1,4 @@
-"""What a run is stopped by next to a signal of its own, and a console that is gone by the time it says so."""
+"""What stops a run in addition to its own signals, and a console that is closed before the message is printed."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ ASLEEP = "import time; print(flush=True); time.sleep(60)"
 def test_a_launcher_is_known_by_its_command_line(
     name: str, words: list[str], is_launcher: bool, tmp_path: Path
 ) -> None:
-    """Started by this test, which is none."""
+    """The process is started by this test, which is no launcher itself."""
     (tmp_path / name).write_text(ASLEEP)
     with subprocess.Popen([sys.executable, tmp_path / name, *words], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
@@ -60,7 +60,7 @@ run_command(train)
 
 
 def test_a_console_that_has_gone_stops_nothing(tmp_path: Path) -> None:
-    """As where the launcher closes its ssh connections and only then tells the ranks to stop."""
+    """The launcher may close its ssh connections first and only then signal the ranks to stop."""
     read, write = os.pipe()
     os.close(read)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -73,7 +73,7 @@ def test_a_console_that_has_gone_stops_nothing(tmp_path: Path) -> None:
 
 
 def test_repeated_stop_signals(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """Until the process has ended, also after it has saved: it still ends with the code of what stopped it."""
+    """Further signals, even after saving, do not change the exit code of the first."""
     raw = raw_recipe(train__steps_per_epoch=100_000, train__sample_count=0)
     with started(tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "run") as run:
         run.wait_for(run.folder / "metrics.jsonl")

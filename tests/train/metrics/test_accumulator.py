@@ -1,4 +1,4 @@
-"""What a run adds up between two log lines, and the figures that are made of it."""
+"""The sums of a run between two log lines, and the metrics that follow from them."""
 
 import math
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ def ref(position: int, dataset: str) -> SampleRef:
 
 
 def engine(world_size: int = 1, rank: int = 0, others: Tensor | None = None) -> SimpleNamespace:
-    """An engine whose sum over the ranks adds what `others` have."""
+    """Return an engine whose sum over the ranks adds the values of `others`."""
 
     def all_reduce(tensor: Tensor) -> Tensor:
         return tensor if others is None else tensor + others
@@ -31,7 +31,7 @@ def engine(world_size: int = 1, rank: int = 0, others: Tensor | None = None) -> 
 
 
 def micro(lengths: list[int], targets: list[int], datasets: list[int], refs: list[SampleRef]) -> SimpleNamespace:
-    """As much of a batch as is counted; `targets` are rows, `datasets` theirs."""
+    """Return the counted part of a batch; `targets` are rows, `datasets` their datasets."""
     return SimpleNamespace(
         input_ids=torch.zeros(sum(lengths)),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
@@ -52,7 +52,7 @@ def add(
 
 
 def test_sums_are_means_over_tokens() -> None:
-    """A dataset's loss is the mean over its target tokens, the total that over all; reading starts again."""
+    """A dataset's loss is the mean over its target tokens, the total loss that over all; reading resets the sums."""
     accumulator = Accumulator(engine(), ["a", "b", "c"])
     first = micro([3, 2], [0, 1, 3], [0, 0, 1], [ref(0, "a"), ref(1, "b")])
     add(accumulator, 4, first, [1.0, 2.0, 7.0])
@@ -74,7 +74,7 @@ def test_sums_are_means_over_tokens() -> None:
 
 
 def test_ranks_are_distinguished() -> None:
-    """Each rank's times are in its own place of the sum."""
+    """Each rank's times have their own position in the sum."""
     alone = Accumulator(engine(world_size=3, rank=1), ["a"])
     assert alone.read(RankTimes(2.0, 3.0)).ranks == [RankTimes(0, 0), RankTimes(2.0, 3.0), RankTimes(0, 0)]
 
@@ -115,7 +115,7 @@ def test_shares_of_the_mixture() -> None:
 
 
 def test_the_rank_that_holds_up_the_others_is_named() -> None:
-    """By data wait or by forward passes, once the others lose more than a tenth of the time to it."""
+    """A rank is named for its data wait or forward passes once the others lose more than a tenth of the time."""
     even = [RankTimes(0.1, 1.0)] * 7
     assert straggling(even, 4.0) is None
     assert straggling([*even, RankTimes(0.4, 1.0)], 4.0) is None  # 0.3 of 4 seconds
