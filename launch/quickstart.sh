@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything in miniature, set-up included, on a laptop without a GPU: bash launch/quickstart.sh
+# Runs everything in miniature, including the set-up, on a laptop without a GPU: bash launch/quickstart.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/setup.sh requirements.txt

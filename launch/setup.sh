@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the project's virtual environment once, installs the project itself (editable) and the given requirements into it,
-# and puts it on PATH. To be sourced, not run:
+# Creates the project's virtual environment once, installs the project itself (editable) and the given requirements into it,
+# and puts it on PATH. Source it, do not run it:
 #   source launch/setup.sh [requirements file ...]
 # In a later shell, "source .venv/bin/activate" is enough.
 # PYTHON chooses the interpreter (3.11 to 3.13); TINYGPTV_NO_VENV=1 uses the python on PATH as it is.

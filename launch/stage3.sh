@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-''':'  # bash goes on in start.sh and never returns; Python reads these lines as a string and goes on below
+''':'  # bash continues in start.sh and never returns; Python reads these lines as a string and continues below
 exec bash "$(dirname "$0")/start.sh" stage3 "$@"
 '''
 # "deepspeed launch/stage3.sh" starts this very file with Python in every rank.

@@ -9,7 +9,7 @@ shift
 [ -x "$root/.venv/bin/deepspeed" ] && export PATH="$root/.venv/bin:$PATH"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
-# A node that dies without a word: ssh, and with it the launcher, would wait for it for a quarter of an hour.
+# If a node dies silently, ssh, and with it the launcher, would otherwise wait for it for a quarter of an hour.
 export PDSH_SSH_ARGS_APPEND="-oServerAliveInterval=15 -oServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}"
 
 launcher=()
@@ -17,7 +17,7 @@ script=()
 hostfile=
 master_port=29500
 ssh_port=
-note() {  # of the launcher's options, those by which the ranks are found again
+note() {  # keep those options of the launcher that are needed to find the ranks later
   case "$1" in
     -H | --hostfile) hostfile="$2" ;;
     --master_port) master_port="$2" ;;
@@ -50,13 +50,13 @@ while [ $# -gt 0 ]; do
   shift
 done
 if ! command -v deepspeed >/dev/null; then
-  echo "error: deepspeed is not on PATH; activate the environment that has it, or make one: source $root/launch/setup.sh requirements.txt" >&2
+  echo "error: deepspeed is not on PATH; activate the environment that has it, or create one: source $root/launch/setup.sh requirements.txt" >&2
   exit 2
 fi
 
-# A signal to stop goes to the ranks themselves, which save and end; the launcher then ends with their exit code.
+# A stop signal goes to the ranks themselves, which save and exit; the launcher then exits with their code.
 children() { cat "/proc/$1/task/$1/children" 2>/dev/null; }
-pass_on_over_pdsh() {  # on every node the children of this job's per-node launcher, known by its port and script
+pass_on_over_pdsh() {  # on every node, the children of this job's per-node launcher, identified by its port and script
   local hosts launch="^[^ ]*python[^ ]* -u -m deepspeed.launcher.launch .*--master_port=$master_port .*/stages/$stage.py"
   hosts="$(awk '!/^#/ && NF { print $1 }' "$hostfile" | paste -sd,)"
   PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="$PDSH_SSH_ARGS_APPEND -oBatchMode=yes ${ssh_port:+-p $ssh_port}" \

@@ -67,7 +67,7 @@ def test_killed_in_the_middle_of_an_epoch(recipe: Callable[..., Path], tmp_path:
         assert len(set(drawn)) == len(drawn) > 6 * 12 and len(drawn) * 10 // 20 % 12 != 0
 
 
-def test_stopped_by_signals_and_gone_on_with_other_ranks(recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_stopped_by_signals_and_resumed_on_other_ranks(recipe: Callable[..., Path], tmp_path: Path) -> None:
     """4 ranks, SIGUSR1 to the last of them; 2 ranks under ZeRO-3, SIGTERM to one; 3 ranks to the end."""
     path = recipe(train__steps_per_epoch=12, train__batch_size=12, train__micro_batch_size=1)
     whole = ended(path, tmp_path / "whole", fault=watched)

@@ -321,7 +321,7 @@ call(features, {recipe!r}, "--out", {out!r}, "--workers", 0, "--batch-size", 3)
 """
 
 
-def test_killed_and_gone_on_with(
+def test_killed_and_resumed(
     raw_recipe: Callable[..., dict[str, Any]],
     shards: dict[str, Path],
     made: Path,

@@ -47,6 +47,6 @@ def test_too_many_unreadable_samples(recipe_file: Callable[..., Path], tmp_path:
     for number in (1, 3, 5, 7):
         assert f"skipped (corrupt_image) {shards / '00000.tar'}: sample key{number}: " in done.output
     allowed = ("--set=data.max_skipped_share=0.6", "--set=train.steps_per_epoch=2")
-    gone_on = ended(recipe, tmp_path / "allowed", *allowed)
-    assert gone_on.column("data/skipped_corrupt_image") == gone_on.column("data/skipped") == [4, 4]
-    assert "skipped so far: 8 corrupt_image" in (gone_on.folder / "log.txt").read_text()
+    resumed = ended(recipe, tmp_path / "allowed", *allowed)
+    assert resumed.column("data/skipped_corrupt_image") == resumed.column("data/skipped") == [4, 4]
+    assert "skipped so far: 8 corrupt_image" in (resumed.folder / "log.txt").read_text()

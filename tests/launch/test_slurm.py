@@ -95,7 +95,7 @@ def end(job: subprocess.Popen[str], timeout: float = 600) -> tuple[int, str]:
     return job.returncode, output
 
 
-def test_stopped_requeued_and_gone_on_with(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_stopped_requeued_and_resumed(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """Signalled as the script asks for, a real run saves and is requeued; the same job goes on and is stopped again."""
     (asked,) = re.findall(r"^#SBATCH --signal=(\S+)@\d+", SCRIPT.read_text(), re.M)
     slurm = Slurm(tmp_path, ROOT)
@@ -177,4 +177,4 @@ def test_what_cannot_be_started(slurm: Slurm) -> None:
         code, output = end(slurm.submit(*arguments))
         assert code == 2 and "sbatch launch/slurm.sbatch stage1 [options]" in output, output
     code, output = end(slurm.submit("stage2", CODES="138 138", TELL="RANK", FORBIDDEN="1"))
-    assert code == 138 and "not requeued; the same sbatch command goes on" in output, output
+    assert code == 138 and "not requeued; the same sbatch command resumes" in output, output

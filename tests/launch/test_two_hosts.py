@@ -54,7 +54,7 @@ def nothing_is_left(two: TwoHosts) -> None:
     assert {host.name: host.strays() for host in two.hosts} == {"node1": [], "node2": []}
 
 
-def test_stopped_and_gone_on_with(two: TwoHosts, recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_stopped_and_resumed(two: TwoHosts, recipe: Callable[..., Path], tmp_path: Path) -> None:
     """SIGUSR1 to the script that was started reaches both hosts' ranks; started again, the losses are one process's."""
     path, run = recipe(train__steps_per_epoch=STEPS), tmp_path / "run"
     given = command(two, path, run)
