@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 CPU = str(ROOT / "ds_configs/cpu.json")
@@ -24,7 +25,7 @@ def python(code: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
         env={**os.environ, **env},
     )
 

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 DEPENDENCIES = sysconfig.get_paths()["purelib"]
@@ -19,7 +20,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel as pip does, from the files of this checkout."""
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out)]
-    subprocess.run([*command, str(ROOT)], check=True, timeout=300)
+    subprocess.run([*command, str(ROOT)], check=True, timeout=PATIENCE)
     (built,) = out.glob("*.whl")
     return built
 
@@ -31,7 +32,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder, with_pip=True)
     python = folder / "bin/python"
     command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-index"]
-    subprocess.run([*command, str(wheel)], check=True, timeout=300)
+    subprocess.run([*command, str(wheel)], check=True, timeout=PATIENCE)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(DEPENDENCIES + "\n")  # .pth files there (editable installs) are not read
     launcher = folder / "bin/deepspeed"  # as pip would have written it
@@ -44,7 +45,7 @@ def run(environment: Path, folder: Path, *argv: str) -> subprocess.CompletedProc
     """Run `tinygptv-ds` in an empty folder, without any path of the clone."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PATH": os.defpath}
     command = [str(environment / "bin/tinygptv-ds"), *argv]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 def test_the_wheel_installs_one_top_level_package(wheel: Path) -> None:

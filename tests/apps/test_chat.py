@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny
+from helpers.patience import PATIENCE
 from helpers.verbs import call
 
 from tinygptv_ds.apps import chat
@@ -157,7 +158,7 @@ def test_at_a_terminal(exported: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert "the bus" in (tmp_path / "tinygptv_ds/chat_history").read_text()
 
 
-def _read_until(terminal: int, end: bytes | None, timeout: float = 60) -> bytes:
+def _read_until(terminal: int, end: bytes | None, timeout: float = PATIENCE) -> bytes:
     """What appears on the terminal up to `end`; None: until it is closed."""
     seen, until = b"", time.monotonic() + timeout
     while end is None or not seen.endswith(end):

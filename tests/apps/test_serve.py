@@ -16,6 +16,7 @@ import pytest
 import torch
 import uvicorn
 from helpers import tiny
+from helpers.patience import PATIENCE
 from PIL import Image
 
 from tinygptv_ds.apps.serve.request_images import ImageLimits
@@ -49,7 +50,7 @@ def serving(app: object) -> Iterator[str]:
 
 
 def until(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while not happened():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
@@ -339,7 +340,7 @@ def test_who_leaves_ends_his_answer_and_who_is_too_many_is_sent_away(answerer: A
     body = {"model": NAME, "messages": HELLO}
 
     async def scenario(address: str) -> None:
-        async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=address, timeout=PATIENCE) as client:
 
             async def ask(stream: bool) -> None:
                 async with client.stream("POST", "/v1/chat/completions", json=body | {"stream": stream}) as reply:

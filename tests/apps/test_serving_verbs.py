@@ -10,6 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 from helpers import verbs
+from helpers.patience import PATIENCE
 from test_user_errors import ROOT, cli, one_error, python
 
 from tinygptv_ds.apps.demo import demo
@@ -88,7 +89,7 @@ def test_a_server_from_start_to_end(exported: Path) -> None:
                 assert reply.usage.completion_tokens == 3
         assert "'[INST] why? [/INST]'" in server.stdout.readline()
         server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 130
+        assert server.wait(PATIENCE) == 130
     finally:
         server.kill()
         server.stdout.close()

@@ -5,6 +5,8 @@ import os
 import time
 from pathlib import Path
 
+from helpers.patience import PATIENCE
+
 from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.train import loop
 from tinygptv_ds.train.run import Run
@@ -39,7 +41,7 @@ def watched(at: int = -1, number: int = 0, rank: int = 0, after: str = "", pause
 
 
 def wait_for(path: Path) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while not path.exists():
         assert time.monotonic() < until, path
         time.sleep(0.002)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from helpers import tiny
 from helpers.forked import Ranks, started
+from helpers.patience import PATIENCE
 from rank_hangs import hanging, in_step
 
 LOST = 75
@@ -40,7 +41,7 @@ def children(pid: int) -> list[int]:
 
 
 def gone(pids: list[int]) -> bool:
-    until = time.monotonic() + 5
+    until = time.monotonic() + PATIENCE
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
         time.sleep(0.02)
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)

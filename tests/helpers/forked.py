@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from helpers.patience import PATIENCE
 from helpers.written import Written
 from tinygptv_ds.cli import run_command
 
@@ -53,7 +54,7 @@ class Ranks(Written):
         with suppress(ProcessLookupError):
             os.kill(self.processes[rank].pid, number)
 
-    def end(self, timeout: float = 60) -> list[int]:
+    def end(self, timeout: float = PATIENCE) -> list[int]:
         """Wait for the ranks; their exit codes."""
         until = time.monotonic() + timeout
         for process in self.processes:
@@ -64,7 +65,7 @@ class Ranks(Written):
         assert not late, f"{len(late)} rank(s) did not end in {timeout:.0f} s:\n{self.output}"
         return [process.exitcode for process in self.processes]
 
-    def wait_for(self, path: Path, timeout: float = 40) -> None:
+    def wait_for(self, path: Path, timeout: float = PATIENCE) -> None:
         """Until a file is there."""
         until = time.monotonic() + timeout
         while not path.exists():

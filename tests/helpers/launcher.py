@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.patience import PATIENCE
 from helpers.written import Written
 from tinygptv_ds.config.load import load_recipe
 
@@ -72,7 +73,7 @@ def run(
         meanwhile: called next to it with the process id of the command.
     """
     given = ["--recipe", str(recipe), "--run-dir", str(folder), "--deepspeed_config", str(json_file), *options]
-    code, output = _finish([*command, *given], timeout=150, meanwhile=meanwhile)
+    code, output = _finish([*command, *given], timeout=PATIENCE, meanwhile=meanwhile)
     assert code == 0 or not ok, f"{' '.join(command)} ended with {code}:\n{output}"
     return Run(code, output, folder)
 
@@ -117,7 +118,7 @@ def _finish(command: list[str], timeout: float, meanwhile: Callable[[int], None]
     return process.returncode, output
 
 
-def _left_behind(mark: str, patience: float = 5.0) -> list[int]:
+def _left_behind(mark: str, patience: float = 60.0) -> list[int]:
     """Processes of the run that are still there after a moment."""
     until = time.monotonic() + patience
     while (alive := _alive(mark)) and time.monotonic() < until:

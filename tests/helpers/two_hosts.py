@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 NAMES = ("node1", "node2")
 _ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -44,7 +46,7 @@ class Host:
         done = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=True)
         return [int(pid) for pid in done.stdout.split()]
 
-    def strays(self, patience: float = 5.0) -> list[str]:
+    def strays(self, patience: float = 60.0) -> list[str]:
         """The command lines of what runs on it next to sshd, after a moment."""
         until = time.monotonic() + patience
         while (left := self._other_than_sshd()) and time.monotonic() < until:
@@ -96,12 +98,12 @@ class TwoHosts:
             start_new_session=True,
         )
 
-    def run(self, command: Sequence[str], on: int = 0, timeout: float = 120) -> tuple[int, str]:
+    def run(self, command: Sequence[str], on: int = 0, timeout: float = PATIENCE) -> tuple[int, str]:
         """A command on a host, to its end; exit code and output."""
         return finish(self.start(command, on), timeout)
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout: float = PATIENCE) -> tuple[int, str]:
     """Exit code and output of a command; one that does not end in time is killed, which is an error."""
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -202,7 +204,7 @@ def _start_sshd(folder: Path, name: str, space: str, address: str) -> subprocess
 
 
 def _wait_for_ssh(two: TwoHosts) -> None:
-    until = time.monotonic() + 10
+    until = time.monotonic() + PATIENCE
     for name in NAMES:
         while True:
             code, output = two.run(["ssh", "-o", "BatchMode=yes", name, "true"], timeout=10)

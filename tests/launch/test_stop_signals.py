@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from helpers import tiny
 from helpers.launcher import bash_form, deepspeed_form, run
+from helpers.patience import PATIENCE
 
 from tinygptv_ds.train.checkpoint.storage import complete_ones, step_of
 
@@ -19,7 +20,7 @@ def after(path: Path, number: int) -> Callable[[int], None]:
     """Send a signal to one process, no other, once a file is there."""
 
     def send(pid: int) -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + PATIENCE
         while not path.exists() and time.monotonic() < until:
             time.sleep(0.01)
         os.kill(pid, number)

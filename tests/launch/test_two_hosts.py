@@ -13,6 +13,7 @@ import pytest
 from helpers import tiny
 from helpers.forked import ended
 from helpers.launcher import CPU, ROOT
+from helpers.patience import PATIENCE
 from helpers.two_hosts import TwoHosts, finish, two_hosts, why_not
 
 _MISSING = why_not()
@@ -44,7 +45,7 @@ def command(two: TwoHosts, recipe: Path, run: Path, *launcher: str) -> list[str]
 
 
 def wait_for_line(run: Path, number: int, process: subprocess.Popen[str]) -> None:
-    metrics, until = run / "metrics.jsonl", time.monotonic() + 60
+    metrics, until = run / "metrics.jsonl", time.monotonic() + PATIENCE
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < number:
         assert process.poll() is None and time.monotonic() < until, finish(process, 1)[1]
         time.sleep(0.02)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers import verbs
+from helpers.patience import PATIENCE
 from PIL import Image
 
 from tinygptv_ds.config.load import apply_overrides, build_recipe
@@ -307,7 +308,7 @@ def test_without_torch(recipe_file: FILE) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert (done.returncode, done.stderr) == (0, "")

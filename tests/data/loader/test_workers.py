@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.patience import PATIENCE
 from torch.utils.data import Dataset
 
 from tinygptv_ds.data.loader.workers import Workers, WorkersLostError
@@ -37,7 +38,7 @@ def test_a_lost_worker_is_reported_when_its_batch_is_requested() -> None:
     pool = workers(0, 1)
     assert pool.next() == 0
     (process,) = pool._processes
-    until = time.monotonic() + 20
+    until = time.monotonic() + PATIENCE
     while process.is_alive() and time.monotonic() < until:
         time.sleep(0.01)
     time.sleep(0.1)
@@ -61,10 +62,13 @@ def test_an_error_is_no_loss() -> None:
 def test_python_ends_while_a_pool_waits() -> None:
     """The processes ignore SIGTERM, by which Python would end them."""
     leave = "import test_workers; pool = test_workers.workers(0, 0); pool.next()"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])])}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, [*Path(__file__).parents[:1], *Path(__file__).parents[2:4]])),
+    }
     with subprocess.Popen([sys.executable, "-c", leave], env=env, start_new_session=True) as process:
         try:
-            assert process.wait(20) == 0
+            assert process.wait(PATIENCE) == 0
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

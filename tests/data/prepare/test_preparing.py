@@ -14,6 +14,7 @@ from operator import length_hint
 from pathlib import Path
 
 import pytest
+from helpers.patience import PATIENCE
 from PIL import Image
 
 from tinygptv_ds.data.prepare.prepare import prepare, write_samples
@@ -112,7 +113,7 @@ def test_killed_and_resumed(kind: signal.Signals, tmp_path: Path) -> None:
         process.kill()  # the parent alone
     else:
         os.killpg(process.pid, kind)  # as Ctrl-C in a terminal
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=PATIENCE)
     until(lambda: not alive(process.pid))
     if kind == signal.SIGINT:
         assert process.returncode == 130
@@ -131,7 +132,7 @@ def test_killed_and_resumed(kind: signal.Signals, tmp_path: Path) -> None:
 
 
 def until(condition: object) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -220,7 +221,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
     )
     assert done.returncode == 2

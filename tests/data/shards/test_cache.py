@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.patience import PATIENCE
 from helpers.tar_server import TarServer
 
 from tinygptv_ds.data.shards import disk_quota
@@ -77,7 +78,7 @@ def start(target: object, *args: object) -> multiprocessing.Process:
 
 def all_end_well(processes: list) -> None:
     for process in processes:
-        process.join(timeout=30)
+        process.join(timeout=PATIENCE)
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 

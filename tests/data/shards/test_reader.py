@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 
 import pytest
+from helpers.patience import PATIENCE
 
 from tinygptv_ds import retry as storage
 from tinygptv_ds.data.shards.reader import SampleError, ShardReader
@@ -167,6 +168,6 @@ def test_a_used_reader_works_in_another_process(method: str, tmp_path: Path) -> 
     result = context.Queue()
     process = context.Process(target=_read, args=(reader, tar, result))
     process.start()
-    assert result.get(timeout=60) == "k1"
+    assert result.get(timeout=PATIENCE) == "k1"
     process.join()
     assert reader.read(tar, 0).key == "k0"  # the parent's files are still its own

@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from helpers.patience import PATIENCE
 from helpers.tar_server import TarServer
 
 from tinygptv_ds.config.load import build_recipe
@@ -207,7 +208,7 @@ def test_a_forked_process_fetches_as_well(server: TarServer, cache: ShardCache) 
     result = context.Queue()
     process = context.Process(target=_first_answer, args=(shards[1], cache, result))
     process.start()
-    assert result.get(timeout=30) == EXPECTED[SAMPLES]
+    assert result.get(timeout=PATIENCE) == EXPECTED[SAMPLES]
     process.join()
 
 

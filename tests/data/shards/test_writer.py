@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from helpers.patience import PATIENCE
 from helpers.tars import contents
 
 from tinygptv_ds.data.shards.index import sample_counts
@@ -63,4 +64,4 @@ def test_torch_is_imported_by_the_first_sample_at_the_earliest() -> None:
         "import tinygptv_ds.data.shards.writer, tinygptv_ds.data.stream.mixture;"
         "sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=PATIENCE).returncode == 0

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from helpers import tiny
 from helpers.forked import started
+from helpers.patience import PATIENCE
 
 from tinygptv_ds.train.liveness.stop_signals import launchers_of
 
@@ -46,6 +47,7 @@ from pathlib import Path
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.errors import Stopped
 from tinygptv_ds.log import LOGGER, set_up_logging
+from helpers.patience import PATIENCE
 
 def train():
     set_up_logging(0, Path(sys.argv[1]))
@@ -65,7 +67,7 @@ def test_a_console_that_has_gone_stops_nothing(tmp_path: Path) -> None:
     os.close(read)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", STOPPED, str(tmp_path / "log.txt")]
-    done = subprocess.run(command, stdout=write, stderr=write, env=env, check=False, timeout=30)
+    done = subprocess.run(command, stdout=write, stderr=write, env=env, check=False, timeout=PATIENCE)
     os.close(write)
     assert done.returncode == 143
     lines = [line.split(maxsplit=3)[-1] for line in (tmp_path / "log.txt").read_text().splitlines()]
