@@ -47,7 +47,6 @@ from pathlib import Path
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.errors import Stopped
 from tinygptv_ds.log import LOGGER, set_up_logging
-from helpers.patience import PATIENCE
 
 def train():
     set_up_logging(0, Path(sys.argv[1]))
