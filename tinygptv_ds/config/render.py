@@ -1,6 +1,6 @@
 """The comments of the recipes: every key gets the documentation of its field, so that it is written only once.
 
-`python -m tinygptv_ds.config.render` rewrites the comment lines of the stages' recipes. Values, their order and the
+`python -m tinygptv_ds.config.render` rewrites the comment lines of all recipes. Values, their order and the
 remarks behind values stay as they are; a remark says what is particular to a stage (`# published: 17`).
 """
 
@@ -26,8 +26,9 @@ _COMMENT = re.compile(r"\s*#")
 
 
 def recipes() -> list[Path]:
-    """Return the recipes whose comments are rendered: those of the four stages."""
-    return sorted((project_root() / "stages").glob("stage?.yaml"))
+    """Return the recipes whose comments are rendered: those of the four stages and of the quick start."""
+    stages = project_root() / "stages"
+    return sorted([*stages.glob("stage?.yaml"), *stages.glob("tiny/stage?.yaml")])
 
 
 def field_docs(section: type) -> dict[str, str]:
