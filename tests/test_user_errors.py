@@ -84,6 +84,21 @@ def test_a_wrong_recipe_is_reported_before_numpy_is_imported() -> None:
     assert "did you mean batch_size?" in one_error(done)
 
 
+@pytest.mark.parametrize("script", ["tinygptv_ds", "stages/stage1.py", "eval/vqa.py"])
+def test_a_python_without_the_packages_is_recognized(script: str) -> None:
+    """In a shell where the environment is not active: one line that says how to activate it, or to make it."""
+    run = (
+        f"runpy.run_path({script!r}, run_name='__main__')"
+        if "/" in script
+        else "runpy.run_module('tinygptv_ds', run_name='__main__')"
+    )
+    code = f"sys.modules['yaml'] = None; sys.argv[1:] = ['check-data', 'stages/stage1.yaml']; {run}"
+    done = subprocess.run([sys.executable, "-c", WITHOUT + code], cwd=ROOT, capture_output=True, text=True, check=False)
+    message = one_error(done)
+    assert message.count("\n") == 1 and f"{sys.executable} has no package 'yaml'" in message
+    assert "activate" in message or "source launch/setup.sh" in message
+
+
 def test_help_of_the_command_line() -> None:
     done = cli("--help")
     assert done.returncode == 0, done.stderr
