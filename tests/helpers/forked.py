@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -22,8 +23,10 @@ from tinygptv_ds.cli import run_command
 
 ROOT = Path(__file__).parents[2]
 CPU = ROOT / "ds_configs/cpu.json"
+_PRELOADED = "helpers.forked_imports"
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["forked_imports"])
+assert find_spec(_PRELOADED), "the fork server would pass over a name that it cannot import"
+_FORKS.set_forkserver_preload([_PRELOADED])
 
 
 def _start_server() -> None:
