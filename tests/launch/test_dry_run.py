@@ -18,7 +18,7 @@ def test_a_dry_run(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     assert re.search(r"time: \d+\.\d+ s for the last step .* hours at most for all", done.output)
     assert re.search(r"memory: [\d.]+ GiB at its peak", done.output)
     written = re.search(
-        r"would write to (\S+): log and figures; checkpoints of ([\d.]+) MB .* ([\d.]+) MB\n", done.output
+        r"would write to (\S+): log and metrics; checkpoints of ([\d.]+) MB .* ([\d.]+) MB\n", done.output
     )
     assert written is not None and written[1] == str(tmp_path / "run")
     assert float(written[2]) > float(written[3]) > 0

@@ -54,5 +54,5 @@ def test_its_q_former(recipe_file: Callable[..., Path], tmp_path: Path, monkeypa
     assert qformer.keys() <= load_file(tmp_path / "converted.safetensors").keys()
     v0.unlink()
     assert resolve(done.folder).weights()["query_tokens"].read().equal(qformer["query_tokens"])
-    with pytest.raises(WeightsError, match=r"began from .*v0\.pth, which may hold more than this stage trains"):
+    with pytest.raises(WeightsError, match=r"started from .*v0\.pth, which may hold more than this stage trains"):
         resolve_trained(checkpoint)
