@@ -85,7 +85,7 @@ def test_a_host_dies_and_the_doctor(two: TwoHosts, recipe: Callable[..., Path], 
     code, report = two.run(doctor)
     assert code == 0, report
     assert "MISSING" not in report and report.endswith("Training is possible on node1, node2.\n")
-    assert "eth0, as GLOO_SOCKET_IFNAME=eth0 says" in report
+    assert "eth0, as GLOO_SOCKET_IFNAME=eth0 requires" in report
     assert re.search(r"ok +recipe +node1, node2: dataset vqa: 3 shard\(s\), [\d,]+ bytes, 12 samples", report), report
     assert re.findall(r"all-reduce +(\d+) MB \| +[\d.]+ ms", report) == ["1", "4", "16", "64", "181", "256"]
 

@@ -62,7 +62,7 @@ def test_files_are_checked_before_anything_loads(recipe_file: Callable[..., Path
     section = {
         "benchmarks": [{"kind": "gqa", "root": str(tmp_path / "no")}, {"kind": "vqa", "shards": str(tmp_path / "gone")}]
     }
-    with pytest.raises(ConfigError, match=r"(?s)no/gqa/testdev_balanced_questions\.json is not there.*vqa: .*gone"):
+    with pytest.raises(ConfigError, match=r"(?s)no/gqa/testdev_balanced_questions\.json is missing.*vqa: .*gone"):
         parse_job(["--run-dir", str(tmp_path / "run")], recipe_file(evaluation=section))
 
 
