@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from operator import length_hint
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from tinygptv_ds.data.prepare.held_out import HELD_OUT, TRAIN, parse_amount, split_by_image
 from tinygptv_ds.data.prepare.prepare_report import PrepareReport, file_state
 from tinygptv_ds.data.prepare.shard_task import Chunk, make_shard
 from tinygptv_ds.data.prepare.stored_images import Encoding
@@ -45,32 +46,53 @@ def prepare(
     `annotations` and `image_root` are where a user's own files are, if not in `root`. The shards do not depend on the
     number of `workers`. Raises DataError if files are missing, nothing could be used, or `out` holds something else.
     """
-    name = full_name(name)
-    entry = DATASETS[name]
-    if entry.samples is None:
-        raise DataError(how_to_get(name))
-    given = {"annotations": annotations, "image_root": image_root}
-    places = {option: path for option, path in given.items() if path is not None}
-    if places and not entry.own:
-        option = next(iter(places)).replace("_", "-")
-        raise DataError(f"{name} takes no --{option}, its files are below --root\n{how_to_get(name)}")
-    settings = {
-        "dataset": name,
-        "root": str(root.resolve()),
-        **{option: str(path.resolve()) for option, path in places.items()},
-        "limit": limit,
-        "sources": {str(path): file_state(path) for path in _sources(name, root, **places)},
-    }
-    samples = _Lazy(partial(entry.samples, root, **places), limit)
+    source = _Source.of(name, root, annotations, image_root, limit)
     return write_samples(
-        samples,
+        source.samples,
         out,
         samples_per_shard=samples_per_shard,
         total=limit,
-        settings=settings,
+        settings=source.settings,
         encoding=encoding,
         workers=workers,
     )
+
+
+def prepare_split(
+    name: str,
+    root: Path,
+    out: Path,
+    held_out: float | int,
+    *,
+    annotations: Path | None = None,
+    image_root: Path | None = None,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    limit: int | None = None,
+    encoding: Encoding = AS_THEY_ARE,
+    workers: int = 1,
+) -> dict[str, PrepareReport]:
+    """Write dataset `name` as `prepare` does, in two parts that share no image: ``out/train`` and ``out/held_out``.
+
+    `held_out` is a share of the samples (below 1) or a number of them; see `split_by_image`. The reports are named
+    ``train`` and ``held_out``; entries that give no sample are counted by the former. Raises DataError as `prepare`,
+    and if there is too little to split.
+    """
+    if any((out / file).exists() for file in ("report.json", ".preparing")):
+        raise DataError(f"{out}: holds shards made without --held-out; remove it or choose another folder")
+    source = _Source.of(name, root, annotations, image_root, limit)
+    split = cache(lambda: split_by_image(source.samples, image_root or root, held_out))  # only if it is needed
+    return {
+        side: write_samples(
+            _Lazy(lambda side=side: split().choose(source.samples, side)),
+            out / side,
+            samples_per_shard=samples_per_shard,
+            total=None,
+            settings={**source.settings, "held_out": held_out, "side": side},
+            encoding=encoding,
+            workers=workers,
+        )
+        for side in (TRAIN, HELD_OUT)
+    }
 
 
 def prepare_digits(
@@ -178,10 +200,41 @@ class _Lazy:
     """Samples whose annotation files are read on iteration: not at all if the shards are already made."""
 
     read: Callable[[], Iterator[Entry]]
-    limit: int | None
+    limit: int | None = None
 
     def __iter__(self) -> Iterator[Entry]:
         return self.read() if self.limit is None else islice(self.read(), self.limit)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A dataset's samples, and the settings on which its shards depend."""
+
+    samples: _Lazy
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, name: str, root: Path, annotations: Path | None, image_root: Path | None, limit: int | None
+    ) -> "_Source":
+        """Check that the files of dataset `name` are there. Raises DataError with where to get them."""
+        name = full_name(name)
+        entry = DATASETS[name]
+        if entry.samples is None:
+            raise DataError(how_to_get(name))
+        given = {"annotations": annotations, "image_root": image_root}
+        places = {option: path for option, path in given.items() if path is not None}
+        if places and not entry.own:
+            option = next(iter(places)).replace("_", "-")
+            raise DataError(f"{name} takes no --{option}, its files are below --root\n{how_to_get(name)}")
+        settings = {
+            "dataset": name,
+            "root": str(root.resolve()),
+            **{option: str(path.resolve()) for option, path in places.items()},
+            "limit": limit,
+            "sources": {str(path): file_state(path) for path in _sources(name, root, **places)},
+        }
+        return cls(_Lazy(partial(entry.samples, root, **places), limit), settings)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -205,6 +258,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="use only the first entries")
     parser.add_argument(
+        "--held-out",
+        metavar="AMOUNT",
+        help="hold out this share of the samples (0.1) or this many (500), by image: shards in OUT/train, OUT/held_out",
+    )
+    parser.add_argument(
         "--max-side", type=int, metavar="PIXELS", help="scale larger images down to this; others stay as they are"
     )
     parser.add_argument(
@@ -222,12 +280,20 @@ def run(args: argparse.Namespace) -> None:
         "encoding": Encoding(args.max_side, args.jpeg_quality),
         "workers": args.workers,
     }
+    places = {"annotations": args.annotations, "image_root": args.image_root}
     if args.name == "digits":
+        if args.held_out is not None:
+            raise DataError("digits takes no --held-out: it is made with a test part next to each train part")
         reports = prepare_digits(args.out, **options)
+    elif args.held_out is not None:
+        amount = parse_amount(args.held_out)
+        parts = prepare_split(args.name, args.root, args.out, amount, **places, **options)
+        reports = {f"{args.name}/{side}": parts[side] for side in (TRAIN, HELD_OUT)}
     else:
-        places = {"annotations": args.annotations, "image_root": args.image_root}
         reports = {args.name: prepare(args.name, args.root, args.out, **places, **options)}
     for name, report in reports.items():
         print(f"{name}: {report}" + (" (was already there)" if report.reused else ""))
         if report.skipped:
             print("  report.json next to the shards lists the skipped entries")
+    if args.held_out is not None:
+        print(f"no image is in both parts; train on {args.out / TRAIN}, evaluate on {args.out / HELD_OUT}")
