@@ -43,6 +43,7 @@ def phi_sizes(recipe: Recipe) -> tuple[dict[str, int], str]:
     if not path.is_file():
         return {}, f"published sizes of Phi-2, ViT and Q-Former ({path} does not exist)"
     phi = _read_json(path)
+    phi = phi.get("text_config", phi) if isinstance(phi, dict) else phi  # of an exported model
     missing = [name for name in _PHI_SIZES if not _is_size(phi, name)]
     if missing:
         raise ConfigError(

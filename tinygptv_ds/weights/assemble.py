@@ -46,7 +46,9 @@ def build_model(
     config = model_config(section, text)
     trained = None
     if section.init_from is not None:
-        trained = fitting_source(meta_model(config), Path(section.init_from), section.allow_missing)
+        trained = fitting_source(
+            meta_model(config), Path(section.init_from), section.allow_missing, base=Path(section.phi)
+        )
     parts = [PARTS[name] for name in section.train or ()]
     model = assemble(config, base_paths(section), trained, frozen_dtype=frozen_dtype, trainable=parts)
     model.attention = section.attention
@@ -66,7 +68,7 @@ def build_vision(
     model = meta_model(config).to(frozen_dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     trained = None
     if section.init_from is not None:
-        trained = fitting_source(model, Path(section.init_from), section.allow_missing)
+        trained = fitting_source(model, Path(section.init_from), section.allow_missing, base=Path(section.phi))
     sources = _sources(_shapes(model), config, base_paths(section), trained)
     model.language_model = model.llama_proj = model.llama_proj2 = None
     model.to_empty(device="cpu")

@@ -71,7 +71,9 @@ def write_model(
     write_provenance(folder, {**notes, "sha256": {WEIGHTS: sha256(folder / WEIGHTS)}})
 
 
-def fitting_source(model: nn.Module, path: Path, allow_missing: Collection[str] = ()) -> Source:
+def fitting_source(
+    model: nn.Module, path: Path, allow_missing: Collection[str] = (), base: Path | None = None
+) -> Source:
     """Return trained weights that fit a model, checked by name and shape but not read yet.
 
     Projections, norms and, if the model has it, LoRA must all be there; other weights (the Q-Former that the first
@@ -81,12 +83,15 @@ def fitting_source(model: nn.Module, path: Path, allow_missing: Collection[str] 
         model: the model, which may be on the meta device.
         path: anything that `open_any` opens.
         allow_missing: names of `PARTS` that the file may lack.
+        base: where the model's Phi comes from. If that is `path`, an exported model whose LoRA is merged into its Phi
+            will do, since nothing of it is lost.
 
     Raises:
         WeightsError: a key is missing, unknown or of another shape, or LoRA does not fit the model's.
     """
     opened = open_any(Path(path))
-    source = whole_source(opened, init_from_of(opened))
+    merged_in_base = base is not None and base.resolve() == Path(path).resolve()
+    source = whole_source(opened, init_from_of(opened), merged_in_base=merged_in_base)
     check_fit(model, opened, source, allow_missing)
     return source
 
@@ -99,11 +104,15 @@ def check_fit(model: nn.Module, opened: Opened, source: Source, allow_missing: C
     _check_trained({name: tuple(p.shape) for name, p in model.named_parameters()}, source, allow_missing)
 
 
-def trained_source(opened: Opened) -> Source:
+def trained_source(opened: Opened, *, merged_in_base: bool = False) -> Source:
     """Return the trained weights that a file or folder holds under canonical names.
 
+    Args:
+        opened: the file or folder.
+        merged_in_base: whether the model's Phi is this exported one, so that LoRA merged into it is there.
+
     Raises:
-        WeightsError: it holds something else, or a model whose LoRA is merged into its base.
+        WeightsError: it holds something else, or a model whose LoRA is merged into a base that is not used.
     """
     if opened.kind not in ("trained", "projection", "model"):
         place = {"phi": "phi", "eva_vit": "eva_vit", "blip2": "qformer"}[opened.kind]
@@ -114,11 +123,16 @@ def trained_source(opened: Opened) -> Source:
     source = original_source(opened.stored, opened.path)
     if opened.kind != "model":
         return Source(opened.path, source.weights, [*source.ignored, *opened.ignored])
-    if opened.notes.get("lora") in ("merged", "dropped"):
-        what = "LoRA merged into its base" if opened.notes["lora"] == "merged" else "LoRA left out"
+    lora_form = opened.notes.get("lora")
+    if lora_form == "dropped" or (lora_form == "merged" and not merged_in_base):
+        what = "LoRA merged into its base" if lora_form == "merged" else "LoRA left out"
+        itself = (
+            "; or let model.phi, model.eva_vit and model.qformer name this folder, too, with "
+            "model.allow_missing=[lora], as `tinygptv-ds finetune` does"
+        )
         raise WeightsError(
             f"{opened.path} is an exported model with {what}, from which a stage cannot start; name the run that it "
-            "comes from, or export it with --to adapter or --keep-lora"
+            f"comes from, or export it with --to adapter or --keep-lora{itself if lora_form == 'merged' else ''}"
         )
     frozen_updates = set(opened.notes.get("frozen_updates", ()))
     wanted = {name for name in source.weights if is_trainable(name) or name in frozen_updates}
@@ -126,22 +140,24 @@ def trained_source(opened: Opened) -> Source:
     return Source(opened.path, {n: t for n, t in source.weights.items() if n in wanted}, base)
 
 
-def whole_source(opened: Opened, init_from: str | None) -> Source:
+def whole_source(opened: Opened, init_from: str | None, *, merged_in_base: bool = False) -> Source:
     """Return what `trained_source` does and, for a checkpoint, what only `init_from` held: also part of the model.
 
     Args:
         opened: the file or folder.
         init_from: what the stage started from, by its recipe.
+        merged_in_base: as of `trained_source`.
 
     Raises:
         WeightsError: as of `trained_source`, or `init_from` is no longer there.
     """
-    source = trained_source(opened)
+    source = trained_source(opened, merged_in_base=merged_in_base)
     if not opened.of_one_stage or init_from is None:
         return source
     try:
         before = open_any(Path(init_from))
-        carried = whole_source(before, init_from_of(before))
+        # The run has started from it, so its Phi was the right one.
+        carried = whole_source(before, init_from_of(before), merged_in_base=True)
     except WeightsError as error:
         raise WeightsError(
             f"{opened.path} started from {init_from}, which may hold more than this stage trains: {error}. Put it "

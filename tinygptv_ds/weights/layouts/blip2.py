@@ -31,6 +31,7 @@ _UNUSED = re.compile(
     r"|Qformer\.cls\."
     r"|(t5_proj|opt_proj|llm_proj|language_projection|t5_model|opt_model|llm_model|language_model)\."
     r"|(visual_encoder|vision_model)\."
+    r"|llama_proj2?\."  # of an exported model, whose other parts are not the Q-Former's either
     r"|(vision_proj|text_proj|vision_projection|text_projection|itm_head)\.|temp$"
 )
 _LAYER = r"qformer\.encoder\.layer\.(\d+)\."

@@ -13,6 +13,7 @@ from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.models.configuration import EvaViTConfig
 from tinygptv_ds.models.eva_vit import interpolate_pos_embed
 from tinygptv_ds.weights.io import Stored, listing, open_weights
+from tinygptv_ds.weights.layouts.exported import part_of_exported
 from tinygptv_ds.weights.source import Source, rename_all
 
 PREFIX = "visual_encoder."
@@ -23,7 +24,7 @@ def eva_config(path: Path, *, image_size: int, depth: int, heads: int) -> EvaViT
     """Return the ViT's sizes: width, MLP and patch from the file's shapes, the rest as given.
 
     Args:
-        path: the weights.
+        path: the weights, which may be those of an exported model.
         image_size: side of the model's input images in pixels.
         depth: blocks to use; the published file has one more than BLIP-2 uses.
         heads: attention heads.
@@ -31,7 +32,7 @@ def eva_config(path: Path, *, image_size: int, depth: int, heads: int) -> EvaViT
     Raises:
         WeightsError: the file is not an EVA ViT, has too few blocks, or its sizes do not fit.
     """
-    stored = open_weights(path)
+    stored = part_of_exported(open_weights(path), PREFIX)
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     missing = [name for name in needed if name not in stored]
     if missing:
@@ -73,7 +74,7 @@ def eva_source(path: Path, config: EvaViTConfig) -> Source:
         unused = block is not None and int(block[1]) >= config.num_hidden_layers
         return None if unused else canonical_name(name)
 
-    source = rename_all(open_weights(path), rename, path)
+    source = rename_all(part_of_exported(open_weights(path), PREFIX), rename, path)
     return Source(path, resized(source.weights, config.image_size, path), source.ignored)
 
 

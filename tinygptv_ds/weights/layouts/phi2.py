@@ -21,6 +21,7 @@ from transformers import PhiConfig
 
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.weights.io import Stored, listing, open_weights, read_json
+from tinygptv_ds.weights.layouts.exported import part_of_exported, text_config_of
 from tinygptv_ds.weights.source import Source, rename_all
 
 PREFIX = "language_model."
@@ -101,13 +102,13 @@ def phi_source(folder: Path, heads: int) -> Source:
     """Return a folder's weights under canonical names, with fused query_key_value.
 
     Args:
-        folder: the folder of the weights, which are in one file or in shards.
+        folder: the folder of the weights, which are in one file or in shards, or an exported model.
         heads: attention heads, from the folder's config.json.
 
     Raises:
         WeightsError: files are missing or damaged, or of no known layout.
     """
-    return to_canonical(open_weights(folder), heads, folder)
+    return to_canonical(part_of_exported(open_weights(folder), PREFIX), heads, folder)
 
 
 def to_canonical(stored: Mapping[str, Stored], heads: int, path: Path) -> Source:
@@ -225,7 +226,7 @@ def phi_config(folder: Path) -> PhiConfig:
         WeightsError: the file is missing or incomplete, or sets something that this model does not support.
     """
     path = folder / "config.json"
-    return parse_config(read_json(path), path)
+    return parse_config(dict(text_config_of(read_json(path))), path)
 
 
 def parse_config(raw: dict[str, Any], path: Path) -> PhiConfig:
