@@ -21,10 +21,9 @@ from tinygptv_ds.data.shards.remote import Shard
 from tinygptv_ds.data.shards.tar import SKIPPED
 from tinygptv_ds.data.shards.writer import add_sample, open_tar
 from tinygptv_ds.dtypes import DTYPES
-from tinygptv_ds.errors import DataError
 from tinygptv_ds.files import whole_file
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.image import to_pixels
+from tinygptv_ds.processing.image import ImageError, to_pixels
 
 _OF_THE_STORAGE = ("unreadable", "unreadable_shard", "truncated")  # another time the sample may be whole
 
@@ -96,8 +95,8 @@ def load_slot(reader: ShardReader, tar: Shard, index: int, image_size: int) -> S
         return skipped(error.reason, str(error))
     try:
         pixels = [to_pixels(image, image_size) for image in images]
-    except DataError as error:
-        return skipped("corrupt_image", f"{tar}: sample {key}: {error}")
+    except ImageError as error:
+        return skipped(error.reason, f"{tar}: sample {key}: {error}")
     return Slot(key, members, np.stack(pixels) if pixels else none)
 
 

@@ -17,7 +17,7 @@ from tinygptv_ds.data.stream.mixture import SampleRef, sample_rng, step_rng
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.features.format import FeatureShape
-from tinygptv_ds.processing.image import to_pixels
+from tinygptv_ds.processing.image import ImageError, to_pixels
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, TokenRow, build_sequence
 from tinygptv_ds.processing.text import Draw, Rendered, render
 
@@ -150,8 +150,8 @@ def decode_sample(draft: SampleDraft, tokens: Tokens, features: FeatureShape | N
         return Sample(draft.ref, draft.sequence, _NO_PIXELS, read_features(draft.images, features, draft.where))
     try:
         pixels = [to_pixels(image, tokens.image_size, tokens.decoding) for image in draft.images]
-    except DataError as error:
-        raise SampleError("corrupt_image", f"{draft.where}: {error}") from error
+    except ImageError as error:
+        raise SampleError(error.reason, f"{draft.where}: {error}") from error
     return Sample(draft.ref, draft.sequence, _stack(pixels))
 
 

@@ -21,6 +21,8 @@ REASONS = (
     "missing_image",
     "ambiguous_images",
     "corrupt_image",
+    "unsupported_image",
+    "unsupported_depth",
     "truncated",
     "unreadable",
     "unreadable_shard",
