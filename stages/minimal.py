@@ -33,6 +33,7 @@ from tinygptv_ds.distributed import complete_env, ranks_from_env
 from tinygptv_ds.models.parameters import lora, norms, projections, train_only, weight_decay_groups
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.transfer import model_inputs
+from tinygptv_ds.train.untouched import LeaveUntouched
 from tinygptv_ds.weights.assemble import build_model
 from tinygptv_ds.weights.provenance import provenance_of
 from tinygptv_ds.weights.trained import save_trained
@@ -110,6 +111,7 @@ def main() -> list[float]:
     groups = weight_decay_groups(model, WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=device.type == "cuda")
     sizes = {"train_micro_batch_size_per_gpu": MICRO_BATCH_SIZE, "gradient_accumulation_steps": accumulation}
+    untouched = LeaveUntouched(optimizer, device)  # AdamW passes over the projections in a step without images
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**DEEPSPEED, **sizes})
 
     losses = []
@@ -120,7 +122,10 @@ def main() -> list[float]:
         torch.manual_seed(SEED + step * ranks.world_size + ranks.rank)  # of dropout
         step_batches = [next(batches).batch.to(device) for _ in range(accumulation)]
         # The loss is the mean over the target tokens of the whole step: of all ranks and micro-batches.
-        targets = sum_over_ranks(torch.tensor(float(sum(len(b.targets) for b in step_batches)), device=device))
+        counts = [sum(len(b.targets) for b in step_batches), sum(b.images for b in step_batches)]
+        totals = sum_over_ranks(torch.tensor(counts, dtype=torch.float32, device=device))
+        untouched.begin_step(totals)
+        targets = totals[0]
         total = torch.zeros((), dtype=torch.float64, device=device)
         for batch in step_batches:
             output = engine(**model_inputs(batch))

@@ -26,6 +26,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     _generate_language_model(metafunc)
     _generate_full_model(metafunc)
     _generate_datasets(metafunc)
+    if "training_set" in metafunc.fixturenames:
+        sets = sorted((_folder(metafunc.config) / "training").glob("*/recipe.json"))
+        metafunc.parametrize("training_set", [path.parent.name for path in sets])
 
 
 def _generate_language_model(metafunc: pytest.Metafunc) -> None:

@@ -20,7 +20,7 @@ from tinygptv_ds.data.loader.batch import MicroBatch, collate
 from tinygptv_ds.data.loader.sample import Sample
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.distributed import Ranks
-from tinygptv_ds.models.parameters import lora, norms, projections, train_only
+from tinygptv_ds.models.parameters import lora, norms, projections, train_only, weight_decay_groups
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 from tinygptv_ds.train.engine import Engine
@@ -30,6 +30,7 @@ from tinygptv_ds.train.metrics.stopwatch import Stopwatch
 from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.step import optimizer_step
 from tinygptv_ds.train.transfer import Transfer
+from tinygptv_ds.train.untouched import LeaveUntouched
 
 # Reading a value; shapes that depend on values; a tensor of the host's values, which is then copied to the device.
 WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "lift_fresh"}
@@ -95,6 +96,7 @@ def test_a_step(source: str, raw_recipe: Callable[..., dict[str, Any]]) -> None:
         torch.device("cpu"),
         None,
     )
+    engine.untouched = LeaveUntouched(torch.optim.AdamW(weight_decay_groups(model, 0.05)), engine.device)
     engine.forward_clock = Stopwatch(engine.device)
     engine.ranks = Ranks(0, 0, 1, 1)
     job = SimpleNamespace(recipe=build_recipe(raw_recipe(), "test"), ranks=engine.ranks)

@@ -77,12 +77,15 @@ def test_rates_by_part(built: Callable[..., Any]) -> None:
         (1.0, 0.0),
         (0.5, 0.05),
         (0.5, 0.0),
+        (1.0, 0.05),
+        (1.0, 0.0),
         (0.1, 0.05),
         (0.1, 0.0),
     ]
+    assert [g["needs_images"] for g in groups] == [False] * 4 + [True] * 4
     members = [{names[id(p)] for p in group["params"]} for group in groups]
     assert sum(map(len, members)) == len(names)
-    assert members[4] | members[5] == set(filter(PARTS["qformer"], names.values()))
+    assert members[6] | members[7] == set(filter(PARTS["qformer"], names.values()))
     assert members[2] | members[3] == {n for n in names.values() if PARTS["llm"](n) and not norms(n)}
 
 

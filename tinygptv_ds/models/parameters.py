@@ -34,6 +34,11 @@ def norms(name: str) -> bool:
     return _NORM_WEIGHTS.fullmatch(name) is not None
 
 
+def needs_images(name: str) -> bool:
+    """Return whether a parameter has a gradient only where there are images: all that comes before Phi."""
+    return vision(name) or projections(name)
+
+
 def lora(name: str) -> bool:
     """Return whether a parameter is LoRA's A or B."""
     return ".lora_A." in name or ".lora_B." in name
@@ -127,21 +132,30 @@ def decays(name: str, dimensions: int) -> bool:
 def weight_decay_groups(
     model: nn.Module, weight_decay: float, lr_scale: Mapping[str, float] | None = None
 ) -> list[dict]:
-    """Return AdamW's parameter groups: for each learning-rate factor one with weight decay and one without.
+    """Return AdamW's parameter groups: for each learning-rate factor with and without weight decay, of Phi and before.
 
     Args:
         model: the model.
         weight_decay: the value for those that have it.
-        lr_scale: learning-rate factors by name of `PARTS`, 1 where none is given. Each group has its own as `lr_scale`.
+        lr_scale: learning-rate factors by name of `PARTS`, 1 where none is given.
+
+    Returns:
+        the groups, those of Phi first; besides torch's keys each has its factor as `lr_scale`, and `needs_images`,
+        whether only images give it a gradient.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = not decays(name, len(getattr(parameter, "ds_shape", parameter.shape)))
-            groups.setdefault((_scale(name, lr_scale), plain), []).append(parameter)
+            groups.setdefault((needs_images(name), -_scale(name, lr_scale), plain), []).append(parameter)
     return [
-        {"params": groups[scale, plain], "weight_decay": 0.0 if plain else weight_decay, "lr_scale": scale}
-        for scale, plain in sorted(groups, key=lambda key: (-key[0], key[1]))
+        {
+            "params": groups[of_images, scale, plain],
+            "weight_decay": 0.0 if plain else weight_decay,
+            "lr_scale": -scale,
+            "needs_images": of_images,
+        }
+        for of_images, scale, plain in sorted(groups)
     ]
 
 

@@ -25,6 +25,7 @@ from tinygptv_ds.models.parameters import weight_decay_groups
 from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.loss_scale import LossScale
 from tinygptv_ds.train.metrics.stopwatch import Stopwatch
+from tinygptv_ds.train.untouched import LeaveUntouched
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, under the names that torch gives them
 
@@ -77,6 +78,7 @@ class Engine:
         precision: "bf16", "fp16" or "fp32".
         zero_stage: 1, 2 or 3.
         attention: the attention backend in use.
+        untouched: keeps AdamW from moving what a step has not touched.
         scale: the loss scale under autocast in fp16, else None.
         forward_clock: times this rank's forward passes.
         skipped_before: optimizer steps skipped before this engine was created.
@@ -98,9 +100,11 @@ class Engine:
         groups = weight_decay_groups(model, optimizer.weight_decay, optimizer.lr_scale)
         beta1, beta2 = optimizer.betas
         adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=(beta1, beta2), fused=self.device.type == "cuda")
+        self.untouched = LeaveUntouched(adamw, self.device)
         with _quiet_stdout(1):
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
         self.module: TinyGPTVForConditionalGeneration = self.deepspeed.module
+        _cast_buffers(self.module)
         autocast_fp16 = getattr(self.deepspeed.optimizer, "torch_autocast_gradscaler", None) is not None
         self.scale = LossScale(self.deepspeed.optimizer) if autocast_fp16 else None
         self.forward_clock = Stopwatch(self.device)
@@ -113,6 +117,17 @@ class Engine:
         """Set the learning rate of the next optimizer step; each parameter group scales it by its `lr_scale`."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
+
+    def begin_step(self, *, targets: int, images: int) -> Tensor:
+        """Sum this rank's target tokens and images of a step over all ranks; returns the targets, fp32, on the device.
+
+        Without images in the whole step the optimizer passes over what comes before Phi, without targets over all.
+        """
+        # Filled in on the device: torch.tensor would wait for what is queued there.
+        counts = [torch.full((), float(count), device=self.device) for count in (targets, images)]
+        totals = self.all_reduce(torch.stack(counts))
+        self.untouched.begin_step(totals)
+        return totals[0]
 
     def set_boundary(self, at_boundary: bool) -> None:
         """Declare whether the next micro-batch is the last of its step; packing decides how many there are."""
@@ -196,20 +211,29 @@ class Engine:
 
     @property
     def optimizer_steps(self) -> int:
-        """The steps that AdamW's bias correction counts: those of this cycle that were not skipped."""
-        return int(next(iter(self._adamw.state.values()))["step"]) if self._adamw.state else 0
+        """The steps of this cycle that AdamW's bias correction counts for Phi: those not skipped, with targets."""
+        return self._counted(of_images=False)
 
-    def set_optimizer_steps(self, steps: int) -> None:
-        """Set the count of `optimizer_steps`, e.g. from a checkpoint."""
-        for state in self._adamw.state.values():
-            state["step"].fill_(steps)
+    @property
+    def image_steps(self) -> int:
+        """As `optimizer_steps`, for what comes before Phi: of those steps, the ones with images."""
+        return self._counted(of_images=True)
+
+    def _counted(self, *, of_images: bool) -> int:
+        counts = {self.untouched.needs_images(p): int(state["step"]) for p, state in self._adamw.state.items()}
+        return counts.get(of_images, max(counts.values(), default=0))  # where nothing of this kind is trained
+
+    def set_optimizer_steps(self, steps: int, image_steps: int) -> None:
+        """Set the counts of `optimizer_steps` and `image_steps`, e.g., from a checkpoint."""
+        for parameter, state in self._adamw.state.items():
+            state["step"].fill_(image_steps if self.untouched.needs_images(parameter) else steps)
 
     def reset_optimizer(self) -> None:
         """Reset the optimizer to its state before the first step and keep the weights. Call on all ranks."""
         shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self.trained_parameters()}
         for moment in MOMENTS:
             self.set_moments(moment, lambda name: torch.zeros(shapes[name]))
-        self.set_optimizer_steps(0)
+        self.set_optimizer_steps(0, 0)
         if self.scale is not None:
             self.scale.set(LossScale.START, 0)
 
@@ -239,3 +263,13 @@ class Engine:
                 yield self.module
         finally:
             self.module.train()
+
+
+def _cast_buffers(model: TinyGPTVForConditionalGeneration) -> None:
+    """Cast the ViT's buffers to the dtype of its parameters: timm joins a bias that is fixed at zero with trained ones.
+
+    DeepSpeed 0.19 casts parameters to bf16 or fp16, but leaves buffers. Remove when it casts them as well.
+    """
+    dtype = next(model.visual_encoder.parameters()).dtype
+    for buffer in model.visual_encoder.buffers():
+        buffer.data = buffer.data.to(dtype)

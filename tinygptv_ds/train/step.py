@@ -34,11 +34,10 @@ def optimizer_step(
     """
     engine, recipe = run.engine, run.recipe
     batches = [transfer(micro_batch.batch) for micro_batch in micro_batches]
-    divisor = None
-    if recipe.train.loss_reduction == "step_mean":
-        targets = sum(len(batch.targets) for batch in batches)
-        # Filled in on the device: torch.tensor would wait for what is queued there.
-        divisor = engine.all_reduce(torch.full((), float(targets), device=engine.device)).clamp(min=1)
+    targets = engine.begin_step(
+        targets=sum(len(batch.targets) for batch in batches), images=sum(batch.images for batch in batches)
+    )
+    divisor = targets.clamp(min=1) if recipe.train.loss_reduction == "step_mean" else None
     if begins_cycle(step, recipe):
         engine.reset_optimizer()
     engine.set_learning_rate(learning_rate_of_step(step, recipe))

@@ -49,6 +49,11 @@ class Batch:
     sample_ids: tuple[SampleRef, ...]
     image_features: Tensor | None = None
 
+    @property
+    def images(self) -> int:
+        """Number of images, in pixels or as features."""
+        return len(self.pixel_values if self.image_features is None else self.image_features)
+
     def to(self, device: torch.device) -> Batch:
         """Copy all tensors to a device, without waiting where the memory is pinned."""
         return self._map(lambda t: t.to(device, non_blocking=True))

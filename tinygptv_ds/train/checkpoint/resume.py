@@ -108,7 +108,8 @@ def restore_optimizer(engine: Engine, checkpoint: Checkpoint) -> int:
     for moment in MOMENTS:
         engine.set_moments(moment, partial(checkpoint.tensor, moment))
     state = checkpoint.state
-    engine.set_optimizer_steps(state["optimizer_steps"])
+    # Up to version 0.1 every step counted for all parameters alike.
+    engine.set_optimizer_steps(state["optimizer_steps"], state.get("image_steps", state["optimizer_steps"]))
     engine.skipped_before = state.get("skipped_steps", state["step"] - state["optimizer_steps"])
     if engine.scale is not None and state["loss_scale"] is not None:
         engine.scale.set(*state["loss_scale"])
@@ -208,6 +209,7 @@ def _open_deepspeed(folder: Path, ranks_folder: Path) -> Checkpoint:
     state = {
         "step": noted.get("step", found.step),
         "optimizer_steps": noted.get("optimizer_steps", found.optimizer_steps),
+        "image_steps": noted.get("image_steps", noted.get("optimizer_steps", found.image_steps)),
         "skipped_steps": noted.get("skipped_steps", 0),
         "loss_scale": noted.get("loss_scale"),
         "must_match": noted.get("must_match"),

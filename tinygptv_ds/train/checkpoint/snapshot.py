@@ -27,6 +27,7 @@ def take_snapshot(
         "step": step,
         "samples": step * batch_size,
         "optimizer_steps": engine.optimizer_steps,
+        "image_steps": engine.image_steps,
         "skipped_steps": engine.skipped_steps,
         "loss_scale": None if engine.scale is None else [engine.scale.value, engine.scale.good_steps],
         "world_size": engine.ranks.world_size,

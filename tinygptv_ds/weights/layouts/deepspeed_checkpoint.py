@@ -58,9 +58,13 @@ class DeepSpeedCheckpoint:
 
     @property
     def optimizer_steps(self) -> int:
-        """The number of steps that AdamW has counted."""
-        step = _adam_state(self.optimizers[0])[0]["step"]
-        return int(step.read() if isinstance(step, Stored) else step)
+        """The number of steps that AdamW has counted for its first parameter group."""
+        return _steps(_adam_state(self.optimizers[0])[0])
+
+    @property
+    def image_steps(self) -> int:
+        """The number of steps that it has counted for the last group; with groups as here, the steps with images."""
+        return _steps(_adam_state(self.optimizers[0])[-1])
 
 
 class _Inert:
@@ -188,6 +192,10 @@ def _adam_state(optimizer: dict) -> list[dict]:
     zero3 = _number(optimizer["zero_stage"]) == 3
     states = optimizer["optimizer_state_dict" if zero3 else "base_optimizer_state"]["state"]
     return [states[number] for number in sorted(states)]
+
+
+def _steps(state: dict) -> int:
+    return int(state["step"].read() if isinstance(state["step"], Stored) else state["step"])
 
 
 def _join_zero2(
