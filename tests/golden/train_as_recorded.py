@@ -1,4 +1,4 @@
-"""Trains a model of the reference data on the recorded samples, step by step, with the project's own engine and step."""
+"""Trains a model of the reference data on the recorded samples, step by step, with the engine of the project."""
 
 import json
 import tarfile
