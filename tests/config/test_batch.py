@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygptv_ds.config.recipe import TrainSection
+from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import ConfigError
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygptv_ds.config.data_section import DataSection, DatasetSection
-from tinygptv_ds.config.recipe import ModelSection, OptimizerSection, Recipe, TrainSection
+from tinygptv_ds.config.recipe import ModelSection, OptimizerSection, Recipe
+from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.schedule import begins_cycle, learning_rate, learning_rate_of_step
 
@@ -42,6 +43,27 @@ def test_wsd() -> None:
     assert curve[15:] == pytest.approx([1.0, 0.82, 0.64, 0.46, 0.28, 0.1])
 
 
+def test_step_decay() -> None:
+    """As in LAVIS: a warm-up within the first epoch, then `lr` times the rate at every epoch, down to `min_lr`."""
+    curve = rates(22, schedule="step", decay_rate=0.5, warmup_steps=4)
+    assert curve[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert curve[5:] == [0.5] * 5 + [0.25] * 5 + [0.125] * 5 + [0.1] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "step"}, r"schedule step needs an optimizer\.decay_rate between 0 and 1"),
+        ({"schedule": "step", "decay_rate": 1.5}, r"schedule step needs an optimizer\.decay_rate between 0 and 1"),
+        ({"decay_rate": 0.5}, r"optimizer\.decay_rate is of the schedule step"),
+        ({"schedule": "step", "decay_rate": 0.5, "warmup_steps": 6}, r"within its first epoch of 5 steps"),
+    ],
+)
+def test_mistakes_of_step_decay(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe(1, **options)
+
+
 @given(
     schedule=st.sampled_from(["cosine", "constant", "wsd"]),
     lr=st.floats(1e-6, 1e-2),
@@ -73,7 +95,7 @@ def recipe(cycles: int, **optimizer: object) -> Recipe:
         stage=1,
         model=ModelSection("p", "e", "q"),
         data=DataSection([DatasetSection("a", "a")]),
-        optimizer=OptimizerSection(lr=1e-4, min_lr=8e-5, warmup_steps=3, **optimizer),
+        optimizer=OptimizerSection(**{"lr": 1e-4, "min_lr": 8e-5, "warmup_steps": 3, **optimizer}),
         train=TrainSection(batch_size=2, micro_batch_size=2, epochs=2, steps_per_epoch=5, cycles=cycles),
     )
 

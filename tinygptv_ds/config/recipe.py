@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from tinygptv_ds.config.data_section import DataSection
 from tinygptv_ds.config.evaluation_section import EvaluationSection
 from tinygptv_ds.config.nearest import nearest
-from tinygptv_ds.errors import ConfigError, require
+from tinygptv_ds.config.train_section import TrainSection
+from tinygptv_ds.errors import require
 
 PARTS = {
     "projections": "the two linear layers between Q-Former and Phi",
@@ -142,7 +143,7 @@ class TextSection:
         require(self.prompt_per in ("sample", "step"), "text.prompt_per must be sample or step")
 
 
-SCHEDULES = ("published", "cosine", "constant", "wsd")
+SCHEDULES = ("published", "cosine", "constant", "wsd", "step")
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,14 @@ class OptimizerSection:
     schedule: str = "published"
     """published: a warm-up that counts steps within an epoch, then a cosine since step 0, as the original computes it.
     The others warm up once, from the start: cosine then falls to `min_lr` at the last step, constant stays at `lr`,
-    wsd (warm-up, stable, decay) stays there until the last `decay_steps` and then falls to `min_lr` linearly."""
+    wsd (warm-up, stable, decay) stays there until the last `decay_steps` and then falls to `min_lr` linearly, step is
+    multiplied by `decay_rate` at every epoch, down to `min_lr` (linear_warmup_step_lr of LAVIS)."""
 
     decay_steps: int = 0
     """Steps of the decay at the end, for the schedule wsd only."""
+
+    decay_rate: float = 1.0
+    """Factor on the learning rate at every epoch of `train.steps_per_epoch`, for the schedule step only."""
 
     lr_scale: dict = field(default_factory=dict)
     """Factors on the learning rate by part (as in model.train; the first that a parameter belongs to), e.g. {qformer:
@@ -193,136 +198,17 @@ class OptimizerSection:
         wsd = self.schedule == "wsd"
         require(self.decay_steps > 0 or not wsd, "optimizer.schedule wsd needs optimizer.decay_steps above 0")
         require(self.decay_steps == 0 or wsd, "optimizer.decay_steps is of the schedule wsd; leave it 0 for others")
+        step = self.schedule == "step"
+        require(self.decay_rate == 1 or step, "optimizer.decay_rate is of the schedule step; leave it 1 for others")
+        require(
+            0 < self.decay_rate < 1 or not step,
+            "optimizer.schedule step needs an optimizer.decay_rate between 0 and 1, e.g. 0.5",
+        )
         _check_parts("optimizer.lr_scale", self.lr_scale)
         for part, factor in self.lr_scale.items():
             number = isinstance(factor, int | float) and not isinstance(factor, bool)
             require(number and factor > 0, f"optimizer.lr_scale.{part} must be a positive number, not {factor!r}")
         require(len(self.betas) == 2, "optimizer.betas must be two numbers")
-
-
-@dataclass(frozen=True)
-class TrainSection:
-    """How long, how much at once, what is reported."""
-
-    batch_size: int
-    """Samples of one optimizer step over all GPUs: micro_batch_size x GPUs x gradient accumulation."""
-
-    micro_batch_size: int | None = None
-    """Samples of one forward pass on one GPU; null where `max_tokens` is given."""
-
-    max_tokens: int | None = None
-    """Instead of micro_batch_size: as many samples as have about this many tokens together, image tokens included. A
-    longer sample is skipped and counted."""
-
-    cycles: int = 1
-    """Runs in a row, each from the weights of the previous one with a fresh optimizer and schedule; the samples
-    continue. The published stage 1 was run 17 times."""
-
-    epochs: int = 1
-    """Epochs of one cycle, each of `steps_per_epoch`."""
-
-    steps_per_epoch: int = 1000
-    """Optimizer steps of an epoch of the schedule."""
-
-    loss_reduction: str = "step_mean"
-    """step_mean: the mean over the target tokens of the whole step; micro_batch_mean: the original's mean over each
-    micro-batch."""
-
-    log_every: int = 10
-    """Steps between log lines."""
-
-    sample_every: int = 0
-    """Steps between panels of generated answers on TensorBoard; 0: only at the end."""
-
-    sample_count: int = 4
-    """Images of a panel."""
-
-    validate_every: int = 0
-    """Steps between validation losses, on `data.validation` or on what `data.validation_share` holds out; 0: only at
-    the end."""
-
-    validation_samples: int = 200
-    """Samples of each dataset that the validation loss is computed on, the same each time."""
-
-    max_overflows: int = 30
-    """fp16 only: the run ends after this many steps in a row that overflow, each skipped with the loss scale halved. In
-    bf16 and fp32 the first non-finite loss or gradient ends it."""
-
-    wandb: str | None = None
-    """Project of Weights & Biases to log the scalars to as well (pip install wandb); null: none."""
-
-    checkpoint_every: int = 1000
-    """Steps between checkpoints; 0: none by steps. One is written at the end in any case."""
-
-    checkpoint_minutes: float = 0.0
-    """Minutes between checkpoints, by rank 0's clock; 0: none by time. Both may be given."""
-
-    keep_checkpoints: int = 2
-    """How many of the newest checkpoints are kept; older ones are removed."""
-
-    keep_every: int = 0
-    """Older checkpoints whose step is a multiple of this are kept, too; 0: none."""
-
-    deepspeed_checkpoints: bool = False
-    """Write each checkpoint in DeepSpeed's own format as well, while training waits."""
-
-    startup_minutes: float = 60.0
-    """Time limit in minutes for loading and the first step, and later for a save, a validation or a panel."""
-
-    step_minutes: float = 20.0
-    """Time limit in minutes for any other step, its wait for data included; then the run ends with the stacks of all
-    ranks written. 0: no limit."""
-
-    slow_step_seconds: float = 60.0
-    """A step that takes this many seconds, and five times the median so far, is reported with the stacks of all ranks;
-    0: never."""
-
-    lost_after_seconds: float = 60.0
-    """Seconds without a sign of life after which a rank counts as lost, and the others end. A process that exits is
-    noticed at once. 0: ranks exchange no signs of life."""
-
-    def __post_init__(self) -> None:
-        positive = ("batch_size", "cycles", "epochs", "steps_per_epoch", "log_every", "validation_samples")
-        for name in (*positive, "max_overflows", "keep_checkpoints", "startup_minutes"):
-            require(getattr(self, name) > 0, f"train.{name} must be positive")
-        sizes = [size for size in (self.micro_batch_size, self.max_tokens) if size is not None]
-        require(
-            len(sizes) == 1,
-            "give either train.micro_batch_size (samples) or train.max_tokens, and null for the other",
-        )
-        require(sizes[0] > 0, "train.micro_batch_size and train.max_tokens must be positive")
-        steps = ("sample_every", "sample_count", "validate_every", "checkpoint_every", "keep_every")
-        limits = ("step_minutes", "slow_step_seconds", "lost_after_seconds")
-        for name in (*steps, *limits, "checkpoint_minutes"):
-            require(getattr(self, name) >= 0, f"train.{name} must be 0 or more")
-        known = ("step_mean", "micro_batch_mean")
-        require(self.loss_reduction in known, f"train.loss_reduction must be one of {', '.join(known)}")
-
-    @property
-    def steps_per_cycle(self) -> int:
-        """Optimizer steps of one schedule."""
-        return self.epochs * self.steps_per_epoch
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.cycles * self.steps_per_cycle
-
-    def accumulation(self, world_size: int) -> int:
-        """Micro-batches of a step on one rank; with `max_tokens` the most that there can be.
-
-        Raises:
-            ConfigError: the batch does not divide.
-        """
-        share = (self.micro_batch_size or 1) * world_size
-        if self.batch_size % share:
-            fits = [m for m in range(1, self.batch_size + 1) if self.batch_size % (m * world_size) == 0]
-            advice = f"train.micro_batch_size in {fits}" if fits else f"a train.batch_size divisible by {world_size}"
-            shares = f"into micro-batches of {self.micro_batch_size} on" if self.micro_batch_size else "among"
-            raise ConfigError(
-                f"train.batch_size {self.batch_size} does not divide {shares} {world_size} rank(s): choose {advice}"
-            )
-        return self.batch_size // share
 
 
 @dataclass(frozen=True)
@@ -358,6 +244,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(self.stage in (1, 2, 3, 4), f"stage must be 1, 2, 3 or 4, not {self.stage}")
+        self._check_keep_best()
         require(
             not self.train.validate_every or self.data.has_validation,
             "train.validate_every is set, but there is nothing to validate on: name datasets in data.validation, or "
@@ -375,3 +262,24 @@ class Recipe:
             f"optimizer.warmup_steps ({o.warmup_steps}) and decay_steps ({o.decay_steps}) do not fit into the "
             f"{steps} steps of train.epochs x train.steps_per_epoch",
         )
+        require(
+            o.schedule != "step" or o.warmup_steps <= self.train.steps_per_epoch,
+            f"optimizer.warmup_steps ({o.warmup_steps}): the schedule step warms up within its first epoch of "
+            f"{self.train.steps_per_epoch} steps (train.steps_per_epoch)",
+        )
+
+    def _check_keep_best(self) -> None:
+        """Check that the metric of `train.keep_best` is measured while training."""
+        metric = self.train.keep_best
+        if metric is None:
+            return
+        where = f"train.keep_best is {metric}"
+        if metric == "val/loss":
+            require(self.train.validate_every > 0, f"{where}: say how often with train.validate_every, in steps")
+            return
+        labels = [benchmark.label for benchmark in self.evaluation.benchmarks]
+        kind, _, rest = metric.partition("/")
+        named = kind == "eval" and rest.rpartition("/")[0] in labels
+        known = ["val/loss", *(f"eval/{label}/SCORE" for label in labels)]
+        require(named, f"{where}, which is not measured; choose one of {', '.join(known)}")
+        require(self.evaluation.every > 0, f"{where}: say how often with evaluation.every, in steps")

@@ -168,5 +168,5 @@ def _disk(recipe: Recipe, data: DataSummary, *, feature_bytes: int, trainable: i
         features=samples * data.sample.images * feature_bytes,
         checkpoint=checkpoint,
         checkpoints=checkpoint * (train.keep_checkpoints + 1),
-        model=4 * trainable,
+        model=4 * trainable * (1 if train.keep_best is None else 2),
     )

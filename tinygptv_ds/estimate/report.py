@@ -115,7 +115,7 @@ def _disk(result: Estimate, recipe: Recipe) -> list[str]:
         f"  features     {_size(disk.features)}, if they are computed (tinygptv-ds features)",
         f"  checkpoints  {_size(disk.checkpoint)} each, {_size(disk.checkpoints)} with {recipe.train.keep_checkpoints} "
         "kept and one being written",
-        f"  model/       {_size(disk.model)}",
+        f"  model/       {_size(disk.model)}{' with best/' if recipe.train.keep_best else ''}",
     ]
 
 

@@ -47,7 +47,7 @@ class Disk:
         features: the features of as many images, in bf16.
         checkpoint: one checkpoint: weights and two moments in fp32.
         checkpoints: the checkpoints that are kept, and the one being written.
-        model: the result of the run.
+        model: the result of the run, and `best/` where it is kept.
     """
 
     shards: float

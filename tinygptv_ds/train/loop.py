@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,7 @@ from tinygptv_ds.train.callbacks.benchmark_scores import BenchmarkScores
 from tinygptv_ds.train.callbacks.callback import CallbackList
 from tinygptv_ds.train.callbacks.first_samples import FirstSamples
 from tinygptv_ds.train.callbacks.guard import Guard
+from tinygptv_ds.train.callbacks.keep_best import KeepBest
 from tinygptv_ds.train.callbacks.log import Log
 from tinygptv_ds.train.callbacks.sample_panel import SamplePanel
 from tinygptv_ds.train.callbacks.skipped_samples import SkippedSamples
@@ -70,7 +72,9 @@ def load_batches(
         read_seconds=recipe.data.read_timeout_seconds,
         on_hang=run.on_hang,
     )
-    for step in range(run.first_step, run.job.last_step):
+    for step in itertools.count(run.first_step):
+        if step >= run.last_step:  # it may have been brought forward by then
+            return
         run.progress.begin_step(step)
         with data_wait.running():
             micro_batches = next(loader)
@@ -96,9 +100,10 @@ def make_callbacks(
             TokenLimit(recipe.train.max_tokens),
             Guard(run, stream, accumulator),
             Log(run, accumulator, reporter, data_wait, callbacks),
-            ValidationLoss(run, tokens, reporter),
-            BenchmarkScores(run, tokens, reporter),
-            SamplePanel(run, stream, tokens, reporter),
+            ValidationLoss(run, tokens, reporter, callbacks),
+            BenchmarkScores(run, tokens, reporter, callbacks),
+            SamplePanel(run, stream, tokens, reporter, callbacks),
+            KeepBest(run),
             *run.callbacks,
         ]
     )

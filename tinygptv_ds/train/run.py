@@ -27,6 +27,7 @@ class Run:
         on_hang: writes the stacks of dataloader workers that hang; None: no watchdog is running.
         callbacks: live as long as the run and are called after those of the training loop.
         clock: seconds of training, without those of validation, saving and the like.
+        ends_at: optimizer steps after which the run ends before the job's last one; None: it does not.
     """
 
     job: Job
@@ -36,6 +37,12 @@ class Run:
     on_hang: OnHang | None = None
     callbacks: Sequence[Callback] = ()
     clock: TrainingClock = field(default_factory=TrainingClock)
+    ends_at: int | None = None
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps after which the run ends."""
+        return self.job.last_step if self.ends_at is None else self.ends_at
 
     @property
     def recipe(self) -> Recipe:

@@ -44,7 +44,7 @@ def learning_rate(step: int, optimizer: OptimizerSection, *, steps_per_epoch: in
     Args:
         step: counted from 0, up to `total_steps`.
         optimizer: names the schedule; see `OptimizerSection`.
-        steps_per_epoch: used by the published schedule only.
+        steps_per_epoch: used by the schedules published and step.
         total_steps: of the cycle.
     """
     if optimizer.schedule == "published":
@@ -52,6 +52,8 @@ def learning_rate(step: int, optimizer: OptimizerSection, *, steps_per_epoch: in
     lr, low, warmup = optimizer.lr, optimizer.min_lr, optimizer.warmup_steps
     if step < warmup:
         return _warmed(optimizer, step / warmup)
+    if optimizer.schedule == "step":  # LAVIS `LinearWarmupStepLRScheduler`
+        return max(low, lr * optimizer.decay_rate ** (step // steps_per_epoch))
     if optimizer.schedule == "constant":
         return lr
     if optimizer.schedule == "wsd":

@@ -33,7 +33,9 @@ def test_under_zero_3_and_as_the_scripts_do(raw_recipe: RAW, held_out: Path, tmp
         {"kind": "gqa", "root": str(root), "template": "training"},
     ]
     section = {"benchmarks": benchmarks, "every": 2, "limit": 5, "batch_size": 2, "max_new_tokens": 6}
-    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw_recipe(evaluation=section, train__steps_per_epoch=3))
+    best = {"train__keep_best": "eval/scenes/strict"}
+    raw = raw_recipe(evaluation=section, train__steps_per_epoch=3, **best)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw)
     run = forked.ended(recipe, tmp_path / "run", ZERO_3, ranks=2)
     scored = [line for line in run.metrics if "eval/scenes/strict" in line]
     assert [line["step"] for line in scored] == [2, 3]
@@ -56,6 +58,9 @@ def test_under_zero_3_and_as_the_scripts_do(raw_recipe: RAW, held_out: Path, tmp
         ]
         assert [(row["question"], row.get("raw"), row.get("losses", [])) for row in after["predictions"]] == asked
     assert (tmp_path / "run/tensorboard").is_dir()
+    kept = json.loads((run.folder / "best/provenance.json").read_text())["best"]
+    first = max(scored, key=lambda line: line["eval/scenes/strict"])  # the first of equal ones
+    assert (kept["step"], kept["value"]) == (first["step"], first["eval/scenes/strict"])
 
 
 def test_files_are_checked_before_anything_loads(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_it_is_the_mean_over_all_targets(raw_recipe: RAW) -> None:
     """It covers the first held-out samples of each dataset one by one; dropout is on only in training."""
     raw = raw_recipe(data__validation_share=0.5, train__validation_samples=4, model__resid_dropout=0.5)
     run, tokens = fake_run(raw)
-    validation = ValidationLoss(run, tokens, None)
+    validation = ValidationLoss(run, tokens, None, None)
     measured = validation.measure(1)
     assert run.engine.module.training and all(p.grad is None for p in run.engine.module.parameters())
     assert validation.measure(2) == measured
@@ -70,7 +70,7 @@ def test_it_is_the_mean_over_all_targets(raw_recipe: RAW) -> None:
 
 def test_without_validation_samples_there_is_no_loss(raw_recipe: RAW) -> None:
     run, tokens = fake_run(raw_recipe())
-    assert ValidationLoss(run, tokens, None).measure(1) == {}
+    assert ValidationLoss(run, tokens, None, None).measure(1) == {}
 
 
 def test_to_validate_on_nothing_is_a_mistake(raw_recipe: RAW) -> None:

@@ -11,6 +11,7 @@ from tinygptv_ds.evaluation.scoring import scalars, score
 from tinygptv_ds.evaluation.wording import Settings, wording
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
+from tinygptv_ds.train.callbacks.callback import Callback
 from tinygptv_ds.train.callbacks.periodic import Periodic
 from tinygptv_ds.train.metrics.reporter import Reporter
 from tinygptv_ds.train.run import Run
@@ -28,14 +29,15 @@ class BenchmarkScores(Periodic):
         run: the run on this rank; all ranks answer their share in the same number of forward passes.
         tokens: the tokenizer, and how the recipe words questions.
         reporter: writes the scores.
+        callbacks: get the scores.
 
     Raises:
         DataError: an image cannot be used, reported before the first step.
     """
 
-    def __init__(self, run: Run, tokens: Tokens, reporter: Reporter) -> None:
+    def __init__(self, run: Run, tokens: Tokens, reporter: Reporter, callbacks: Callback) -> None:
         section, ranks = run.recipe.evaluation, run.ranks
-        super().__init__(run, reporter, every=section.every, phase="evaluating")
+        super().__init__(run, reporter, callbacks, every=section.every, phase="evaluating")
         self._processor = TinyGPTVProcessor.for_model(run.engine.module.config, tokens.tokenizer)
         self._tasks = []
         for benchmark, task in zip(section.benchmarks, run.job.scored, strict=True):

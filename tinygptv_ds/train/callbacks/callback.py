@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tinygptv_ds.data.loader.batch import MicroBatch
@@ -27,7 +27,7 @@ class LogRecord:
 
 
 class Callback:
-    """Four places of the training loop; each method does nothing unless a subclass overrides it.
+    """Five places of the training loop; each method does nothing unless a subclass overrides it.
 
     All methods are called on all ranks in the same order, so that they may use collectives. Steps count from 0.
     """
@@ -40,6 +40,9 @@ class Callback:
 
     def on_log(self, record: LogRecord) -> None:
         """Add metrics or remarks to a log line, every `train.log_every` steps."""
+
+    def on_measure(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Look at what was measured on held-out samples after `done` steps, by its TensorBoard names."""
 
     def on_end(self) -> None:
         """Act once after the last step."""
@@ -66,6 +69,10 @@ class CallbackList(Callback):
     def on_log(self, record: LogRecord) -> None:  # noqa: D102
         for callback in self._callbacks:
             callback.on_log(record)
+
+    def on_measure(self, done: int, metrics: Mapping[str, float]) -> None:  # noqa: D102
+        for callback in self._callbacks:
+            callback.on_measure(done, metrics)
 
     def on_end(self) -> None:  # noqa: D102
         for callback in self._callbacks:

@@ -79,7 +79,7 @@ class Checkpoints(Callback):
                 f"two checkpoints in a row could not be written ({self._writer.reason or 'see the log of rank 0'}); "
                 "the newest complete one is intact. Make room, then start the same command again to resume from it"
             )
-        finished = done == self._train.total_steps
+        finished = done == self._run.last_step and not self._run.job.dry_run
         every = self._train.checkpoint_every
         if finished or any(signals) or is_time or (every and done % every == 0):
             self._save(done)

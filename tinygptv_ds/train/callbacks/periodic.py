@@ -13,13 +13,15 @@ class Periodic(Callback):
     Args:
         run: the run on this rank.
         reporter: writes the scalars.
+        callbacks: get what was measured.
         every: steps between measurements; 0: only at the end.
         phase: what the watchdog reports that the rank is doing meanwhile.
     """
 
-    def __init__(self, run: Run, reporter: Reporter, *, every: int, phase: str) -> None:
+    def __init__(self, run: Run, reporter: Reporter, callbacks: Callback, *, every: int, phase: str) -> None:
         self._run = run
         self._reporter = reporter
+        self._callbacks = callbacks
         self._every = every
         self._phase = phase
 
@@ -30,11 +32,15 @@ class Periodic(Callback):
     def on_step(self, step: int) -> None:
         """Measure where it is due; after the last step `on_end` does."""
         done = step + 1
-        if self._every and done % self._every == 0 and done != self._run.job.last_step:
+        if self._every and done % self._every == 0 and done != self._run.last_step:
             with self._run.clock.pause(), self._run.progress.patience(self._phase):
-                self._reporter.scalars(done, self.measure(done))
+                self._measure(done)
 
     def on_end(self) -> None:
         """Measure the final model."""
-        last = self._run.job.last_step
-        self._reporter.scalars(last, self.measure(last))
+        self._measure(self._run.last_step)
+
+    def _measure(self, done: int) -> None:
+        metrics = self.measure(done)
+        self._reporter.scalars(done, metrics)
+        self._callbacks.on_measure(done, metrics)

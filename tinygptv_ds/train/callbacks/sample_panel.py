@@ -18,6 +18,7 @@ from tinygptv_ds.log import note
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.processing.sequence import prompt_text
 from tinygptv_ds.processing.text import render
+from tinygptv_ds.train.callbacks.callback import Callback
 from tinygptv_ds.train.callbacks.periodic import Periodic
 from tinygptv_ds.train.metrics.reporter import Reporter
 from tinygptv_ds.train.run import Run
@@ -45,11 +46,12 @@ class SamplePanel(Periodic):
         stream: the training stream, for recipes without validation sets.
         tokens: how samples become rows.
         reporter: holds TensorBoard's writer.
+        callbacks: as of every periodic measurement; there are no scalars.
     """
 
-    def __init__(self, run: Run, stream: OpenStream, tokens: Tokens, reporter: Reporter) -> None:
+    def __init__(self, run: Run, stream: OpenStream, tokens: Tokens, reporter: Reporter, callbacks: Callback) -> None:
         train = run.recipe.train
-        super().__init__(run, reporter, every=train.sample_every, phase="answering the panel")
+        super().__init__(run, reporter, callbacks, every=train.sample_every, phase="answering the panel")
         self._tokens = tokens
         exact = replace(tokens, decoding="exact")  # as inference will see images
         self._samples = _choose(_samples_from(run.recipe, stream), exact, train.sample_count)

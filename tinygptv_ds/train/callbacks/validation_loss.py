@@ -13,6 +13,7 @@ from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.data.stream.validation import validation_stream
 from tinygptv_ds.distributed import cores_per_rank
 from tinygptv_ds.log import LOGGER
+from tinygptv_ds.train.callbacks.callback import Callback
 from tinygptv_ds.train.callbacks.periodic import Periodic
 from tinygptv_ds.train.metrics.reporter import Reporter
 from tinygptv_ds.train.run import Run
@@ -29,10 +30,11 @@ class ValidationLoss(Periodic):
         run: the run on this rank; all ranks compute their share in the same number of forward passes.
         tokens: how samples become rows.
         reporter: writes the losses.
+        callbacks: get the losses.
     """
 
-    def __init__(self, run: Run, tokens: Tokens, reporter: Reporter) -> None:
-        super().__init__(run, reporter, every=run.recipe.train.validate_every, phase="validating")
+    def __init__(self, run: Run, tokens: Tokens, reporter: Reporter, callbacks: Callback) -> None:
+        super().__init__(run, reporter, callbacks, every=run.recipe.train.validate_every, phase="validating")
         ranks = run.ranks
         self._stream = validation_stream(run.recipe)
         if self._stream is not None:

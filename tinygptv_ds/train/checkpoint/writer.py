@@ -6,7 +6,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from tinygptv_ds.config.recipe import TrainSection
+from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.checkpoint.storage import Snapshot, complete_ones, remove_old, write_checkpoint
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
-from tinygptv_ds.config.recipe import TrainSection
+from tinygptv_ds.config.train_section import TrainSection
 
 START_UP, DATA, PREPARING, FORWARD, BACKWARD, REPORTING = (
     "starting up",
