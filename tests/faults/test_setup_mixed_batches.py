@@ -12,8 +12,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers import tiny
-from helpers.forked import ended
-from helpers.launcher import ROOT, Run, bash_form, images_of_each_rank, run
+from helpers.forked import Ranks, ended
+from helpers.launcher import ROOT, images_of_each_rank
 from safetensors.torch import load_file
 
 STEPS, CYCLE, SAVED = 20, 10, 11
@@ -44,8 +44,8 @@ def place(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 @pytest.fixture(scope="module")
-def zero_2(place: Place) -> Run:
-    return run(bash_form(4), place.recipe, place.folder / "zero2")
+def zero_2(place: Place) -> Ranks:
+    return ended(place.recipe, place.folder / "zero2", ranks=2)
 
 
 def test_the_ranks_have_unlike_batches(place: Place) -> None:
@@ -55,7 +55,7 @@ def test_the_ranks_have_unlike_batches(place: Place) -> None:
     assert all(len(list((place.folder / kind).glob("*.tar"))) == 1 for kind in ("vqa", "text", "pair"))
 
 
-def test_twenty_steps_under_zero_2(zero_2: Run) -> None:
+def test_twenty_steps_under_zero_2(zero_2: Ranks) -> None:
     assert len(zero_2.metrics) == STEPS
     assert len(set(zero_2.column("train/loss"))) == STEPS
     rates = zero_2.column("train/lr")
@@ -63,7 +63,7 @@ def test_twenty_steps_under_zero_2(zero_2: Run) -> None:
     assert rates[0] < rates[2] == rates[6] > rates[9]
 
 
-def test_the_same_twenty_under_zero_3_with_offload(place: Place, zero_2: Run) -> None:
+def test_the_same_twenty_under_zero_3_with_offload(place: Place, zero_2: Ranks) -> None:
     """The ready JSON, in fp32 so that the figures can be compared, and with every parameter divided."""
     options = ["--set=deepspeed.torch_autocast.enabled=false"]
     options += ["--set=deepspeed.zero_optimization={stage3_param_persistence_threshold: 0}"]
@@ -72,7 +72,7 @@ def test_the_same_twenty_under_zero_3_with_offload(place: Place, zero_2: Run) ->
     assert done.column("train/loss") == pytest.approx(zero_2.column("train/loss"), **EXACT)
 
 
-def test_a_cycle_starts_with_a_fresh_optimizer(zero_2: Run) -> None:
+def test_a_cycle_starts_with_a_fresh_optimizer(zero_2: Ranks) -> None:
     """After its first step exp_avg = 0.1 g and exp_avg_sq = 0.001 g^2, whatever the cycle before has left."""
     folder = zero_2.folder / f"checkpoints/step-{SAVED:08d}"
     tensors = load_file(folder / "state.safetensors")
@@ -85,7 +85,7 @@ def test_a_cycle_starts_with_a_fresh_optimizer(zero_2: Run) -> None:
     assert sum(float(moment.abs().sum()) for moment in first.values()) > 0
 
 
-def test_resumed_in_the_middle_of_a_cycle(place: Place, zero_2: Run) -> None:
+def test_resumed_in_the_middle_of_a_cycle(place: Place, zero_2: Ranks) -> None:
     """Bit for bit: the samples go on, and AdamW counts the steps of this cycle alone."""
     saved = f"checkpoints/step-{SAVED:08d}"
     shutil.copytree(zero_2.folder / saved, place.folder / "resumed" / saved)
@@ -94,7 +94,7 @@ def test_resumed_in_the_middle_of_a_cycle(place: Place, zero_2: Run) -> None:
     assert again.column("train/loss") == zero_2.column("train/loss")[SAVED:]
 
 
-def test_the_q_former_is_trained_and_is_part_of_the_result(weights: Path, zero_2: Run) -> None:
+def test_the_q_former_is_trained_and_is_part_of_the_result(weights: Path, zero_2: Ranks) -> None:
     result = load_file(zero_2.folder / "model/trained.safetensors")
     before = torch.load(weights / "blip2_pretrained_flant5xxl.pth", weights_only=True)["model"]["query_tokens"]
     moved = (result["query_tokens"] - before).abs().max()

@@ -1,4 +1,4 @@
-"""A user's mistake under the launcher: one readable error, exit code 2, no traceback from any rank."""
+"""A user's mistake that only running ranks notice: one readable error, exit code 2, no traceback from any rank."""
 
 import json
 from collections.abc import Callable
@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 from helpers.forked import Ranks, ended
-from helpers.launcher import Run, bash_form, run
 from safetensors.torch import save_file
 
 from tinygptv_ds.data.shards.writer import ShardWriter
 
 
-def error_of(done: Run | Ranks) -> str:
+def error_of(done: Ranks) -> str:
     assert "Traceback" not in done.output
     errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.output
@@ -25,8 +24,7 @@ def test_weights_that_do_not_fit(recipe_file: Callable[..., Path], tmp_path: Pat
     stored = tmp_path / "projection.safetensors"
     save_file({"llama_proj.weight": torch.zeros(16, 32), "llama_proj.bias": torch.zeros(16)}, stored)
     recipe = recipe_file(model__init_from=str(stored), model__allow_missing=["llama_proj2", "norms", "lora"])
-    done = run(bash_form(4), recipe, tmp_path / "run", ok=False)
-    assert done.code == 2, done.output
+    done = ended(recipe, tmp_path / "run", ranks=2, code=2)
     assert str(stored) in error_of(done)
     assert "llama_proj.weight is [16, 32] instead of [24, 32]" in error_of(done)
 

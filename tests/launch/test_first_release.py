@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.launcher import ROOT, one_process, run
+from helpers.forked import ended
+from helpers.launcher import ROOT
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def test_its_q_former(recipe_file: Callable[..., Path], tmp_path: Path, monkeypa
     v0 = tmp_path / "v0.pth"
     qformer = first_release(recipe_file(), v0)
     recipe = recipe_file(model__init_from=str(v0), train__steps_per_epoch=2, train__checkpoint_every=1)
-    done = run(one_process(4), recipe, tmp_path / "run")
+    done = ended(recipe, tmp_path / "run")
     trained = load_file(done.folder / "model/trained.safetensors")
     assert all(torch.equal(trained[name], tensor) for name, tensor in qformer.items())
 

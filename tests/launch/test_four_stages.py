@@ -1,11 +1,12 @@
-"""The four stages one after the other through the DeepSpeed launcher, in both forms, under every ready precision."""
+"""The four stages one after the other, the first two through the DeepSpeed launcher, in fp32 and in bf16."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny
-from helpers.launcher import CPU, ROOT, Run, bash_form, deepspeed_form, run
+from helpers.forked import Ranks, ended
+from helpers.launcher import ROOT, Run, bash_form, deepspeed_form, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -45,34 +46,42 @@ DATASETS = {1: ["caption"], 2: ["caption"], 3: ["caption"], 4: ["vqa", "text", "
 
 
 @pytest.fixture(scope="module")
-def chain(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
-    """Each stage from the run directory of the one before."""
+def chain(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run | Ranks]:
+    """Train each stage on two ranks from the run directory of the one before.
+
+    The launcher starts the first two, once in each form; the ranks of the others are forked, which takes less time.
+    """
     folder = tmp_path_factory.mktemp("chain")
     captions = {"caption": tiny.write_shards(folder / "caption", tiny.samples("caption", 12))}
-    runs = {}
+    runs: dict[int, Run | Ranks] = {}
 
-    def stage(number: int, form: list[str], *sets: str, json_file: Path = CPU) -> None:
+    def stage(number: int, *sets: str, form: list[str] | None = None, json_file: str = "cpu.json") -> None:
         raw = tiny.recipe(weights, shards if number == 4 else captions, stage=number, train__steps_per_epoch=STEPS)
         before = [f"model.init_from={runs[number - 1].folder}"] if number > 1 else ["model.lora_r=0"]
         options = [option for text in (*before, *sets) for option in ("--set", text)]
         recipe = tiny.write_recipe(folder / f"stage{number}.yaml", raw)
-        runs[number] = run(form, recipe, folder / f"stage{number}", *options, json_file=json_file)
+        options.append(f"--deepspeed_config={ROOT}/ds_configs/{json_file}")
+        if form is not None:
+            runs[number] = run(form, recipe, folder / f"stage{number}", *options)
+        else:
+            script = f"stages/stage{number}.py"
+            runs[number] = ended(recipe, folder / f"stage{number}", *options, script=script, ranks=2)
 
     bare = ("text.prompt_template=null", r'text.end_sym="\n"')
     asked = ("text.prompts=stage3", "text.prompt_template='###Human: {} ###Assistant: '")
-    stage(1, bash_form(1), *bare)
-    stage(2, deepspeed_form(2), *bare, "model.allow_missing=[lora]", "deepspeed.zero_optimization.stage=3")
-    stage(3, bash_form(3), *asked, json_file=ROOT / "ds_configs/zero2_bf16.json")
-    stage(4, deepspeed_form(4), "train.sample_every=2", json_file=ROOT / "ds_configs/zero3_bf16.json")
+    stage(1, *bare, form=bash_form(1))
+    stage(2, *bare, "model.allow_missing=[lora]", "deepspeed.zero_optimization.stage=3", form=deepspeed_form(2))
+    stage(3, *asked, json_file="zero2_bf16.json")
+    stage(4, "train.sample_every=2", json_file="zero3_bf16.json")
     return runs
 
 
-def trained(run: Run) -> dict[str, Tensor]:
+def trained(run: Run | Ranks) -> dict[str, Tensor]:
     return load_file(run.folder / "model/trained.safetensors")
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_what_is_trained(stage: int, chain: dict[int, Run]) -> None:
+def test_what_is_trained(stage: int, chain: dict[int, Run | Ranks]) -> None:
     """Exactly the stage's set, by name; every tensor of it moved, from where the stage before had left it."""
     after = trained(chain[stage])
     assert after.keys() == TRAINED[stage]
@@ -86,7 +95,7 @@ def test_what_is_trained(stage: int, chain: dict[int, Run]) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_tensorboard(stage: int, chain: dict[int, Run]) -> None:
+def test_tensorboard(stage: int, chain: dict[int, Run | Ranks]) -> None:
     events = EventAccumulator(str(chain[stage].folder / "tensorboard"))
     events.Reload()
     tags = events.Tags()
@@ -102,7 +111,7 @@ def test_tensorboard(stage: int, chain: dict[int, Run]) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_what_a_run_leaves(stage: int, chain: dict[int, Run]) -> None:
+def test_what_a_run_leaves(stage: int, chain: dict[int, Run | Ranks]) -> None:
     done = chain[stage]
     lines = done.metrics
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -122,7 +131,13 @@ def test_what_a_run_leaves(stage: int, chain: dict[int, Run]) -> None:
     assert not list(done.folder.rglob("*.partial"))
 
 
-def test_the_losses_fall(chain: dict[int, Run]) -> None:
+def test_the_launch_scripts_are_alike() -> None:
+    """They differ in the number of the stage alone, so one that starts shows that all of them do."""
+    scripts = {(ROOT / f"launch/stage{n}.sh").read_text().replace(f"stage{n}", "stageN") for n in TRAINED}
+    assert len(scripts) == 1 and "stageN" in scripts.pop()
+
+
+def test_the_losses_fall(chain: dict[int, Run | Ranks]) -> None:
     """Captions of six words: four steps of stage 1 and 2 are enough to show."""
     assert chain[2].column("train/loss")[-1] < chain[1].column("train/loss")[0]
     assert "Traceback" not in "".join(done.output for done in chain.values())

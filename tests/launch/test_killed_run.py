@@ -1,4 +1,7 @@
-"""Two ranks killed with -9 in the middle and started again see exactly the samples that an unbroken run sees."""
+"""Two ranks killed with -9 in the middle and started again see exactly the samples that an unbroken run sees.
+
+The launcher starts those that are killed; the ranks of the other two runs are forked.
+"""
 
 import json
 import re
@@ -7,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny
 from helpers.forked import ended
-from helpers.launcher import Run, deepspeed_script, run
+from helpers.launcher import deepspeed_script, run
 
 STEPS, SAVED_EVERY, KILLED_AFTER = 8, 3, 4
 SCRIPT = "tests/launch/record_samples.py"
@@ -26,21 +29,18 @@ def test_killed_and_resumed(
     raw["data"]["num_workers"] = 1
     recipe = tiny.write_recipe(tmp_path / "recipe.yaml", raw)
 
-    def go(name: str, ok: bool = True) -> Run:
-        return run(deepspeed_script(SCRIPT), recipe, tmp_path / name, ok=ok)
-
-    whole = tmp_path / "whole"
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
     ended(recipe, whole, script=SCRIPT, ranks=2)
-    monkeypatch.setenv("KILL_AFTER", str(KILLED_AFTER))
-    killed = go("broken", ok=False)
+    with monkeypatch.context() as patch:
+        patch.setenv("KILL_AFTER", str(KILLED_AFTER))
+        killed = run(deepspeed_script(SCRIPT), recipe, broken, ok=False)
     assert killed.code != 0
     # Reported although the launcher, which looks once a second, ends rank 0.
     (said,) = re.findall(r"^error: rank 1 \(host .* was lost in step (\d) \(its process is gone\)", killed.output, re.M)
     assert int(said) in (KILLED_AFTER + 1, KILLED_AFTER + 2) and "step-00000003\n" in killed.output
     assert "Traceback" not in killed.output
     assert not (killed.folder / "model").exists()
-    monkeypatch.delenv("KILL_AFTER")
-    broken = go("broken").folder
+    ended(recipe, broken, script=SCRIPT, ranks=2)
     for rank in range(2):
         unbroken = dict(fed(whole, rank))
         assert list(unbroken) == list(range(STEPS))

@@ -1,7 +1,4 @@
-"""The same recipe gives the same run on one rank, on two under ZeRO-2 and ZeRO-3, resumed, and from features.
-
-Two of them come through the launcher; the others are forked, which takes less time.
-"""
+"""The same recipe gives the same run on one rank, on two under ZeRO-2 and ZeRO-3, resumed, and from features."""
 
 import re
 import shutil
@@ -12,7 +9,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.forked import Ranks, ended
-from helpers.launcher import ROOT, ZERO_3, Run, bash_form, deepspeed_form, images_of_each_rank, run
+from helpers.launcher import ROOT, ZERO_3, images_of_each_rank
 from helpers.verbs import call
 from helpers.written import Written
 from safetensors.torch import load_file
@@ -46,13 +43,13 @@ def one_rank(place: Place) -> Ranks:
 
 
 @pytest.fixture(scope="module")
-def zero_2(place: Place) -> Run:
-    return run(bash_form(4), place.recipe, place.folder / "zero2")
+def zero_2(place: Place) -> Ranks:
+    return ended(place.recipe, place.folder / "zero2", ranks=2)
 
 
 @pytest.fixture(scope="module")
-def zero_3(place: Place) -> Run:
-    return run(deepspeed_form(4), place.recipe, place.folder / "zero3", ZERO_3)
+def zero_3(place: Place) -> Ranks:
+    return ended(place.recipe, place.folder / "zero3", ZERO_3, ranks=2)
 
 
 def same(ours: Written, theirs: Written, first: int = 0, **tolerance: float) -> None:
@@ -77,12 +74,12 @@ def test_some_micro_batch_has_no_image_on_one_rank_alone(place: Place) -> None:
     assert any(max(ranks) == 0 for ranks in counts)
 
 
-def test_two_ranks_zero_2(one_rank: Ranks, zero_2: Run) -> None:
+def test_two_ranks_zero_2(one_rank: Ranks, zero_2: Ranks) -> None:
     same(zero_2, one_rank, **EXACT)
     assert len(set(one_rank.column("train/loss"))) == STEPS
 
 
-def test_two_ranks_zero_3(one_rank: Ranks, zero_3: Run) -> None:
+def test_two_ranks_zero_3(one_rank: Ranks, zero_3: Ranks) -> None:
     same(zero_3, one_rank, **EXACT)
 
 
@@ -127,11 +124,11 @@ def equal(ours: Written, theirs: Written) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_from_features_two_ranks_zero_2(place: Place, zero_2: Run, features: str) -> None:
+def test_from_features_two_ranks_zero_2(place: Place, zero_2: Ranks, features: str) -> None:
     equal(ended(place.recipe, place.folder / "features2", features, ranks=2), zero_2)
 
 
-def test_from_features_two_ranks_zero_3(place: Place, zero_3: Run, features: str) -> None:
+def test_from_features_two_ranks_zero_3(place: Place, zero_3: Ranks, features: str) -> None:
     """No rank runs the ViT, those without an image neither; the panel of answers sees features too."""
     done = ended(place.recipe, place.folder / "features3", ZERO_3, features, ranks=2)
     equal(done, zero_3)
@@ -141,20 +138,20 @@ def test_from_features_two_ranks_zero_3(place: Place, zero_3: Run, features: str
     assert len(samples[0]) == 2 and samples[0] == samples[1]
 
 
-def resumed(place: Place, stopped: Run, name: str, *options: str, ranks: int) -> Ranks:
+def resumed(place: Place, stopped: Ranks, name: str, *options: str, ranks: int) -> Ranks:
     """Go on from the checkpoint that `stopped` made after three steps, as if it had ended there."""
     folder = place.folder / name
     shutil.copytree(stopped.folder / "checkpoints/step-00000003", folder / "checkpoints/step-00000003")
     return ended(place.recipe, folder, *options, ranks=ranks)
 
 
-def test_resumed_under_another_zero_stage(place: Place, zero_2: Run) -> None:
+def test_resumed_under_another_zero_stage(place: Place, zero_2: Ranks) -> None:
     """Six steps are three and three, saved under ZeRO-2 and gone on with under ZeRO-3."""
     again = resumed(place, zero_2, "resumed3", ZERO_3, ranks=2)
     assert "resuming from" in (again.folder / "log.txt").read_text()
     same(again, zero_2, first=3, **EXACT)
 
 
-def test_resumed_on_another_number_of_ranks(place: Place, zero_3: Run) -> None:
+def test_resumed_on_another_number_of_ranks(place: Place, zero_3: Ranks) -> None:
     """Saved by two ranks under ZeRO-3, gone on with by one under ZeRO-2."""
     same(resumed(place, zero_3, "resumed1", ranks=1), zero_3, first=3, **EXACT)

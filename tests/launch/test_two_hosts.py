@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers import tiny
-from helpers.forked import ended
+from helpers.forked import started
 from helpers.launcher import CPU, ROOT
 from helpers.patience import PATIENCE
 from helpers.two_hosts import TwoHosts, finish, two_hosts, why_not
@@ -20,8 +20,6 @@ _MISSING = why_not()
 pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"no two hosts here: {_MISSING}")
 
 STAGE = str(ROOT / "launch/stage4.sh")
-STEPS = 60
-LOST = 75
 
 
 @pytest.fixture
@@ -55,31 +53,11 @@ def nothing_is_left(two: TwoHosts) -> None:
     assert {host.name: host.strays() for host in two.hosts} == {"node1": [], "node2": []}
 
 
-def test_stopped_and_resumed(two: TwoHosts, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """SIGUSR1 to the script that was started reaches both hosts' ranks; started again, the losses are one process's."""
-    path, run = recipe(train__steps_per_epoch=STEPS), tmp_path / "run"
-    given = command(two, path, run)
-    process = two.start(["bash", STAGE, *given[: given.index(STAGE)], *given[given.index(STAGE) + 1 :]])
-    wait_for_line(run, 3, process)
-    os.kill(process.pid, signal.SIGUSR1)
-    code, output = finish(process)
-    assert code == 138, output
-    (stopped,) = map(int, re.findall(rf"node1: stopped: SIGUSR1 at step (\d+) of {STEPS}; saved", output))
-    assert 3 <= stopped < STEPS
-    nothing_is_left(two)
+def test_stopped_resumed_and_a_host_dies(two: TwoHosts, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Both hosts are fit; stopped and started again, the losses are one process's; then a host dies, and is named.
 
-    code, output = two.run(command(two, path, run, "deepspeed"))
-    assert code == 0, output
-    assert f"resuming from {run}/checkpoints/step-{stopped:08d}" in output
-    assert "stage 4 on 2 rank(s) of cpu" in output
-    nothing_is_left(two)
-    one = ended(path, tmp_path / "one")
-    assert len(one.metrics) == STEPS
-    assert tiny.losses(run) == pytest.approx(tiny.losses(tmp_path / "one"), rel=1e-5, abs=0)
-
-
-def test_a_host_dies_and_the_doctor(two: TwoHosts, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Both are fit; then all of one's processes are gone in the middle of a run, and it is named by both."""
+    SIGUSR1 to the script that was started reaches the ranks of both hosts.
+    """
     path, run = recipe(train__steps_per_epoch=100_000), tmp_path / "run"
     doctor = ["python", "-m", "tinygptv_ds", "doctor", "--hostfile", str(two.hostfile), "--recipe", str(path)]
     code, report = two.run(doctor)
@@ -89,20 +67,37 @@ def test_a_host_dies_and_the_doctor(two: TwoHosts, recipe: Callable[..., Path], 
     assert re.search(r"ok +recipe +node1, node2: dataset vqa: 3 shard\(s\), [\d,]+ bytes, 12 samples", report), report
     assert re.findall(r"all-reduce +(\d+) MB \| +[\d.]+ ms", report) == ["1", "4", "16", "64", "181", "256"]
 
-    process = two.start(command(two, path, run, "deepspeed"))
+    given = command(two, path, run)
+    process = two.start(["bash", STAGE, *given[: given.index(STAGE)], *given[given.index(STAGE) + 1 :]])
     wait_for_line(run, 3, process)
+    os.kill(process.pid, signal.SIGUSR1)
+    code, output = finish(process)
+    assert code == 138, output
+    (stopped,) = map(int, re.findall(r"node1: stopped: SIGUSR1 at step (\d+) of 100000; saved", output))
+    assert stopped >= 3
+    nothing_is_left(two)
+
+    process = two.start(command(two, path, run, "deepspeed"))
+    wait_for_line(run, stopped + 3, process)
     two.hosts[1].crash()
     killed = time.monotonic()
     code, output = finish(process, 60)
     assert code != 0 and time.monotonic() - killed < 30, output  # a bound for a hang, not a measurement
+    assert f"resuming from {run}/checkpoints/step-{stopped:08d}" in output
+    assert "stage 4 on 2 rank(s) of cpu" in output
     lost = re.findall(r"^node1: error: rank 1 \(host node2, process \d+\) was lost in step (\d+) \(", output, re.M)
-    assert len(lost) == 1 and int(lost[0]) >= 3, output
+    assert len(lost) == 1 and int(lost[0]) >= stopped + 3, output
     nothing_is_left(two)
 
     code, report = two.run(doctor)
     assert code == 2, report
     assert re.search(r"MISSING +ssh +node2: .*Connection refused\n +-> is sshd running there", report), report
     assert "not possible on node1, node2 yet: see ssh above" in report and "Traceback" not in report
+
+    losses = tiny.losses(run)
+    with started(path, tmp_path / "one", f"--set=train.checkpoint_every={len(losses)}") as one:
+        one.wait_for(one.folder / f"checkpoints/step-{len(losses):08d}")
+    assert losses == pytest.approx(tiny.losses(one.folder)[: len(losses)], rel=1e-5, abs=0)
 
 
 def test_a_cable_is_pulled(two: TwoHosts, recipe: Callable[..., Path], tmp_path: Path) -> None:
