@@ -5,6 +5,7 @@ In a clone they are in the repository's root; a wheel holds the same folders ins
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -27,7 +28,8 @@ def find_project_file(path: Path) -> Path:
     `stages/stage2.yaml` and `ds_configs/zero3_bf16.json` can thus be named from any directory, and without a clone.
     A path that exists, an absolute one, and one that neither place has are returned as they are.
     """
-    if path.is_absolute() or path.exists():
+    # os.path.exists, unlike Path's, is False where a path is too long or a folder may not be entered.
+    if path.is_absolute() or os.path.exists(path):  # noqa: PTH110
         return path
     ours = project_root() / path
-    return ours if ours.exists() and ours.is_relative_to(project_root()) else path
+    return ours if os.path.exists(ours) and ours.is_relative_to(project_root()) else path  # noqa: PTH110

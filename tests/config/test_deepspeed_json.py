@@ -8,7 +8,8 @@ import pytest
 from tinygptv_ds.config.data_section import DataSection, DatasetSection
 from tinygptv_ds.config.deepspeed import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.config.recipe import ModelSection, OptimizerSection, Recipe
+from tinygptv_ds.config.optimizer_section import OptimizerSection
+from tinygptv_ds.config.recipe import ModelSection, Recipe
 from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import ConfigError
 

@@ -8,7 +8,8 @@ import yaml
 
 from tinygptv_ds.config.data_section import DataSection, DatasetSection
 from tinygptv_ds.config.evaluation_section import EvaluationSection, ScoredSection
-from tinygptv_ds.config.recipe import ModelSection, OptimizerSection, Recipe, TextSection
+from tinygptv_ds.config.optimizer_section import OptimizerSection
+from tinygptv_ds.config.recipe import ModelSection, Recipe, TextSection
 from tinygptv_ds.config.render import field_docs, recipe_docs, recipes, render
 from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import ConfigError

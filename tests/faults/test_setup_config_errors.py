@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 AUTO = '{"gradient_clipping": 0.0, "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}'
 BATCH = '{"gradient_clipping": 0.0, "zero_optimization": {"stage": 2}, "train_batch_size": 48}'
 TWICE = '{"gradient_clipping": 0.0, "gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}'
+DEEP = '{"a": ' * 5000
 # Options (a text in braces is a JSON file), and what the message holds: the key, and what to do.
 MISTAKES = [
     (["--set", "train.batchsize=4"], ["unknown key train.batchsize", "did you mean batch_size?"]),
@@ -22,6 +23,7 @@ MISTAKES = [
     (["--set", "deepspeed.gradient_cliping=1"], ["unknown key 'gradient_cliping'", "did you mean gradient_clipping?"]),
     (["--deepspeed_config", BATCH], ["train_batch_size is 48", "make it 2", "Leave the key out of the JSON"]),
     (["--deepspeed_config", AUTO], ['zero_optimization.reduce_bucket_size is "auto"', "write a value"]),
+    (["--deepspeed_config", DEEP], ["nested too deeply for a DeepSpeed JSON"]),
     (["--deepspeed_config", TWICE], ["gradient_clipping is given twice"]),
     (["--deepspeed_config", "ds_configs/zeropp.json"], ["zero_hpz_partition_size is 8", "--set deepspeed.zero_opt"]),
     (["--deepspeed_config", "ds_configs/zero9.json"], ["no DeepSpeed JSON at", "ds_configs/ holds the ready ones"]),

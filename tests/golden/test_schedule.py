@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.config.recipe import OptimizerSection
+from tinygptv_ds.config.optimizer_section import OptimizerSection
 from tinygptv_ds.train.schedule import learning_rate
 
 STAGES = Path(__file__).parents[2] / "stages"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinygptv_ds.config.recipe import OptimizerSection
+from tinygptv_ds.config.optimizer_section import OptimizerSection
 from tinygptv_ds.train.schedule import learning_rate
 
 RATES = st.floats(1e-7, 1e-2)

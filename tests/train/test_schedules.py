@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinygptv_ds.config.data_section import DataSection, DatasetSection
-from tinygptv_ds.config.recipe import ModelSection, OptimizerSection, Recipe
+from tinygptv_ds.config.optimizer_section import OptimizerSection
+from tinygptv_ds.config.recipe import ModelSection, Recipe
 from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.schedule import begins_cycle, learning_rate, learning_rate_of_step

@@ -9,7 +9,8 @@ from helpers.weight_layouts import blip2_state, eva_state, phi_state, save_phi, 
 from torch import Tensor
 
 from tinygptv_ds.config.data_section import DataSection, DatasetSection
-from tinygptv_ds.config.recipe import ModelSection, OptimizerSection, Recipe, TextSection
+from tinygptv_ds.config.optimizer_section import OptimizerSection
+from tinygptv_ds.config.recipe import ModelSection, Recipe, TextSection
 from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.models.parameters import is_trainable
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration

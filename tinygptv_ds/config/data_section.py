@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
+from tinygptv_ds.config.limits import check_limits
 from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.errors import require
+
+_NAME = re.compile(r"[\w+][\w.+ -]{0,99}")
+
+
+def check_name(name: str, what: str) -> None:
+    """Check a name that becomes part of file names and of TensorBoard's tags."""
+    require(
+        _NAME.fullmatch(name) is not None,
+        f"{what} {shown(name)} must consist of letters, digits and . _ + - (100 characters at most, not . first)",
+    )
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,9 @@ class DatasetSection:
     """Whether to apply the original's text cleaning to the fields that the original cleans."""
 
     def __post_init__(self) -> None:
+        check_name(self.name, "data.datasets: name")
         require(self.weight > 0, f"data.datasets, {self.name}: weight must be positive")
+        check_limits(f"data.datasets, {self.name}", self, weight=1e9)
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,7 @@ class DataSection:
     of images; null: read images."""
 
     def __post_init__(self) -> None:
+        check_limits("data", self, num_workers=1024, shuffle_shards=1_000_000, cache_gb=1e9, read_timeout_seconds=1e8)
         require(bool(self.datasets), "data.datasets is empty: name at least one dataset")
         names = [d.name for d in self.datasets]
         twice = sorted({n for n in names if names.count(n) > 1})

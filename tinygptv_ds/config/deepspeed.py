@@ -28,6 +28,8 @@ def load_deepspeed_json(path: Path | str) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
     except FileNotFoundError:
         raise ConfigError(f"no DeepSpeed JSON at {path}; ds_configs/ holds the ready ones") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a DeepSpeed JSON") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a readable JSON file: {error}") from None
     if not isinstance(raw, dict):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tinygptv_ds.config.data_section import check_name
+from tinygptv_ds.config.limits import check_limits
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.config.template_names import BENCHMARK, check_template
 from tinygptv_ds.errors import require
@@ -56,6 +58,7 @@ class ScoredSection:
 
     def __post_init__(self) -> None:
         kinds = (*HELD_OUT, *SPLITS)
+        check_name(self.label, "evaluation.benchmarks: name")
         where = f"evaluation.benchmarks, {self.label}"
         require(self.kind in kinds, f"evaluation.benchmarks: kind {self.kind!r} is unknown{nearest(self.kind, kinds)}")
         if self.kind in HELD_OUT:
@@ -104,6 +107,9 @@ class EvaluationSection:
     """Tokens of an answer at most (published: 20)."""
 
     def __post_init__(self) -> None:
+        check_limits(
+            "evaluation", self, every=1_000_000_000, limit=1_000_000_000, batch_size=100_000, max_new_tokens=10_000
+        )
         require(self.every >= 0, "evaluation.every must be 0 or more")
         require(self.limit is None or self.limit > 0, "evaluation.limit must be positive, or null for all questions")
         for name in ("batch_size", "max_new_tokens"):

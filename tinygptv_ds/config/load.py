@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import re
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.config.plain_yaml import LONGEST, parse_yaml, shown
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.resources import find_project_file
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, for which a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(problem=f"{', '.join(sorted(twice))} is given twice")
-        return super().construct_mapping(node, deep)
+_DEEPEST = 40  # keys of --set
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -62,10 +54,13 @@ def apply_overrides(raw: dict, overrides: Sequence[str]) -> dict:
         if not equals or not key.strip():
             raise ConfigError(f"--set {text}: write key=value, for instance --set train.batch_size=32")
         try:
-            parsed = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: {value!r} is not valid YAML (text may need quotes): {error}") from None
-        raw = _set(raw, key.strip().split("."), parsed, key)
+            parsed = parse_yaml(value)
+        except ConfigError as error:
+            raise ConfigError(f"--set {key}={_short(value)}: {error}") from None
+        keys = key.strip().split(".")
+        if len(keys) > _DEEPEST:
+            raise ConfigError(f"--set {_short(key)}: {len(keys)} keys deep; a recipe has at most {_DEEPEST} levels")
+        raw = _set(raw, keys, parsed, key)
     return raw
 
 
@@ -76,30 +71,43 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        raw = parse_yaml(_read(path))
     except FileNotFoundError:
         raise ConfigError(
             f"no recipe at {path}; the published ones are stages/stage1.yaml to stages/stage4.yaml"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a null byte in the path
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no recipe: the file must be a mapping of keys to values")
     return raw
 
 
+def _read(path: Path) -> str:
+    with path.open(encoding="utf-8") as file:
+        return file.read(LONGEST + 1)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def _set(node: Any, keys: list[str], value: Any, whole: str) -> Any:
     head, *rest = keys
     if isinstance(node, list):
-        if not head.isdigit() or int(head) >= len(node):
-            raise ConfigError(f"--set {whole}: {head!r} is not an index of a list of {len(node)}")
+        if not re.fullmatch(r"[0-9]{1,6}", head) or int(head) >= len(node):
+            raise ConfigError(f"--set {_short(whole)}: {shown(head)} is not an index of a list of {len(node)}")
         items = list(node)
         items[int(head)] = _set(items[int(head)], rest, value, whole) if rest else value
         return items
     if node is not None and not isinstance(node, dict):
-        raise ConfigError(f"--set {whole}: there is nothing below {node!r} to set")
+        raise ConfigError(f"--set {whole}: there is nothing below {shown(node)} to set")
     node = dict(node or {})
     node[head] = _set(node.get(head), rest, value, whole) if rest else value
     return node
@@ -113,7 +121,7 @@ def _build(kind: type, raw: Any, where: str) -> Any:
     prefix = f"{where}." if where else ""
     for key in raw:
         if key not in fields:
-            raise ConfigError(f"unknown key {prefix}{key}{nearest(str(key), fields)}")
+            raise ConfigError(f"unknown key {prefix}{_short(key)}{nearest(_short(key), fields)}")
     for name, f in fields.items():
         if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{prefix}{name} is missing")
@@ -139,13 +147,14 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 
 def _scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-4 as a string
-        except ValueError:
+            value = float(value)  # YAML 1.1 reads 1e-4 as a string
+        except (ValueError, OverflowError):
             pass
+        else:
+            if not math.isfinite(value):
+                raise ConfigError(f"{where} must be a finite number")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
         raise ConfigError(f"{where} must be {names[kind]}, not {_describe(value)}")
@@ -159,4 +168,4 @@ def _number_or_switch(value: Any, where: str) -> bool | int:
 
 
 def _describe(value: Any) -> str:
-    return "empty" if value is None else f"{value!r} ({type(value).__name__})"
+    return "empty" if value is None else f"{shown(value)} ({type(value).__name__})"

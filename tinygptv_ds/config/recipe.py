@@ -5,28 +5,16 @@ A recipe is the YAML of one stage. DeepSpeed's JSON holds what is DeepSpeed's (Z
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tinygptv_ds.config.data_section import DataSection
 from tinygptv_ds.config.evaluation_section import EvaluationSection
-from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.config.limits import check_limits
+from tinygptv_ds.config.optimizer_section import OptimizerSection
+from tinygptv_ds.config.parts import check_parts
+from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import require
-
-PARTS = {
-    "projections": "the two linear layers between Q-Former and Phi",
-    "norms": "the weights of Phi's norms",
-    "lora": "LoRA's A and B",
-    "qformer": "the Q-Former and its query tokens",
-    "vit": "the ViT and the norm after it",
-    "llm": "all of Phi but LoRA",
-}
-
-
-def _check_parts(where: str, parts: Iterable[str]) -> None:
-    for part in parts:
-        require(part in PARTS, f"{where}: {part!r} is no part of the model{nearest(str(part), PARTS)}")
 
 
 @dataclass(frozen=True)
@@ -93,6 +81,13 @@ class ModelSection:
     block, N for every N-th one."""
 
     def __post_init__(self) -> None:
+        check_limits("model", self, image_size=4096, eva_vit_depth=1000, eva_vit_heads=1024, qformer_heads=1024)
+        check_limits("model", self, proj_hidden_size=1_000_000, lora_r=8192, lora_alpha=1e6)
+        check_limits("model", self, gradient_checkpointing=1000)
+        for name in ("eva_vit_depth", "eva_vit_heads", "qformer_heads", "proj_hidden_size"):
+            require(getattr(self, name) > 0, f"model.{name} must be positive")
+        dropout = self.resid_dropout
+        require(dropout is None or 0 <= dropout < 1, "model.resid_dropout must lie in [0, 1)")
         require(self.image_size > 0, "model.image_size must be positive")
         require(self.lora_r >= 0, "model.lora_r must be 0 (no LoRA) or a positive rank")
         require(0 <= self.lora_dropout < 1, "model.lora_dropout must lie in [0, 1)")
@@ -101,7 +96,7 @@ class ModelSection:
         require(not odd, f"model.allow_missing: unknown {odd}; the parts that a stage trains are {', '.join(parts)}")
         if self.train is not None:
             require(bool(self.train), "model.train is empty; null trains what the stage trains as published")
-            _check_parts("model.train", self.train)
+            check_parts("model.train", self.train)
             has_lora = "lora" not in self.train or self.lora_r > 0
             require(has_lora, "model.train names lora, but model.lora_r is 0, which builds none")
         require(self.gradient_checkpointing >= 0, "model.gradient_checkpointing must be true, false or N from 1 on")
@@ -136,79 +131,12 @@ class TextSection:
     """Prompt tokens at most, image tokens included."""
 
     def __post_init__(self) -> None:
+        check_limits("text", self, max_txt_len=2**40, max_context_len=2**40)
         require(self.max_txt_len > 0, "text.max_txt_len must be positive")
         require(self.max_context_len > 0, "text.max_context_len must be positive")
         template_ok = self.prompt_template is None or self.prompt_template.count("{}") == 1
         require(template_ok, "text.prompt_template must hold {} exactly once, where the question goes")
         require(self.prompt_per in ("sample", "step"), "text.prompt_per must be sample or step")
-
-
-SCHEDULES = ("published", "cosine", "constant", "wsd", "step")
-
-
-@dataclass(frozen=True)
-class OptimizerSection:
-    """AdamW and its schedule."""
-
-    lr: float
-    """Learning rate at the end of the warm-up."""
-
-    min_lr: float
-    """Learning rate that the schedule approaches; above `lr` the learning rate rises (as in the published stage 4)."""
-
-    warmup_lr: float = 1e-6
-    """Learning rate of the first step."""
-
-    warmup_steps: int = 0
-    """Steps of warm-up."""
-
-    schedule: str = "published"
-    """published: a warm-up that counts steps within an epoch, then a cosine since step 0, as the original computes it.
-    The others warm up once, from the start: cosine then falls to `min_lr` at the last step, constant stays at `lr`,
-    wsd (warm-up, stable, decay) stays there until the last `decay_steps` and then falls to `min_lr` linearly, step is
-    multiplied by `decay_rate` at every epoch, down to `min_lr` (linear_warmup_step_lr of LAVIS)."""
-
-    decay_steps: int = 0
-    """Steps of the decay at the end, for the schedule wsd only."""
-
-    decay_rate: float = 1.0
-    """Factor on the learning rate at every epoch of `train.steps_per_epoch`, for the schedule step only."""
-
-    lr_scale: dict = field(default_factory=dict)
-    """Factors on the learning rate by part (as in model.train; the first that a parameter belongs to), e.g. {qformer:
-    0.1}; 1 for the others."""
-
-    weight_decay: float = 0.05
-    """Weight decay of matrices; norms and biases have none."""
-
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """AdamW's betas."""
-
-    gradient_clipping: float | None = None
-    """Largest gradient norm; null: the value of the DeepSpeed JSON (0: off, as published), with which a number must
-    agree."""
-
-    def __post_init__(self) -> None:
-        require(self.lr > 0 and self.min_lr >= 0, "optimizer.lr must be positive and optimizer.min_lr not negative")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps must be 0 or more")
-        require(
-            self.schedule in SCHEDULES,
-            f"optimizer.schedule: {self.schedule!r} is unknown{nearest(self.schedule, SCHEDULES)}",
-        )
-        wsd = self.schedule == "wsd"
-        require(self.decay_steps > 0 or not wsd, "optimizer.schedule wsd needs optimizer.decay_steps above 0")
-        require(self.decay_steps == 0 or wsd, "optimizer.decay_steps is of the schedule wsd; leave it 0 for others")
-        step = self.schedule == "step"
-        require(self.decay_rate == 1 or step, "optimizer.decay_rate is of the schedule step; leave it 1 for others")
-        require(
-            0 < self.decay_rate < 1 or not step,
-            "optimizer.schedule step needs an optimizer.decay_rate between 0 and 1, e.g. 0.5",
-        )
-        _check_parts("optimizer.lr_scale", self.lr_scale)
-        for part, factor in self.lr_scale.items():
-            number = isinstance(factor, int | float) and not isinstance(factor, bool)
-            require(number and factor > 0, f"optimizer.lr_scale.{part} must be a positive number, not {factor!r}")
-        require(len(self.betas) == 2, "optimizer.betas must be two numbers")
 
 
 @dataclass(frozen=True)
@@ -243,6 +171,7 @@ class Recipe:
     """Changes to the DeepSpeed JSON by its own keys, e.g. {gradient_clipping: 1.0}."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, f"seed must lie between 0 and 2^63 - 1, not {shown(self.seed)}")
         require(self.stage in (1, 2, 3, 4), f"stage must be 1, 2, 3 or 4, not {self.stage}")
         self._check_keep_best()
         require(

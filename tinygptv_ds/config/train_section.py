@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tinygptv_ds.config.limits import MOST_STEPS, check_limits
 from tinygptv_ds.errors import ConfigError, require
 
 
@@ -99,6 +100,10 @@ class TrainSection:
     noticed at once. 0: ranks exchange no signs of life."""
 
     def __post_init__(self) -> None:
+        check_limits("train", self, batch_size=10_000_000, micro_batch_size=10_000_000, max_tokens=100_000_000)
+        check_limits("train", self, checkpoint_minutes=1e6, startup_minutes=1e6, step_minutes=1e6)
+        check_limits("train", self, slow_step_seconds=1e8, lost_after_seconds=1e8, sample_count=1000)
+        check_limits("train", self, validation_samples=MOST_STEPS, total_steps=MOST_STEPS)
         positive = ("batch_size", "cycles", "epochs", "steps_per_epoch", "log_every", "validation_samples")
         for name in (*positive, "max_overflows", "keep_checkpoints", "startup_minutes"):
             require(getattr(self, name) > 0, f"train.{name} must be positive")

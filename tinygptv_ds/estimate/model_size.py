@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygptv_ds.config.recipe import PARTS, Recipe
+from tinygptv_ds.config.parts import PARTS
+from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.models.parameters import part_of
 
@@ -25,7 +26,7 @@ FORWARD_ORDER = ("vit", "qformer", "projections", "llm", "norms", "lora")
 
 
 def trained_parts(recipe: Recipe) -> tuple[str, ...]:
-    """Return what a recipe trains, by the names of `config.recipe.PARTS`."""
+    """Return what a recipe trains, by the names of `config.parts.PARTS`."""
     if recipe.model.train is not None:
         chosen = set(recipe.model.train) | ({"norms"} if "llm" in recipe.model.train else set())
         return tuple(part for part in PARTS if part in chosen)

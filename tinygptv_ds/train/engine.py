@@ -17,7 +17,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from tinygptv_ds.config.deepspeed import precision, zero_stage
-from tinygptv_ds.config.recipe import OptimizerSection
+from tinygptv_ds.config.optimizer_section import OptimizerSection
 from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.models.attention import choose_backend

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from tinygptv_ds.config.recipe import OptimizerSection, Recipe
+from tinygptv_ds.config.optimizer_section import OptimizerSection
+from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.log import LOGGER
 
 
