@@ -54,6 +54,9 @@ if ! command -v deepspeed >/dev/null; then
   exit 2
 fi
 
+# A mistake in options or recipe is reported here at once; the launcher would first take seconds.
+python "$root/stages/$stage.py" --check-recipe "${script[@]}" || exit
+
 # A stop signal goes to the ranks themselves, which save and exit; the launcher then exits with their code.
 children() { cat "/proc/$1/task/$1/children" 2>/dev/null; }
 pass_on_over_pdsh() {  # on every node, the children of this job's per-node launcher, identified by its port and script

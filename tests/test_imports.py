@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "weights": MIDDLE,
     "generate": MIDDLE | {"weights"},
     "evaluation": MIDDLE | {"weights", "generate"},
-    "features": MIDDLE | {"train", "weights"},
+    "features": MIDDLE | {"weights"},
     "train": MIDDLE | {"weights", "generate", "evaluation"},  # scores while training; evaluation knows nothing of train
     "estimate": MIDDLE,
     "apps": MIDDLE | {"weights", "generate", "evaluation"},

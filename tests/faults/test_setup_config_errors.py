@@ -1,7 +1,8 @@
-"""Mistakes in recipe, JSON or options are reported within a second, before torch is imported, with key and remedy."""
+"""Mistakes in recipe, JSON or options are reported with key and remedy before anything large is imported."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,21 +29,29 @@ MISTAKES = [
     (["--deepspeed_config", "ds_configs/zeropp.json"], ["zero_hpz_partition_size is 8", "--set deepspeed.zero_opt"]),
     (["--deepspeed_config", "ds_configs/zero9.json"], ["no DeepSpeed JSON at", "ds_configs/ holds the ready ones"]),
 ]
+# Found last: the options are right, but neither weights nor shards are there.
+MISSING = [
+    "model.phi: weights/phi-2 does not exist. Phi-2: 'hf download",
+    "dataset gqa: shards 'data/gqa/*.tar': not found",
+    "ROOT/gqa/train_balanced_questions.json",
+]
+MODULES = 25  # of this package, until a mistake in options, recipe or JSON is found; nearly all of them in config/
 # One process for all of them: starting Python takes longer than the checks.
 ASK = """
 import json, sys, time
 from pathlib import Path
-sys.modules.update(dict.fromkeys(("torch", "deepspeed", "transformers")))
+sys.modules.update(dict.fromkeys(("torch", "deepspeed", "transformers", "numpy")))
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.setup.job import parse_job
-reports = []
+reports, ours = [], []
 for options in json.loads(sys.argv[1]):
     start = time.perf_counter()
     try:
         parse_job(options, Path("stages/stage4.yaml"))
     except ConfigError as error:
         reports.append([str(error), time.perf_counter() - start])
-print(json.dumps(reports))
+    ours.append(sum(name.startswith("tinygptv_ds") for name in sys.modules))
+print(json.dumps([reports, ours]))
 """
 
 
@@ -50,15 +59,26 @@ def test_each_is_reported_at_once(tmp_path: Path) -> None:
     asked = [
         [_file(tmp_path / f"{number}.json", text) for text in options] for number, (options, _) in enumerate(MISTAKES)
     ]
+    asked.append(["--deepspeed-config", "ds_configs/cpu.json", "--run-dir", str(tmp_path / "run")])
     command = [sys.executable, "-c", ASK, json.dumps(asked)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    reports = json.loads(done.stdout)
-    assert len(reports) == len(MISTAKES)
-    for (message, seconds), (options, parts) in zip(reports, MISTAKES, strict=True):
+    reports, ours = json.loads(done.stdout)
+    assert len(reports) == len(asked)
+    assert ours[len(MISTAKES) - 1] <= MODULES < ours[-1]
+    for (message, seconds), (options, parts) in zip(reports, [*MISTAKES, (asked[-1], MISSING)], strict=True):
         assert all(part in message for part in parts), (options, message)
         assert seconds < 1
+
+
+def test_the_launcher_is_not_started(tmp_path: Path) -> None:
+    """It would import torch, and print a dozen lines around the one that matters."""
+    command = ["bash", "launch/stage1.sh", "--num_gpus", "1", "--set", "data.nonsense=1", "--run-dir", str(tmp_path)]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert re.fullmatch(r"error: stages/stage1.yaml: unknown key data.nonsense; .*\n", done.stderr)
 
 
 def _file(path: Path, text: str) -> str:

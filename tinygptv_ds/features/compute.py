@@ -31,7 +31,7 @@ from tinygptv_ds.features.format import (
 )
 from tinygptv_ds.files import LockedError, lock_file
 from tinygptv_ds.log import LOGGER, set_up_logging
-from tinygptv_ds.train.setup.preflight import check_files
+from tinygptv_ds.weights.recipe_files import check_files
 
 if TYPE_CHECKING:
     from tinygptv_ds.features.encode import Slot

@@ -28,13 +28,12 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.processing.image_formats import (
     FORMATS,
+    MAX_PIXELS,
     RARE_FORMATS,
     foreign_format,
     looks_like_tga,
     no_image_because,
 )
-
-MAX_PIXELS = 100_000_000
 
 Source = bytes | str | Path | Image.Image  # encoded, a path, or decoded
 Color = tuple[int, int, int]

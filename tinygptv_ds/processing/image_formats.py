@@ -1,6 +1,8 @@
-"""Which files are images: formats that are decoded, file name endings, and what others are by their first bytes."""
+"""Which files are images: formats that are decoded, the largest size, file name endings, and first bytes of others."""
 
 from __future__ import annotations
+
+MAX_PIXELS = 100_000_000  # of an image that is decoded
 
 # Pillow's readers that find their files by the first bytes. None of them starts a program, as the one for EPS does.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")

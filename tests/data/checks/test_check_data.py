@@ -24,7 +24,7 @@ from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.train.setup.preflight import check_files
+from tinygptv_ds.weights.recipe_files import check_files
 
 ROOT = Path(__file__).parents[3]
 RAW = Callable[..., dict[str, Any]]

@@ -23,7 +23,7 @@ from tinygptv_ds.data.shards.remote import RemoteShard
 from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.errors import ConfigError, DataError
-from tinygptv_ds.train.setup.preflight import check_files
+from tinygptv_ds.weights.recipe_files import check_files
 
 SAMPLES, SHARDS = 3, 4
 

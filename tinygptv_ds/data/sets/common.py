@@ -13,7 +13,7 @@ from typing import Any, Self
 from PIL import Image, UnidentifiedImageError
 
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.image import MAX_PIXELS
+from tinygptv_ds.processing.image_formats import MAX_PIXELS
 
 COCO = "coco/train2014"
 

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from tinygptv_ds.config.data_section import DataSection, DatasetSection
-from tinygptv_ds.data.sets import how_to_get
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.features.format import shards_of
 
@@ -25,6 +24,8 @@ def absent(data: DataSection) -> dict[DatasetSection, str]:
         try:
             shards_of(section, root, allow_pipe=section.name in data.allow_pipe)
         except DataError as error:
+            from tinygptv_ds.data.sets import how_to_get  # loads numpy and the adapters of all datasets
+
             remedy = f"\n{how_to_get(section.name)}" if root is None else ""
             problems[section] = f"dataset {section.name}: {error}{remedy}"
     return problems

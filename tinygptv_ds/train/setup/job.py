@@ -122,6 +122,8 @@ def stage_parser(recipe: Path) -> argparse.ArgumentParser:
         help="build everything, run two real steps, save, tell time, memory and what a run would write, and leave "
         "nothing behind",
     )
+    # launch/start.sh asks before it starts the launcher, which takes seconds to import torch.
+    parser.add_argument("--check-recipe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return parser
 
@@ -134,10 +136,13 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
         recipe: the stage's own recipe.
 
     Raises:
+        SystemExit: with `--help` or `--check-recipe`.
         ConfigError: anything the user has to fix: recipe, JSON, missing weights or data, a run directory in use.
     """
     args = stage_parser(_shown(recipe)).parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
     loaded = load_recipe(args.recipe, args.set)
+    if args.check_recipe:
+        sys.exit()
     ranks = ranks_from_env()
     json_path = args.deepspeed_config or default_deepspeed_json()
     resolved = resolve_deepspeed(load_deepspeed_json(json_path), loaded, ranks.world_size, str(json_path))
@@ -149,9 +154,9 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
         _check_run_dir(run_dir, args.resume)
     # Imported here because the readers of datasets and benchmarks load numpy: mistakes in the recipe come before.
     from tinygptv_ds.train.metrics.wandb_tracker import check_tracking
-    from tinygptv_ds.train.setup.preflight import check_files
+    from tinygptv_ds.train.setup.preflight import check_and_open_benchmarks
 
-    scored = check_files(loaded)
+    scored = check_and_open_benchmarks(loaded)
     check_tracking(loaded)
     resume = "never" if args.dry_run else args.resume
     return Job(loaded, resolved, run_dir, resume, ranks, args.dry_run, args.resume_anyway, scored)

@@ -1,46 +1,31 @@
-"""The check that the files which a recipe names exist, before anything is loaded, with the remedy for each."""
+"""The checks of a training job before anything is loaded: its files exist, and its benchmarks can be read."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tinygptv_ds.config.recipe import ModelSection, Recipe
-from tinygptv_ds.data.stream.availability import absent, options_without
+from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError, DataError
-from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
-from tinygptv_ds.evaluation.benchmarks.question import Task
-from tinygptv_ds.evaluation.benchmarks.table import open_section
+from tinygptv_ds.weights.recipe_files import check_files
 
-_LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models"
-HOW_TO_GET_WEIGHTS = {
-    "phi": "Phi-2: 'hf download microsoft/phi-2 --local-dir DIR', then name that folder",
-    "eva_vit": f"EVA ViT-g (2 GB): {_LAVIS}/BLIP2/eva_vit_g.pth",
-    "qformer": f"BLIP-2's Q-Former: {_LAVIS}/BLIP2/blip2_pretrained_flant5xxl.pth",
-    "init_from": "train the stage before this one (its run directory is what is named here), or take a released "
-    "TinyGPT-V file: 'hf download Tyrannosaurus/TinyGPT-V'",
-}
+if TYPE_CHECKING:
+    from tinygptv_ds.evaluation.benchmarks.question import Task
 
 
-def check_files(recipe: Recipe) -> list[Task]:
+def check_and_open_benchmarks(recipe: Recipe) -> list[Task]:
     """Check that every file that a recipe names exists, and return the benchmarks that it scores while training.
 
     Raises:
         ConfigError: lists every missing weight file and dataset and what is wrong with benchmarks, each with its
-            remedy. If some datasets exist and others do not, it ends with the option that trains on the former.
+            remedy.
     """
-    away, tasks = absent(recipe.data), []
-    problems = [*_weights(recipe.model), *away.values()]
-    try:
-        tasks = _evaluation_tasks(recipe)
-    except (ConfigError, DataError) as error:
-        problems.append(f"evaluation: {error}")
-    if problems:
-        lines = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in problems)
-        options = options_without(recipe.data, away)
-        subset = f"\nTo train on the datasets that are there: {' '.join(options)}" if options else ""
-        raise ConfigError(
-            f"{len(problems)} thing(s) that the recipe of stage {recipe.stage} names cannot be used:\n{lines}{subset}"
-        )
+    tasks, problems = [], []
+    if recipe.evaluation.benchmarks:
+        try:
+            tasks = _evaluation_tasks(recipe)
+        except (ConfigError, DataError) as error:
+            problems.append(f"evaluation: {error}")
+    check_files(recipe, problems)
     return tasks
 
 
@@ -51,6 +36,10 @@ def _evaluation_tasks(recipe: Recipe) -> list[Task]:
         DataError: benchmark files or held-out shards are missing or invalid; all of them are named.
         ConfigError: a package that a score needs is not installed.
     """
+    # Imported here because the readers of benchmarks load numpy, and most recipes name no benchmark.
+    from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
+    from tinygptv_ds.evaluation.benchmarks.table import open_section
+
     checks, section = Checks(), recipe.evaluation
     tasks = []
     for benchmark in section.benchmarks:
@@ -60,14 +49,3 @@ def _evaluation_tasks(recipe: Recipe) -> list[Task]:
             checks.problem(f"{benchmark.label}: {error}")
     checks.finish()
     return tasks
-
-
-def _weights(model: ModelSection) -> list[str]:
-    problems = []
-    for name, remedy in HOW_TO_GET_WEIGHTS.items():
-        path = getattr(model, name)
-        if path is not None and not Path(path).exists():
-            problems.append(f"model.{name}: {path} does not exist. {remedy}. Or --set model.{name}=PATH")
-    if Path(model.phi).exists() and not (Path(model.phi) / "config.json").is_file():
-        problems.append(f"model.phi: {model.phi} has no config.json; it must be a folder as transformers saves it")
-    return problems
