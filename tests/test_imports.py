@@ -36,7 +36,9 @@ MAY_IMPORT = {
     "estimate": MIDDLE,
     "apps": MIDDLE | {"weights", "generate", "evaluation"},
     "doctor": MIDDLE,
-    "cli": MIDDLE | {"train", "weights", "generate", "evaluation", "features", "estimate", "apps", "doctor"},
+    "finetune": MIDDLE | {"train", "weights", "estimate"},  # the verbs themselves run in processes of their own
+    "cli": MIDDLE
+    | {"train", "weights", "generate", "evaluation", "features", "estimate", "apps", "doctor", "finetune"},
     "__main__": {"cli"},
 }
 ONLY_IN = {

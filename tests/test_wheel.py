@@ -58,7 +58,11 @@ def test_the_wheel_installs_one_top_level_package(wheel: Path) -> None:
 def test_the_wheel_holds_the_files_next_to_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    tracked = [path for pattern in ("stages/stage*.*", "ds_configs/*.json", "eval/*.py") for path in ROOT.glob(pattern)]
+    tracked = [
+        path
+        for pattern in ("stages/*.yaml", "stages/stage*.py", "ds_configs/*.json", "eval/*.py")
+        for path in ROOT.glob(pattern)
+    ]
     tracked += [path for path in (ROOT / "launch").iterdir() if path.name not in ("setup.sh", "quickstart.sh")]
     tracked += ROOT.glob("requirements*.txt")
     assert len(tracked) > 25
@@ -74,6 +78,12 @@ def test_help(environment: Path, tmp_path: Path) -> None:
     options = run(environment, tmp_path, "train", "stage3", "--help")
     assert options.returncode == 0, options.stderr
     assert "--deepspeed-config" in options.stdout
+    absent = ("--data", "mine.json", "--from", "weights", "--out", "my_model")
+    wrong = run(environment, tmp_path, "finetune", *absent)
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "error: --data mine.json: no such file or folder; correct the path\n",
+    )
 
 
 def test_a_recipe_of_the_wheel_is_checked(environment: Path, tmp_path: Path) -> None:

@@ -48,6 +48,10 @@ VERBS = {
         "run the frozen ViT and Q-Former over a recipe's images once, to train from their outputs",
         "tinygptv_ds.features.compute",
     ),
+    "finetune": (
+        "fine-tune a model on your own data: one command from a JSON file to a scored model",
+        "tinygptv_ds.finetune.finetune",
+    ),
     "train": ("train a stage through the DeepSpeed launcher", "tinygptv_ds.train.launch"),
     "eval": ("score a model on benchmarks or held-out shards", "tinygptv_ds.evaluation.cli"),
     "inspect": (

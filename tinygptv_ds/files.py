@@ -121,6 +121,12 @@ class FileLock:
         self.path = path
         self._descriptor: int | None = descriptor
 
+    def fileno(self) -> int:
+        """Return the open file's number, for a child process that is to hold the lock as long as it lives."""
+        if self._descriptor is None:
+            raise ValueError(f"{self.path}: the lock is released")
+        return self._descriptor
+
     def release(self) -> None:
         """Give the lock back; a second call does nothing."""
         if self._descriptor is not None:

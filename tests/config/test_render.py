@@ -27,7 +27,7 @@ def test_every_field_has_its_documentation_below_it(section: type) -> None:
 
 
 def test_every_recipe_is_rendered() -> None:
-    assert len(recipes()) == 8
+    assert len(recipes()) == 9
     assert set(recipes()) == set((ROOT / "stages").rglob("*.yaml"))
 
 

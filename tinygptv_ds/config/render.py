@@ -26,9 +26,9 @@ _COMMENT = re.compile(r"\s*#")
 
 
 def recipes() -> list[Path]:
-    """Return the recipes whose comments are rendered: those of the four stages and of the quick start."""
+    """Return the recipes whose comments are rendered: the four stages', the quick start's and that of fine-tuning."""
     stages = project_root() / "stages"
-    return sorted([*stages.glob("stage?.yaml"), *stages.glob("tiny/stage?.yaml")])
+    return sorted([*stages.glob("stage?.yaml"), *stages.glob("tiny/stage?.yaml"), stages / "finetune.yaml"])
 
 
 def field_docs(section: type) -> dict[str, str]:
