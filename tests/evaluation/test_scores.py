@@ -11,6 +11,7 @@ from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.evaluation.benchmarks.held_out import KINDS, read_held_out
 from tinygptv_ds.evaluation.benchmarks.question import Question, Task
+from tinygptv_ds.evaluation.benchmarks.table import PUBLISHED
 from tinygptv_ds.evaluation.box_scores import parse_box
 from tinygptv_ds.evaluation.report import save_json
 from tinygptv_ds.evaluation.scoring import score
@@ -41,6 +42,13 @@ def scored(kind: str, truths: list, answers: list[str], facts: list[dict] | None
 def test_vqa_answer_must_equal_the_truth(answer: str, strict: float, compat: float) -> None:
     result = scored("vqa", ["red"], [answer])
     assert (result["strict"], result["compat"]) == (strict, compat)
+
+
+def test_what_follows_the_end_counts_for_compat_alone() -> None:
+    """The original keeps what follows a last `[/INST]`, wherever it is; the answer for the strict rule has ended."""
+    task = Task("vizwiz", PUBLISHED["vizwiz"].benchmark, [Question("k", "?", ["yes"] * 10, tuple)])
+    result = score(task, ["yes### [INST] is it ? [/INST] no"], "###")
+    assert (result["strict"], result["compat"]) == (100.0, 0.0)
 
 
 def test_vqa_scores_are_split_by_question_type_and_keep_every_prediction() -> None:

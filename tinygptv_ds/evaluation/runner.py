@@ -106,10 +106,16 @@ class Runner:
             prompts = [wording.prompt(question, seen) for question, seen in zip(questions, images, strict=True)]
             if questions[0].choices:
                 return self._losses(questions, prompts, wording.choice_end)
-            size = len(prompts)
-            return list(
-                answers(self._model, self._processor, prompts, generation, batch_size=size, in_step=self._in_step)
+            found = answers(
+                self._model,
+                self._processor,
+                prompts,
+                generation,
+                batch_size=len(prompts),
+                in_step=self._in_step,
+                as_benchmark=task.benchmark.whole_continuation,
             )
+            return list(found)
         except DataError as error:
             raise _named(task, questions, images, error) from error
 

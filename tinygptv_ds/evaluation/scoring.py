@@ -45,8 +45,8 @@ def _row(task: Task, question: Question, answer: Answer, end: str) -> dict[str, 
     benchmark = task.benchmark
     stopped, whole, raw = answer, answer, {"losses": answer}
     if isinstance(answer, str):
-        whole = as_decoded(answer)
-        stopped, raw = whole.partition(end)[0].strip(), {"raw": answer}
+        # The original reads on after the end: a later `[/INST]` takes the place of the answer.
+        whole, stopped, raw = as_decoded(answer), as_decoded(answer.partition(end)[0]), {"raw": answer}
     row = {"key": question.key, "question": question.text, "answer": benchmark.readable(question, stopped), **raw}
     points = {
         name: rule(question, whole if name.startswith("compat") else stopped) for name, rule in benchmark.rules.items()

@@ -24,6 +24,7 @@ from tinygptv_ds.generate.sampling import row_seeds, sampling_processors
 from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.generate.stopping import StopAtText, StopOnRequest, StreamedText, cut
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.processing.detokenize import cleans_up, decode
 from tinygptv_ds.processing.processor import ImageInput, TinyGPTVProcessor
 
 
@@ -36,8 +37,11 @@ def answers(
     batch_size: int = 32,
     numbers: Sequence[int] | None = None,
     in_step: bool = False,
+    as_benchmark: bool = False,
 ) -> Iterator[str]:
     """Generate the answer to each prompt, in order; an answer does not depend on its batch.
+
+    Spaces are cleaned up as in everything that the original decodes (`detokenize.clean_up`).
 
     Args:
         model: from `load_model`, or in evaluation mode.
@@ -48,6 +52,7 @@ def answers(
         numbers: the number of each prompt, on which its random draws depend (default: its position in `prompts`).
         in_step: every rank runs the same number of forward passes, as required under ZeRO-3, whose ranks gather
             weights together.
+        as_benchmark: drop a first token of id 0 (`!`), as the original does in its benchmarks.
 
     Raises:
         DataError: placeholders and images do not match, an image cannot be decoded, or a prompt is too long.
@@ -56,8 +61,9 @@ def answers(
     for first in range(0, len(prompts), batch_size):
         chunk = slice(first, first + batch_size)
         batch = _Batch(model, processor, prompts[chunk], generation, seeds[chunk], in_step=in_step)
-        texts = processor.tokenizer.batch_decode(batch.generate(), skip_special_tokens=True)
-        yield from (cut(text, stops) for text, stops in zip(texts, batch.stops, strict=True))
+        for ids, stops in zip(batch.generate().tolist(), batch.stops, strict=True):
+            kept = ids[1:] if as_benchmark and ids[:1] == [0] else ids
+            yield cut(decode(processor.tokenizer, kept), stops, clean=cleans_up(processor.tokenizer))
 
 
 def stream(
@@ -216,7 +222,8 @@ class AnswerStream:
 
     def __iter__(self) -> Iterator[str]:
         """Yield the pieces of text."""
-        shown, ids = StreamedText(self._batch.stops[0]), list[int]()
+        clean = cleans_up(self._batch.processor.tokenizer)
+        shown, ids = StreamedText(self._batch.stops[0], clean=clean), list[int]()
         self._thread.start()
         try:
             while (token := self._queue.get()) is not None:
@@ -241,7 +248,7 @@ class AnswerStream:
         self.finish = self.finish or "closed"
 
     def _text(self, ids: list[int]) -> str:
-        return self._batch.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return decode(self._batch.processor.tokenizer, ids)
 
     def _ended(self, ids: list[int]) -> bool:
         return bool(ids) and ids[-1] == self._batch.processor.tokenizer.eos_token_id

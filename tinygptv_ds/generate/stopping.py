@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from tinygptv_ds.processing.detokenize import clean_up, decode, settled_length
+
 _INCOMPLETE = "\ufffd"  # what a tokenizer returns for a character of which bytes are still missing
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
-    """Return the text before the first stop, without surrounding white space."""
-    return text[: _first(text, stops)].strip()
+def cut(text: str, stops: Sequence[str], *, clean: bool = False) -> str:
+    """Return the text before the first stop, without surrounding white space; `clean` cleans up its spaces."""
+    before = text[: _first(text, stops)]
+    return (clean_up(before) if clean else before).strip()
 
 
 def _first(text: str, stops: Sequence[str]) -> int:
@@ -28,10 +31,12 @@ class StreamedText:
 
     Args:
         stops: texts that end it.
+        clean: clean up its spaces; what the next characters may change is then held back, too.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, clean: bool = False) -> None:
         self._stops = stops
+        self._clean = clean
         self._shown = ""
         self.stopped = False
 
@@ -43,7 +48,10 @@ class StreamedText:
         if not complete:  # a longer stop may have begun before the one found
             until = min(at, len(text) - self._possible_stop(text))
         self.stopped = self.stopped or until == at < len(text)
-        seen = text[:until].strip()
+        seen = text[:until]
+        if self._clean:
+            seen = clean_up(seen if complete or self.stopped else seen[: settled_length(seen)])
+        seen = seen.strip()
         new = seen[len(self._shown) :]
         self._shown += new
         return new
@@ -75,7 +83,7 @@ class StopAtText(StoppingCriteria):
         """Return bool `[B]`; `input_ids` holds only new tokens, as in generation from embeddings."""
         if not self._tail or input_ids.shape[1] < max(self._min_new_tokens, 1):
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        tails = self._tokenizer.batch_decode(input_ids[:, -self._tail :], skip_special_tokens=True)
+        tails = [decode(self._tokenizer, row) for row in input_ids[:, -self._tail :].tolist()]
         found = [any(stop in text for stop in self._stops) for text in tails]
         return torch.tensor(found, device=input_ids.device)
 

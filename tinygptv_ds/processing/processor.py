@@ -13,6 +13,7 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.detokenize import clean_up, cleans_up, decode
 from tinygptv_ds.processing.image import to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens, check_placeholders, prompt_ids, tokenize, wrap
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
@@ -143,10 +144,14 @@ class TinyGPTVProcessor(ProcessorMixin):
         return [self.tokenizer.eos_token_id, *(ids[0] for ids in forms if len(ids) == 1)]
 
     def answers(self, ids: Tensor, stop: str | None = None) -> list[str]:
-        """Decode the answers in new tokens `[B, T]`: cut at the end token and at `stop` (None: `end_sym`), stripped."""
+        """Decode the answers in new tokens `[B, T]`: cut at the end token and at `stop` (None: `end_sym`), stripped.
+
+        Spaces are cleaned up as in everything that the original decodes.
+        """
         stop = self.end_sym if stop is None else stop
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [(text.split(stop)[0] if stop else text).strip() for text in texts]
+        texts = [decode(self.tokenizer, row) for row in ids.tolist()]
+        texts = [text.split(stop)[0] if stop else text for text in texts]
+        return [(clean_up(text) if cleans_up(self.tokenizer) else text).strip() for text in texts]
 
 
 def _deal(

@@ -21,6 +21,7 @@ def _points(question: Question, text: str, *, compat: bool) -> float:
 BENCHMARK = Benchmark(
     rules=strict_and_compat(_points),
     template=PUBLISHED,
+    whole_continuation=True,
     parsable=lambda question, text: hateful_memes_label(text) is not None,
 )
 _TEXT = "This is an image writting '{}'. Is this image hateful? Answer yes or no. Answer:"  # the published wording

@@ -26,6 +26,7 @@ def _points(question: Question, text: str, *, compat: bool) -> float:
 BENCHMARK = Benchmark(
     rules=strict_and_compat(_points),
     template=PUBLISHED,
+    whole_continuation=True,
 )
 
 

@@ -54,7 +54,8 @@ class Benchmark:
         template: the template of the published script; None: that of the training.
         parsable: whether an answer has the form that is asked for.
         readable: the answer for the results, from the stopped text or the losses.
-        whole_continuation: whether a rule reads on after `###`, so that generation must not stop there.
+        whole_continuation: whether a rule reads on after `###`, as the original does in its benchmarks, so that
+            generation must not stop there.
         corpus_scores: scores that need all answers at once, by name.
     """
 

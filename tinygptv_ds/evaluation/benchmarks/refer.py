@@ -27,6 +27,7 @@ def _points(question: Question, text: str, *, compat: bool) -> float:
 BENCHMARK = Benchmark(
     rules=strict_and_compat(_points),
     template=PUBLISHED,
+    whole_continuation=True,
     parsable=lambda question, text: is_well_formed(clean_box_answer(text)),
 )
 

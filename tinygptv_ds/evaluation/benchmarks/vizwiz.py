@@ -20,6 +20,7 @@ def _points(question: Question, text: str, *, compat: bool) -> float:
 BENCHMARK = Benchmark(
     rules=strict_and_compat(_points),
     template=PUBLISHED,
+    whole_continuation=True,
 )
 _TEXT = (
     "[vqa] The question is '{}' Based on the image, answer the question with a single word or phrase. "
