@@ -25,7 +25,7 @@ def cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def clean_up(text: str) -> str:
-    """Take the spaces from in front of punctuation and contractions: "it 's red , is n't it ?" is "it's red, isn't it?".
+    """Take spaces from in front of punctuation and contractions: "it 's red , is n't it" is "it's red, isn't it".
 
     As everything that transformers 4 decoded, with its oddities: "0 .5" is "0.5" and "a 'very' b" is "a'very' b".
     """
