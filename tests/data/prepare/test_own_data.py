@@ -106,12 +106,12 @@ def test_llava_says_which_entry(root: Path, tmp_path: Path) -> None:
         ({"conversations": [{"from": "human"}]}, "missing_field", "mine.json: entry 1: has no 'value'"),
         ({"conversations": talk("<image>", "a")}, "bad_record", "entry 2: the questions hold <image> 1 time(s) for 0"),
         ({"image": "a.jpg", "conversations": talk("<image><image>", "a")}, "bad_record", "2 time(s) for 1 image(s)"),
-        ({"conversations": talk("q", "a")[::-1]}, "bad_record", "turn 0 is from 'gpt'"),
+        ({"conversations": talk("q", "a")[::-1]}, "empty_answer", "a question without an answer"),
         ("text", "bad_record", "mine.json: entry 5: "),
         ({"image": "/a.jpg", "conversations": conversations}, "outside_root", "entry 6: image path '/a.jpg'"),
         ({"image": "gone.jpg", "conversations": conversations}, "missing_image", "mine.json: entry 7: "),
         ({"image": 3, "conversations": conversations}, "bad_record", "entry 8: TypeError"),
-        ({"conversations": []}, "bad_record", "entry 9: field 'conversation' is empty"),
+        ({"conversations": []}, "empty_answer", "entry 9: its 'conversations' is empty"),
     ]
     (root / "mine.json").write_text(json.dumps([item for item, _, _ in bad] + ITEMS[:1]))
     report = prepare("llava", root, tmp_path / "out")
@@ -144,14 +144,15 @@ def test_broken_lines_name_file_and_line(root: Path, tmp_path: Path) -> None:
     ("name", "text"),
     [
         ("captions.csv", 'file_name,caption,by\na.jpg,"One, Two",me\r\nsub/b.png,"Three\nlines",\n'),
-        ("captions.tsv", "Text\tImage\nOne, Two\ta.jpg\n'Three\nlines'\tsub/b.png\n".replace("'", '"')),
+        ("captions.tsv", 'Text\tImage\nOne, Two\ta.jpg\n"Three" lines\tsub/b.png\n'),
     ],
 )
 def test_caption_table(name: str, text: str, root: Path, tmp_path: Path) -> None:
     (root / name).write_text(text, encoding="utf-8-sig", newline="")
     prepare("caption-folder", root, tmp_path / "out")
     found = read_all(tmp_path / "out")
-    assert [turns(sample) for sample in found] == [((None, "One, Two"),), ((None, "Three\nlines"),)]
+    second = "Three\nlines" if name == "captions.csv" else '"Three" lines'
+    assert [turns(sample) for sample in found] == [((None, "One, Two"),), ((None, second),)]
     assert [sample.images for sample in found] == [(image(),), (image("PNG"),)]
     (tmp_path / "elsewhere").mkdir()
     table = (root / name).rename(tmp_path / name)
@@ -163,17 +164,16 @@ def test_broken_rows(root: Path, tmp_path: Path) -> None:
     (root / "c.csv").write_text("file,caption\na.jpg,good\n../a.jpg,x\na.jpg\na.jpg,\n,x\ngone.jpg,x\n")
     report = prepare("caption-folder", root, tmp_path / "out")
     assert report.samples == 1
-    assert report.skipped == {"outside_root": 1, "missing_field": 3, "missing_image": 1}
-    assert report.missing_fields == {"caption": 2, "file": 1}
-    assert report.skipped_entries[1]["detail"].startswith("c.csv: row up to line 4: has no 'caption'")
+    assert report.skipped == {"outside_root": 1, "empty_answer": 2, "missing_image": 2}
+    assert report.skipped_entries[1]["detail"].startswith("c.csv: line 4: its 'caption' is empty")
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"a.csv": b"", "b.tsv": b""}, r"a\.csv, b\.tsv; name it with --annotations"),
-        ({"a.csv": b""}, "it names: none"),
-        ({"a.csv": b"file,words\na.jpg,x\n"}, "one of them caption or text; it names: file, words"),
+        ({"a.csv": b""}, r"a\.csv: is empty"),
+        ({"a.csv": b"file,words\na.jpg,x\n"}, "its keys are file, words; read are .* caption; --columns THEIRS=OURS"),
         ({"a.csv": b"file,caption\na.jpg,\xff\n"}, "is not UTF-8"),
         ({"a.csv": b"file,caption\na.jpg," + b"x" * 200_000}, "line 2: field larger than"),
         ({"a.json": b"[]", "b.json": b"[]"}, r"a\.json, b\.json; name it with --annotations"),

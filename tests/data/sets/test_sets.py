@@ -253,7 +253,7 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path) -> None:
     assert report.samples == 1
     reasons = {"bad_record": 5, "missing_field": 1, "missing_image": 1, "not_an_image": 2, "unreadable_image": 1}
     assert report.skipped == reasons
-    assert report.missing_fields == {"instruction": 1}
+    assert report.missing_fields == {"question": 1}
     assert [int(entry["key"]) for entry in report.skipped_entries] == list(range(1, 11))
     assert "gone.jpg" in report.skipped_entries[4]["detail"]
     assert json.loads((tmp_path / "out/report.json").read_bytes())["skipped"] == reasons
@@ -358,7 +358,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = lines(tmp_path / "root", *[{"question": "q", "answer": str(i)} for i in range(9)])
     words = ["jsonl", "--root", str(root), "--out", str(tmp_path / "out"), "--samples-per-shard", "2", "--limit", "5"]
     command(*words)
-    assert capsys.readouterr().out == "jsonl: 5 samples in 3 shard(s), skipped: none\n"
+    assert capsys.readouterr().out == "jsonl: 5 samples (0 with images, 5 without) in 3 shard(s), skipped: none\n"
     command(*words)
     assert "was already there" in capsys.readouterr().out
     with (root / "data.jsonl").open("a") as file:
@@ -375,7 +375,8 @@ def test_command_digits(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
     for split, count in (("train", 3), ("test", 2)):
         folders = sorted(tmp_path.glob(f"*/{split}"))
         assert "digits_vqa" in {folder.parent.name for folder in folders}
-        assert len(folders) == printed.count(f"/{split}: {count} samples in 1 shard(s), skipped: none")
+        assert len(folders) == printed.count(f"/{split}: {count} samples (")
+        assert f"digits_text/{split}: {count} samples (0 with images, {count} without) in 1 shard(s)" in printed
         for folder in folders:
             for sample in read_all(folder):
                 assert render(sample.record, len(sample.images), lambda n: n - 1).turns[-1][1]

@@ -19,8 +19,10 @@ from tinygptv_ds.data.prepare.shard_task import Chunk, make_shard
 from tinygptv_ds.data.prepare.stored_images import Encoding
 from tinygptv_ds.data.prepare.workspace import finish, finished, workspace
 from tinygptv_ds.data.process_pool import run_tasks
-from tinygptv_ds.data.sets import DATASETS, full_name, how_to_get
+from tinygptv_ds.data.sets import DATASETS, OTHER_LAYOUTS, full_name, how_to_get
+from tinygptv_ds.data.sets.caption_folder import folder_state
 from tinygptv_ds.data.sets.common import Entry
+from tinygptv_ds.data.sets.own_entries import parse_columns
 from tinygptv_ds.errors import DataError
 
 SAMPLES_PER_SHARD = 10_000
@@ -36,6 +38,7 @@ def prepare(
     *,
     annotations: Path | None = None,
     image_root: Path | None = None,
+    columns: dict[str, str] | None = None,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     limit: int | None = None,
     encoding: Encoding = AS_THEY_ARE,
@@ -43,10 +46,11 @@ def prepare(
 ) -> PrepareReport:
     """Write dataset `name` from the files below `root` as shards into `out`; only the first `limit` entries if given.
 
-    `annotations` and `image_root` are where a user's own files are, if not in `root`. The shards do not depend on the
-    number of `workers`. Raises DataError if files are missing, nothing could be used, or `out` holds something else.
+    `annotations` and `image_root` are where a user's own files are, if not in `root`; `columns` renames their keys
+    (`parse_columns`). The shards do not depend on the number of `workers`. Raises DataError if files are missing,
+    nothing could be used, or `out` holds something else.
     """
-    source = _Source.of(name, root, annotations, image_root, limit)
+    source = _Source.of(name, root, annotations, image_root, columns, limit)
     return write_samples(
         source.samples,
         out,
@@ -66,6 +70,7 @@ def prepare_split(
     *,
     annotations: Path | None = None,
     image_root: Path | None = None,
+    columns: dict[str, str] | None = None,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     limit: int | None = None,
     encoding: Encoding = AS_THEY_ARE,
@@ -79,7 +84,7 @@ def prepare_split(
     """
     if any((out / file).exists() for file in ("report.json", ".preparing")):
         raise DataError(f"{out}: holds shards made without --held-out; remove it or choose another folder")
-    source = _Source.of(name, root, annotations, image_root, limit)
+    source = _Source.of(name, root, annotations, image_root, columns, limit)
     split = cache(lambda: split_by_image(source.samples, image_root or root, held_out))  # only if it is needed
     return {
         side: write_samples(
@@ -189,6 +194,9 @@ def _sources(name: str, root: Path, annotations: Path | None = None, image_root:
             raise DataError(f"{annotations}: no such file")
         return [annotations]
     present = {file: sorted(root.glob(file)) for file in (*DATASETS[name].files, *DATASETS[name].optional)}
+    for file, others in OTHER_LAYOUTS.items():
+        if present.get(file) == []:
+            present[file] = next(filter(None, (sorted(root.glob(other)) for other in others)), [])
     missing = [file for file in DATASETS[name].files if not present[file]]
     if missing:
         raise DataError(f"{root}: not found: {', '.join(missing)}\n{how_to_get(name)}")
@@ -215,7 +223,13 @@ class _Source:
 
     @classmethod
     def of(
-        cls, name: str, root: Path, annotations: Path | None, image_root: Path | None, limit: int | None
+        cls,
+        name: str,
+        root: Path,
+        annotations: Path | None,
+        image_root: Path | None,
+        columns: dict[str, str] | None,
+        limit: int | None,
     ) -> "_Source":
         """Check that the files of dataset `name` are there. Raises DataError with where to get them."""
         name = full_name(name)
@@ -227,14 +241,20 @@ class _Source:
         if places and not entry.own:
             option = next(iter(places)).replace("_", "-")
             raise DataError(f"{name} takes no --{option}, its files are below --root\n{how_to_get(name)}")
+        if columns and not entry.any_keys:
+            raise DataError(f"{name} takes no --columns, its keys are fixed")
         settings = {
             "dataset": name,
             "root": str(root.resolve()),
             **{option: str(path.resolve()) for option, path in places.items()},
+            **({"columns": columns} if columns else {}),
             "limit": limit,
             "sources": {str(path): file_state(path) for path in _sources(name, root, **places)},
         }
-        return cls(_Lazy(partial(entry.samples, root, **places), limit), settings)
+        if entry.whole_folder and annotations is None:
+            settings["files"] = folder_state(image_root or root)
+        renamed = {"columns": columns} if columns else {}
+        return cls(_Lazy(partial(entry.samples, root, **places, **renamed), limit), settings)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -255,6 +275,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="your own JSON, JSON lines or table, if not in --root",
     )
     parser.add_argument("--image-root", type=Path, metavar="DIR", help="the folder of your own images, if not --root")
+    parser.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="THEIRS=OURS",
+        help="read the key or column THEIRS of your own data as OURS (image, question, answer, caption, conversations, "
+        "...), or ignore it where OURS is empty; several separated by commas",
+    )
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="default: %(default)s")
     parser.add_argument("--limit", type=int, help="use only the first entries")
     parser.add_argument(
@@ -281,16 +309,17 @@ def run(args: argparse.Namespace) -> None:
         "workers": args.workers,
     }
     places = {"annotations": args.annotations, "image_root": args.image_root}
+    columns = parse_columns(args.columns)
     if args.name == "digits":
-        if args.held_out is not None:
-            raise DataError("digits takes no --held-out: it is made with a test part next to each train part")
+        if args.held_out is not None or args.columns:
+            raise DataError("digits takes no --held-out and no --columns: it is made with test parts of its own")
         reports = prepare_digits(args.out, **options)
     elif args.held_out is not None:
         amount = parse_amount(args.held_out)
-        parts = prepare_split(args.name, args.root, args.out, amount, **places, **options)
+        parts = prepare_split(args.name, args.root, args.out, amount, **places, columns=columns, **options)
         reports = {f"{args.name}/{side}": parts[side] for side in (TRAIN, HELD_OUT)}
     else:
-        reports = {args.name: prepare(args.name, args.root, args.out, **places, **options)}
+        reports = {args.name: prepare(args.name, args.root, args.out, **places, columns=columns, **options)}
     for name, report in reports.items():
         print(f"{name}: {report}" + (" (was already there)" if report.reused else ""))
         if report.skipped:

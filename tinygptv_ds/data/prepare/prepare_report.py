@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from tinygptv_ds.data.sets.common import Skipped
+from tinygptv_ds.data.sets.common import PreparedSample, Skipped
 from tinygptv_ds.data.shards.index import sample_count
 from tinygptv_ds.files import whole_file
 
@@ -23,6 +23,8 @@ class ShardReport:
 
     digest: str
     samples: int = 0
+    with_images: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
     shard: str | None = None
     state: list[int] | None = None
     skipped: dict[str, int] = field(default_factory=dict)
@@ -37,6 +39,12 @@ class ShardReport:
         if len(self.skipped_entries) < _LISTED:
             self.skipped_entries.append({"key": entry.key, "reason": entry.reason, "detail": entry.detail})
 
+    def add(self, sample: PreparedSample) -> None:
+        """Count an entry that gave a sample."""
+        self.samples += 1
+        self.with_images += bool(sample.images)
+        _add(self.notes, Counter(sample.notes))
+
     def is_whole(self, out: Path) -> bool:
         """Return whether the shard is in `out` as it was written; a lost index is built again."""
         if self.shard is None:
@@ -49,12 +57,15 @@ class ShardReport:
 class PrepareReport:
     """The result of a preparation, kept as report.json next to the shards.
 
-    `skipped` counts entries that could not be used by reason, `missing_fields` those that lack a field by its name,
-    `skipped_entries` names the first thousand. `reused` is True if the shards were already there.
+    `with_images` counts the samples that have an image, `notes` what was changed in samples. `skipped` counts entries
+    that could not be used by reason, `missing_fields` those that lack a field by its name, `skipped_entries` names the
+    first thousand. `reused` is True if the shards were already there.
     """
 
     settings: dict[str, Any]
     samples: int = 0
+    with_images: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
     shards: list[str] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
     missing_fields: dict[str, int] = field(default_factory=dict)
@@ -67,6 +78,8 @@ class PrepareReport:
         report = cls(settings)
         for part in parts:
             report.samples += part.samples
+            report.with_images += part.with_images
+            _add(report.notes, part.notes)
             report.shards += [part.shard] if part.shard else []
             _add(report.skipped, part.skipped)
             _add(report.missing_fields, part.missing_fields)
@@ -74,8 +87,11 @@ class PrepareReport:
         return report
 
     def __str__(self) -> str:
-        text = f"{self.samples} samples in {len(self.shards)} shard(s), skipped: {_counts(self.skipped)}"
-        return f"{text}; missing fields: {_counts(self.missing_fields)}" if self.missing_fields else text
+        images = f"{self.with_images} with images, {self.samples - self.with_images} without"
+        text = f"{self.samples} samples ({images}) in {len(self.shards)} shard(s), skipped: {_counts(self.skipped)}"
+        if self.missing_fields:
+            text += f"; missing fields: {_counts(self.missing_fields)}"
+        return f"{text}; changed: {_counts(self.notes)}" if self.notes else text
 
 
 def _add(counts: dict[str, int], more: dict[str, int]) -> None:

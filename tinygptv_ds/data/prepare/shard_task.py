@@ -75,7 +75,7 @@ def _write(writer: ShardWriter, entry: Entry, encoding: Encoding, part: ShardRep
         part.skip(Skipped(entry.key, skip.reason, f"{where}{skip}"))
     else:
         writer.write(entry.key, members)
-        part.samples += 1
+        part.add(entry)
 
 
 def _members(sample: PreparedSample, encoding: Encoding) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tinygptv_ds.data.sets import caption_folder, captions, flickr, jsonl, llava, ocrvqa, refcoco, refvg, unnatural, vqa
+from tinygptv_ds.data.sets import caption_folder, captions, flickr, llava, ocrvqa, own, refcoco, refvg, unnatural, vqa
 from tinygptv_ds.data.sets.common import COCO, Entry, PreparedSample, Skipped
 from tinygptv_ds.errors import DataError
 
@@ -19,7 +19,8 @@ class Dataset:
     `samples(root)` yields them, `files` are the files and folders it needs below the root, `source` is where to
     get them. `samples` is None for datasets that are published as shards and need no preparation. `optional`
     files are used if present. A user's `own` data may be elsewhere; `samples` is then called with ``annotations``,
-    ``image_root`` or both.
+    ``image_root`` or both, and with ``columns`` if `any_keys` is set: the entries' keys are not fixed. With
+    `whole_folder` it depends on all files below the root.
     """
 
     samples: Callable[..., Iterator[Entry]] | None
@@ -27,7 +28,14 @@ class Dataset:
     source: str
     optional: tuple[str, ...] = ()
     own: bool = False
+    any_keys: bool = False
+    whole_folder: bool = False
 
+
+# Files and folders that stand for one of the table's where datasets are kept in another common layout.
+OTHER_LAYOUTS = {
+    "*.json*": ("*.ndjson", "*.parquet", "*.csv", "*.tsv"),
+}
 
 _COCO = "images: COCO 2014 train2014.zip from cocodataset.org"
 _LLAVA = f"LLaVA-Instruct-150K (Hugging Face liuhaotian/LLaVA-Instruct-150K); {_COCO}"
@@ -125,15 +133,21 @@ DATASETS: dict[str, Dataset] = {
     ),
     # your own
     "llava": Dataset(
-        jsonl.llava, ("*.json*",), "your own conversations in LLaVA's format next to your images", own=True
+        own.llava,
+        ("*.json*",),
+        "your own conversations or questions, as LLaVA, ms-swift or LLaMA-Factory write them, next to your images",
+        own=True,
+        any_keys=True,
     ),
-    "jsonl": Dataset(jsonl.jsonl, ("*.jsonl",), "your own JSON lines next to your images", own=True),
+    "jsonl": Dataset(own.jsonl, ("*.jsonl",), "your own JSON lines next to your images", own=True, any_keys=True),
     "caption-folder": Dataset(
         caption_folder.caption_folder,
         (),
         "your own images, each with its caption in a .txt next to it, or in a table with columns file_name, caption",
-        optional=("*.csv", "*.tsv"),
+        optional=("*.csv", "*.tsv", "*.parquet", "metadata.jsonl"),
         own=True,
+        any_keys=True,
+        whole_folder=True,
     ),
 }
 

@@ -23,13 +23,14 @@ class PreparedSample:
     """One sample on its way into a shard.
 
     `key` is unique in its dataset, `record` is as processing/text.py reads it, `images` are encoded images or paths.
-    `where` names the entry of the source in messages.
+    `where` names the entry of the source in messages. `notes` name what was changed in it, for counting.
     """
 
     key: str
     record: dict[str, Any]
     images: tuple[Path | bytes, ...]
     where: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,19 @@ class Skipped:
 
 
 class SkipEntry(Exception):
-    """An entry that cannot be used; raised while its sample is built."""
+    """An entry that cannot be used; raised while its sample is built. `field` is the name of one that is missing."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, field: str | None = None) -> None:
         super().__init__(detail)
         self.reason = reason
+        self.field = field
 
 
 Entry = PreparedSample | Skipped
-# record and images of a sample, or None for an entry that does not belong to the training set
-Built = tuple[dict[str, Any], Sequence[Path | bytes]] | None
+# record, images and (where there are any) notes of a sample, or None for an entry outside the training set
+Built = (
+    tuple[dict[str, Any], Sequence[Path | bytes]] | tuple[dict[str, Any], Sequence[Path | bytes], Sequence[str]] | None
+)
 
 
 class Samples(Iterator[Entry]):
@@ -100,13 +104,16 @@ class Samples(Iterator[Entry]):
         try:
             built = self._build(entry)
         except SkipEntry as skip:
-            return Skipped(key, skip.reason, f"{where}: {skip}")
+            return Skipped(key, skip.reason, f"{where}: {skip}", skip.field)
         except KeyError as error:
             field = str(error.args[0])
             return Skipped(key, "missing_field", f"{where}: has no {field!r}: {str(entry)[:200]}", field)
         except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
             return Skipped(key, "bad_record", f"{where}: {type(error).__name__}: {error} in {str(entry)[:200]}")
-        return None if built is None else PreparedSample(key, built[0], tuple(built[1]), where)
+        if built is None:
+            return None
+        notes = built[2] if len(built) == 3 else ()
+        return PreparedSample(key, built[0], tuple(built[1]), where, tuple(notes))
 
 
 def load_json(path: Path) -> Any:
