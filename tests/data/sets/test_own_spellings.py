@@ -90,7 +90,7 @@ SAME = {  # entries that all hold the one image and the one question
     "image of the turn": {"conversations": [{"from": "human", "value": Q, "image": "a.png"}, TALK[1]]},
     "Qwen-VL": {
         "conversations": [
-            {"from": "user", "value": f"Picture 1: <img>a.png</img>\n{Q}"},
+            {"from": "user", "value": f"Picture 1: <img>a.png</img>\n{Q}"},  # codespell:ignore
             {"from": "assistant", "value": A},
         ]
     },
@@ -126,7 +126,7 @@ SAME = {  # entries that all hold the one image and the one question
             "file_name",
             "filename",
             "path",
-            "picture",
+            "pic",
             "photo",
             "image_url",
         )

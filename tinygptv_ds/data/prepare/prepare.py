@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tinygptv_ds.data.prepare.held_out import HELD_OUT, TRAIN, parse_amount, split_by_image
+from tinygptv_ds.data.prepare.held_out import HELD_OUT, TRAIN, Split, parse_amount, split_by_image
 from tinygptv_ds.data.prepare.prepare_report import PrepareReport, file_state
 from tinygptv_ds.data.prepare.shard_task import Chunk, make_shard
 from tinygptv_ds.data.prepare.stored_images import Encoding
@@ -88,7 +88,7 @@ def prepare_split(
     split = cache(lambda: split_by_image(source.samples, image_root or root, held_out))  # only if it is needed
     return {
         side: write_samples(
-            _Lazy(lambda side=side: split().choose(source.samples, side)),
+            _Lazy(partial(_side, split, source.samples, side)),
             out / side,
             samples_per_shard=samples_per_shard,
             total=None,
@@ -98,6 +98,10 @@ def prepare_split(
         )
         for side in (TRAIN, HELD_OUT)
     }
+
+
+def _side(split: Callable[[], Split], samples: Iterable[Entry], side: str) -> Iterator[Entry]:
+    return split().choose(samples, side)
 
 
 def prepare_digits(

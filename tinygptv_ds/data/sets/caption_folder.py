@@ -104,7 +104,8 @@ def _captioned(files: list[Path]) -> list[Captioned]:
     for path in files:
         if path.suffix.lower() in _CAPTION_ENDINGS:
             texts.setdefault(str(path.with_suffix("")), []).append(path)
-    found, used = [], set()
+    found: list[Captioned] = []
+    used: set[Path] = set()
     for path in files:
         if path.suffix.lower() in _CAPTION_ENDINGS:
             continue

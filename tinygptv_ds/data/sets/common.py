@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from operator import length_hint
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from PIL import Image, UnidentifiedImageError
 
@@ -16,6 +16,16 @@ from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.image_formats import MAX_PIXELS
 
 COCO = "coco/train2014"
+
+
+class Row(NamedTuple):
+    """One entry of an annotation file: where it is, for messages, and its value, or why it cannot be read."""
+
+    where: str
+    value: Any
+
+    def __str__(self) -> str:
+        return str(self.value)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from tinygptv_ds.data.sets.common import Entry, Samples
+from tinygptv_ds.data.sets.common import Entry, Row, Samples
 from tinygptv_ds.data.sets.own_entries import build_entry
-from tinygptv_ds.data.sets.own_rows import Row, read_rows
+from tinygptv_ds.data.sets.own_rows import read_rows
 from tinygptv_ds.errors import DataError
 
 Columns = Mapping[str, str]
@@ -62,12 +62,11 @@ def jsonl(
 def own_samples(files: list[tuple[Path, Path]], columns: Columns | None) -> Iterator[Entry]:
     """Yield the samples of annotation files, each with the folder from which its paths start."""
     parts = [(read_rows(file), folder) for file, folder in files]
-    total = -1 if any(part.total < 0 for part, _ in parts) else sum(part.total for part, _ in parts)
-    rows = (_Placed(row, folder) for part, folder in parts for row in part.rows)
+    rows = (_Placed(row, folder) for (found, _), folder in parts for row in found)
     return Samples(
         rows,
         lambda placed: build_entry(placed.row.value, placed.folder, columns or {}),
-        total=total,
+        total=sum(total for (_, total), _ in parts),
         where=lambda _, placed: placed.row.where,
     )
 

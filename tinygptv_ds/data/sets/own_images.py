@@ -14,7 +14,7 @@ from tinygptv_ds.data.sets.common import SkipEntry, inside
 
 # In order of preference: of these keys, the first that has a value names the images.
 IMAGE_KEYS = (
-    *("image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "pic"),
+    *("image", "images", "img", "imgs", "photo", "photos", "pic", "picture", "pictures"),  # codespell:ignore
     *(f"{noun}_{part}" for noun in ("image", "img") for part in ("path", "paths", "file", "files", "name", "names")),
     *("image_filename", "image_file_name", "image_filepath", "imagepath", "imagefile", "imagename"),
     *("file_name", "filename", "file_names", "filepath", "file_path", "file", "files", "path", "paths"),

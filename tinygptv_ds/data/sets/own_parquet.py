@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from tinygptv_ds.data.sets.own_rows import Row
+from tinygptv_ds.data.sets.common import Row
 from tinygptv_ds.errors import DataError
 
 _BATCH = 32  # rows in memory at a time, images included

@@ -7,8 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from tinygptv_ds.data.sets.common import SkipEntry
-from tinygptv_ds.data.sets.own_rows import Row
+from tinygptv_ds.data.sets.common import Row, SkipEntry
 from tinygptv_ds.errors import DataError
 
 

@@ -44,7 +44,8 @@ _OTHER_MARKS = re.compile(
     r"|(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?",
     re.IGNORECASE,
 )
-_INLINE = re.compile(r"(?:Picture \d+: ?)?<img>\s*([^<>\n]+?)\s*</img>", re.IGNORECASE)  # Qwen-VL names the file itself
+# Qwen-VL names the file itself, and numbers it.
+_INLINE = re.compile(r"(?:Picture \d+: ?)?<img>\s*([^<>\n]+?)\s*</img>", re.IGNORECASE)  # codespell:ignore
 # How pandas and spreadsheets write that there is no value.
 _MISSING = ("nan", "null", "none", "n/a", "#n/a", "<na>")
 
@@ -218,8 +219,8 @@ def _turn(texts: Texts, turn: Any, number: int) -> list[tuple[str, str]]:
         raise KeyError("from")
     role = _ROLES.get(str(name).lower())
     if role is None:
-        roles = ", ".join(sorted(_ROLES))
-        raise SkipEntry("bad_record", f"turn {number} is from {name!r}, which is not read; the roles are {roles}")
+        known = ", ".join(sorted(_ROLES))
+        raise SkipEntry("bad_record", f"turn {number} is from {name!r}, which is not read; the roles are {known}")
     key = next((key for key in _TEXT_OF_TURN_KEYS if key in turn), None)
     if key is None:
         raise KeyError("value")
