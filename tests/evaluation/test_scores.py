@@ -110,13 +110,6 @@ def test_questions_are_read_in_stored_order_and_up_to_the_limit(tmp_path) -> Non
     )
 
 
-def test_a_sample_without_a_single_question_is_named(tmp_path) -> None:
-    write_samples(iter(samples("chat", 2)), tmp_path / "chat", samples_per_shard=2, total=2, settings={})
-    for kind, what in (("vqa", "no single question"), ("caption", "no caption")):
-        with pytest.raises(DataError, match=rf"00000\.tar: sample 000000 holds {what}"):
-            read_held_out(kind, str(tmp_path / "chat"))
-
-
 @pytest.mark.parametrize("record", [b"[" * 100_000, b"no JSON", b"[1]"])
 def test_a_record_that_is_none_is_named(record: bytes, tmp_path: Path) -> None:
     with ShardWriter(tmp_path, 1) as writer:
@@ -124,16 +117,6 @@ def test_a_record_that_is_none_is_named(record: bytes, tmp_path: Path) -> None:
         writer.finish()
     with pytest.raises(DataError, match="sample odd"):
         read_held_out("vqa", str(tmp_path))
-
-
-def test_captions_of_both_kinds_of_records(tmp_path) -> None:
-    for kind, field in (("caption", "caption"), ("vqa", "answer")):
-        made = samples(kind, 2)
-        write_samples(iter(made), tmp_path / kind, samples_per_shard=2, total=2, settings={})
-        questions = read_held_out("caption", str(tmp_path / kind))
-        assert [q.truth for q in questions] == [[sample.record[field]] for sample in made]
-        assert {q.text for q in questions} == {"[caption] Briefly describe this image."}
-        assert read_held_out("caption", str(tmp_path / kind), 1, "what?")[0].text == "what?"
 
 
 def test_results_are_never_left_half_written(tmp_path) -> None:

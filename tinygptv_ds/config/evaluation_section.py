@@ -53,8 +53,12 @@ class ScoredSection:
     docs/inference.md; anything else is a template itself, with {} for the question. null: training for held-out
     shards, else benchmark."""
 
-    add_bos_token: bool = False
-    """Start prompts with the BOS token, as training does; the published scripts do not."""
+    add_bos_token: bool | None = None
+    """Start prompts with the BOS token, as training does; null: on held-out shards, unless template is A or C."""
+
+    instruction: str | None = None
+    """For held-out kinds: ask with these words, with {} for the stored question, instead of the record's own; null:
+    as the record was trained with."""
 
     def __post_init__(self) -> None:
         kinds = (*HELD_OUT, *SPLITS)
@@ -70,6 +74,7 @@ class ScoredSection:
         else:
             require(self.root is not None, f"{where}: name the folder of its files with root")
             require(self.shards is None, f"{where}: shards are of the kinds {', '.join(HELD_OUT)}")
+            require(self.instruction is None, f"{where}: instruction is of the kinds {', '.join(HELD_OUT)}")
             splits = SPLITS[self.kind]
             known = f"its splits are {', '.join(splits)}" if splits else "it has no splits"
             require(self.split is None or self.split in splits, f"{where}: split {self.split!r}: {known}")
@@ -103,8 +108,9 @@ class EvaluationSection:
     batch_size: int = 16
     """Questions that one GPU answers at once."""
 
-    max_new_tokens: int = 20
-    """Tokens of an answer at most (published: 20)."""
+    max_new_tokens: int | None = None
+    """Tokens of an answer at most; null: 20, as published, and on held-out shards as many as the longest true answer
+    takes."""
 
     def __post_init__(self) -> None:
         check_limits(
@@ -112,8 +118,8 @@ class EvaluationSection:
         )
         require(self.every >= 0, "evaluation.every must be 0 or more")
         require(self.limit is None or self.limit > 0, "evaluation.limit must be positive, or null for all questions")
-        for name in ("batch_size", "max_new_tokens"):
-            require(getattr(self, name) > 0, f"evaluation.{name} must be positive")
+        require(self.batch_size > 0, "evaluation.batch_size must be positive")
+        require(self.max_new_tokens is None or self.max_new_tokens > 0, "evaluation.max_new_tokens must be positive")
         labels = [benchmark.label for benchmark in self.benchmarks]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         require(not twice, f"evaluation.benchmarks: {', '.join(twice)} appears more than once; give each a name")

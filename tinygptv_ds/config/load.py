@@ -133,7 +133,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         options = typing.get_args(kind)
         if value is None and type(None) in options:
             return None
-        if bool in options:
+        if bool in options and int in options:
             return _number_or_switch(value, where)
         (kind,) = [option for option in options if option is not type(None)]
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):

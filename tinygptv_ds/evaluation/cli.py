@@ -11,7 +11,6 @@ from typing import Any
 
 from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.config.evaluation_section import SPLITS
-from tinygptv_ds.evaluation.benchmarks.held_out import CAPTION
 from tinygptv_ds.evaluation.evaluate import evaluate
 
 
@@ -22,24 +21,22 @@ class EvaluationKind:
     Attributes:
         summary: what it does.
         benchmarks: the published benchmarks that it knows.
-        max_new_tokens: the default length of an answer.
     """
 
     summary: str
     benchmarks: tuple[str, ...] = ()
-    max_new_tokens: int = 20
 
 
 EVALUATIONS = {
     "vqa": EvaluationKind(
-        "score short answers, on published benchmarks or held-out shards",
+        "score answers in words, on published benchmarks or held-out shards",
         ("gqa", "vsr", "iconvqa", "vizwiz", "hm", "okvqa"),
     ),
     "refer": EvaluationKind(
         "score boxes for referring expressions, on RefCOCO, RefCOCO+, RefCOCOg or held-out shards",
         ("refcoco", "refcoco+", "refcocog"),
     ),
-    "caption": EvaluationKind("compute CIDEr and BLEU of captions of held-out shards", max_new_tokens=60),
+    "caption": EvaluationKind("compute CIDEr and BLEU of captions of held-out shards"),
 }
 
 
@@ -85,8 +82,10 @@ def add_options(parser: argparse.ArgumentParser, kind: str) -> None:
         )
     if any(SPLITS[name] for name in benchmarks):
         parser.add_argument("--splits", metavar="NAME,...", help="only these splits (default: all of each benchmark)")
-    if kind == "caption":
-        parser.add_argument("--instruction", help=f"the words to ask with (default: {CAPTION!r})")
+    parser.add_argument(
+        "--instruction",
+        help="for shards: the words to ask with, with {} for the stored question (default: as each record was trained)",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -104,14 +103,19 @@ def add_options(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        default=EVALUATIONS[kind].max_new_tokens,
-        help="maximum length of an answer (default: %(default)s)",
+        help="maximum length of an answer (default: 20 as published, 60 for captions; for shards at least what the "
+        "longest true answer takes)",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="questions per batch of a rank (default: 32)")
     parser.add_argument(
         "--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: bf16 on a GPU, else fp32"
     )
-    parser.add_argument("--add-bos-token", action="store_true", help="start prompts with the BOS token, as in training")
+    parser.add_argument(
+        "--add-bos-token",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="start prompts with the BOS token, as in training (default: for shards, but not in the templates A and C)",
+    )
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help="the stage's YAML, for weights that do not name their base weights"
     )

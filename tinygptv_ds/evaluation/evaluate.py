@@ -22,8 +22,9 @@ from tinygptv_ds.evaluation.benchmarks.question import Task
 from tinygptv_ds.evaluation.benchmarks.table import open_held_out, open_published, places_of
 from tinygptv_ds.evaluation.report import line_of, markdown, save_json, write_scalars
 from tinygptv_ds.evaluation.scoring import scalars, score
-from tinygptv_ds.evaluation.wording import Settings, Wording, wording
+from tinygptv_ds.evaluation.wording import Settings, Wording, answer_tokens, wording
 from tinygptv_ds.files import write_atomically
+from tinygptv_ds.processing.sequence import tokenize
 
 if TYPE_CHECKING:
     from tinygptv_ds.evaluation.scored_model import ScoredModel
@@ -65,7 +66,9 @@ def open_tasks(args: argparse.Namespace, kind: str, benchmarks: Sequence[str]) -
     """Return the questions of all that is named, after checking its files."""
     places = [text for text in args.set if not text.startswith("model.")]
     if args.shards is not None:
-        return [open_held_out(kind, args.shards, args.limit, instruction=getattr(args, "instruction", None))]
+        return [open_held_out(kind, args.shards, args.limit, instruction=args.instruction)]
+    if args.instruction is not None:
+        raise ConfigError("--instruction: the words of published benchmarks are fixed; it is for --shards")
     checks, tasks = Checks(), []
     for name in args.benchmarks.split(","):
         if name not in benchmarks:
@@ -92,11 +95,11 @@ def _splits(name: str, asked: str | None) -> Sequence[str]:
 
 
 def _show_prompts(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings) -> None:
-    from tinygptv_ds.evaluation.scored_model import config_of
+    from tinygptv_ds.evaluation.scored_model import config_of, trained_captions
 
-    config = config_of(args.model, _model_overrides(args), args.recipe)
+    config, captions = config_of(args.model, _model_overrides(args), args.recipe), trained_captions(args.model)
     for task in tasks:
-        words = wording(task.benchmark, settings, config.prompt_template, config.end_sym)
+        words = wording(task.benchmark, settings, config.prompt_template, config.end_sym, captions)
         until = f"the answer ends at {words.stop or 'the end token'!r}"
         if task.questions[0].choices:
             until = f"the likeliest choice counts, each followed by {words.choice_end!r}"
@@ -110,7 +113,7 @@ def _model_overrides(args: argparse.Namespace) -> list[str]:
 def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, ranks: Ranks) -> list[dict[str, Any]]:
     from tinygptv_ds.dtypes import DTYPES
     from tinygptv_ds.evaluation.runner import Runner, choose_device
-    from tinygptv_ds.evaluation.scored_model import identify
+    from tinygptv_ds.evaluation.scored_model import identify, trained_captions
     from tinygptv_ds.generate.load import load_model
 
     dtype = choose_device(args.dtype, ranks)
@@ -120,18 +123,20 @@ def _score(args: argparse.Namespace, tasks: Sequence[Task], settings: Settings, 
         raise ConfigError(f"the step of {args.model} is unknown: give --step for TensorBoard")
     out = args.out or Path("runs/eval") / args.model.resolve().name
     model, processor = load_model(args.model, DTYPES[dtype], recipe=args.recipe, overrides=_model_overrides(args))
-    runner = Runner(model, processor, settings, ranks)
+    captions = trained_captions(args.model)
     results = []
     for task in tasks:
-        words = wording(task.benchmark, settings, model.config.prompt_template, model.config.end_sym)
-        decoding = _decoding(words, settings, dtype)
+        words = wording(task.benchmark, settings, model.config.prompt_template, model.config.end_sym, captions)
+        length = answer_tokens(task, settings, words.end, lambda text: len(tokenize(processor.tokenizer, text)))
+        runner = Runner(model, processor, ranks, batch_size=settings.batch_size, max_new_tokens=length)
+        decoding = _decoding(words, length, dtype)
         folder = out / task.name
         _begin(folder, {"checkpoint": scored.checkpoint, **decoding}, ranks, fresh=args.fresh)
         asked = [f"{question.key}\n{words.text(question)}\n{question.choices}" for question in task.questions]
         with AnswerLog(folder, ranks.rank, asked) as log:
             answers = runner.answer(task, words, log)
         if ranks.is_main:
-            result = _result(task, score(task, answers, words.end), scored, step, decoding)
+            result = _result(task, score(task, answers, words.end), scored, step, decoding, words.instructions(task))
             save_json(folder / "results.json", result)
             print(line_of(result), flush=True)
             if board is not None and step is not None:
@@ -154,24 +159,29 @@ def _begin(folder: Path, settings: dict[str, Any], ranks: Ranks, *, fresh: bool)
     barrier(ranks)
 
 
-def _decoding(words: Wording, settings: Settings, dtype: str) -> dict[str, Any]:
+def _decoding(words: Wording, max_new_tokens: int, dtype: str) -> dict[str, Any]:
     return {
         "template": words.template.text,
         "stop": words.stop,
         "choice_end": words.choice_end,
-        "max_new_tokens": settings.max_new_tokens,
-        "add_bos_token": settings.add_bos_token,
+        "max_new_tokens": max_new_tokens,
+        "add_bos_token": words.template.add_bos_token,
         "search": "greedy",
         "dtype": dtype,
     }
 
 
 def _result(
-    task: Task, scores: dict[str, Any], scored: ScoredModel, step: int | None, decoding: dict[str, Any]
+    task: Task,
+    scores: dict[str, Any],
+    scored: ScoredModel,
+    step: int | None,
+    decoding: dict[str, Any],
+    wording: list[str] | None,
 ) -> dict[str, Any]:
     model = {"model": scored.model, "checkpoint": scored.checkpoint, "step": step}
     template = {"template": decoding["template"], "decoding": {k: v for k, v in decoding.items() if k != "template"}}
-    return {"benchmark": task.name, **model, **template, **scores}
+    return {"benchmark": task.name, **model, **template, "wording": wording, **scores}
 
 
 def _write_table(out: Path, scored: ScoredModel) -> None:

@@ -50,7 +50,7 @@ def markdown(results: Sequence[Mapping[str, Any]], published: Mapping[str, Any])
             ours = {result["benchmark"]: result[rule] for result in results if rule in result}
             rows.append((f"**this model, {rule}**", ours))
         page += [_table(compared, rows), f"Published numbers: {published['note'].strip()}"]
-    header = ("benchmark", "questions", "scores", "empty", "unparsable", "template")
+    header = ("benchmark", "questions", "scores", "empty", "unparsable", "asked with")
     page.append(_lines(header, [_counts(result) for result in results]))
     return "\n\n".join(page) + "\n"
 
@@ -76,7 +76,10 @@ def _table(names: Sequence[str], rows: Sequence[NamedScores]) -> str:
 
 def _counts(result: Mapping[str, Any]) -> tuple[str, ...]:
     scores = ", ".join(f"{name} {value:.2f}" for name, value in _scores(result).items())
-    template = f"`{result['template']!r}`"
+    template, wording = result["template"], result.get("wording")
+    if wording and len(wording) == 1:
+        template = (template or "{}").replace("{}", wording[0], 1)
+    template = f"`{template!r}`"
     numbers = [str(result[key]) for key in ("questions", "empty_answers", "unparsable_answers")]
     return result["benchmark"], numbers[0], scores, numbers[1], numbers[2], template.replace("|", "\\|")
 

@@ -11,7 +11,7 @@ from tinygptv_ds.distributed import Ranks, gather
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.evaluation.answer_log import AnswerLog
 from tinygptv_ds.evaluation.benchmarks.question import Answer, Question, Task
-from tinygptv_ds.evaluation.wording import Settings, Wording
+from tinygptv_ds.evaluation.wording import Wording
 from tinygptv_ds.generate.candidates import Choice, candidate_losses
 from tinygptv_ds.generate.conversation import Prompt
 from tinygptv_ds.generate.generate import answers
@@ -31,9 +31,10 @@ class Runner:
     Args:
         model: in evaluation mode.
         processor: the processor of the model.
-        settings: batch size and lengths.
         ranks: this process. A rank answers its share of the batches; which questions share a batch does not depend on
             the number of ranks.
+        batch_size: questions that a rank answers at once.
+        max_new_tokens: the maximum length of an answer.
         in_step: every rank runs the same number of forward passes, as required under ZeRO-3.
     """
 
@@ -41,13 +42,14 @@ class Runner:
         self,
         model: TinyGPTVForConditionalGeneration,
         processor: TinyGPTVProcessor,
-        settings: Settings,
         ranks: Ranks,
         *,
+        batch_size: int,
+        max_new_tokens: int,
         in_step: bool = False,
     ) -> None:
-        self._model, self._processor, self._settings = model, processor, settings
-        self._ranks, self._in_step = ranks, in_step
+        self._model, self._processor, self._ranks = model, processor, ranks
+        self._batch_size, self._max_new_tokens, self._in_step = batch_size, max_new_tokens, in_step
 
     def answer(self, task: Task, wording: Wording, log: AnswerLog | None = None, *, bar: bool = True) -> list[Answer]:
         """Answer all questions; return the answers in order, on every rank. To be called on all ranks.
@@ -61,7 +63,7 @@ class Runner:
         Raises:
             DataError: an image cannot be read or decoded; names the question.
         """
-        batches = share(len(task.questions), self._settings.batch_size, self._ranks)
+        batches = share(len(task.questions), self._batch_size, self._ranks)
         mine = [batch for batch in batches if batch is not None]
         known = {batch: log.known(batch) if log is not None else None for batch in mine}
         done = sum(len(batch) for batch in mine if known[batch] is not None)
@@ -101,7 +103,7 @@ class Runner:
     def _answer_batch(self, task: Task, wording: Wording, batch: range) -> list[Answer]:
         questions = [task.questions[number] for number in batch]
         images = [question.images() for question in questions]
-        generation = Generation(max_new_tokens=self._settings.max_new_tokens)
+        generation = Generation(max_new_tokens=self._max_new_tokens)
         try:
             prompts = [wording.prompt(question, seen) for question, seen in zip(questions, images, strict=True)]
             if questions[0].choices:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.config.load import build_recipe
+from tinygptv_ds.evaluation.benchmarks.held_out import CAPTION
+from tinygptv_ds.evaluation.wording import bare_captions
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.weights.detect import Opened, open_any
 from tinygptv_ds.weights.provenance import hashes
@@ -46,6 +48,20 @@ def config_of(path: Path, overrides: list[str], recipe: Path | None) -> TinyGPTV
     if (path / "processor_config.json").is_file():
         return TinyGPTVConfig.from_pretrained(path)
     return resolve(path, recipe, overrides).config
+
+
+def trained_captions(path: Path) -> str | None:
+    """Return what the model at `path` was trained to answer with bare captions; None: to the image alone.
+
+    It is what its own recipe says (`text.prompts`); weights without one, such as the released ones, have `CAPTION`.
+    """
+    notes = open_any(path).notes
+    recipe, flat = notes.get("recipe"), notes.get("must_match")  # a checkpoint holds the recipe's values by dotted key
+    if isinstance(recipe, dict) and isinstance(recipe.get("text"), dict):
+        return bare_captions(recipe["text"].get("prompts"))
+    if isinstance(flat, dict) and "text.prompts" in flat:
+        return bare_captions(flat["text.prompts"])
+    return CAPTION
 
 
 def _step(opened: Opened) -> int | None:

@@ -47,7 +47,10 @@ def _row(task: Task, question: Question, answer: Answer, end: str) -> dict[str, 
     if isinstance(answer, str):
         # The original reads on after the end: a later `[/INST]` takes the place of the answer.
         whole, stopped, raw = as_decoded(answer), as_decoded(answer.partition(end)[0]), {"raw": answer}
-    row = {"key": question.key, "question": question.text, "answer": benchmark.readable(question, stopped), **raw}
+    asked = {"key": question.key, "question": question.text}
+    if question.history:
+        asked["history"] = question.history
+    row = {**asked, "answer": benchmark.readable(question, stopped), **raw}
     points = {
         name: rule(question, whole if name.startswith("compat") else stopped) for name, rule in benchmark.rules.items()
     }

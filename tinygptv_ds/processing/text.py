@@ -70,12 +70,15 @@ def clean_caption(text: str, max_words: int = 50) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
-def render(record: dict[str, Any], num_images: int, draw: Draw, *, clean: bool = True) -> Rendered:
+def render(
+    record: dict[str, Any], num_images: int, draw: Draw, *, clean: bool = True, place_images: bool = True
+) -> Rendered:
     """Make the random choices of a record and return its turns.
 
     `num_images` is the number of images stored with the sample. `draw` is called in a fixed order (text, pool entry,
     answer) even where there is one choice only, so a record's outcome depends on nothing but the numbers drawn.
-    `clean=False` leaves every text as it is stored.
+    `clean=False` leaves every text as it is stored; `place_images=False` leaves out the image tags, and the spaces that
+    come with them, of records that do not place their images themselves (`raw`).
 
     Raises DataError naming the field that is wrong.
     """
@@ -85,12 +88,13 @@ def render(record: dict[str, Any], num_images: int, draw: Draw, *, clean: bool =
             (None, clean_caption(caption) if clean and "answer" in _clean_fields(record, ["answer"]) else caption)
         ]
     elif "conversation" in record:
-        turns = _conversation(record, num_images, clean)
+        turns = _conversation(record, num_images if place_images else 0, clean)
     elif "answer" in record:
-        turns = [_single_turn(record, num_images, draw, clean)]
+        turns = [_single_turn(record, num_images if place_images else 0, draw, clean)]
     else:
         raise DataError("the record has none of the fields 'caption', 'answer', 'conversation'")
-    _check_placeholders(turns, num_images)
+    if place_images or record.get("raw"):
+        _check_placeholders(turns, num_images)
     return Rendered(tuple(turns))
 
 

@@ -71,6 +71,15 @@ def test_files_are_checked_before_anything_loads(recipe_file: Callable[..., Path
         parse_job(["--run-dir", str(tmp_path / "run")], recipe_file(evaluation=section))
 
 
+def test_the_score_that_is_to_be_best_must_exist(
+    recipe_file: Callable[..., Path], held_out: Path, tmp_path: Path
+) -> None:
+    section = {"benchmarks": [{"kind": "vqa", "shards": str(held_out), "name": "mine"}], "every": 2}
+    recipe = recipe_file(evaluation=section, train__keep_best="eval/mine/cider")
+    with pytest.raises(ConfigError, match=r"mine has no score 'cider'; choose one of strict, contains, f1, compat"):
+        parse_job(["--run-dir", str(tmp_path / "run")], recipe)
+
+
 def test_an_unreadable_image_stops_before_the_first_step(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     root = benchmark_files.all_of_vqa(tmp_path / "root")
     (root / "gqa/gqa_images/n1.jpg").write_bytes(b"no image")
@@ -93,6 +102,15 @@ def test_an_unreadable_image_stops_before_the_first_step(recipe_file: Callable[.
         ({"benchmarks": [{"kind": "vqa", "shards": "x"}] * 2}, "vqa appears more than once; give each a name"),
         ({"every": 5}, "evaluation.every is set, but evaluation.benchmarks is empty"),
         ({"limit": 0}, "evaluation.limit must be positive"),
+        ({"max_new_tokens": 0}, "evaluation.max_new_tokens must be positive"),
+        (
+            {"benchmarks": [{"kind": "gqa", "root": "x", "instruction": "{}"}]},
+            "gqa: instruction is of the kinds vqa, refer, caption",
+        ),
+        (
+            {"benchmarks": [{"kind": "vqa", "shards": "x", "add_bos_token": 3}]},
+            "add_bos_token must be true or false, not 3",
+        ),
     ],
 )
 def test_mistakes_in_the_recipe(section: dict, message: str, raw_recipe: RAW) -> None:

@@ -25,6 +25,11 @@ class Question:
         image_count: the number of its images.
         metadata: anything else that is known about it, such as the size of its image.
         choices: the answers to choose from, on benchmarks where the likeliest one counts.
+        history: the questions before it, with their true answers. Unless they place the images themselves, the first
+            one comes with them.
+        padded: whether the template may put a space after it, as training does; not if it is stored with its images.
+        instruction: the words around the stored question, with `{}` for it; None on published benchmarks.
+        bare: whether it stands for a caption without any instruction, which the model asks for in its own way.
     """
 
     key: str
@@ -34,6 +39,10 @@ class Question:
     image_count: int = 1
     metadata: Mapping[str, Any] = field(default_factory=dict)
     choices: tuple[str, ...] = ()
+    history: tuple[tuple[str, str], ...] = ()
+    padded: bool = True
+    instruction: str | None = None
+    bare: bool = False
 
 
 Rule = Callable[[Question, Answer], float]
@@ -57,6 +66,9 @@ class Benchmark:
         whole_continuation: whether a rule reads on after `###`, as the original does in its benchmarks, so that
             generation must not stop there.
         corpus_scores: scores that need all answers at once, by name.
+        corpus_names: their names.
+        max_new_tokens: the default length of an answer.
+        held_out: whether it is asked as in training: with the BOS token, and with room for the longest true answer.
     """
 
     rules: Mapping[str, Rule]
@@ -65,6 +77,9 @@ class Benchmark:
     readable: Callable[[Question, Answer], Any] = lambda question, answer: answer
     whole_continuation: bool = False
     corpus_scores: Callable[[Sequence[Question], Sequence[str]], dict[str, float]] | None = None
+    corpus_names: tuple[str, ...] = ()
+    max_new_tokens: int = 20
+    held_out: bool = False
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def open_held_out(
 def open_section(section: ScoredSection, limit: int | None, checks: Checks) -> Task:
     """Read what a recipe names; problems of a benchmark's files are added to `checks`, other errors are raised."""
     if section.shards is not None:
-        return open_held_out(section.kind, section.shards, limit, section.label)
+        return open_held_out(section.kind, section.shards, limit, section.label, section.instruction)
     split = section.split or next(iter(SPLITS[section.kind]), "")
     moved = [f"{section.kind}.{place}={path}" for place, path in section.places.items()]
     places = places_of(section.kind, Path(section.root or ""), moved)

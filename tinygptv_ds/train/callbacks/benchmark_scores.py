@@ -8,9 +8,10 @@ from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.evaluation.report import line_of, save_json
 from tinygptv_ds.evaluation.runner import Runner, check_images
 from tinygptv_ds.evaluation.scoring import scalars, score
-from tinygptv_ds.evaluation.wording import Settings, wording
+from tinygptv_ds.evaluation.wording import Settings, answer_tokens, bare_captions, wording
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
+from tinygptv_ds.processing.sequence import tokenize
 from tinygptv_ds.train.callbacks.callback import Callback
 from tinygptv_ds.train.callbacks.periodic import Periodic
 from tinygptv_ds.train.metrics.reporter import Reporter
@@ -43,22 +44,33 @@ class BenchmarkScores(Periodic):
         for benchmark, task in zip(section.benchmarks, run.job.scored, strict=True):
             check_images(task, tokens.image_size, section.batch_size, ranks)
             settings = Settings(benchmark.template, section.max_new_tokens, section.batch_size, benchmark.add_bos_token)
-            words = wording(task.benchmark, settings, tokens.text.prompt_template, tokens.text.end_sym)
-            self._tasks.append((task, settings, words))
+            text = tokens.text
+            captions = bare_captions(text.prompts)
+            words = wording(task.benchmark, settings, text.prompt_template, text.end_sym, captions)
+            length = answer_tokens(task, settings, words.end, lambda each: len(tokenize(tokens.tokenizer, each)))
+            self._tasks.append((task, length, words))
 
     def measure(self, done: int) -> dict[str, float]:
         """Answer all questions and return the scores under their TensorBoard names. Called on all ranks."""
         found: dict[str, float] = {}
         job, engine = self._run.job, self._run.engine
-        for task, settings, words in self._tasks:
+        for task, length, words in self._tasks:
             start = time.perf_counter()
             with engine.inference() as model:
-                runner = Runner(model, self._processor, settings, job.ranks, in_step=engine.zero_stage == 3)
+                runner = Runner(
+                    model,
+                    self._processor,
+                    job.ranks,
+                    batch_size=self._run.recipe.evaluation.batch_size,
+                    max_new_tokens=length,
+                    in_step=engine.zero_stage == 3,
+                )
                 answers = runner.answer(task, words, bar=False)
             result = {
                 "benchmark": task.name,
                 "step": done,
                 "template": words.template.text,
+                "wording": words.instructions(task),
                 **score(task, answers, words.end),
             }
             LOGGER.info("step %d: %s in %.1f s", done, line_of(result), time.perf_counter() - start)

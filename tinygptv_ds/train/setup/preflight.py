@@ -48,4 +48,15 @@ def _evaluation_tasks(recipe: Recipe) -> list[Task]:
         except DataError as error:
             checks.problem(f"{benchmark.label}: {error}")
     checks.finish()
+    _check_keep_best(recipe, tasks)
     return tasks
+
+
+def _check_keep_best(recipe: Recipe, tasks: list[Task]) -> None:
+    """Check that the benchmark of `train.keep_best` has the score that it names."""
+    _, _, rest = (recipe.train.keep_best or "").partition("eval/")
+    name, _, wanted = rest.rpartition("/")
+    for task in tasks:
+        scores = [*task.benchmark.rules, *task.benchmark.corpus_names]
+        if task.name == name and wanted not in scores:
+            raise ConfigError(f"train.keep_best: {name} has no score {wanted!r}; choose one of {', '.join(scores)}")
