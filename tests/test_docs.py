@@ -32,8 +32,8 @@ def test_no_half_merged_page(document: Path) -> None:
 
 def test_the_table_of_weights_names_every_kind() -> None:
     """One row at least for every form and kind that the verbs know."""
-    from tinygptv_ds.weights.detect import KINDS
     from tinygptv_ds.weights.export.export import FORMS
+    from tinygptv_ds.weights.kinds import KINDS
 
     text = (ROOT / "docs/weights.md").read_text()
     assert all(f"| `{form}` |" in text for form in FORMS)

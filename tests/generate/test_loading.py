@@ -189,7 +189,7 @@ def test_bits_and_what_they_need(exported: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_model_there(tmp_path: Path, exported: Path) -> None:
-    with pytest.raises(WeightsError, match="no such run or file"):
+    with pytest.raises(WeightsError, match="no such file or folder"):
         load_model(tmp_path / "none")
     torn = tmp_path / "torn"
     torn.mkdir()

@@ -14,9 +14,10 @@ from tinygptv_ds.models.parameters import lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights import convert
 from tinygptv_ds.weights.export import export
+from tinygptv_ds.weights.folders import open_weights
 from tinygptv_ds.weights.inspect import inspect
-from tinygptv_ds.weights.io import load_torch, open_weights
 from tinygptv_ds.weights.layouts.tinygptv import canonical_name
+from tinygptv_ds.weights.torch_file import load_torch
 
 
 @pytest.fixture

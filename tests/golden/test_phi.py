@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tinygptv_ds.models.attention import causal_mask, make_layout
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.weights.io import Stored, open_weights
+from tinygptv_ds.weights.folders import open_weights
+from tinygptv_ds.weights.io import Stored
 from tinygptv_ds.weights.source import Source
 
 

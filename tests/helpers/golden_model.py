@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.weights.io import open_weights
+from tinygptv_ds.weights.folders import open_weights
 from tinygptv_ds.weights.layouts.phi2 import parse_config
 from tinygptv_ds.weights.layouts.tinygptv import canonical_name, original_source
 from tinygptv_ds.weights.source import Source, check_weights, copy_weights

@@ -199,7 +199,7 @@ CROSS = "Qformer.bert.encoder.layer.0.crossattention.output.dense.bias"
         (
             "phi",
             with_one("model.layers.7.mlp.fc1.bias", 16),
-            r"unexpected: .*layers\.7.*config\.json is of another Phi",
+            r"unexpected: .*layers\.7.*config\.json is of another one",
         ),
         ("phi", with_one(LAYER + "mlp.fc1.bias", 9), r"fc1\.bias is \[9\] instead of \[16\]"),
         ("phi", without("lm_head.weight"), r"missing: language_model\.lm_head\.weight"),

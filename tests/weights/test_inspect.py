@@ -177,7 +177,7 @@ def test_the_verb_reports_before_it_complains(
 def test_unknown_and_fragments(tmp_path: Path, state: dict, message: str | None) -> None:
     torch.save(state, tmp_path / "x.pth")
     if message is None:
-        assert "is missing; the file is cut short" in inspect(tmp_path / "x.pth").incomplete
+        assert "is missing; the file holds a part alone" in inspect(tmp_path / "x.pth").incomplete
     else:
         with pytest.raises(WeightsError, match=message):
             inspect(tmp_path / "x.pth")

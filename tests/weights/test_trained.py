@@ -278,7 +278,7 @@ def test_an_unfinished_run_is_refused(tmp_path: Path, fresh: Callable) -> None:
         (tmp_path / "checkpoints" / step).mkdir(parents=True)
     with pytest.raises(WeightsError, match=r"name its checkpoint .*step-00000020$"):
         load_into(fresh(), tmp_path)
-    with pytest.raises(WeightsError, match="no such run or file"):
+    with pytest.raises(WeightsError, match="no such file or folder"):
         load_into(fresh(), tmp_path / "nowhere")
 
 
@@ -290,7 +290,7 @@ def test_a_damaged_recipe_of_the_run_is_named(tmp_path: Path, trained: dict, fre
     (folder / "state.json").write_text("{}")
     assert load_into(fresh(), folder) == set(trained)
     (tmp_path / "recipe.yaml").write_text("model: {phi: [")
-    with pytest.raises(ConfigError, match=r"recipe\.yaml is not valid YAML"):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: not valid YAML"):
         load_into(fresh(), folder)
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.weights.io import open_weights
+from tinygptv_ds.weights.folders import open_weights
 
 STATE = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}
 

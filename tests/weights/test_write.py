@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.files import whole_file, whole_folder
-from tinygptv_ds.weights.io import in_memory, open_weights
+from tinygptv_ds.weights.folders import open_weights
+from tinygptv_ds.weights.io import in_memory
 from tinygptv_ds.weights.safetensors_writer import write_file, write_weights
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool]

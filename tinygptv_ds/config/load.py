@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.config.paths import local_path
 from tinygptv_ds.config.plain_yaml import LONGEST, parse_yaml, shown
-from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.config.recipe import WEIGHTS, Recipe
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.resources import find_project_file
 
@@ -39,9 +40,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_recipe(raw: dict, source: str) -> Recipe:
-    """Turn nested plain values into a `Recipe`; `source` is named in errors."""
+    """Turn nested plain values into a `Recipe` whose weights are at `local_path`; `source` is named in errors."""
     try:
-        return _build(Recipe, raw, "")
+        recipe = _build(Recipe, raw, "")
+        weights = {name: getattr(recipe.model, name) for name in WEIGHTS}
+        found = {name: str(local_path(path)) for name, path in weights.items() if path is not None}
+        return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **found))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 

@@ -16,6 +16,8 @@ from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import require
 
+WEIGHTS = ("phi", "eva_vit", "qformer", "init_from")  # the fields of `ModelSection` that are paths of weights
+
 
 @dataclass(frozen=True)
 class ModelSection:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from tinygptv_ds.config.paths import local_path
 from tinygptv_ds.errors import ConfigError, WeightsError
 from tinygptv_ds.generate.quantize import AdaptedLinear, quantized_linear
 from tinygptv_ds.models.configuration import TinyGPTVConfig
@@ -25,8 +26,9 @@ from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.weights.assemble import meta_model
-from tinygptv_ds.weights.io import Stored, open_weights
+from tinygptv_ds.weights.io import Stored
 from tinygptv_ds.weights.merge_lora import merge_lora
+from tinygptv_ds.weights.opening import open_model_weights
 from tinygptv_ds.weights.resolve import resolve
 from tinygptv_ds.weights.safetensors_writer import convert_tensor
 from tinygptv_ds.weights.source import Source, check_weights
@@ -67,7 +69,7 @@ def load_model(
         WeightsError: there is no model at `path`, or its base weights are not found.
         ConfigError: the device, or `bits` with this device or dtype, is not available here.
     """
-    path = Path(path)
+    path = local_path(path)
     target = _device(device)
     dtype = dtype or default_dtype(target)
     check_bits(bits, target, dtype)
@@ -142,10 +144,10 @@ def _open(
     try:
         config = TinyGPTVConfig.from_pretrained(path)
         processor = TinyGPTVProcessor.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise WeightsError(f"{path}: a damaged exported folder ({reason}); export or copy it again") from None
-    weights = open_weights(path)
+    weights = open_model_weights(path, "trained").stored
     shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
     check_weights(shapes, Source(path, weights, []), "The folder is of another version or damaged: export it again")
     return weights, config, processor

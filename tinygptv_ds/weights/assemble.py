@@ -24,6 +24,7 @@ from tinygptv_ds.weights.io import Stored, in_memory, listing
 from tinygptv_ds.weights.layouts.blip2 import blip2_source, qformer_config
 from tinygptv_ds.weights.layouts.eva import eva_config, eva_source
 from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, in_layer, phi_config, phi_source
+from tinygptv_ds.weights.other_files import other_file
 from tinygptv_ds.weights.source import Source, check_weights, copy_weights
 from tinygptv_ds.weights.trained import fitting_source
 
@@ -191,9 +192,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         reason = str(error).strip().split("\n")[0]
-        raise WeightsError(f"{folder}: no usable tokenizer ({reason}); fetch Phi's tokenizer files into it") from None
+        for file in sorted(folder.glob("*.json")):
+            if (other := other_file(file)) is not None:
+                raise WeightsError(f"{file}: {other}") from None
+        raise WeightsError(
+            f"{folder}: no usable tokenizer ({reason}); put Phi's tokenizer files into it, of microsoft/phi-2"
+        ) from None
 
 
 def _set_special_tokens(phi: PhiConfig, folder: Path) -> int:
@@ -201,7 +207,9 @@ def _set_special_tokens(phi: PhiConfig, folder: Path) -> int:
     tokenizer = load_tokenizer(folder)
     end = tokenizer.eos_token_id
     if end is None:
-        raise WeightsError(f"{folder}: the tokenizer has no EOS token; fetch Phi's tokenizer files again")
+        raise WeightsError(
+            f"{folder}: the tokenizer has no EOS token; put the tokenizer files of microsoft/phi-2 there"
+        )
     if phi.eos_token_id not in (None, end):
         LOGGER.warning(
             "%s: the EOS token is %s in config.json and %d in the tokenizer, which is used",
@@ -278,7 +286,7 @@ def _base_sources(
         (
             phi_source(base["phi"], text.num_attention_heads),
             of_phi,
-            "Its config.json is of another Phi, or a file is missing or cut short: fetch the whole folder again",
+            "These are not all weights of a Phi-2, or its config.json is of another one: name a whole folder of it",
         ),
         (
             eva_source(base["eva_vit"], vision),

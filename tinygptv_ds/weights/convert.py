@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     refuse_existing(args.out)
 
     from tinygptv_ds.dtypes import DTYPES
-    from tinygptv_ds.weights.detect import KINDS, open_any
+    from tinygptv_ds.weights.detect import open_any
+    from tinygptv_ds.weights.kinds import KINDS
 
     opened = open_any(args.source)
     _check_options(args, opened)

@@ -6,20 +6,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tinygptv_ds.config.paths import local_path
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.models.parameters import lora
-from tinygptv_ds.weights.io import Stored, listing, open_file, open_weights, read_json, weight_files
+from tinygptv_ds.weights.folders import open_file, open_weights, weight_files
+from tinygptv_ds.weights.io import Stored, read_json
+from tinygptv_ds.weights.kinds import kind_of
 from tinygptv_ds.weights.layouts.blip2 import canonical_name as blip2_name
 from tinygptv_ds.weights.layouts.deepspeed_checkpoint import open_deepspeed, step_folder
 from tinygptv_ds.weights.layouts.eva import canonical_name as eva_name
 from tinygptv_ds.weights.layouts.phi2 import to_canonical
-from tinygptv_ds.weights.layouts.tinygptv import original_source, without_wrappers
+from tinygptv_ds.weights.layouts.tinygptv import original_source
+from tinygptv_ds.weights.opening import model_weights
+from tinygptv_ds.weights.other_files import not_there
 from tinygptv_ds.weights.released import Released, released_by_size
 from tinygptv_ds.weights.source import Source, rename_all
 
@@ -31,19 +35,6 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's own names of its two fil
 ADAPTER_CONFIG = "adapter_config.json"
 # A weight file that has the second file next to it is opened as the folder of both.
 _NOTES_OF = {WEIGHTS: PROVENANCE, STATE: "state.json", ADAPTER_WEIGHTS: ADAPTER_CONFIG}
-KINDS = {
-    "phi": "Phi",
-    "eva_vit": "EVA ViT",
-    "blip2": "Q-Former of BLIP-2",
-    "projection": "first projection, as of MiniGPT-4",
-    "trained": "trained weights of TinyGPT-V",
-    "model": "whole TinyGPT-V",
-}
-_PHI = re.compile(r"transformer\.h\.\d+\.mixer\.Wqkv\.|model\.layers\.\d+\.self_attn\.(query_key_value|[qkv]_proj)\.")
-_TRAINED = re.compile(
-    r"(llama_model\.|llama_proj2?\."
-    r"|language_model\..*(q_layernorm|k_layernorm|post_layernorm|\.lora_[AB])\.|base_model\.model\..*\.lora_[AB]\.)"
-)
 
 
 @dataclass(frozen=True)
@@ -84,18 +75,17 @@ def open_any(path: Path) -> Opened:
     Raises:
         WeightsError: nothing is there, it is damaged, or it is none of these.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_file() and path.name in _NOTES_OF and (path.parent / _NOTES_OF[path.name]).is_file():
         return open_any(path.parent)
     if path.is_file():
         _refuse_broken(path)
-        stored, notes = open_file(path)
+        tensors, notes = open_file(path)
+        stored, outside = model_weights(tensors, path)
         container = "PyTorch file" if notes or path.suffix in (".pth", ".pt", ".bin") else "file"
-        return Opened(path, container, kind_of(stored, path), [path], stored, notes=notes)
+        return Opened(path, container, kind_of(stored, path), [path], stored, notes=notes, ignored=outside)
     if not path.is_dir():
-        raise WeightsError(
-            f"{path}: no such run or file; give a run directory, a checkpoint, a folder of weights or a weight file"
-        )
+        raise WeightsError(f"{path}: {not_there(path)}")
     for folder, container in ((path / "model", "run directory"), (path, "model/ folder of a run")):
         if (folder / WEIGHTS).is_file():
             return _model_folder(path, folder, container)
@@ -108,34 +98,11 @@ def open_any(path: Path) -> Opened:
     adapter = (path / ADAPTER_CONFIG).is_file()
     if adapter:
         _refuse_unknown_adapter(path / ADAPTER_CONFIG)
-    stored = open_weights(path)
+    stored, outside = model_weights(open_weights(path), path)
     notes = read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else {}
     kind = kind_of(stored, path)
     container = "peft adapter" if adapter else "exported model" if kind == "model" else "folder of weights"
-    return Opened(path, container, kind, weight_files(path), stored, path, notes)
-
-
-def kind_of(names: Iterable[str], path: Path) -> str:
-    """Return the key of `KINDS` that these names belong to; `path` is named in errors.
-
-    Raises:
-        WeightsError: they belong to none.
-    """
-    names = [without_wrappers(name) for name in names]
-    if any(map(_TRAINED.match, names)):
-        if all(re.fullmatch(r"llama_proj\.(weight|bias)", name) for name in names):
-            return "projection"
-        whole = any(name.endswith("model.embed_tokens.weight") for name in names)
-        return "model" if whole and any(name.startswith("visual_encoder.") for name in names) else "trained"
-    if any(name == "query_tokens" or name.lower().startswith("qformer.") for name in names):
-        return "blip2"
-    if any(name.startswith("blocks.") for name in names):
-        return "eva_vit"
-    if any(map(_PHI.match, names)):
-        return "phi"
-    raise WeightsError(
-        f"{path}: holds {listing(names)}: neither {', nor '.join(KINDS.values())}. Is it the file you meant?"
-    )
+    return Opened(path, container, kind, weight_files(path), stored, path, notes, outside)
 
 
 def canonical_source(opened: Opened, heads: int) -> Source:
@@ -150,13 +117,12 @@ def canonical_source(opened: Opened, heads: int) -> Source:
         WeightsError: it mixes layouts.
     """
     if opened.kind == "phi":
-        return to_canonical(opened.stored, heads, opened.path)
+        return to_canonical(opened.stored, opened.ignored, heads, opened.path)
     if opened.kind == "eva_vit":
-        return rename_all(opened.stored, eva_name, opened.path)
+        return rename_all(opened.stored, opened.ignored, eva_name, opened.path)
     if opened.kind == "blip2":
-        return rename_all(opened.stored, blip2_name, opened.path)
-    source = original_source(opened.stored, opened.path)
-    return Source(opened.path, source.weights, [*source.ignored, *opened.ignored])
+        return rename_all(opened.stored, opened.ignored, blip2_name, opened.path)
+    return original_source(opened.stored, opened.path, opened.ignored)
 
 
 @dataclass(frozen=True)
@@ -214,7 +180,7 @@ def _kind_of_run(names: Iterable[str], path: Path) -> str:
 
 def _model_folder(path: Path, folder: Path, container: str) -> Opened:
     file = folder / WEIGHTS
-    stored, _ = open_file(file)
+    stored, _ = model_weights(open_file(file)[0], file, "trained")
     notes = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
     return Opened(path, container, _kind_of_run(stored, file), [file], stored, folder, notes)
 
@@ -224,6 +190,7 @@ def _checkpoint(path: Path) -> Opened:
     stored, _ = open_file(path / STATE)
     weights = {name.removeprefix("weight/"): value for name, value in stored.items() if name.startswith("weight/")}
     moments = sorted(stored.keys() - {f"weight/{name}" for name in weights})
+    weights, _ = model_weights(weights, path / STATE, "trained")
     run = path.resolve().parents[1]
     notes = read_json(path / "state.json")
     kind = _kind_of_run(weights, path)
@@ -235,8 +202,9 @@ def _deepspeed(path: Path, step: Path) -> Opened:
     container = f"DeepSpeed checkpoint (ZeRO-{found.zero_stage}, {found.ranks} rank(s))"
     run = next((parent for parent in step.resolve().parents[:3] if (parent / RECIPE).is_file()), None)
     files = sorted(step.glob("*_states.pt"))
-    kind = kind_of(found.weights, step)
-    return Opened(path, container, kind, files, found.weights, run, {"step": found.step}, found.frozen, True)
+    weights, _ = model_weights(found.weights, step, "trained")
+    kind = kind_of(weights, step)
+    return Opened(path, container, kind, files, weights, run, {"step": found.step}, found.frozen, True)
 
 
 def _refuse_broken(path: Path) -> None:

@@ -73,6 +73,8 @@ class WeightsReport:
         missing: names of a complete file that are not there.
         unexpected: names that a complete file does not have.
         wrong_shape: a sentence for each tensor of another shape.
+        not_float: a sentence for each tensor of integers, whose scale is missing.
+        not_finite: names in the file of tensors with NaN or Inf.
         ignored: names that are known and that nothing needs.
         incomplete: the reason why it cannot be used as it is, or "".
     """
@@ -93,6 +95,8 @@ class WeightsReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     wrong_shape: list[str] = field(default_factory=list)
+    not_float: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     incomplete: str = ""
 
@@ -117,8 +121,11 @@ class WeightsReport:
                     ("missing", self.missing),
                     ("unexpected", self.unexpected),
                     ("wrong shape", self.wrong_shape),
+                    ("integers", self.not_float),
+                    ("NaN or Inf", self.not_finite),
                     ("ignored", self.ignored),
                 )
+                if names or what not in ("integers", "NaN or Inf")
             ),
         ]
         return "\n".join(f"{name:13} {text}" for name, text in rows if text is not None)
@@ -130,8 +137,11 @@ def inspect(path: Path) -> WeightsReport:
     Raises:
         WeightsError: they are damaged, or of no known kind.
     """
-    from tinygptv_ds.weights.detect import KINDS, canonical_source, open_any
+    from tinygptv_ds.weights.detect import canonical_source, open_any
+    from tinygptv_ds.weights.io import listing
+    from tinygptv_ds.weights.kinds import KINDS
     from tinygptv_ds.weights.layouts.expected_shapes import expected_shapes
+    from tinygptv_ds.weights.opening import finite
     from tinygptv_ds.weights.provenance import hashes
     from tinygptv_ds.weights.released import released_by_hash
     from tinygptv_ds.weights.source import compare, lora_rank
@@ -162,7 +172,11 @@ def inspect(path: Path) -> WeightsReport:
         return report
     report.matched, report.missing = found.matched, found.missing
     report.unexpected, report.wrong_shape = found.unexpected, found.wrong_shape
+    report.not_float = found.not_float
+    report.not_finite = [name for name, stored in opened.stored.items() if not finite(stored)]
     report.incomplete = str(found)
+    if report.not_finite:
+        report.incomplete = "; ".join(filter(None, [report.incomplete, f"NaN or Inf in {listing(report.not_finite)}"]))
     return report
 
 

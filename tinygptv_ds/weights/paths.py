@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tinygptv_ds.config.paths import local_path
 from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.weights.other_files import not_there
 
 
 def require_path(path: Path) -> None:
@@ -13,8 +15,9 @@ def require_path(path: Path) -> None:
     Raises:
         WeightsError: it does not.
     """
-    if not path.exists():
-        raise WeightsError(f"{path}: no such file or folder; correct the path")
+    found = local_path(path)
+    if not found.exists():
+        raise WeightsError(f"{found}: {not_there(found)}")
 
 
 def refuse_existing(out: Path) -> None:

@@ -25,7 +25,8 @@ from tinygptv_ds.weights.assemble import (
     model_config,
 )
 from tinygptv_ds.weights.detect import Opened, guess_stage, open_any
-from tinygptv_ds.weights.io import Stored, weight_files
+from tinygptv_ds.weights.folders import weight_files
+from tinygptv_ds.weights.io import Stored
 from tinygptv_ds.weights.provenance import hashes, provenance_of, recipe_with_base, size_of
 from tinygptv_ds.weights.source import Source
 from tinygptv_ds.weights.trained import check_fit, recipe_of_run, trained_source, whole_source

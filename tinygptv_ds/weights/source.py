@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,14 +40,16 @@ class Source:
         return [name for name in self.weights if not is_trainable(name)]
 
 
-def rename_all(stored: Mapping[str, Stored], rename: Callable[[str], str | None], path: Path) -> Source:
-    """Give every tensor its canonical name; those whose new name is None are ignored.
+def rename_all(
+    stored: Mapping[str, Stored], outside: Sequence[str], rename: Callable[[str], str | None], path: Path
+) -> Source:
+    """Give every tensor its canonical name; those whose new name is None are ignored, like the names `outside`.
 
     Raises:
         WeightsError: two tensors get the same name.
     """
     weights: dict[str, Stored] = {}
-    ignored = []
+    ignored = list(outside)
     for name, tensor in stored.items():
         canonical = rename(name)
         if canonical is None:
@@ -73,27 +75,37 @@ class Match:
         missing: expected names that the source lacks.
         unexpected: names in the source that are not expected.
         wrong_shape: a sentence with name, shape found and shape expected for each that differs.
+        not_float: a sentence with name and dtype for each that holds integers, so its scale is missing.
     """
 
     matched: list[str]
     missing: list[str]
     unexpected: list[str]
     wrong_shape: list[str]
+    not_float: list[str]
 
     def __str__(self) -> str:
         problems = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": self.wrong_shape}
+        if self.not_float:
+            problems["integers without the scale that they were quantized with"] = self.not_float
         return "; ".join(f"{what}: {listing(names)}" for what, names in problems.items() if names)
 
 
 def compare(expected: Mapping[str, tuple[int, ...]], source: Source) -> Match:
     """Compare a source's names and shapes with expected ones; `str` of the result is "" if all agree."""
     given = source.shapes
+    expected_here = {name: source.weights[name] for name in expected if name in given}
     differing = [name for name, shape in expected.items() if given.get(name, shape) != tuple(shape)]
     return Match(
         matched=[name for name, shape in expected.items() if given.get(name) == tuple(shape)],
         missing=[name for name in expected if name not in given],
         unexpected=[name for name in given if name not in expected],
         wrong_shape=[f"{name} is {list(given[name])} instead of {list(expected[name])}" for name in differing],
+        not_float=[
+            f"{name} is {str(stored.dtype).removeprefix('torch.')}"
+            for name, stored in expected_here.items()
+            if not stored.dtype.is_floating_point
+        ],
     )
 
 

@@ -21,8 +21,9 @@ from tinygptv_ds.files import sha256, whole_folder
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.parameters import is_trainable, lora, norms
-from tinygptv_ds.weights.detect import ADAPTER_CONFIG, KINDS, RECIPE, WEIGHTS, Opened, open_any
+from tinygptv_ds.weights.detect import ADAPTER_CONFIG, RECIPE, WEIGHTS, Opened, open_any
 from tinygptv_ds.weights.io import Stored, in_memory, read_json
+from tinygptv_ds.weights.kinds import KINDS
 from tinygptv_ds.weights.layouts.tinygptv import original_source
 from tinygptv_ds.weights.provenance import write_provenance
 from tinygptv_ds.weights.safetensors_writer import write_file
@@ -120,9 +121,9 @@ def trained_source(opened: Opened, *, merged_in_base: bool = False) -> Source:
             f"{opened.path} is a base model ({KINDS[opened.kind]}), not trained weights of TinyGPT-V; its place is "
             f"model.{place}"
         )
-    source = original_source(opened.stored, opened.path)
+    source = original_source(opened.stored, opened.path, opened.ignored)
     if opened.kind != "model":
-        return Source(opened.path, source.weights, [*source.ignored, *opened.ignored])
+        return source
     lora_form = opened.notes.get("lora")
     if lora_form == "dropped" or (lora_form == "merged" and not merged_in_base):
         what = "LoRA merged into its base" if lora_form == "merged" else "LoRA left out"

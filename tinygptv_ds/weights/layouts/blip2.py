@@ -12,7 +12,8 @@ from pathlib import Path
 from transformers import Blip2QFormerConfig
 
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.weights.io import Stored, listing, open_weights
+from tinygptv_ds.weights.io import Stored, listing
+from tinygptv_ds.weights.opening import open_model_weights
 from tinygptv_ds.weights.source import Source, rename_all
 
 _RENAMES = (
@@ -59,7 +60,7 @@ def blip2_source(path: Path) -> Source:
     Raises:
         WeightsError: the file is missing, damaged, or mixes two layouts.
     """
-    return rename_all(open_weights(path), canonical_name, path)
+    return rename_all(*open_model_weights(path, "blip2"), canonical_name, path)
 
 
 def qformer_config(source: Source, heads: int) -> Blip2QFormerConfig:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.weights.io import Stored, open_torch
+from tinygptv_ds.weights.io import Stored
+from tinygptv_ds.weights.torch_file import open_torch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _CLIENT = "tinygptv_ds"  # the key of the state that runs of this program add

@@ -12,8 +12,11 @@ from torch import Tensor
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.models.configuration import EvaViTConfig
 from tinygptv_ds.models.eva_vit import interpolate_pos_embed
-from tinygptv_ds.weights.io import Stored, listing, open_weights
+from tinygptv_ds.weights.folders import open_weights
+from tinygptv_ds.weights.io import Stored, listing
+from tinygptv_ds.weights.kinds import Unwrapped
 from tinygptv_ds.weights.layouts.exported import part_of_exported
+from tinygptv_ds.weights.opening import model_weights
 from tinygptv_ds.weights.source import Source, rename_all
 
 PREFIX = "visual_encoder."
@@ -32,7 +35,7 @@ def eva_config(path: Path, *, image_size: int, depth: int, heads: int) -> EvaViT
     Raises:
         WeightsError: the file is not an EVA ViT, has too few blocks, or its sizes do not fit.
     """
-    stored = part_of_exported(open_weights(path), PREFIX)
+    stored, _ = _open(path)
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     missing = [name for name in needed if name not in stored]
     if missing:
@@ -74,8 +77,12 @@ def eva_source(path: Path, config: EvaViTConfig) -> Source:
         unused = block is not None and int(block[1]) >= config.num_hidden_layers
         return None if unused else canonical_name(name)
 
-    source = rename_all(part_of_exported(open_weights(path), PREFIX), rename, path)
+    source = rename_all(*_open(path), rename, path)
     return Source(path, resized(source.weights, config.image_size, path), source.ignored)
+
+
+def _open(path: Path) -> Unwrapped:
+    return model_weights(part_of_exported(open_weights(path), PREFIX), path, "eva_vit")
 
 
 def resized(weights: Mapping[str, Stored], image_size: int, path: Path) -> dict[str, Stored]:

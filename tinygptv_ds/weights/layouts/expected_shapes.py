@@ -51,7 +51,9 @@ def expected_shapes(kind: str, source: Source) -> Shapes:
         return _eva_vit(shapes) | _blip2(source, shapes) | _projections(shapes) | _phi(shapes)
     except KeyError as error:
         name = error.args[0]
-        raise WeightsError(f"{source.path}: {name} is missing; the file is cut short, or of another model") from None
+        raise WeightsError(
+            f"{source.path}: {name} is missing; the file holds a part alone, or is of another model: name a whole one"
+        ) from None
 
 
 def in_order(weights: Mapping[str, object], expected: Shapes) -> list[str]:

@@ -20,8 +20,10 @@ from torch import Tensor
 from transformers import PhiConfig
 
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.weights.io import Stored, listing, open_weights, read_json
+from tinygptv_ds.weights.folders import open_weights
+from tinygptv_ds.weights.io import Stored, listing, read_json
 from tinygptv_ds.weights.layouts.exported import part_of_exported, text_config_of
+from tinygptv_ds.weights.opening import model_weights
 from tinygptv_ds.weights.source import Source, rename_all
 
 PREFIX = "language_model."
@@ -108,10 +110,11 @@ def phi_source(folder: Path, heads: int) -> Source:
     Raises:
         WeightsError: files are missing or damaged, or of no known layout.
     """
-    return to_canonical(part_of_exported(open_weights(folder), PREFIX), heads, folder)
+    unwrapped = model_weights(part_of_exported(open_weights(folder), PREFIX), folder, "phi")
+    return to_canonical(*unwrapped, heads, folder)
 
 
-def to_canonical(stored: Mapping[str, Stored], heads: int, path: Path) -> Source:
+def to_canonical(stored: Mapping[str, Stored], outside: Sequence[str], heads: int, path: Path) -> Source:
     """Return tensors of any layout under canonical names; rows of qkv are reordered when they are read.
 
     Raises:
@@ -125,7 +128,7 @@ def to_canonical(stored: Mapping[str, Stored], heads: int, path: Path) -> Source
             name: Stored(t.shape, t.dtype, partial(_read_remote, t, heads)) if ".mixer.Wqkv." in name else t
             for name, t in stored.items()
         }
-    return rename_all(stored, _canonical_name, path)
+    return rename_all(stored, outside, _canonical_name, path)
 
 
 def to_layout(weights: Mapping[str, Stored], heads: int, kind: str) -> dict[str, Stored]:
@@ -190,9 +193,7 @@ def _fuse_all(stored: Mapping[str, Stored], heads: int, path: Path) -> dict[str,
             names = [f"{match[1]}.{letter}_proj.{match[3]}" for letter in "qkv"]
             missing = [n for n in names if n not in stored]
             if missing:
-                raise WeightsError(
-                    f"{path}: {listing(missing)} missing next to {name}; a shard is missing or cut short"
-                )
+                raise WeightsError(f"{path}: {listing(missing)} missing next to {name}; name the folder of all shards")
             parts = [stored[n] for n in names]
             rows = sum(part.shape[0] for part in parts)
             shape = (rows, *tensor.shape[1:])
@@ -241,12 +242,12 @@ def parse_config(raw: dict[str, Any], path: Path) -> PhiConfig:
     absent = [name for name, size in sizes.items() if not isinstance(size, int)]
     if absent:
         raise WeightsError(
-            f"{path}: {', '.join(absent)} missing; this is not a Phi configuration, fetch the folder again"
+            f"{path}: {', '.join(absent)} missing; no Phi configuration{_model_type(raw)}: name a folder of Phi-2"
         )
     if sizes["hidden_size"] % sizes["num_attention_heads"]:
         raise WeightsError(
             f"{path}: a width of {sizes['hidden_size']} does not divide into {sizes['num_attention_heads']} heads; "
-            "fetch the folder again"
+            "take the config.json of the weights"
         )
     _refuse_unknown(path, raw, value("hidden_act", "gelu_new"), sizes["num_attention_heads"])
     return PhiConfig(
@@ -282,7 +283,7 @@ def check_config(config: PhiConfig, shapes: Mapping[str, tuple[int, ...]], path:
         if getattr(config, name) != there:
             raise WeightsError(
                 f"{path}: {name} is {getattr(config, name)}, but the weights next to it have {there}; it belongs "
-                "to another Phi, fetch the whole folder again"
+                "to another Phi: take the config.json of the weights"
             )
 
 
@@ -292,6 +293,10 @@ def save_config(config: PhiConfig, folder: Path, dtype: torch.dtype) -> None:
     saved.architectures = ["PhiForCausalLM"]
     saved.dtype = dtype
     saved.save_pretrained(folder)
+
+
+def _model_type(raw: dict[str, Any]) -> str:
+    return f" but of {raw['model_type']!r}" if isinstance(raw.get("model_type"), str) else ""
 
 
 def _rope(path: Path, raw: dict[str, Any], head_dim: int) -> dict[str, Any]:
@@ -305,7 +310,7 @@ def _rope(path: Path, raw: dict[str, Any], head_dim: int) -> dict[str, Any]:
     if partial_factor is None:
         raise WeightsError(
             f"{path}: no partial_rotary_factor (nor rotary_dim), so the rotated share of a head is unknown; "
-            "Phi-2's is 0.4. Fetch the config.json of the weights again"
+            "Phi-2's is 0.4. Take the config.json of the weights"
         )
     theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
     return {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": partial_factor}

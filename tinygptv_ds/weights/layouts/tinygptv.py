@@ -8,10 +8,11 @@ are the names of an adapter that peft has on the whole model (`base_model.model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tinygptv_ds.weights.io import Stored
+from tinygptv_ds.weights.kinds import without_wrappers
 from tinygptv_ds.weights.layouts import blip2
 from tinygptv_ds.weights.source import Source, rename_all
 
@@ -20,20 +21,14 @@ BUFFER = "Qformer.bert.embeddings.position_ids"
 BUFFER_LENGTH = 512
 
 _WHOLE_IN_PEFT = r"base_model\.model\.(?=(?:language_model|llama_proj2?)\.)"
-_WRAPPERS = re.compile(rf"^(module\.|_orig_mod\.|{_WHOLE_IN_PEFT})+")
 _LLM = re.compile(r"^(llama_model\.(base_model\.model\.)?|base_model\.model\.|language_model\.)")
 _ADAPTER_NAME = re.compile(r"\.lora_([AB])\.(?!weight$)[^.]+\.weight$")
 _COPIED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
-def without_wrappers(name: str) -> str:
-    """Return a name without what DistributedDataParallel, torch.compile or peft put before a whole model's names."""
-    return _WRAPPERS.sub("", name)
-
-
 def canonical_name(name: str) -> str | None:
     """Return the canonical name of one of the original's tensors, or None for one that nothing needs."""
-    name = without_wrappers(name)
+    name = re.sub(rf"^{_WHOLE_IN_PEFT}", "", without_wrappers(name))
     if name.startswith("Qformer."):
         return blip2.canonical_name(name)
     if ".original_module." in name:  # peft's copy of a module from before the training
@@ -52,9 +47,9 @@ def original_name(name: str, *, lora: bool) -> str:
     return re.sub(r"^language_model\.", "llama_model.base_model.model." if lora else "llama_model.", name)
 
 
-def original_source(stored: Mapping[str, Stored], path: Path) -> Source:
+def original_source(stored: Mapping[str, Stored], path: Path, outside: Sequence[str] = ()) -> Source:
     """Return the tensors of one of the original's files under canonical names."""
-    return rename_all(stored, canonical_name, path)
+    return rename_all(stored, outside, canonical_name, path)
 
 
 def spelling(names: Iterable[str]) -> str:

@@ -1,0 +1,28 @@
+"""Paths of weights as users write them: with `~`, or the folder that the Hugging Face cache keeps a model in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def local_path(path: str | Path) -> Path:
+    """Return a path with `~` expanded and a model's folder of the Hub cache replaced by its snapshot.
+
+    The cache keeps a model as `models--ORG--NAME` with `blobs`, `refs/main` and `snapshots/HASH`; the snapshot, whose
+    files link to the blobs, looks like the repository. A folder without a snapshot, or with several of which none is
+    `refs/main`, is returned as it is.
+    """
+    path = Path(path)
+    try:
+        path = path.expanduser()
+    except RuntimeError:  # no such user: an ordinary name that begins with ~
+        return path
+    snapshots = path if path.name == "snapshots" else path / "snapshots"
+    if not (snapshots.parent.name.startswith("models--") and snapshots.is_dir()):
+        return path
+    main = snapshots.parent / "refs" / "main"
+    named = snapshots / main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else None
+    if named is not None and named.is_dir() and named.parent == snapshots:
+        return named
+    found = [folder for folder in snapshots.iterdir() if folder.is_dir()]
+    return found[0] if len(found) == 1 else path
