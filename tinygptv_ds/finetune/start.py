@@ -11,7 +11,7 @@ from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.recipe import ModelSection, TextSection
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.resources import project_root
-from tinygptv_ds.train.setup.preflight import HOW_TO_GET_WEIGHTS
+from tinygptv_ds.weights.recipe_files import HOW_TO_GET_WEIGHTS
 
 if TYPE_CHECKING:
     from tinygptv_ds.weights.detect import Opened
