@@ -12,6 +12,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Collection
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from tinygptv_ds import __version__
@@ -23,11 +24,48 @@ _REDIRECTS = 5
 _MOVED = (301, 302, 303, 307, 308)
 _PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses inside IPv6 ones
+# IANA's registries of special-purpose addresses (https://www.iana.org/assignments/iana-ipv4-special-registry and
+# .../iana-ipv6-special-registry), and multicast. Of IPv6, nothing but 2000::/3 has been allocated for global unicast.
+_SPECIAL_IPV4 = [
+    ipaddress.ip_network(network)
+    for network in (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",
+        "127.0.0.0/8",
+        "169.254.0.0/16",
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.88.99.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/4",
+        "240.0.0.0/4",
+    )
+]
+_GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
+_SPECIAL_IPV6 = [
+    ipaddress.ip_network(network)
+    for network in (
+        "2001::/23",  # IETF protocol assignments, Teredo among them
+        "2001:db8::/32",
+        "2002::/16",  # 6to4, which embeds an IPv4 address
+        "3fff::/20",
+    )
+]
 _SAFE = "%/:=&?~+!$,;'@()*[]"  # characters of a path and a query
 
 
 def fetch_image(
-    url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT, allow_private: bool = False
+    url: str,
+    *,
+    max_bytes: int = MAX_BYTES,
+    timeout: float = TIMEOUT,
+    allow_private: bool = False,
+    domains: Collection[str] = (),
 ) -> bytes:
     """Fetch the bytes of a URL; `processing.image` checks that they are an image when it decodes them.
 
@@ -36,6 +74,7 @@ def fetch_image(
         max_bytes: a larger file is refused.
         timeout: seconds for everything, including redirections.
         allow_private: whether addresses outside the public internet are allowed.
+        domains: the hosts that are allowed, also after redirections; empty: any.
 
     Raises:
         DataError: the URL is refused or missing, too large or too slow; names it without its password.
@@ -44,6 +83,8 @@ def fetch_image(
     try:
         for _ in range(_REDIRECTS + 1):
             parts = checked_url(url)
+            if domains and parts.hostname not in domains:
+                raise DataError(f"{shown(url)}: refused; images are fetched from {', '.join(sorted(domains))} only")
             moved, content = _get(parts, _addresses(parts, allow_private), max_bytes, until)
             if moved is None:
                 return content
@@ -104,10 +145,15 @@ def _addresses(parts: SplitResult, allow_private: bool) -> list[tuple[str, int]]
 
 
 def _is_public(address: str) -> bool:
+    """Return whether an address is on the public internet; Python's own tables differ by its patch level."""
     found = ipaddress.ip_address(address.partition("%")[0])
-    inner = [getattr(found, name, None) for name in ("ipv4_mapped", "sixtofour")]
-    inner += [ipaddress.ip_address(int(found) & 0xFFFFFFFF)] if found in _NAT64 else []
-    return all(each.is_global and not each.is_multicast for each in (found, *filter(None, inner)))
+    if isinstance(found, ipaddress.IPv4Address):
+        return not any(found in network for network in _SPECIAL_IPV4)
+    if found.ipv4_mapped is not None:
+        return _is_public(str(found.ipv4_mapped))
+    if found in _NAT64:
+        return _is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
+    return found in _GLOBAL_IPV6 and not any(found in network for network in _SPECIAL_IPV6)
 
 
 def _get(

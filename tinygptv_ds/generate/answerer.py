@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tinygptv_ds.generate.conversation import Prompt, Turn, prompt_of
 from tinygptv_ds.generate.generate import AnswerStream, answers, describe, prompt_tokens, stream
@@ -55,6 +56,11 @@ class Answerer:
     def context(self) -> int:
         """The maximum number of tokens of prompt and answer together."""
         return self.model.config.text_config.max_position_embeddings
+
+    @cached_property
+    def max_characters(self) -> int:
+        """A number of characters that no prompt exceeds: the context filled with the longest token."""
+        return self.context * max(map(len, self.processor.tokenizer.get_vocab()))
 
     def describe(self, prompt: Prompt) -> str:
         """Return the exact text of a prompt, its length in tokens, and what ends the answer."""

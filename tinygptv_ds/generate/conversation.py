@@ -70,10 +70,22 @@ class Conversation:
         Raises:
             DataError: the question holds another number of `<ImageHere>` than images.
         """
+        self.add_question(question, images)
+        return self.prompt()
+
+    def add_question(self, question: str, images: Sequence[PromptImage] = ()) -> None:
+        """Add a question with its images; a previous one that was not answered is removed first.
+
+        Raises:
+            DataError: the question holds another number of `<ImageHere>` than images.
+        """
         self.remove_unanswered()
         placed = self.template.place_images(question, len(images), later=bool(self.images))
         self.turns.append((placed, None))
         self.images.extend(images)
+
+    def prompt(self) -> Prompt:
+        """Return the prompt for the answer to the last question."""
         template = self.template
         return Prompt(template.parts(self.turns), tuple(self.images), template.add_bos_token, template.stop)
 
@@ -98,6 +110,6 @@ def prompt_of(template: Template, turns: Sequence[Turn]) -> Prompt:
     """
     conversation = Conversation(template)
     for turn in turns[:-1]:
-        conversation.ask(turn.question, turn.images)
+        conversation.add_question(turn.question, turn.images)  # building a prompt for each turn takes quadratic time
         conversation.add_answer(turn.answer or "")
     return conversation.ask(turns[-1].question, turns[-1].images)

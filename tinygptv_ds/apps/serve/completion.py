@@ -9,9 +9,10 @@ from PIL import Image
 
 from tinygptv_ds.apps.serve.api_errors import RequestError
 from tinygptv_ds.apps.serve.request_schema import ChatRequest
+from tinygptv_ds.apps.serve.turns import turns_of
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.generate.answerer import Answerer
-from tinygptv_ds.generate.conversation import Prompt, Turn
+from tinygptv_ds.generate.conversation import Prompt
 from tinygptv_ds.generate.settings import Generation
 
 
@@ -38,6 +39,8 @@ def prepare(
     images: Sequence[Sequence[Image.Image]],
     defaults: Generation,
     max_tokens: int,
+    *,
+    strict: bool = False,
 ) -> PreparedRequest:
     """Check that the model can answer a request.
 
@@ -47,19 +50,21 @@ def prepare(
         images: the images of each message.
         defaults: settings of generation that the request leaves out.
         max_tokens: the server's limit for an answer.
+        strict: whether a system text is refused where the template has no place for it.
 
     Raises:
         RequestError: the prompt is too long or cannot be made.
     """
-    system, turns = _turns(request, images)
     try:
+        has_system = strict or bool(answerer.template.system)  # a template without a place for it raises an error below
+        system, turns = turns_of(request.messages, images, has_system=has_system)
         prompt = answerer.prompt(turns, system)
         length = answerer.prompt_length(prompt)
     except DataError as error:
         code = "context_length_exceeded" if "exceed" in str(error) else "invalid_value"
         raise RequestError(str(error), param="messages", code=code) from None
     available = answerer.context - length
-    wanted = request.max_completion_tokens or request.max_tokens
+    wanted = request.new_tokens
     if wanted is not None and wanted > min(max_tokens, available):
         limit = (
             f"this server's limit of {max_tokens}"
@@ -67,8 +72,8 @@ def prepare(
             else f"{available}, what the prompt of {length} leaves"
         )
         raise RequestError(f"max_tokens is {wanted}, above {limit}", param="max_tokens", code="context_length_exceeded")
-    settings = {name: getattr(request, name) for name in ("temperature", "top_p", "repetition_penalty", "seed")}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+    settings = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     generation = Generation(
         **vars(defaults)
         | settings
@@ -85,14 +90,3 @@ def stream_answer(answerer: Answerer, prepared: PreparedRequest) -> Generator[st
     stream = answerer.stream(prepared.prompt, prepared.generation)
     yield from stream
     yield Finish(stream.finish, stream.new_tokens)
-
-
-def _turns(request: ChatRequest, images: Sequence[Sequence[Image.Image]]) -> tuple[str | None, list[Turn]]:
-    """Return the system message, and each question with the answer after it."""
-    messages = list(zip(request.messages, images, strict=True))
-    system = messages.pop(0)[0].text if messages[0][0].role in ("system", "developer") else None
-    questions, answers = messages[::2], [message.text for message, _ in messages[1::2]]
-    padded = [*answers, None]
-    return system, [
-        Turn(question.text, seen, answer) for (question, seen), answer in zip(questions, padded, strict=True)
-    ]

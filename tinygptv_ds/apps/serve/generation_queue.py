@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from threading import Event
 from typing import Any, TypeAlias
@@ -24,48 +24,63 @@ class GenerationQueue:
     def __init__(self, max_waiting: int) -> None:
         self._capacity = max_waiting + 1
         self._thread = ThreadPoolExecutor(1, "generation")
-        self._stops: set[Event] = set()  # one for each generation that waits or runs
+        self._places: set[Place] = set()
 
     @property
     def in_hand(self) -> int:
-        """The number of generations that wait or run."""
-        return len(self._stops)
+        """The number of requests that are prepared, wait or run."""
+        return len(self._places)
 
-    async def run(self, start: Callable[[], Generator[Any]]) -> AsyncGenerator[Any]:
-        """Yield the pieces of a generation.
-
-        Closing this generator closes the one of `start`, or removes it from the queue.
-
-        Args:
-            start: called in the thread when its turn has come.
+    def admit(self) -> Place:
+        """Return a place for a request, before any work is done for it; it must be left in the end.
 
         Raises:
-            RequestError: too many generations wait.
+            RequestError: too many requests are in hand.
         """
         if self.in_hand >= self._capacity:
             raise RequestError("the server is busy: try again later", status=429, code="queue_full")
-        stop = Event()
-        messages: asyncio.Queue[_Message] = asyncio.Queue()
-        self._stops.add(stop)
-        job = self._thread.submit(_generate, start, stop, _Sender(asyncio.get_running_loop(), messages))
-        job.add_done_callback(lambda _: self._stops.discard(stop))
-        try:
-            while True:
-                piece, end = await messages.get()
-                if end is not None:
-                    break
-                yield piece
-            if isinstance(end, BaseException):
-                raise end
-        finally:
-            stop.set()
-            job.cancel()
+        place = Place(self._thread, self._places.discard)
+        self._places.add(place)
+        return place
 
     def close(self) -> None:
         """End all generations."""
-        for stop in list(self._stops):
-            stop.set()
+        for place in list(self._places):
+            place.leave()
         self._thread.shutdown(cancel_futures=True)
+
+
+class Place:
+    """The place of one request in the queue."""
+
+    def __init__(self, thread: ThreadPoolExecutor, vacate: Callable[[Place], None]) -> None:
+        self._thread, self._vacate = thread, vacate
+        self._stop = Event()
+        self._job: Future[None] | None = None
+
+    async def run(self, start: Callable[[], Generator[Any]]) -> AsyncGenerator[Any]:
+        """Yield the pieces of a generation; to be called once.
+
+        Args:
+            start: called in the thread when its turn has come; its generator is closed when the place is left.
+        """
+        messages: asyncio.Queue[_Message] = asyncio.Queue()
+        send = _Sender(asyncio.get_running_loop(), messages)
+        self._job = self._thread.submit(_generate, start, self._stop, send)
+        self._job.add_done_callback(lambda _: self._vacate(self))
+        while True:
+            piece, end = await messages.get()
+            if isinstance(end, BaseException):
+                raise end
+            if end is not None:
+                return
+            yield piece
+
+    def leave(self) -> None:
+        """End the generation, or remove it from the queue. The place is free as soon as nothing runs in it."""
+        self._stop.set()
+        if self._job is None or self._job.cancel():
+            self._vacate(self)
 
 
 class _Sender:

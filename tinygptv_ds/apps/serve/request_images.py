@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from PIL import Image
 
-from tinygptv_ds.apps.fetch_image import fetch_image
+from tinygptv_ds.apps.fetch_image import fetch_image, is_url
 from tinygptv_ds.apps.serve.api_errors import RequestError
 from tinygptv_ds.apps.serve.request_schema import ChatRequest
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.image import read_image_size, to_pixels
+
+_BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n")
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,26 @@ class ImageLimits:
         bytes: encoded size of each.
         pixels: pixels of each, according to its header.
         fetch: whether http(s) URLs are fetched.
+        domains: the hosts from which images are fetched; empty: any public one.
     """
 
     count: int
     bytes: int
     pixels: int
     fetch: bool = True
+    domains: frozenset[str] = frozenset()
 
 
-async def load_images(request: ChatRequest, side: int, limits: ImageLimits) -> list[list[Image.Image]]:
+async def load_images(
+    request: ChatRequest, side: int, limits: ImageLimits, decoders: Executor
+) -> list[list[Image.Image]]:
     """Load the images of each message, resized to `side` x `side` exactly as the model does it.
+
+    Args:
+        request: from `parse_request`.
+        side: the model's image size.
+        limits: limits of the images.
+        decoders: the threads that decode, whose number bounds the memory for decoded images.
 
     Raises:
         RequestError: there are too many, or one is too large, not an image, or cannot be fetched.
@@ -49,34 +63,46 @@ async def load_images(request: ChatRequest, side: int, limits: ImageLimits) -> l
         raise RequestError(f"{len(places)} images; at most {limits.count} may come with a request", param="messages")
     loaded: list[list[Image.Image]] = [[] for _ in request.messages]
     for number, param, url in places:
-        loaded[number].append(await asyncio.to_thread(_load, url, param, side, limits))
+        try:
+            encoded = await _encoded(url, limits)
+            decoding = asyncio.get_running_loop().run_in_executor(decoders, _decode, encoded, side, limits)
+            loaded[number].append(await decoding)
+        except DataError as error:
+            raise RequestError(str(error), param=param, code="invalid_image") from None
     return loaded
 
 
-def _load(url: str, param: str, side: int, limits: ImageLimits) -> Image.Image:
-    try:
-        encoded = _decoded(url, limits) if url[:5].lower() == "data:" else _fetched(url, limits)
-        width, height = read_image_size(encoded)
-        if width * height > limits.pixels:
-            raise DataError(f"an image of {width} x {height} pixels is above the limit of {limits.pixels:,}")
-        return Image.fromarray(to_pixels(encoded, side).transpose(1, 2, 0))
-    except DataError as error:
-        raise RequestError(str(error), param=param, code="invalid_image") from None
+def _decode(encoded: bytes, side: int, limits: ImageLimits) -> Image.Image:
+    width, height = read_image_size(encoded)
+    if width * height > limits.pixels:
+        raise DataError(f"an image of {width} x {height} pixels is above the limit of {limits.pixels:,}")
+    return Image.fromarray(to_pixels(encoded, side).transpose(1, 2, 0))
 
 
-def _decoded(url: str, limits: ImageLimits) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise DataError("a data URL must look like data:image/jpeg;base64,...")
-    if len(data) // 4 * 3 > limits.bytes + 2:
-        raise DataError(f"the image is larger than {limits.bytes:,} bytes")
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"the data URL holds no base64: {error}") from None
-
-
-def _fetched(url: str, limits: ImageLimits) -> bytes:
+async def _encoded(url: str, limits: ImageLimits) -> bytes:
+    if url[:5].lower() == "data:":
+        return _from_data_url(url, limits)
+    if not is_url(url):
+        raise DataError(
+            "an image is given as data:image/jpeg;base64,... or as http(s)://..., not as bare base64 or a path"
+        )
     if not limits.fetch:
         raise DataError("this server fetches no images; send a data URL")
-    return fetch_image(url, max_bytes=limits.bytes)
+    return await asyncio.to_thread(fetch_image, url, max_bytes=limits.bytes, domains=limits.domains)
+
+
+def _from_data_url(url: str, limits: ImageLimits) -> bytes:
+    """Decode a data URL; white space, missing padding and the URL-safe alphabet are read as clients write them."""
+    head, comma, data = url.partition(",")
+    if not comma or not head.strip().lower().endswith(";base64"):
+        raise DataError("a data URL must look like data:image/jpeg;base64,...")
+    if len(data) // 4 * 3 > limits.bytes * 1.1 + 2:  # line breaks add up to 3 %
+        raise DataError(f"the image is larger than {limits.bytes:,} bytes")
+    compact = unquote(data).translate(_BASE64_SPELLINGS).rstrip("=")
+    try:
+        encoded = base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"the data URL holds no base64: {error}") from None
+    if len(encoded) > limits.bytes:
+        raise DataError(f"the image is larger than {limits.bytes:,} bytes")
+    return encoded

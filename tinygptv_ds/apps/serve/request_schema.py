@@ -6,44 +6,72 @@ A field that changes nothing is accepted (`n: 1`, `tools: []`, null); one that c
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tinygptv_ds.apps.serve.api_errors import RequestError
 
-MAX_STOPS = 4
+_Path: TypeAlias = tuple[int | str, ...]
+MAX_STOPS = 16
+SYSTEM_ROLES = ("system", "developer")
 
 
 class _Strict(BaseModel):
+    """An object of a request, without the fields that change nothing.
+
+    Attributes:
+        ignored: fields that change no answer, whatever their value.
+        neutral: values with which a field changes no answer. For any field, null, false, 0 and empty values are such.
+    """
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    ignored: ClassVar[Collection[str]] = ()
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_fields_without_effect(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if not cls._has_no_effect(name, value)}
 
-def _checked_text(text: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("it holds half a character (a lone surrogate)")
-    return text
+    @classmethod
+    def _has_no_effect(cls, name: str, value: Any) -> bool:
+        if value is None:
+            return True
+        if name in cls.model_fields:
+            return False
+        return name in cls.ignored or not value or value in cls.neutral.get(name, ())
 
 
 class TextPart(_Strict):
     """A text."""
 
+    ignored = ("cache_control",)
     type: Literal["text"]
-    text: Annotated[str, AfterValidator(_checked_text)]
+    text: str
+
+
+def _as_object(url: Any) -> Any:
+    return {"url": url} if isinstance(url, str) else url
 
 
 class ImageURL(_Strict):
     """The URL of an image: `data:` or http(s)."""
 
     url: str
-    detail: Literal["auto"] = "auto"  # the model has one image size
+    detail: Literal["auto", "low", "high", "original"] = "auto"  # the model has one image size
 
 
 class ImagePart(_Strict):
     """An image."""
 
+    ignored = ("cache_control",)
     type: Literal["image_url"]
-    image_url: ImageURL
+    image_url: Annotated[ImageURL, BeforeValidator(_as_object)]
 
 
 def _as_parts(content: Any) -> Any:
@@ -51,14 +79,13 @@ def _as_parts(content: Any) -> Any:
 
 
 class Message(_Strict):
-    """One message; a string as `content` becomes one text part."""
+    """One message; a string as `content` becomes one text part, null none."""
 
+    ignored = ("name", "reasoning", "reasoning_content")
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
-        Field(min_length=1),
-        BeforeValidator(_as_parts),
-    ]
+        list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], BeforeValidator(_as_parts)
+    ] = []
 
     @property
     def text(self) -> str:
@@ -72,92 +99,185 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    """Options of a stream, for `stream: true` only."""
+    """Options of a stream; without effect otherwise."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
-
-
-class TextFormat(_Strict):
-    """The only format of answers: text."""
-
-    type: Literal["text"]
 
 
 def _as_list(stop: Any) -> Any:
-    return [stop] if isinstance(stop, str) else stop
+    texts = [stop] if isinstance(stop, str) else stop
+    return [text for text in texts if text != ""] if isinstance(texts, list) else texts
+
+
+def _without_minus_one(value: Any) -> Any:
+    """Return None for -1, which several servers take for "no limit" or "any"."""
+    return None if value == -1 and not isinstance(value, bool) else value
+
+
+_Optional = BeforeValidator(_without_minus_one)
 
 
 class ChatRequest(_Strict):
     """A request whose fields are valid by themselves."""
 
+    ignored = (
+        "cache_prompt",
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    )
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "add_generation_prompt": (True,),
+        "best_of": (1,),
+        "function_call": ("auto", "none"),
+        "length_penalty": (1,),
+        "modalities": (["text"],),
+        "n": (1,),
+        "reasoning_effort": ("none",),
+        "response_format": ({"type": "text"},),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "tool_choice": ("auto", "none"),
+        "typical_p": (1,),
+        "verbosity": ("medium",),
+    }
+
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_tokens: Annotated[int | None, Field(ge=1), _Optional] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1), _Optional] = None
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=2)] = None  # as in vLLM's and other servers
-    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)
-    ] = []
+    top_k: Annotated[int | None, Field(ge=0), _Optional] = None  # this and the next as in vLLM and other servers
+    repetition_penalty: Annotated[float | None, Field(gt=0, le=2)] = None
+    seed: Annotated[int | None, Field(ge=0, lt=2**63), _Optional] = None
+    stop: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] = []
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None  # changes nothing
-    n: Literal[1] = 1
-    logprobs: Literal[False] = False
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] = 0
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] = 0
-    tools: Annotated[list[Any], Field(max_length=0)] = []
-    tool_choice: Literal["none"] = "none"
-    response_format: TextFormat | None = None
-    store: Literal[False] = False
+    stream_options: StreamOptions = StreamOptions()
+
+    @property
+    def new_tokens(self) -> int | None:
+        """The number of tokens of the answer that is asked for."""
+        return self.max_completion_tokens or self.max_tokens
 
 
-def parse_request(body: bytes) -> ChatRequest:
+@dataclass(frozen=True)
+class TextLimits:
+    """Bounds of the messages, checked before a prompt is built: what exceeds them cannot fit the model's context.
+
+    Attributes:
+        parts: number of messages, and of the texts and images in all of them.
+        characters: of all texts.
+    """
+
+    parts: int
+    characters: int
+
+
+def parse_request(body: bytes, limits: TextLimits, *, strict: bool = False) -> ChatRequest:
     """Parse and check a request.
+
+    Args:
+        body: JSON.
+        limits: bounds of the messages.
+        strict: whether roles must alternate, after at most one system message.
 
     Raises:
         RequestError: the body is wrong; names the first wrong field.
     """
+    decoded = _decode(body)
+    _check_size(decoded.get("messages"), limits)
     try:
-        request = ChatRequest.model_validate(_without_nulls(_decode(body)))
+        request = ChatRequest.model_validate(decoded)
     except ValidationError as error:
         raise _refusal(error) from None
-    if request.stream_options and not request.stream:
-        raise RequestError("stream_options is for stream: true alone", param="stream_options")
-    if None not in (request.max_tokens, request.max_completion_tokens):
-        raise RequestError("give max_tokens or max_completion_tokens, not both", param="max_tokens")
-    _check_turns(request.messages)
+    if None not in (request.max_tokens, request.max_completion_tokens) and (
+        request.max_tokens != request.max_completion_tokens
+    ):
+        raise RequestError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
+    _check_messages(request.messages)
+    if strict:
+        _check_alternation(request.messages)
     return request
 
 
-def _decode(body: bytes) -> Any:
+def _decode(body: bytes) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no number of JSON")
 
     try:
         decoded = json.loads(body, parse_constant=refuse)
+        half = next((path for path, text in _texts(decoded) if not _is_unicode(text)), None)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON: {str(error) or 'nested too deeply'}", code="invalid_json") from None
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RequestError(f"the body is not JSON: {reason}", code="invalid_json") from None
+    if half is not None:
+        raise RequestError(
+            f"{_name(half)} contains half a character, a lone surrogate such as \\ud800: remove it",
+            param=_name(half),
+            code="invalid_value",
+        )
     if not isinstance(decoded, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
     return decoded
 
 
-def _without_nulls(value: Any) -> Any:
-    """Remove nulls from objects at any depth; a null field is the same as a missing one."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+def _texts(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, str]]:
+    """Yield all texts of a JSON value with their places; the place of a key is its object's."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield path, key
+            yield from _texts(each, (*path, key))
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            yield from _texts(each, (*path, number))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_size(messages: Any, limits: TextLimits) -> None:
+    """Refuse messages that cannot fit the context. Their form is checked later."""
+    if not isinstance(messages, list):
+        return
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = len(messages) + sum(len(content) for content in contents if isinstance(content, list))
+    texts = [content for content in contents if isinstance(content, str)]
+    if parts <= limits.parts:
+        inner = [part for content in contents if isinstance(content, list) for part in content]
+        texts += [part["text"] for part in inner if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    characters = sum(map(len, texts))
+    for count, limit, what in (
+        (parts, limits.parts, "messages and parts"),
+        (characters, limits.characters, "characters"),
+    ):
+        if count > limit:
+            message = f"{count:,} {what} exceed the model's context, which holds less than {limit:,}: send fewer"
+            raise RequestError(message, param="messages", code="context_length_exceeded")
 
 
 def _refusal(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False, include_context=False)[0]
-    param = _name(first["loc"])
+    param = _name(_without_tags(first["loc"]))
     if first["type"] == "extra_forbidden":
-        return RequestError(f"{param} is not supported by this server", param=param, code="unsupported_parameter")
+        neutral = ChatRequest.neutral.get(param, ())
+        only = f"; only {' or '.join(map(json.dumps, neutral))} is accepted" if neutral else ""
+        return RequestError(f"{param} is not supported by this server{only}", param=param, code="unsupported_parameter")
     if first["type"] == "missing":
         return RequestError(f"{param} is missing", param=param, code="missing_required_parameter")
     given = first["input"] if isinstance(first["input"], int | float | bool) else None
@@ -165,32 +285,42 @@ def _refusal(error: ValidationError) -> RequestError:
     return RequestError(f"{param}: {first['msg']}{had}", param=param, code="invalid_value")
 
 
-def _name(path: tuple[int | str, ...]) -> str:
-    """Return a field's name, e.g. `messages[0].content[1].image_url.url`, without pydantic's tag of the part."""
+def _without_tags(path: _Path) -> _Path:
+    """Remove pydantic's tag of a message's part, which follows its number, from the place of an error."""
+    return tuple(
+        step
+        for at, step in enumerate(path)
+        if not (at >= 2 and path[at - 2] == "content" and isinstance(path[at - 1], int))
+    )
+
+
+def _name(path: _Path) -> str:
+    """Return a field's name, e.g. `messages[0].content[1].image_url.url`."""
     name = ""
-    for at, step in enumerate(path):
-        if path[max(at - 2, 0)] == "content" and isinstance(path[at - 1], int):
-            continue
+    for step in path:
         name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
-    return name
+    return name or "the body"
 
 
-def _check_turns(messages: list[Message]) -> None:
-    """Check the order of roles: an optional system message, then user and assistant in turn, a user last."""
-    turns = messages[messages[0].role in ("system", "developer") :]
-    first = len(messages) - len(turns)
+def _check_messages(messages: list[Message]) -> None:
+    """Check that there is a question to answer, and that only users send images."""
     for number, message in enumerate(messages):
-        where = f"messages[{number}]"
         if message.urls and message.role != "user":
+            where = f"messages[{number}]"
             raise RequestError(f"{where}: only the user may send images", param=f"{where}.content")
-        if number < first:
-            continue
+    roles = [message.role for message in messages if message.role not in SYSTEM_ROLES]
+    if not roles or roles[-1] != "user":
+        raise RequestError("the last message must be the user's", param="messages")
+
+
+def _check_alternation(messages: list[Message]) -> None:
+    first = 1 if messages[0].role in SYSTEM_ROLES else 0
+    for number, message in enumerate(messages[first:], first):
         expected = ("user", "assistant")[(number - first) % 2]
         if message.role != expected:
+            where = f"messages[{number}]"
             raise RequestError(
-                f"{where}: the role must be {expected!r} here, not {message.role!r}; a conversation is at most one "
-                "system message, then user and assistant in turn",
+                f"{where}: the role must be {expected!r} here, not {message.role!r}; with --strict a conversation is "
+                "at most one system message, then user and assistant in turn",
                 param=f"{where}.role",
             )
-    if len(turns) % 2 == 0:
-        raise RequestError("the last message must be the user's", param="messages")

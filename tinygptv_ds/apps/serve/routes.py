@@ -1,4 +1,8 @@
-"""The server's routes: `/v1/chat/completions`, `/v1/models` and `/health`, in the form of OpenAI's API."""
+"""The server's routes: `/v1/chat/completions`, `/v1/models` and `/health`, in the form of OpenAI's API.
+
+A request passes, in this order: key and host, the sizes of its body and messages, admission to the queue, its images,
+its prompt. What is refused has cost little, and a client that disconnects leaves nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,32 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from tinygptv_ds.apps.serve.api_errors import RequestError
 from tinygptv_ds.apps.serve.completion import Finish, prepare, stream_answer
-from tinygptv_ds.apps.serve.generation_queue import GenerationQueue
+from tinygptv_ds.apps.serve.generation_queue import GenerationQueue, Place
 from tinygptv_ds.apps.serve.request_images import ImageLimits, load_images
-from tinygptv_ds.apps.serve.request_schema import parse_request
+from tinygptv_ds.apps.serve.request_schema import ChatRequest, TextLimits, parse_request
 from tinygptv_ds.generate.answerer import Answerer
 from tinygptv_ds.generate.settings import Generation
 
 log = logging.getLogger(__name__)
 _BODY_SECONDS = 60  # for a request's body to arrive
+_BODIES_AT_ONCE = 4
+_DECODERS = 2
 _Result = TypeVar("_Result")
 
 
@@ -38,7 +47,8 @@ class Limits:
     """Limits of a request.
 
     Attributes:
-        body_bytes: size of the body, including images in `data:` URLs.
+        body_bytes: size of the body, including images in `data:` URLs; all bodies that are arriving may together be
+            `_BODIES_AT_ONCE` times as large.
         new_tokens: length of an answer.
         waiting: number of requests that may wait while one is answered.
         images: number and size of the images.
@@ -50,32 +60,68 @@ class Limits:
     images: ImageLimits
 
 
-def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key: str | None = None) -> Starlette:
+@dataclass(frozen=True)
+class Access:
+    """Who may use the server.
+
+    Attributes:
+        api_key: required for `/v1/...`, unless it is None.
+        hosts: accepted names of the server in the `Host` header, without port; empty: any. A server on the loopback
+            interface needs them against DNS rebinding, by which a web page reaches it under a name of its own.
+        origins: the web pages whose scripts may use the server, as in `Access-Control-Allow-Origin`.
+    """
+
+    api_key: str | None = None
+    hosts: frozenset[str] = frozenset()
+    origins: tuple[str, ...] = ()
+
+
+def build_app(
+    answerer: Answerer, defaults: Generation, limits: Limits, access: Access = Access(), *, strict: bool = False
+) -> Starlette:
     """Build the application.
 
     Args:
         answerer: the model.
         defaults: settings of generation that a request leaves out.
         limits: limits of a request.
-        api_key: required for `/v1/...`, unless it is None.
+        access: who may use the server.
+        strict: whether conversations in another form than the training's are refused instead of rearranged.
     """
     queue = GenerationQueue(limits.waiting)
     created = int(time.time())
+    bodies = _BodyBudget(limits.body_bytes, _BODIES_AT_ONCE * limits.body_bytes)
+    decoders = ThreadPoolExecutor(_DECODERS, "image")
+    texts = TextLimits(answerer.context, answerer.max_characters)
 
     async def chat(request: Request) -> Response:
-        parsed = parse_request(await _body(request, limits.body_bytes))
+        async with bodies.receive(request) as body:
+            parsed = await asyncio.to_thread(parse_request, body, texts, strict=strict)
         if parsed.model != answerer.name:
             message = f"the model {parsed.model!r} is not here; this server has {answerer.name!r}"
             raise RequestError(message, status=404, param="model", code="model_not_found")
-        images = await load_images(parsed, answerer.processor.image_size, limits.images)
-        prepared = await asyncio.to_thread(prepare, answerer, parsed, images, defaults, limits.new_tokens)
-        pieces = queue.run(lambda: stream_answer(answerer, prepared))
-        reply = _Reply(answerer.name, prepared.prompt_tokens)
+        place = queue.admit()
+        try:
+            return await reply(request, parsed, place)
+        except BaseException:
+            place.leave()
+            raise
+
+    async def reply(request: Request, parsed: ChatRequest, place: Place) -> Response:
+        loading = load_images(parsed, answerer.processor.image_size, limits.images, decoders)
+        images = await _unless_disconnected(request, loading)
+        prepared = await asyncio.to_thread(
+            prepare, answerer, parsed, images, defaults, limits.new_tokens, strict=strict
+        )
+        pieces = place.run(lambda: stream_answer(answerer, prepared))
+        answer = _Reply(answerer.name, prepared.prompt_tokens)
         if not parsed.stream:
-            return JSONResponse(await _unless_disconnected(request, reply.whole(pieces)))
+            whole = JSONResponse(await _unless_disconnected(request, answer.whole(pieces)))
+            place.leave()
+            return whole
         first = await _unless_disconnected(request, anext(pieces))  # an error before the first piece has its own status
-        usage = parsed.stream_options is not None and parsed.stream_options.include_usage
-        return _EventStream(reply.events(first, pieces, usage=usage))
+        events = answer.events(first, pieces, usage=parsed.stream_options.include_usage)
+        return _EventStream(events, place)
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model(answerer.name, created)]})
@@ -92,9 +138,13 @@ def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key:
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         queue.close()
+        decoders.shutdown(cancel_futures=True)
 
-    def guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def guarded(
+        endpoint: Callable[[Request], Awaitable[Response]], *, api_key: str | None = access.api_key
+    ) -> Callable[[Request], Awaitable[Response]]:
         async def check(request: Request) -> Response:
+            _check_host(request, access.hosts)
             if api_key is not None and not _has_key(request, api_key):
                 raise RequestError(
                     "a valid API key is needed: Authorization: Bearer KEY", status=401, code="invalid_api_key"
@@ -115,8 +165,9 @@ def build_app(answerer: Answerer, defaults: Generation, limits: Limits, api_key:
             Route("/v1/chat/completions", guarded(chat), methods=["POST"]),
             Route("/v1/models", guarded(models)),
             Route("/v1/models/{name:path}", guarded(model)),
-            Route("/health", health),
+            Route("/health", guarded(health, api_key=None)),
         ],
+        middleware=[_cors(access.origins)] if access.origins else [],
         exception_handlers={
             RequestError: _request_error,
             HTTPException: _http_error,
@@ -188,15 +239,17 @@ class _Reply:
 
 
 class _EventStream(StreamingResponse):
-    """A stream of events that ends its source as soon as the client disconnects, not when it is garbage-collected."""
+    """A stream of events that leaves the queue as soon as the client disconnects, even before the first event."""
 
-    def __init__(self, events: AsyncGenerator[str]) -> None:
+    def __init__(self, events: AsyncGenerator[str], place: Place) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self._events = events
+        self._place = place
 
-    async def stream_response(self, send: Send) -> None:
-        async with aclosing(self._events):
-            await super().stream_response(send)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._place.leave()
 
 
 async def _chain(first: Any, others: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -205,24 +258,46 @@ async def _chain(first: Any, others: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield other
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """Read the body, up to `limit` bytes."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # which a page of another site cannot send without permission (CORS)
-        raise RequestError(f"the body must be application/json, not {kind or 'of no type'}", status=415)
-    too_large = RequestError(f"the body is larger than {limit:,} bytes", status=413, code="request_too_large")
-    if int(request.headers.get("content-length", "0")) > limit:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_SECONDS):
-            async for block in request.stream():
-                body += block
-                if len(body) > limit:
-                    raise too_large
-    except TimeoutError:
-        raise RequestError(f"the body did not arrive within {_BODY_SECONDS} s", status=408) from None
-    return bytes(body)
+class _BodyBudget:
+    """Receives bodies, of which each and all that are arriving at a time are bounded.
+
+    Args:
+        each: bytes of one body.
+        total: bytes of all that are held.
+    """
+
+    def __init__(self, each: int, total: int) -> None:
+        self._each, self._left = each, total
+
+    @asynccontextmanager
+    async def receive(self, request: Request) -> AsyncIterator[bytes]:
+        """Receive a body, which counts until the context ends.
+
+        Raises:
+            RequestError: it is not JSON by its type, too large or too slow, or others take all the memory.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # which a page of another site cannot send without permission (CORS)
+            raise RequestError(f"the body must be application/json, not {kind or 'of no type'}", status=415)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                self._check(int(request.headers.get("content-length", "0")))
+                async for block in request.stream():
+                    body += block
+                    self._left -= len(block)
+                    self._check(len(body))
+            yield bytes(body)
+        except TimeoutError:
+            raise RequestError(f"the body did not arrive within {_BODY_SECONDS} s", status=408) from None
+        finally:
+            self._left += len(body)
+
+    def _check(self, size: int) -> None:
+        if size > self._each:
+            raise RequestError(f"the body is larger than {self._each:,} bytes", status=413, code="request_too_large")
+        if self._left < 0:
+            raise RequestError("the server is busy: try again later", status=429, code="queue_full")
 
 
 async def _unless_disconnected(request: Request, work: Awaitable[_Result]) -> _Result:
@@ -245,6 +320,24 @@ async def _unless_disconnected(request: Request, work: Awaitable[_Result]) -> _R
 async def _disconnection(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _check_host(request: Request, hosts: frozenset[str]) -> None:
+    """Refuse a request for a host that the server is not."""
+    given = request.headers.get("host", "")
+    name = given.rpartition(":")[0] if ":" in given.rpartition("]")[2] else given
+    if hosts and name.lower() not in hosts:
+        raise RequestError(
+            f"the Host header names {given!r}; this server is {' or '.join(sorted(hosts))} (see serve --allowed-host)",
+            status=403,
+            code="host_not_allowed",
+        )
+
+
+def _cors(origins: tuple[str, ...]) -> Middleware:
+    return Middleware(
+        CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], max_age=600
+    )
 
 
 def _has_key(request: Request, api_key: str) -> bool:

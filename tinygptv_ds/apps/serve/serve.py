@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import signal
 
 from tinygptv_ds.apps.server_args import add_serving_arguments, check_serving_arguments, listen
 from tinygptv_ds.errors import require
@@ -12,8 +13,8 @@ from tinygptv_ds.log import set_up_logging
 
 KEY_VARIABLE = "TINYGPTV_API_KEY"
 _MB = 1_000_000
-_SHUTDOWN_SECONDS = 5  # for running answers
-_CONNECTIONS = 32  # in addition to those that wait; further ones get a 503
+_SHUTDOWN_SECONDS = 30  # for running answers
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,11 +36,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--max-waiting", 16, "requests waiting while one is answered"),
     ):
         limits.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
+    group = parser.add_argument_group("access")
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name under which clients reach a server on this machine, in addition to localhost; repeatable",
+    )
+    group.add_argument(
+        "--cors",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a web page whose scripts may use the server, e.g., http://localhost:3000; * for all; repeatable",
+    )
+    group.add_argument(
+        "--allowed-media-domain",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="a host from which images are fetched, and no other; repeatable",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse conversations in another form than the training's (system texts, roles that do not alternate)",
+    )
     limits.add_argument("--no-fetch", action="store_true", help="accept images in data URLs only")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until interrupted.
+    """Serve until interrupted, or until SIGTERM, after which running answers are finished and the exit code is 0.
 
     Raises:
         ConfigError: an option is wrong, a package is missing, or the port is taken.
@@ -55,24 +83,34 @@ def run(args: argparse.Namespace) -> None:
 
     import uvicorn
 
+    from tinygptv_ds.apps.serve.connections import BoundedConnection
     from tinygptv_ds.apps.serve.request_images import ImageLimits
-    from tinygptv_ds.apps.serve.routes import Limits, build_app
+    from tinygptv_ds.apps.serve.routes import Access, Limits, build_app
     from tinygptv_ds.generate.model_args import load_from
 
-    images = ImageLimits(args.max_images, args.max_image_mb * _MB, args.max_megapixels * _MB, fetch=not args.no_fetch)
+    images = ImageLimits(
+        args.max_images,
+        args.max_image_mb * _MB,
+        args.max_megapixels * _MB,
+        fetch=not args.no_fetch,
+        domains=frozenset(domain.lower() for domain in args.allowed_media_domain),
+    )
+    hosts = (*_LOOPBACK, args.host, *args.allowed_host) if _is_loopback(args.host) else ()
+    access = Access(api_key, frozenset(host.lower() for host in hosts), tuple(args.cors))
     limits = Limits(args.max_body_mb * _MB, args.max_request_tokens, args.max_waiting, images)
     answerer = load_from(args, name=args.model_name, show_prompts=args.show_prompt)
-    app = build_app(answerer, defaults, limits, api_key)
+    app = build_app(answerer, defaults, limits, access, strict=args.strict)
     config = uvicorn.Config(
         app,
+        http=BoundedConnection,
         log_level="warning",
-        limit_concurrency=args.max_waiting + _CONNECTIONS,
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         server_header=False,
     )
     print(f"{answerer.name}, template {answerer.template.name}, at http://{args.host}:{args.port}/v1", flush=True)
     if api_key is None and not _is_loopback(args.host):
         print(f"anyone who reaches {args.host} is answered: --api-key or ${KEY_VARIABLE} asks for a key", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again after it has shut down
     uvicorn.Server(config).run([address])
 
 
