@@ -115,6 +115,7 @@ def _without_minus_one(value: Any) -> Any:
 
 
 _Optional = BeforeValidator(_without_minus_one)
+_Stop: TypeAlias = Annotated[str, Field(max_length=1000)]  # each piece of an answer is searched for it
 
 
 class ChatRequest(_Strict):
@@ -159,7 +160,7 @@ class ChatRequest(_Strict):
     top_k: Annotated[int | None, Field(ge=0), _Optional] = None  # this and the next as in vLLM and other servers
     repetition_penalty: Annotated[float | None, Field(gt=0, le=2)] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63), _Optional] = None
-    stop: Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] = []
+    stop: Annotated[list[_Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
