@@ -26,14 +26,17 @@ MAY_IMPORT = {
     "dtypes": set(),
     "processing": BASE,
     "features.format": BASE | {"data"},  # the file format, read by the loader; computing the features comes later
-    "data": BASE | {"processing", "features.format"},
+    "train.schedule": BASE,  # pure functions of the recipe, as are the warnings about it
+    "train.recipe_warnings": BASE | {"train.schedule"},
+    "data": BASE | {"processing", "features.format", "train.recipe_warnings"},
     "models": BASE | {"processing"},
     "weights": MIDDLE,
     "generate": MIDDLE | {"weights"},
     "evaluation": MIDDLE | {"weights", "generate"},
     "features": MIDDLE | {"weights"},
-    "train": MIDDLE | {"weights", "generate", "evaluation"},  # scores while training; evaluation knows nothing of train
-    "estimate": MIDDLE,
+    # Scores while training; evaluation knows nothing of train.
+    "train": MIDDLE | {"weights", "generate", "evaluation", "train.schedule", "train.recipe_warnings"},
+    "estimate": MIDDLE | {"train.recipe_warnings"},
     "apps": MIDDLE | {"weights", "generate", "evaluation"},
     "doctor": MIDDLE,
     "finetune": MIDDLE | {"train", "weights", "estimate"},  # the verbs themselves run in processes of their own

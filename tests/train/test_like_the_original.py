@@ -1,6 +1,5 @@
 """Deviations from the original: the default and the original's behavior, side by side."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +15,11 @@ from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.data.loader.dataset import MicroBatches
 from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.stream.plan import open_stream
-from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.tinygptv import PackedOutput
 from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Rendered, load_prompts
+from tinygptv_ds.train.recipe_warnings import recipe_warnings
 from tinygptv_ds.train.run import Run
-from tinygptv_ds.train.schedule import warn_if_rising
 from tinygptv_ds.train.step import micro_step
 
 STAGES = Path(__file__).parents[2] / "stages"
@@ -120,15 +118,10 @@ def test_datasets_are_mixed_by_sample_or_by_step(raw_recipe: RAW, homogeneous: b
 
 
 @pytest.mark.parametrize(("min_lr", "warned"), [("8.0e-5", True), ("1.0e-6", False)])
-def test_stage_4_rises_as_published_and_says_so(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, min_lr: str, warned: bool
-) -> None:
-    monkeypatch.setattr(LOGGER, "propagate", True)
+def test_stage_4_rises_as_published_and_says_so(min_lr: str, warned: bool) -> None:
     recipe = load_recipe(STAGES / "stage4.yaml", [f"optimizer.min_lr={min_lr}"])
     assert (recipe.optimizer.lr, load_recipe(STAGES / "stage4.yaml").optimizer.min_lr) == (1e-5, 8e-5)
-    with caplog.at_level(logging.WARNING, logger=LOGGER.name):
-        warn_if_rising(recipe.optimizer)
-    assert ("rises from 1e-05 towards 8e-05" in caplog.text) is warned
+    assert ["rises from 1e-05 towards 8e-05" in warning for warning in recipe_warnings(recipe)] == [True] * warned
 
 
 def test_inputs_on_which_the_original_raises(weights: Path) -> None:

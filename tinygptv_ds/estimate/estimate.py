@@ -9,6 +9,7 @@ from typing import Any
 
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.data.stream.sample_counts import local_sample_counts
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.estimate.communication import sent_in_a_step, step_volume
 from tinygptv_ds.estimate.data_summary import ASSUMED_SAMPLE_BYTES, DataSummary, summarize_data
@@ -25,6 +26,7 @@ from tinygptv_ds.estimate.model_size import (
 from tinygptv_ds.estimate.report import report
 from tinygptv_ds.estimate.result import Disk, Estimate, Operations, Speed
 from tinygptv_ds.models.flops import flops_by_part
+from tinygptv_ds.train.recipe_warnings import recipe_warnings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(as_plain(result, cards, links), indent=1))
     else:
         print(report(result, recipe, cards, links))
+        for warning in recipe_warnings(recipe, local_sample_counts(recipe)):
+            print(f"\nwarning: {warning}")
 
 
 def estimate(recipe: Recipe, cards: list[Card], *, gpus: int, mfu: float, data: DataSummary, node: int = 8) -> Estimate:

@@ -27,7 +27,6 @@ from tinygptv_ds.train.metrics.accumulator import Accumulator
 from tinygptv_ds.train.metrics.reporter import Reporter
 from tinygptv_ds.train.metrics.stopwatch import Stopwatch
 from tinygptv_ds.train.run import Run
-from tinygptv_ds.train.schedule import warn_if_rising
 from tinygptv_ds.train.step import optimizer_step
 from tinygptv_ds.train.transfer import Transfer
 
@@ -40,7 +39,6 @@ def train(run: Run, stream: OpenStream) -> None:
         TinyGPTVError: a loss or gradient is not finite; it has moved no weight.
         Stopped: a signal came; the run is saved.
     """
-    warn_if_rising(run.recipe.optimizer)
     tokens = open_tokens(run.recipe, run.engine.module.config)
     accumulator, data_wait = Accumulator(run.engine, stream.names), Stopwatch(torch.device("cpu"))
     transfer = Transfer(run.engine.device)

@@ -6,7 +6,6 @@ import math
 
 from tinygptv_ds.config.optimizer_section import OptimizerSection
 from tinygptv_ds.config.recipe import Recipe
-from tinygptv_ds.log import LOGGER
 
 
 def learning_rate_of_step(step: int, recipe: Recipe) -> float:
@@ -23,20 +22,6 @@ def learning_rate_of_step(step: int, recipe: Recipe) -> float:
 def begins_cycle(step: int, recipe: Recipe) -> bool:
     """Return whether a step is the first of a cycle that follows another one."""
     return step > 0 and step % recipe.train.steps_per_cycle == 0
-
-
-def warn_if_rising(optimizer: OptimizerSection) -> None:
-    """Warn where the learning rate rises over the run.
-
-    The published stage 4 does, most likely by mistake; MiniGPT-v2's own recipe falls to 1e-6.
-    """
-    if optimizer.min_lr > optimizer.lr:
-        LOGGER.warning(
-            "the learning rate rises from %g towards %g: optimizer.min_lr is above optimizer.lr, as in the published "
-            "stage 4; --set optimizer.min_lr=1e-6 lets it fall",
-            optimizer.lr,
-            optimizer.min_lr,
-        )
 
 
 def learning_rate(step: int, optimizer: OptimizerSection, *, steps_per_epoch: int, total_steps: int) -> float:

@@ -206,6 +206,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(recipe_file: Callable[...,
     recipe = recipe_file(**changes)
     whole = forked.ended(recipe, tmp_path / "whole")
     losses = {line["step"]: line["val/loss"] for line in whole.metrics if "val/loss" in line}
+    assert "the learning rate rises from 0.003 towards 3: " in whole.output.partition("stage 4: ")[0]  # before any step
     best = min(losses, key=losses.__getitem__)
     last = max(losses)
     assert last == best + 2 < 14 and best > 3, losses

@@ -17,9 +17,11 @@ from tinygptv_ds.data.checks.check_report import report
 from tinygptv_ds.data.checks.dataset_check import Scope
 from tinygptv_ds.data.checks.recipe_check import check_data
 from tinygptv_ds.data.shards.cache import open_cache
+from tinygptv_ds.data.stream.sample_counts import local_sample_counts
 from tinygptv_ds.distributed import cores_per_rank, ranks_from_env
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.files import whole_file
+from tinygptv_ds.train.recipe_warnings import recipe_warnings
 
 SAMPLES = 300
 INCOMPLETE = 1  # the exit code
@@ -58,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
     scope = Scope(recipe.seed, limit, workers, args.root, cache, tuple(recipe.data.allow_pipe))
     check = check_data(recipe, scope)
     print(report(check, recipe, str(args.recipe)))
+    for warning in recipe_warnings(recipe, local_sample_counts(recipe)):
+        print(f"\nwarning: {warning}")
     if args.json:
         with whole_file(args.json) as partial:
             partial.write_text(json.dumps(asdict(check), indent=1) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from tinygptv_ds.data.stream.plan import OpenStream
+from tinygptv_ds.data.stream.sample_counts import local_sample_counts
 from tinygptv_ds.distributed import broadcast_from_rank0, complete_env, cores_per_rank
 from tinygptv_ds.errors import Stopped
 from tinygptv_ds.log import LOGGER, set_up_logging
@@ -22,6 +23,7 @@ from tinygptv_ds.train.engine import Engine, init_process_group
 from tinygptv_ds.train.liveness.group_timeout import set_group_timeout
 from tinygptv_ds.train.liveness.progress import first_group_timeout
 from tinygptv_ds.train.liveness.watchdog import Watchdog
+from tinygptv_ds.train.recipe_warnings import recipe_warnings
 from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.setup.dry_run import finish_dry_run
 from tinygptv_ds.train.setup.job import Job
@@ -52,6 +54,9 @@ def join_ranks(job: Job) -> None:
         job.precision,
         job.run_dir,
     )
+    if job.ranks.is_main:
+        for warning in recipe_warnings(job.recipe, local_sample_counts(job.recipe)):
+            LOGGER.warning("%s", warning)
 
 
 class Session:
