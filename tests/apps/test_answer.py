@@ -1,7 +1,6 @@
 """The command `answer`: any source of images, any number of ranks, a kill in between, and the same file of answers."""
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -231,11 +230,10 @@ def note_asked() -> None:
 
 def start(world: int, argv: list, output: Path, fault: Callable[[], None]) -> list[BaseProcess]:
     """Start ranks of the command, forked from a process that has imported everything."""
-    forked._start_server()
+    context = forked.fork_context()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
     processes = [context.Process(target=_rank, args=(rank, world, port, output, argv, fault)) for rank in range(world)]
     for process in processes:
         process.start()

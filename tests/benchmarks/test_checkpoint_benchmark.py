@@ -1,18 +1,18 @@
 """The benchmark of checkpoints runs as it stands, on a tiny model."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from helpers.forked import apart
+
+from benchmarks import checkpoint
 
 
 def test_small(tmp_path: Path) -> None:
     """In a process of its own, since it joins a process group."""
     figures = tmp_path / "figures.json"
     options = ["--size", "tiny", "--rounds", "1", "--folder", str(tmp_path), "--json", str(figures)]
-    subprocess.run([sys.executable, str(ROOT / "benchmarks/checkpoint.py"), *options], check=True, timeout=120)
+    apart(checkpoint.main, options)
     row = json.loads(figures.read_text())
     assert row["gb"] > 0
     assert all(row[name] > 0 for name in row if name.endswith("_seconds"))

@@ -4,8 +4,7 @@ import contextlib
 import io
 import json
 import os
-import subprocess
-import sys
+import signal
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny
+from helpers.forked import apart
 from helpers.verbs import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,7 +35,6 @@ from tinygptv_ds.features.verify import check_features
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.assemble import build_model, build_vision
 
-ROOT = Path(__file__).parents[2]
 STEPS = 3
 
 
@@ -304,21 +303,18 @@ def test_a_member_of_another_size_drops_out(
     assert item.batch.image_features.shape == (0, tiny.QUERIES, 64)
 
 
-KILLED = """
-import os, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from tinygptv_ds.features import encode
-whole, calls = encode.encode, []
-def counted(*args):
-    calls.append(1)
-    if len(calls) == 3:  # in the middle of the second shard
-        os.kill(os.getpid(), 9)
-    return whole(*args)
-encode.encode = counted
-from tinygptv_ds.features import compute as features
-from helpers.verbs import call
-call(features, {recipe!r}, "--out", {out!r}, "--workers", 0, "--batch-size", 3)
-"""
+def make_and_die(recipe: Path, out: Path) -> None:
+    """Make features and die of SIGKILL in the middle of the second shard."""
+    whole, calls = encode.encode, []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args)
+
+    encode.encode = counted
+    call(features, recipe, "--out", out, "--workers", 0, "--batch-size", 3)
 
 
 def test_killed_and_resumed(
@@ -331,9 +327,8 @@ def test_killed_and_resumed(
     """Finished shards stay as they are, nothing of the torn one is used, and the end is that of an unbroken run."""
     raw = raw_recipe(data__datasets=[{"name": "vqa", "shards": str(shards["vqa"])}])
     recipe, out = tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "out"
-    code = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), recipe=str(recipe), out=str(out))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=os.environ)
-    assert done.returncode == -9, done.stderr
+    with pytest.raises(EOFError):
+        apart(make_and_die, recipe, out)
     assert sorted(path.name for path in (out / "vqa").glob("*.tar")) == ["00000.tar"]
     assert read_notes(out / "vqa").shard_bytes == []
     first = (out / "vqa/00000.tar").stat().st_mtime_ns

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,18 @@ assert find_spec(_PRELOADED), "the fork server would pass over a name that it ca
 _FORKS.set_forkserver_preload([_PRELOADED])
 
 
-def _start_server() -> None:
-    """Python 3.11 does not hand on the path of modules to the process that is forked from."""
+def fork_context() -> ForkServerContext:
+    """Return the context of processes that are forked from one that has imported everything, and start that one.
+
+    Python 3.11 does not hand on the path of modules to it.
+    """
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
     try:
         forkserver.ensure_running()
     finally:
         os.environ["PYTHONPATH"] = before
+    return _FORKS
 
 
 @dataclass(frozen=True)
@@ -109,14 +114,14 @@ def launched(
     **fault_args: Any,
 ) -> Iterator[Ranks]:
     """As `started`, the ranks of any script of ours that has a `main`; `folder` is where they write."""
-    _start_server()
+    context = fork_context()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     output_file = folder.with_name(f"{folder.name}-{time.monotonic_ns()}.txt")
     output_file.touch()
     shared = (ranks, port, output_file, script, argv, fault, fault_args)
-    processes = [_FORKS.Process(target=_rank, args=(rank, *shared)) for rank in range(ranks)]
+    processes = [context.Process(target=_rank, args=(rank, *shared)) for rank in range(ranks)]
     for process in processes:
         process.start()
     run = Ranks(processes, output_file, folder)
@@ -138,10 +143,14 @@ def ended(recipe: Path, folder: Path, *options: str, code: int = 0, **given: Any
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function of a module gives in a process of its own, which holds nothing of the tests before."""
-    _start_server()
-    ours, theirs = _FORKS.Pipe(duplex=False)
-    process = _FORKS.Process(target=_send, args=(theirs, function, args))
+    """Return what a function of a module gives in a process of its own, which holds nothing of the tests before.
+
+    Raises:
+        EOFError: the process has ended without a result; its output says why.
+    """
+    context = fork_context()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, function, args))
     process.start()
     theirs.close()
     try:

@@ -16,6 +16,7 @@ for name in (
     "tinygptv_ds.features.verify",
     "tinygptv_ds.train.loop",
     "tinygptv_ds.train.checkpoint.result",
+    "webdataset",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it when an engine is made; it takes seconds
 ):
     import_module(name)

@@ -1,11 +1,13 @@
 """The quick start's stand-ins: the released files' layouts, loadable by the converters, made once."""
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.forked import fork_context
 from safetensors import safe_open
 from transformers import AutoTokenizer, PhiForCausalLM
 
@@ -16,8 +18,11 @@ from tinygptv_ds.weights.assemble import build_model
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the stand-ins in forked processes, which do not import torch again."""
     out = tmp_path_factory.mktemp("standins")
-    standins.make_standins(out, seed=1, steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(standins, "WorkerPool", lambda workers, remedy: ProcessPoolExecutor(workers, fork_context()))
+        standins.make_standins(out, seed=1, steps=2)
     return out
 
 

@@ -14,9 +14,11 @@ from operator import length_hint
 from pathlib import Path
 
 import pytest
+from helpers.forked import fork_context
 from helpers.patience import PATIENCE
 from PIL import Image
 
+from tinygptv_ds.data import process_pool
 from tinygptv_ds.data.prepare.prepare import prepare, write_samples
 from tinygptv_ds.data.prepare.stored_images import Encoding
 from tinygptv_ds.data.process_pool import run_tasks
@@ -26,6 +28,15 @@ from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.errors import DataError
 
 IMAGES = 6  # more than are remembered, so that each is read or encoded again
+
+
+@pytest.fixture(autouse=True)
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the workers of this process from one that has imported torch, as webdataset does.
+
+    A command that a test starts spawns its own, as for a user.
+    """
+    monkeypatch.setattr(process_pool, "_CONTEXT", fork_context())
 
 
 def make_root(root: Path, count: int, side: int = 40) -> Path:
