@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "estimate": MIDDLE | {"train.recipe_warnings"},
     "apps": MIDDLE | {"weights", "generate", "evaluation"},
     "doctor": MIDDLE,
-    "finetune": MIDDLE | {"train", "weights", "estimate"},  # the verbs themselves run in processes of their own
+    "finetune": MIDDLE | {"weights", "evaluation", "estimate"},  # the verbs themselves run in processes of their own
     "cli": MIDDLE
     | {"train", "weights", "generate", "evaluation", "features", "estimate", "apps", "doctor", "finetune"},
     "__main__": {"cli"},

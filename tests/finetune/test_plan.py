@@ -130,7 +130,7 @@ def test_an_unknown_key_is_named(published: Recipe) -> None:
 
 
 def test_captions_are_asked_for(published: Recipe) -> None:
-    recipe = composed(published, kind="caption")
+    recipe = composed(published, kind="caption", captions=True)
     assert (recipe.text.prompts, recipe.evaluation.benchmarks[0].kind) == ("stage3", "caption")
 
 

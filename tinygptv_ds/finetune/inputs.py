@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.files import sha256
@@ -102,11 +100,6 @@ def require_new_or_ours(out: Path, work: Path) -> None:
     taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if taken and not work.is_dir():
         raise ConfigError(f"--out {out} is there already, and not from this command; choose another --out")
-
-
-def held_out_kind(records: Sequence[dict[str, Any]]) -> str:
-    """Return how records are scored: "caption" where all of them are captions, else "vqa"."""
-    return "caption" if records and all("caption" in record for record in records) else "vqa"
 
 
 def count_entries(data: Path) -> int | None:

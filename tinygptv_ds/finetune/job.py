@@ -6,7 +6,7 @@ import json
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.recipe import Recipe
@@ -15,19 +15,16 @@ from tinygptv_ds.data.shards.cache import ShardCache, count_samples
 from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.reader import ShardReader, parse_record
 from tinygptv_ds.errors import ConfigError, DataError
+from tinygptv_ds.evaluation.caption_metrics import check_packages
 from tinygptv_ds.files import sha256
 from tinygptv_ds.finetune.devices import Devices
-from tinygptv_ds.finetune.inputs import Source, held_out_kind
+from tinygptv_ds.finetune.inputs import Source
 from tinygptv_ds.finetune.phases import Phase, Progress
 from tinygptv_ds.finetune.recipe import CAPTION_POOL, Data, compose, write_recipe
 from tinygptv_ds.finetune.start import Start
 from tinygptv_ds.processing.text import IMAGE_TAG, load_prompts
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_LOOKED_AT = 500  # held-out samples whose kind and answers are looked at
-_LONGEST = 300  # tokens that an answer is generated with at most
+_LOOKED_AT = 500  # held-out samples whose kind is looked at
 
 
 @dataclass(frozen=True)
@@ -112,14 +109,9 @@ class Job:
         cache = ShardCache()
         counts = {place: sum(count_samples(expand_shards(place), cache)) for place in (train, held_out)}
         records = _records(held_out, cache)
-        return Data(
-            train,
-            held_out,
-            counts[train],
-            counts[held_out],
-            held_out_kind(records),
-            _longest_answer(records, self._tokenizer()),
-        )
+        captions = bool(records) and all("caption" in record for record in records)
+        kind = "caption" if captions and can_score_captions() else "vqa"
+        return Data(train, held_out, counts[train], counts[held_out], kind, captions)
 
     def write_recipe(self, data: Data, progress: Progress) -> Composed:
         """Write the recipe, unless training has begun with the one that is there.
@@ -178,10 +170,10 @@ class Job:
         )
 
     def _eval(self, data: Data, when: str, model: Path, options: tuple[str, ...]) -> tuple[str, ...]:
-        words = ("--instruction", caption_instruction()) if data.kind == "caption" else ()
+        # Captions are asked for as they will be trained, whatever the weights were trained with before.
+        words = ("--instruction", caption_instruction()) if data.captions else ()
         return (
             *("eval", data.kind, "--model", str(model), "--shards", data.held_out, *words, *options),
-            *("--add-bos-token", "--max-new-tokens", str(data.max_answer)),
             *("--out", str(self.scores(when).with_suffix("")), "--json", str(self.scores(when))),
         )
 
@@ -207,10 +199,15 @@ class Job:
         held_out = max(1, round(len(names) / 10))
         return _pattern(folder, names[:-held_out]), _pattern(folder, names[-held_out:])
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        from tinygptv_ds.weights.assemble import load_tokenizer
 
-        return load_tokenizer(Path(self.start.model.phi))
+def can_score_captions() -> bool:
+    """Return whether CIDEr and BLEU can be computed here; else captions are scored as answers in words."""
+    try:
+        check_packages()
+    except ConfigError as error:
+        print(f"note: {error}; without them, captions are scored by their words (f1)")
+        return False
+    return True
 
 
 def caption_instruction() -> str:
@@ -231,19 +228,6 @@ def _records(shards: str, cache: ShardCache) -> list[dict[str, Any]]:
             if stored is not None:
                 records.append(parse_record(stored, f"{tar}: sample {key}"))
     return records
-
-
-def _longest_answer(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokens that an answer needs, with some room, up to a limit."""
-    longest = max((len(tokenizer(text)["input_ids"]) for record in records for text in _answers(record)), default=20)
-    return min(_LONGEST, max(20, longest + longest // 4 + 4))
-
-
-def _answers(record: dict[str, Any]) -> list[str]:
-    turns = [turn[1] for turn in record.get("conversation", ())]
-    single = [record.get(name) for name in ("answer", "caption")]
-    found = [text for value in (*turns, *single) for text in (value if isinstance(value, list) else [value])]
-    return [text for text in found if isinstance(text, str)]
 
 
 def example(data: Data, folder: Path) -> tuple[Path, str] | None:

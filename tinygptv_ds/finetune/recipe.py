@@ -22,7 +22,6 @@ from tinygptv_ds.finetune.schedule import LR_SCALE, Given, Schedule, plan_schedu
 CAPTION_POOL = "stage3"
 HELD_OUT = "held_out"
 _SECTIONS = ("stage", "seed", "model", "text", "data", "optimizer", "train", "evaluation", "deepspeed")
-_LONG_ANSWER = 300  # tokens at most that an answer is generated with
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Data:
         samples: number of training samples.
         held_out_samples: number of held-out samples.
         kind: how the held-out samples are scored: "vqa" or "caption".
-        max_answer: tokens that the longest answer is generated with.
+        captions: whether all samples are captions, without a question of their own.
     """
 
     train: str
@@ -43,7 +42,7 @@ class Data:
     samples: int
     held_out_samples: int
     kind: str = "vqa"
-    max_answer: int = 60
+    captions: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def compose(
     """
     given = _given(overrides)
     schedule = plan_schedule(data.samples, devices.ranks, width, given)
-    if data.kind == "caption":
+    if data.captions:
         text = dataclasses.replace(text, prompts=CAPTION_POOL)
     first = Recipe(
         stage=stage,
@@ -155,11 +154,10 @@ def _train(schedule: Schedule) -> TrainSection:
 
 
 def _evaluation(data: Data, schedule: Schedule) -> EvaluationSection:
-    scored = ScoredSection(kind=data.kind, shards=data.held_out, name=HELD_OUT, add_bos_token=True)
+    scored = ScoredSection(kind=data.kind, shards=data.held_out, name=HELD_OUT)
     return EvaluationSection(
         benchmarks=[scored],
         every=schedule.steps_per_epoch * math.ceil(schedule.epochs / 3),
-        max_new_tokens=data.max_answer,
     )
 
 
@@ -186,9 +184,7 @@ def _remarks(data: Data, devices: Devices, schedule: Schedule, found: Fit) -> di
         "model.lora_dropout": "a small set is seen many times",
         "model.gradient_checkpointing": found.reason if found.gradient_checkpointing else "not needed for the memory",
         "text.prompt_template": "as in the weights",
-        "text.prompts": "captions have no question of their own"
-        if data.kind == "caption"
-        else "the data have questions",
+        "text.prompts": "captions have no question of their own" if data.captions else "the data have questions",
         "data.num_workers": "the CPU trains" if devices.gib is None else "",
         "data.max_skipped_share": "`prepare` has left out what cannot be used; a few more do not end the run",
         "optimizer.lr": "1e-4 at Phi-2's width, half of LLaVA-1.5's at batches of 128; more for narrower models",

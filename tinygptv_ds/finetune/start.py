@@ -69,7 +69,8 @@ def open_start(path: Path, base: Path | None, recipe: Path | None) -> Start:
         WeightsError: they are not whole, not TinyGPT-V's, or base weights are missing.
         ConfigError: `recipe` cannot be read, or is of another stage.
     """
-    from tinygptv_ds.weights.detect import KINDS, open_any
+    from tinygptv_ds.weights.detect import open_any
+    from tinygptv_ds.weights.kinds import KINDS
 
     try:
         opened = open_any(path)
