@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ class Run:
         on_hang: writes the stacks of dataloader workers that hang; None: no watchdog is running.
         callbacks: live as long as the run and are called after those of the training loop.
         clock: seconds of training, without those of validation, saving and the like.
+        began: when this attempt was ready to train, by the monotonic clock.
         ends_at: optimizer steps after which the run ends before the job's last one; None: it does not.
     """
 
@@ -37,6 +39,7 @@ class Run:
     on_hang: OnHang | None = None
     callbacks: Sequence[Callback] = ()
     clock: TrainingClock = field(default_factory=TrainingClock)
+    began: float = field(default_factory=time.monotonic)
     ends_at: int | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -211,6 +212,12 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(recipe_file: Callable[...,
     last = max(losses)
     assert last == best + 2 < 14 and best > 3, losses
     assert f"step {last}: ending early, val/loss has not been better" in whole.output
+    assert re.search(
+        rf"(?m)^finished: {last} steps, 0:0\d:\d\d; train/loss [\d.]+, val/loss [\d.]+\n"
+        rf"model: {whole.folder}/model \(those of step {best}, with the best val/loss: {losses[best]:.4f}\)\n"
+        rf"next:\n  tinygptv-ds chat {whole.folder}\n",
+        whole.output,
+    )
     notes = json.loads((whole.folder / "model/provenance.json").read_text())
     assert notes["step"] == best and notes["best"]["value"] == losses[best]
     assert [path.name for path in sorted((whole.folder / "checkpoints").iterdir())][-1] == f"step-{last:08d}"

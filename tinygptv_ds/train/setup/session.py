@@ -18,6 +18,7 @@ from tinygptv_ds.models.parameters import frozen_trainables
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
 from tinygptv_ds.train.checkpoint import resume
+from tinygptv_ds.train.checkpoint.result import MODEL
 from tinygptv_ds.train.checkpoint.run_fingerprint import run_fingerprint
 from tinygptv_ds.train.engine import Engine, init_process_group
 from tinygptv_ds.train.liveness.group_timeout import set_group_timeout
@@ -25,6 +26,7 @@ from tinygptv_ds.train.liveness.progress import first_group_timeout
 from tinygptv_ds.train.liveness.watchdog import Watchdog
 from tinygptv_ds.train.recipe_warnings import recipe_warnings
 from tinygptv_ds.train.run import Run
+from tinygptv_ds.train.setup.closing_report import closing_report
 from tinygptv_ds.train.setup.dry_run import finish_dry_run
 from tinygptv_ds.train.setup.job import Job
 from tinygptv_ds.train.setup.run_dir import note_run, start_run_dir
@@ -105,6 +107,9 @@ class Session:
         except Stopped:
             self._part()
             raise
+        if job.ranks.is_main and (job.run_dir / MODEL).is_dir():
+            for line in closing_report(run):
+                LOGGER.info("%s", line)
         self._part()
 
     def _part(self) -> None:
