@@ -49,7 +49,7 @@ def changed(*overrides: str) -> dict[str, Any]:
         ("stage=5", "stage must be 1, 2, 3 or 4, not 5"),
         ("train.epochs=0", "train.epochs must be positive"),
         ("train.loss_reduction=sum", "train.loss_reduction must be one of step_mean, micro_batch_mean"),
-        ("model.attention=fast", "'fast' is not one of auto, flash_attn, torch_varlen, sdpa"),
+        ("model.attention=fast", "'fast' is not one of auto, flash_attn_3, flash_attn, torch_varlen, sdpa"),
         ("model.lora_targets=[fc3]", r"unknown \['fc3'\]"),
         ("text.prompt_template=no place", "text.prompt_template must hold {} exactly once"),
         ("data.datasets=[]", "name at least one dataset"),

@@ -1,5 +1,10 @@
 """Packed rows give the same numbers as padded ones; samples do not attend to each other, and positions may skip."""
 
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +13,7 @@ from transformers import Blip2QFormerConfig
 
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.models import attention
-from tinygptv_ds.models.attention import available_backends, choose_backend
+from tinygptv_ds.models.attention import available_backends, choose_backend, unusable_backends
 from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
 from tinygptv_ds.models.parameters import lora, norms, projections, train_only
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -196,22 +201,82 @@ def test_the_frozen_vision_path_stays_in_evaluation(model: TinyGPTVForConditiona
     assert not any(m.training for part in (model.visual_encoder, model.qformer) for m in part.modules())
 
 
-@pytest.mark.parametrize(
-    ("capability", "found"),
-    [((7, 5), ["sdpa"]), ((8, 0), ["torch_varlen", "sdpa"]), ((9, 0), ["torch_varlen", "sdpa"])],
-)
-def test_flash_attention_needs_ampere(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], found: list[str]
-) -> None:
-    """A V100 or T4, for which fp16 is meant, has no flash-attention kernels."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: None if name == "flash_attn" else name)
-    attention._found.cache_clear()
-    try:
-        assert available_backends("cuda", torch.float16) == found
-        assert available_backends("cuda", torch.float32) == ["sdpa"]
-    finally:
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Set the compute capability and the installed packages: the content of each, or the error of its import."""
+
+    def install(capability: tuple[int, int], **packages: object) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        real_find, real_import = importlib.util.find_spec, importlib.import_module
+        ours = ("flash_attn", "flash_attn_interface")
+
+        def find(name: str) -> object:
+            return packages.get(name) if name in ours else real_find(name)
+
+        def load(name: str) -> object:
+            found = packages[name] if name in ours else real_import(name)
+            if isinstance(found, Exception):
+                raise found
+            return found
+
+        monkeypatch.setattr(attention.importlib.util, "find_spec", find)
+        monkeypatch.setattr(attention.importlib, "import_module", load)
         attention._found.cache_clear()
+
+    yield install
+    attention._found.cache_clear()
+
+
+FLASH = SimpleNamespace(flash_attn_varlen_func=len)
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "found"),
+    [
+        ((7, 5), {"flash_attn": FLASH}, ["sdpa"]),
+        ((8, 0), {}, ["torch_varlen", "sdpa"]),
+        ((8, 0), {"flash_attn": FLASH, "flash_attn_interface": FLASH}, ["flash_attn", "torch_varlen", "sdpa"]),
+        ((9, 0), {"flash_attn_interface": FLASH}, ["flash_attn_3", "torch_varlen", "sdpa"]),
+        ((10, 0), {"flash_attn_interface": FLASH}, ["torch_varlen", "sdpa"]),
+    ],
+)
+def test_backends_by_gpu(fake_gpu, capability: tuple[int, int], packages: dict, found: list[str]) -> None:
+    """A V100 or T4, for which fp16 is meant, has no flash-attention kernels; FlashAttention 3 is for Hopper."""
+    fake_gpu(capability, **packages)
+    assert available_backends("cuda", torch.float16) == found
+    assert available_backends("cuda", torch.float32) == ["sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [
+        (ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2E"), "undefined symbol"),
+        (OSError("libcudart.so.12: cannot open shared object file"), "libcudart"),
+        (SimpleNamespace(cute=None), "flash_attn_varlen_func"),  # flash-attn 4 alone
+    ],
+)
+def test_a_flash_attn_that_cannot_be_imported(fake_gpu, package: object, reason: str) -> None:
+    """Not taken by "auto", and an error with the reason where it is asked for."""
+    fake_gpu((9, 0), flash_attn=package)
+    assert choose_backend("auto", "cuda", torch.bfloat16) == "torch_varlen"
+    assert reason in unusable_backends("cuda", torch.bfloat16)["flash_attn"]
+    with pytest.raises(ConfigError, match=rf"'flash_attn' is installed but cannot be imported \(.*{reason}"):
+        choose_backend("flash_attn", "cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_interface"])
+def test_flash_attention_is_called_as_it_expects(fake_gpu, name: str) -> None:
+    """Packed rows, causal; versions of FlashAttention 3 that return more than the output are read."""
+    q, cu = torch.randn(5, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+
+    def attend(q, k, v, cu_q, cu_k, longest_q, longest_k, causal):
+        assert causal and (longest_q, longest_k) == (3, 3)
+        assert cu_q is cu_k is cu
+        return (q + k + v, None) if name == "flash_attn_interface" else q + k + v
+
+    fake_gpu((9, 0), **{name: SimpleNamespace(flash_attn_varlen_func=attend)})
+    backend = choose_backend("auto", "cuda", torch.bfloat16)
+    assert torch.equal(attention.varlen_attention(q, q, q, attention.make_layout(cu, 3, 5, backend)), 3 * q)
 
 
 def test_back_ends() -> None:

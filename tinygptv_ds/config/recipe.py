@@ -76,7 +76,7 @@ class ModelSection:
     """Dropout on attention and MLP outputs in training; null: the value of Phi's config.json (Phi-2: 0.1)."""
 
     attention: str = "auto"
-    """Attention backend: auto, flash_attn, torch_varlen or sdpa."""
+    """Attention backend: auto, flash_attn_3, flash_attn, torch_varlen or sdpa."""
 
     gradient_checkpointing: bool | int = False
     """Recompute Phi's blocks in the backward pass, which takes less memory and up to a third more time: true for every
@@ -105,7 +105,7 @@ class ModelSection:
         known = {"query_key_value", "dense", "fc1", "fc2"}
         unknown = [t for t in self.lora_targets if t not in known]
         require(not unknown, f"model.lora_targets: unknown {unknown}; a Phi block has {sorted(known)}")
-        backends = ("auto", "flash_attn", "torch_varlen", "sdpa")
+        backends = ("auto", "flash_attn_3", "flash_attn", "torch_varlen", "sdpa")
         require(self.attention in backends, f"model.attention: {self.attention!r} is not one of {', '.join(backends)}")
 
 

@@ -259,7 +259,7 @@ def precisions(device: str) -> Iterator[CheckResult]:
     """Report the attention backends for bf16, fp16 and fp32; the first of each is the one that "auto" chooses."""
     import torch
 
-    from tinygptv_ds.models.attention import available_backends
+    from tinygptv_ds.models.attention import available_backends, unusable_backends
 
     bf16 = device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
@@ -269,6 +269,9 @@ def precisions(device: str) -> Iterator[CheckResult]:
         first, *others = available_backends(device, dtype)
         text = f"attention by {first}" + (f" (also: {', '.join(others)})" if others else "")
         yield CheckResult(name, text)
+        for backend, reason in unusable_backends(device, dtype).items():
+            remedy = f"a build of it for torch {torch.__version__}, or uninstall it"
+            yield CheckResult(name, f"{backend} is installed but cannot be imported ({reason})", remedy)
 
 
 def communication(backend: str) -> CheckResult:

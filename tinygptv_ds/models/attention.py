@@ -1,12 +1,13 @@
-"""Causal attention over packed samples: one function, three attention backends.
+"""Causal attention over packed samples: one function, four attention backends.
 
-`varlen_attention` takes samples laid end to end, as flash-attn does. On a GPU it runs flash-attn where that is
-installed, else torch's own variable-length FlashAttention; everywhere else (and in fp32) SDPA, which pads queries, keys
-and values to `[samples, longest]` inside this function only.
+`varlen_attention` takes samples laid end to end, as flash-attn does. On a GPU it runs FlashAttention 3 (Hopper) or
+flash-attn where they are installed and can be imported, else torch's own variable-length FlashAttention; everywhere
+else (and in fp32) SDPA, which pads queries, keys and values to `[samples, longest]` inside this function only.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +18,16 @@ from torch import Tensor
 
 from tinygptv_ds.errors import ConfigError
 
-BACKENDS = ("flash_attn", "torch_varlen", "sdpa")
+# Module and function of each backend that needs a GPU, best first. flash-attn 4 (`flash_attn.cute` alone) is not among
+# them, because its backward pass does not cover packed rows of head dimension 80 on all of its GPUs.
+_FUNCTIONS = {
+    "flash_attn_3": ("flash_attn_interface", "flash_attn_varlen_func"),
+    "flash_attn": ("flash_attn", "flash_attn_varlen_func"),
+    "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn"),
+}
+BACKENDS = (*_FUNCTIONS, "sdpa")
 _OLDEST = (8, 0)  # compute capability that FlashAttention 2 needs, flash-attn's and torch's own: Ampere
+_HOPPER = 9  # major compute capability that FlashAttention 3 is written for
 
 
 @dataclass(frozen=True)
@@ -40,17 +49,39 @@ class PackedLayout:
 
 def available_backends(device: torch.device | str, dtype: torch.dtype) -> list[str]:
     """Return the attention backends that can run on this device in this dtype, best first."""
-    return list(_found(torch.device(device), dtype))
+    return list(_found(torch.device(device), dtype)[0])
+
+
+def unusable_backends(device: torch.device | str, dtype: torch.dtype) -> dict[str, str]:
+    """Return the attention backends that are installed for this device and cannot be imported, with the reasons."""
+    return dict(_found(torch.device(device), dtype)[1])
 
 
 @lru_cache
-def _found(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """Look up once what is installed, since every forward pass asks."""
+def _found(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Look up once, since every forward pass asks, the usable backends and the unusable ones with the reasons."""
     half = dtype in (torch.float16, torch.bfloat16)
-    if device.type != "cuda" or not half or torch.cuda.get_device_capability(device) < _OLDEST:
-        return ("sdpa",)
-    modules = {"flash_attn": "flash_attn", "torch_varlen": "torch.nn.attention.varlen"}
-    return (*(name for name, module in modules.items() if importlib.util.find_spec(module) is not None), "sdpa")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" and half else (0, 0)
+    if capability < _OLDEST:
+        return ("sdpa",), ()
+    usable, unusable = [], []
+    for name, (module, function) in _FUNCTIONS.items():
+        if (name == "flash_attn_3" and capability[0] != _HOPPER) or not _is_installed(module):
+            continue
+        try:
+            getattr(importlib.import_module(module), function)
+        except Exception as error:  # an extension built for another torch raises ImportError, OSError or RuntimeError
+            unusable.append((name, f"{type(error).__name__}: {error}"))
+        else:
+            usable.append(name)
+    return (*usable, "sdpa"), tuple(unusable)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of the package around it
+        return False
 
 
 def choose_backend(wanted: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -62,13 +93,19 @@ def choose_backend(wanted: str, device: torch.device | str, dtype: torch.dtype) 
     found = available_backends(device, dtype)
     if wanted == "auto":
         return found[0]
-    if wanted not in found:
+    if wanted in found:
+        return wanted
+    reason = unusable_backends(device, dtype).get(wanted)
+    if reason is not None:
         raise ConfigError(
-            f"model.attention: {wanted!r} cannot run on {torch.device(device).type} in {dtype}; "
-            f"here there is {', '.join(found)}. Use 'auto', or install flash-attn (requirements-gpu.txt) on a machine "
-            "with a GPU of compute capability 8.0 (Ampere) or newer."
+            f"model.attention: {wanted!r} is installed but cannot be imported ({reason}). Install a build for "
+            f"torch {torch.__version__}, or use 'auto', which takes {found[0]!r}."
         )
-    return wanted
+    raise ConfigError(
+        f"model.attention: {wanted!r} cannot run on {torch.device(device).type} in {dtype}; "
+        f"here there is {', '.join(found)}. Use 'auto', or install flash-attn (requirements-gpu.txt) on a machine "
+        "with a GPU of compute capability 8.0 (Ampere) or newer."
+    )
 
 
 def make_layout(cu_seqlens: Tensor, max_seqlen: int, tokens: int, backend: str) -> PackedLayout:
@@ -104,10 +141,11 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> T
     cu, longest = layout.cu_seqlens, layout.max_seqlen
     if layout.padded_rows is not None:
         return _padded_sdpa(q, k, v, layout.padded_rows, len(cu) - 1, longest)
-    if layout.backend == "flash_attn":
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+    if layout.backend in ("flash_attn", "flash_attn_3"):
+        module, function = _FUNCTIONS[layout.backend]
+        attend = getattr(importlib.import_module(module), function)
+        out = attend(q, k, v, cu, cu, longest, longest, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # FlashAttention 3 returned the log-sum-exps, too, at first
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn(  # type: ignore[return-value]  # a tuple only with return_aux

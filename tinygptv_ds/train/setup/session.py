@@ -12,8 +12,10 @@ import torch
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.data.stream.sample_counts import local_sample_counts
 from tinygptv_ds.distributed import broadcast_from_rank0, complete_env, cores_per_rank
+from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import Stopped
 from tinygptv_ds.log import LOGGER, set_up_logging
+from tinygptv_ds.models.attention import choose_backend, unusable_backends
 from tinygptv_ds.models.parameters import frozen_trainables
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
@@ -59,6 +61,10 @@ def join_ranks(job: Job) -> None:
     if job.ranks.is_main:
         for warning in recipe_warnings(job.recipe, local_sample_counts(job.recipe)):
             LOGGER.warning("%s", warning)
+    dtype, wanted = DTYPES[job.precision], job.recipe.model.attention
+    chosen = choose_backend(wanted, device, dtype)  # before anything is loaded
+    for name, reason in unusable_backends(device, dtype).items():
+        LOGGER.warning("attention backend %s is installed but cannot be imported (%s): using %s", name, reason, chosen)
 
 
 class Session:
