@@ -213,8 +213,8 @@ def test_options_that_do_not_fit(root: Path, tmp_path: Path) -> None:
 
 def test_larger_images_are_scaled_down_others_stay() -> None:
     small, large = image("PNG", (50, 20)), image("PNG", (200, 101))
-    assert stored_image(small, Encoding(max_side=50)) == ("png", small)
-    suffix, data = stored_image(large, Encoding(max_side=50))
+    assert stored_image(small, Encoding(max_side=50)) == ("png", small, ())
+    suffix, data, _ = stored_image(large, Encoding(max_side=50))
     opened = Image.open(io.BytesIO(data))
     assert (suffix, opened.format, opened.size, opened.mode) == ("jpg", "JPEG", (50, 25), "RGB")
     assert Image.open(io.BytesIO(stored_image(image(size=(1000, 1)), Encoding(10))[1])).size == (10, 1)
@@ -235,7 +235,7 @@ def test_scaled_images_show_the_same(kind: str) -> None:
 def test_quality_makes_every_image_a_jpeg(kind: str, mode: str) -> None:
     """As training would see it: RGB, without alpha."""
     data = image(kind, (32, 32), mode)
-    suffix, stored = stored_image(data, Encoding(jpeg_quality=100))
+    suffix, stored, _ = stored_image(data, Encoding(jpeg_quality=100))
     assert (suffix, Image.open(io.BytesIO(stored)).format) == ("jpg", "JPEG")
     pairs = zip(open_image(stored).tobytes(), open_image(data).tobytes(), strict=True)
     assert max(abs(a - b) for a, b in pairs) <= 4

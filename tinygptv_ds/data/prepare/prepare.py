@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from operator import length_hint
@@ -47,8 +47,10 @@ def prepare(
     """Write dataset `name` from the files below `root` as shards into `out`; only the first `limit` entries if given.
 
     `annotations` and `image_root` are where a user's own files are, if not in `root`; `columns` renames their keys
-    (`parse_columns`). The shards do not depend on the number of `workers`. Raises DataError if files are missing,
-    nothing could be used, or `out` holds something else.
+    (`parse_columns`); their images are stored upright on white unless `encoding` says otherwise. The shards do not
+    depend on the number of `workers`.
+
+    Raises DataError if files are missing, nothing could be used, or `out` holds something else.
     """
     source = _Source.of(name, root, annotations, image_root, columns, limit)
     return write_samples(
@@ -57,7 +59,7 @@ def prepare(
         samples_per_shard=samples_per_shard,
         total=limit,
         settings=source.settings,
-        encoding=encoding,
+        encoding=_own_background(name, encoding),
         workers=workers,
     )
 
@@ -93,11 +95,18 @@ def prepare_split(
             samples_per_shard=samples_per_shard,
             total=None,
             settings={**source.settings, "held_out": held_out, "side": side},
-            encoding=encoding,
+            encoding=_own_background(name, encoding),
             workers=workers,
         )
         for side in (TRAIN, HELD_OUT)
     }
+
+
+def _own_background(name: str, encoding: Encoding) -> Encoding:
+    """Return `encoding` with a white background for a user's own data; published datasets stay as in the original."""
+    if encoding.background is None and DATASETS[full_name(name)].any_keys:
+        return replace(encoding, background="white")
+    return encoding
 
 
 def _side(split: Callable[[], Split], samples: Iterable[Entry], side: str) -> Iterator[Entry]:
@@ -300,6 +309,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jpeg-quality", type=int, metavar="Q", help="store every image as JPEG of this quality, 1 to 100"
     )
+    parser.add_argument(
+        "--background",
+        metavar="COLOR",
+        help="lay transparent images on this color and turn images upright; default: white for your own data, 'none' "
+        "(drop alpha, ignore EXIF) for published datasets, as in the original",
+    )
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help="processes; default: one a core (%(default)s here)")
 
@@ -309,7 +324,7 @@ def run(args: argparse.Namespace) -> None:
     options = {
         "samples_per_shard": args.samples_per_shard,
         "limit": args.limit,
-        "encoding": Encoding(args.max_side, args.jpeg_quality),
+        "encoding": Encoding(args.max_side, args.jpeg_quality, args.background),
         "workers": args.workers,
     }
     places = {"annotations": args.annotations, "image_root": args.image_root}

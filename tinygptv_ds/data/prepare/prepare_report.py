@@ -39,11 +39,11 @@ class ShardReport:
         if len(self.skipped_entries) < _LISTED:
             self.skipped_entries.append({"key": entry.key, "reason": entry.reason, "detail": entry.detail})
 
-    def add(self, sample: PreparedSample) -> None:
-        """Count an entry that gave a sample."""
+    def add(self, sample: PreparedSample, changes: Iterable[str]) -> None:
+        """Count an entry that gave a sample, and what was changed in its texts and images."""
         self.samples += 1
         self.with_images += bool(sample.images)
-        _add(self.notes, Counter(sample.notes))
+        _add(self.notes, Counter([*sample.notes, *changes]))
 
     def is_whole(self, out: Path) -> bool:
         """Return whether the shard is in `out` as it was written; a lost index is built again."""

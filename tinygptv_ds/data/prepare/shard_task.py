@@ -69,17 +69,20 @@ def _write(writer: ShardWriter, entry: Entry, encoding: Encoding, part: ShardRep
         part.skip(entry)
         return
     try:
-        members = _members(entry, encoding)
+        members, changes = _members(entry, encoding)
     except SkipEntry as skip:
         where = f"{entry.where}: " if entry.where else ""
         part.skip(Skipped(entry.key, skip.reason, f"{where}{skip}"))
     else:
         writer.write(entry.key, members)
-        part.add(entry)
+        part.add(entry, changes)
 
 
-def _members(sample: PreparedSample, encoding: Encoding) -> dict[str, bytes]:
-    """Return the sample's files by suffix. Raises SkipEntry if an image or the record cannot be used."""
+def _members(sample: PreparedSample, encoding: Encoding) -> tuple[dict[str, bytes], set[str]]:
+    """Return the sample's files by suffix, and what was changed in its images.
+
+    Raises SkipEntry if an image or the record cannot be used.
+    """
     try:
         render(sample.record, len(sample.images), lambda n: n - 1)
     except DataError as error:
@@ -88,8 +91,8 @@ def _members(sample: PreparedSample, encoding: Encoding) -> dict[str, bytes]:
         raise SkipEntry("bad_record", "a caption without an image")
     stored = [stored_image(image, encoding) for image in sample.images]
     if len(stored) == 1:
-        members = dict(stored)
+        members = {stored[0].suffix: stored[0].data}
     else:
-        members = {f"{number}.{suffix}": data for number, (suffix, data) in enumerate(stored)}
+        members = {f"{number}.{image.suffix}": image.data for number, image in enumerate(stored)}
     members["json"] = json.dumps(sample.record, ensure_ascii=False).encode("utf-8", "backslashreplace")
-    return members
+    return members, {change for image in stored for change in image.changes}

@@ -9,16 +9,13 @@ from typing import NamedTuple
 from tinygptv_ds.data.sets.common import Built, Entry, Samples, SkipEntry
 from tinygptv_ds.data.sets.own import Columns, own_samples, visible
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.image_formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
 _TABLES = ("*.csv", "*.tsv", "*.parquet")
 _METADATA = tuple(f"metadata.{kind}" for kind in ("jsonl", "csv", "tsv", "parquet"))  # Hugging Face's image folders
 _CAPTION_ENDINGS = (".txt", ".caption")
 # What images are called, whether or not they can be decoded; other files count as images if they have a caption.
-_IMAGE_ENDINGS = {
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
-    *(".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".tga", ".svg", ".ico", ".psd", ".exr"),
-    *(".raw", ".dng", ".cr2", ".nef", ".arw", ".eps", ".pcx", ".qoi", ".hdr"),
-}
+_IMAGE_ENDINGS = {f".{suffix}" for suffix in IMAGE_SUFFIXES | UNREAD_SUFFIXES}
 
 
 class Captioned(NamedTuple):

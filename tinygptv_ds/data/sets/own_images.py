@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tinygptv_ds.data.sets.common import SkipEntry, inside
+from tinygptv_ds.processing.image_formats import IMAGE_SUFFIXES
 
 # In order of preference: of these keys, the first that has a value names the images.
 IMAGE_KEYS = (
@@ -24,8 +25,9 @@ IMAGE_KEYS = (
 # Words so general that their value must look like an image, unless the entry is a caption, which always has one.
 _GENERAL_KEYS = {"file", "files", "filepath", "file_path", "path", "paths", "url", "urls"}
 MEDIA_KEYS = {"video", "videos", "video_path", "video_file", "audio", "audios", "audio_path", "frames"}
-_ENDINGS = "jpe?g|jpe|jfif|png|apng|webp|gif|bmp|dib|tiff?|avif|heic|heif|jp2|j2k|ppm|pgm|tga|svg"
-_LOOKS_LIKE_A_PATH = re.compile(rf"[^\n]+\.(?:{_ENDINGS})(?:\?[^\s]*)?", re.IGNORECASE)
+_LOOKS_LIKE_A_PATH = re.compile(
+    rf"[^\n]+\.(?:{'|'.join(sorted(IMAGE_SUFFIXES | {'svg', 'jxl'}))})(?:\?[^\s]*)?", re.IGNORECASE
+)
 _URL = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|https?:", re.IGNORECASE)
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 _BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")  # how JPEG, PNG, GIF and WebP begin
