@@ -27,7 +27,7 @@ import numpy as np
 
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.data.shards.index import ShardIndex
-from tinygptv_ds.data.shards.tar import Member
+from tinygptv_ds.data.shards.members import Member
 from tinygptv_ds.data.stream.plan import Planner, open_stream
 
 SHARES = {"laion": 10_489, "cc_sbu": 1_256}  # published shards of each, and 115 : 14 of the samples

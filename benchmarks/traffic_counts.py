@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from benchmarks.model_layers import Layer, Weight, model_layers, weights_of, without_vision
 from benchmarks.zero3_gathers import Limits, count_gathers
 from tinygptv_ds.config.recipe import Recipe
-from tinygptv_ds.data.shards.reader import REASONS
+from tinygptv_ds.data.shards.records import REASONS
 from tinygptv_ds.estimate.model_size import trained_parts
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.parameters import always_fp32, decays

@@ -47,7 +47,7 @@ def test_the_page_of_data_names_everything() -> None:
     """Every dataset with its files, every verb and every reason for which a sample drops out."""
     from tinygptv_ds.cli import VERBS
     from tinygptv_ds.data.sets import DATASETS
-    from tinygptv_ds.data.shards.reader import REASONS
+    from tinygptv_ds.data.shards.records import REASONS
 
     text = (ROOT / "docs/data.md").read_text()
     data_verbs = [verb for verb, (_, module) in VERBS.items() if ".data." in module]

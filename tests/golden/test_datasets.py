@@ -20,7 +20,8 @@ from tinygptv_ds.data.prepare.prepare import prepare
 from tinygptv_ds.data.sets import DATASETS, PreparedSample, Skipped
 from tinygptv_ds.data.shards.index import load_index
 from tinygptv_ds.data.shards.patterns import expand_shards
-from tinygptv_ds.data.shards.reader import SampleError, ShardReader
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import clean_caption, render
 

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from tinygptv_ds.data.shards.cache import ShardCache
 from tinygptv_ds.data.shards.index import build_index
-from tinygptv_ds.data.shards.reader import SampleError, ShardReader
+from tinygptv_ds.data.shards.members import SKIPPED
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.data.shards.remote import Shard
-from tinygptv_ds.data.shards.tar import SKIPPED
 from tinygptv_ds.data.shards.writer import add_sample, open_tar
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.files import whole_file

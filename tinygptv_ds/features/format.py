@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.config.data_section import DatasetSection
+from tinygptv_ds.data.shards.members import FEATURE_BYTES
 from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.remote import Shard
-from tinygptv_ds.data.shards.tar import FEATURE_BYTES
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.files import whole_file
 

@@ -25,6 +25,16 @@ UNREAD_SUFFIXES = frozenset([
 # fmt: on
 
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif")
+_MAGIC = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n",
+    b"GIF87a",
+    b"GIF89a",
+    b"II*\0",
+    b"MM\0*",
+    b"\0\0\0\x0cjP  ",
+    b"\xff\x4f\xff\x51",
+)
 _FOREIGN = (
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cJXL ", "JPEG XL"),
@@ -37,6 +47,13 @@ _FOREIGN = (
     (b"\x1f\x8b", "gzip-compressed"),
     (b"PK\x03\x04", "a ZIP archive"),
 )
+
+
+def looks_like_image(start: bytes) -> bool:
+    """Return whether a file that begins with these bytes, 16 or more, is an image of a frequent format."""
+    if start[4:8] == b"ftyp":
+        return start[8:12] in (*_HEIF_BRANDS, b"avif", b"avis")
+    return start.startswith(_MAGIC) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 
 def foreign_format(data: bytes) -> str | None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tinygptv_ds.data.shards.index import HEADER_BYTES, build_index, load_index
-from tinygptv_ds.data.shards.reader import SampleError, ShardReader
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import render
 

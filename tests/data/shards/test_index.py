@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tinygptv_ds.data.shards import index as index_module
 from tinygptv_ds.data.shards.index import ShardIndex, build_index, load_index, sample_count, sample_counts
-from tinygptv_ds.data.shards.tar import Member
+from tinygptv_ds.data.shards.members import Member
 from tinygptv_ds.errors import DataError
 
 

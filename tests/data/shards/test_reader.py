@@ -10,7 +10,8 @@ import pytest
 from helpers.patience import PATIENCE
 
 from tinygptv_ds import retry as storage
-from tinygptv_ds.data.shards.reader import SampleError, ShardReader
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.errors import DataError
 

@@ -18,7 +18,8 @@ from tinygptv_ds.data.shards import remote as remote_module
 from tinygptv_ds.data.shards.cache import ShardCache, count_samples
 from tinygptv_ds.data.shards.index import ShardIndex
 from tinygptv_ds.data.shards.patterns import expand_shards
-from tinygptv_ds.data.shards.reader import SampleError, ShardReader
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.data.shards.remote import RemoteShard
 from tinygptv_ds.data.shards.writer import ShardWriter
 from tinygptv_ds.data.stream.plan import open_stream

@@ -12,8 +12,10 @@ from helpers.tars import contents, make_tar, pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tinygptv_ds.data.shards.grouping import split_name
 from tinygptv_ds.data.shards.index import load_index, sample_count
-from tinygptv_ds.data.shards.tar import Member, bad_end, scan_tar, split_name
+from tinygptv_ds.data.shards.members import Member
+from tinygptv_ds.data.shards.tar import bad_end, scan_tar
 from tinygptv_ds.errors import DataError
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.data.loader.sample import Tokens, load_sample
-from tinygptv_ds.data.shards.reader import SampleError, ShardReader
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.processing.boxes import Box, FoundBox, find_boxes

@@ -16,7 +16,8 @@ from tinygptv_ds.data.loader.sample import render_sample
 from tinygptv_ds.data.process_pool import WorkerPool
 from tinygptv_ds.data.shards.cache import ShardCache
 from tinygptv_ds.data.shards.index import load_index
-from tinygptv_ds.data.shards.reader import RawSample, SampleError, ShardReader
+from tinygptv_ds.data.shards.reader import RawSample, ShardReader
+from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.data.shards.remote import Shard
 from tinygptv_ds.data.shards.tar import bad_end
 from tinygptv_ds.data.stream.mixture import SampleRef, sample_rng

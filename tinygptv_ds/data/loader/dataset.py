@@ -25,7 +25,8 @@ from tinygptv_ds.data.loader.sample import (
     read_features,
 )
 from tinygptv_ds.data.loader.workers import OnHang, Workers, WorkersLostError
-from tinygptv_ds.data.shards.reader import SampleError, ShardReader
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.data.stream.plan import OpenStream, Planner
 from tinygptv_ds.errors import DataError

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinygptv_ds.config.recipe import Recipe, TextSection
-from tinygptv_ds.data.shards.reader import RawSample, SampleError, ShardReader
+from tinygptv_ds.data.shards.reader import RawSample, ShardReader
+from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.data.stream.mixture import SampleRef, sample_rng, step_rng
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.errors import DataError

@@ -3,21 +3,24 @@
 import contextlib
 import errno
 import hashlib
-import json
 import mmap
 import multiprocessing
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from tqdm import tqdm
 
-from tinygptv_ds.data.shards.tar import SKIPPED, VISION_SUFFIXES, Member, scan_tar
+from tinygptv_ds.data.shards.members import CAPTION, RECORD, SKIPPED, TEXTS, Member, begins_as_image, is_image
+from tinygptv_ds.data.shards.records import holds_sample, parse_record, plain_record, read_record
+from tinygptv_ds.data.shards.tar import scan_tar
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.files import cache_home, write_atomically
 from tinygptv_ds.processing.lengths import text_lengths
@@ -27,7 +30,9 @@ from tinygptv_ds.retry import STORAGE
 _HEADER = struct.Struct("<8sQqIIQI")
 _HEADER_CRC = struct.Struct("<I")  # follows it
 HEADER_BYTES = _HEADER.size + _HEADER_CRC.size
-_MAGIC = b"TGVidx2\n"
+# The first one is that of indexes whose shards can only be read in one way: see `_has_one_reading`.
+_PLAIN_MAGIC, _MAGIC = b"TGVidx2\n", b"TGVidx3\n"
+_USUAL = re.compile(r"([0-9]+\.)?(jpg|jpeg|png|webp|gif|bmp|tif|tiff|ppm|fp32|bf16|fp16)")
 _LONGEST = 65_535  # of what a length can count
 _MANY = 32  # shards to index before it pays to start processes
 
@@ -42,6 +47,11 @@ class IndexHeader(NamedTuple):
     body_bytes: int
     body_crc: int
 
+    @property
+    def has_usual_counts(self) -> bool:
+        """Whether samples have as many members as an image with its record has, or a few more."""
+        return 2 * self.samples <= self.members <= 8 * self.samples
+
 
 def header_of(start: bytes) -> IndexHeader | None:
     """The header at the start of an index file, or None if it is none or damaged."""
@@ -50,7 +60,9 @@ def header_of(start: bytes) -> IndexHeader | None:
     ):
         return None
     magic, *fields = _HEADER.unpack_from(start)
-    return IndexHeader(*fields) if magic == _MAGIC else None
+    header = IndexHeader(*fields)
+    known = magic == _MAGIC or (magic == _PLAIN_MAGIC and header.has_usual_counts)
+    return header if known else None
 
 
 class ShardIndex:
@@ -79,6 +91,11 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self._key_ends) - 1
 
+    @property
+    def suffixes(self) -> list[str]:
+        """The suffixes of all members, each once."""
+        return self._suffixes
+
     def key(self, index: int) -> str:
         """The key of sample `index`, 0 <= index < len(self)."""
         return self._keys[self._key_ends[index] : self._key_ends[index + 1]].decode(errors="replace")
@@ -96,7 +113,9 @@ class ShardIndex:
         arrays = (self._key_ends, self._member_ends, self._suffix_of, self._offsets, self._sizes, self.lengths)
         body = struct.pack("<II", len(suffixes), len(self._keys)) + suffixes + self._keys
         body += b"".join(array.astype(array.dtype.newbyteorder("<")).tobytes() for array in arrays)
-        header = _HEADER.pack(_MAGIC, *tar_state, len(self), len(self._offsets), len(body), zlib.crc32(body))
+        counts = len(self), len(self._offsets), len(body), zlib.crc32(body)
+        plain = IndexHeader(*tar_state, *counts).has_usual_counts and self._has_one_reading()
+        header = _HEADER.pack(_PLAIN_MAGIC if plain else _MAGIC, *tar_state, *counts)
         return header + _HEADER_CRC.pack(zlib.crc32(header)) + body
 
     @classmethod
@@ -119,7 +138,27 @@ class ShardIndex:
         self._sizes = np.frombuffer(body, "<u8", members, start)
         self.lengths = np.frombuffer(body, "<u2", 3 * samples, start + self._sizes.nbytes).reshape(samples, 3)
         self._check()
+        if data[:8] == _PLAIN_MAGIC and not self._has_one_reading():
+            raise ValueError("index file of a version that did not join the members of a sample")
         return self
+
+    def _has_one_reading(self) -> bool:
+        """Return whether every sample has a record and an image under their usual names.
+
+        Indexes of version 2 were written by a reader that lost members of a sample that stood apart, cut keys at dots,
+        and knew fewer names of images. They are trusted where none of this can have happened, so that those of large
+        data sets stay as they are; all others have version 3.
+        """
+        if any(not _USUAL.fullmatch(suffix) for suffix in self._suffixes if is_image(suffix) or "." in suffix):
+            return False
+        if not self.lengths[:, 1:].any() and any(suffix in TEXTS for suffix in self._suffixes):
+            return False
+        kinds = ([suffix == RECORD for suffix in self._suffixes], [is_image(suffix) for suffix in self._suffixes])
+        for kind in kinds:
+            before = np.concatenate([[0], np.cumsum(np.array(kind, dtype=bool)[self._suffix_of])])
+            if np.any(before[self._member_ends[1:]] == before[self._member_ends[:-1]]):
+                return False
+        return True
 
     def _check(self) -> None:
         """An index may come from elsewhere, and its checksum alone does not make it consistent."""
@@ -187,7 +226,7 @@ def build_index(tar: Path) -> ShardIndex:
     no tar at all or the index can be stored nowhere.
     """
     state = _tar_state(tar)
-    samples = scan_tar(tar)
+    samples = _with_captions(tar, scan_tar(tar))
     index = ShardIndex(samples, measure(tar, [members for _, members in samples]))
     data = index.to_bytes(state)
     adjacent, cached = _index_paths(tar)
@@ -207,28 +246,58 @@ def build_index(tar: Path) -> ShardIndex:
     return index
 
 
+def _with_captions(tar: Path, samples: list[tuple[str, list[Member]]]) -> list[tuple[str, list[Member]]]:
+    """Name text files as the captions that they are in shards without a record that holds a sample.
+
+    Where records do, as img2dataset writes them, the text files are copies, and a sample without a record has lost it.
+    """
+    texts = {member.suffix for _, members in samples for member in members} & set(TEXTS)
+    if not texts or _any_holds_sample(tar, samples):
+        return samples
+    text = next(suffix for suffix in TEXTS if suffix in texts)
+
+    def named(members: list[Member]) -> list[Member]:
+        if not any(is_image(member.suffix) for member in members):
+            return members
+        return [member._replace(suffix=CAPTION) if member.suffix == text else member for member in members]
+
+    return [(key, named(members)) for key, members in samples]
+
+
+def _any_holds_sample(tar: Path, samples: list[tuple[str, list[Member]]]) -> bool:
+    with tar.open("rb") as file:
+        for member in (member for _, members in samples for member in members if member.suffix == RECORD):
+            with contextlib.suppress(DataError, OSError):
+                if holds_sample(parse_record(_content(file, member), "")):
+                    return True
+    return False
+
+
+def _content(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)
+
+
 def measure(tar: Path, samples: Sequence[Sequence[Member]]) -> np.ndarray:
     """`ShardIndex.lengths` of the samples with these members; a record that cannot be read counts as empty."""
     lengths = np.zeros((len(samples), 3), dtype=np.uint16)
     with tar.open("rb") as file:
+        content = partial(_content, file)
         for number, members in enumerate(samples):
-            images = sum(member.suffix.rpartition(".")[2] in VISION_SUFFIXES for member in members)
-            # features that stand for nothing keep the number, so that steps are shared out as from images
-            noted = _object_in(file, members, SKIPPED).get("images", 0)
-            found = (images or noted, *text_lengths(_object_in(file, members, "json")))
+            images = sum(is_image(member.suffix) for member in members)
+            record: dict[str, Any] = {}
+            noted: Any = 0
+            with contextlib.suppress(DataError, OSError):
+                # features that stand for nothing keep the number, so that steps are shared out as from images
+                if not images and any(member.suffix == SKIPPED for member in members):
+                    note = next(member for member in members if member.suffix == SKIPPED)
+                    noted = parse_record(content(note), "").get("images", 0)
+                images = images or sum(begins_as_image(member, content) for member in members)
+                record = read_record(members, content, "")
+                record = plain_record(record, images or 1, "")
+            found = (images or noted, *text_lengths(record))
             lengths[number] = [min(max(int(n), 0), _LONGEST) if isinstance(n, int) else 0 for n in found]
     return lengths
-
-
-def _object_in(file: BinaryIO, members: Sequence[Member], suffix: str) -> dict[str, Any]:
-    """The JSON object in the member with this suffix; an empty one if there is none that can be read."""
-    for member in members:
-        if member.suffix == suffix:
-            file.seek(member.offset)
-            with contextlib.suppress(ValueError, RecursionError, OSError):
-                found = json.loads(file.read(member.size))
-                return found if isinstance(found, dict) else {}
-    return {}
 
 
 def _tar_state(tar: Path) -> tuple[int, int]:

@@ -1,52 +1,35 @@
 """Random access to the samples of the shards: (tar, index) -> record and image bytes."""
 
+import contextlib
 import json
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.data.shards.cache import ShardCache
 from tinygptv_ds.data.shards.index import ShardIndex, load_index
+from tinygptv_ds.data.shards.members import (
+    CAPTION,
+    RECORD,
+    SKIPPED,
+    ImageOrderError,
+    Member,
+    begins_as_image,
+    image_members,
+    unusable_image,
+)
+from tinygptv_ds.data.shards.records import REASONS, SampleError, parse_record, plain_record, read_record
 from tinygptv_ds.data.shards.remote import RemoteShard, Shard
-from tinygptv_ds.data.shards.tar import SKIPPED, VISION_SUFFIXES, Member
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.retry import STORAGE
-
-REASONS = (
-    "missing_record",
-    "bad_json",
-    "bad_record",
-    "missing_image",
-    "ambiguous_images",
-    "corrupt_image",
-    "unsupported_image",
-    "unsupported_depth",
-    "truncated",
-    "unreadable",
-    "unreadable_shard",
-    "empty_answer",
-    "no_target_tokens",
-    "too_long",
-    "torn_features",
-)
-
-
-class SampleError(DataError):
-    """One sample that cannot be used. `reason` is one of `REASONS`, the message says which sample and why."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.reason, str(self))  # so that it survives the way from a worker process
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as stored: the parsed ``json`` member and the images' encoded bytes, or their features, in order."""
+    """A sample: its record as processing/text.py reads it, and its images' encoded bytes or features, in order."""
 
     key: str
     record: dict[str, Any]
@@ -94,10 +77,9 @@ class ShardReader:
         where = f"{tar}: sample {key}"
         members = shard.members(index)
         self._raise_if_skipped(tar, members, where)
-        record = parse_record(self._record_bytes(tar, members, where), where)
-        images = _images(members, where)
-        if "caption" in record and not images:
-            raise SampleError("missing_image", f"{where}: a caption without an image")
+        record = self._record(tar, members, where)
+        images = self._images(tar, members, where)
+        record = plain_record(record, len(images), where)
         return RawSample(key, record, tuple(self._read(tar, member, where) for member in images))
 
     def key(self, tar: Shard, index: int) -> str:
@@ -108,7 +90,9 @@ class ShardReader:
             return f"number {index}"
 
     def stored(self, tar: Shard, index: int) -> tuple[str, bytes | None, int]:
-        """Return (key, the ``json`` member's bytes or None, number of images) of a sample.
+        """Return (key, the record as JSON or None, number of images) of a sample.
+
+        The record is the ``json`` member as it is, or the caption that stands for it.
 
         Raises:
             SampleError: the storage failed.
@@ -116,8 +100,12 @@ class ShardReader:
         """
         _, shard = self._shard(tar)
         where = f"{tar}: sample {shard.key(index)}"
-        member = next((member for member in shard.members(index) if member.suffix == "json"), None)
+        members = shard.members(index)
+        member = next((member for member in members if member.suffix == RECORD), None)
         record = None if member is None else self._read(tar, member, where)
+        if any(member.suffix == CAPTION for member in members):
+            with contextlib.suppress(SampleError):
+                record = json.dumps(self._record(tar, members, where), ensure_ascii=False).encode()
         return shard.key(index), record, int(shard.lengths[index, 0])
 
     def _raise_if_skipped(self, tar: Shard, members: tuple[Member, ...], where: str) -> None:
@@ -128,11 +116,27 @@ class ShardReader:
                 reason = noted.get("reason")
                 raise SampleError(reason if reason in REASONS else "bad_record", str(noted.get("message")))
 
-    def _record_bytes(self, tar: Shard, members: tuple[Member, ...], where: str) -> bytes:
-        for member in members:
-            if member.suffix == "json":
-                return self._read(tar, member, where)
-        raise SampleError("missing_record", f"{where}: has no .json member")
+    def _record(self, tar: Shard, members: tuple[Member, ...], where: str) -> dict[str, Any]:
+        """Return the record as it is stored, or the caption that stands for it."""
+        return read_record(members, lambda member: self._read(tar, member, where), where)
+
+    def _images(self, tar: Shard, members: tuple[Member, ...], where: str) -> list[Member]:
+        """Return the images in their order. Where none has the name of an image, members that begin as one count."""
+        try:
+            images = image_members(members)
+        except ImageOrderError as error:
+            raise SampleError(error.reason, f"{where}: {error}") from error
+        if not images:
+            images = [member for member in members if begins_as_image(member, partial(self._read, tar, where=where))]
+            if len(images) > 1:
+                names = " and ".join(f".{member.suffix}" for member in images)
+                message = f"{where}: which images, in which order, are {names}? Name them 0.jpg, 1.jpg, ..."
+                raise SampleError("ambiguous_images", message)
+        for member in images:
+            problem = unusable_image(member)
+            if problem is not None:
+                raise SampleError(problem[0], f"{where}: {problem[1]}")
+        return images
 
     def _shard(self, tar: Shard) -> tuple[int, ShardIndex]:
         """Return (file descriptor, index) of `tar`, opened if necessary."""
@@ -186,35 +190,3 @@ def _pread(file: int, member: Member) -> bytes:
             break
         data += more
     return data
-
-
-def parse_record(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a sample's ``json`` member; `where` names the sample.
-
-    Raises:
-        SampleError: it is not a JSON object.
-    """
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise SampleError("bad_json", f"{where}: .json cannot be parsed: {error}") from error
-    if not isinstance(record, dict):
-        raise SampleError("bad_json", f"{where}: .json holds a {type(record).__name__}, not an object")
-    return record
-
-
-def _images(members: tuple[Member, ...], where: str) -> list[Member]:
-    """Return the image members: one ``jpg``, or ``0.jpg``, ``1.jpg``, ... in the order of their numbers."""
-    numbered: dict[int, Member] = {}
-    for member in members:
-        number, dot, suffix = member.suffix.rpartition(".")
-        if suffix not in VISION_SUFFIXES or (dot and not (number.isascii() and number.isdigit())):
-            continue
-        position = int(number) if dot else 0
-        if position in numbered:
-            message = f"{where}: both .{numbered[position].suffix} and .{member.suffix} would be image {position}"
-            raise SampleError("ambiguous_images", message)
-        numbered[position] = member
-    if sorted(numbered) != list(range(len(numbered))):
-        raise SampleError("missing_image", f"{where}: images are numbered {sorted(numbered)}, not from 0 on")
-    return [numbered[position] for position in range(len(numbered))]

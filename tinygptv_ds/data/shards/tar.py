@@ -1,91 +1,112 @@
-"""The members of a tar: which belong to which sample, and where they lie.
-
-A sample's members stand next to each other in the tar and share a key: the member's path up to the first dot of its
-base name. The rest of the name, lower-cased, is the suffix (``json``, ``jpg``, ``0.jpg``). Member names are only ever
-names: nothing is extracted.
-"""
+"""The entries of a tar, and where their contents lie. Names are only ever names: nothing is extracted."""
 
 import logging
 import os
+import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from tinygptv_ds.data.shards.grouping import group, is_complete, split_name
+from tinygptv_ds.data.shards.members import Member, is_image
 from tinygptv_ds.errors import DataError
 
 log = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])
-FEATURE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # suffixes of an image's features in its place, and of one value
-VISION_SUFFIXES = IMAGE_SUFFIXES | FEATURE_BYTES.keys()
-SKIPPED = "skipped.json"  # in shards of features: why the sample cannot be used
 _BLOCK = 512
 _LONGEST_NAME = 1 << 16  # bytes of a long name or a set of extended fields
-_FILE, _LONG_NAME, _EXTENDED, _NO_DATA = b"0\x007", b"L", b"x", b"123456"  # types; those of links and devices come last
-
-
-class Member(NamedTuple):
-    """One file inside a tar. `offset` and `size` are in bytes; the content lies there as it is."""
-
-    suffix: str
-    offset: int
-    size: int
+_FILE, _LONG_NAME, _LONG_LINK, _EXTENDED = b"0\x007", b"L", b"K", b"x"  # types
+_NO_DATA = b"123456"  # types of links and devices, which come last
+_LINKS = b"12"
 
 
 class _Header(NamedTuple):
-    """What a tar says of one entry: `plain` for a file whose content lies in one piece at `offset`."""
+    """What a tar says of one entry: `plain` for a file whose content lies in one piece at `offset`.
+
+    `link` is the entry that a link points at, by its name in the tar; empty for others.
+    """
 
     name: str
     plain: bool
     offset: int
     size: int
+    link: str = ""
 
 
 class _DamageError(Exception):
     """From here on the tar cannot be read."""
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """(key, suffix) of a member's name, or None for a name that belongs to no sample."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    usual = stem and dot and suffix and "\n" not in suffix
-    return (folder + slash + stem, suffix.lower()) if usual else None
-
-
 def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
-    """(key, members) of every sample of `tar`, in its order.
+    """(key, members) of every sample of `tar`, in its order (see grouping.py).
 
-    A tar that is cut short gives the complete samples before the cut, with a warning; of keys and members that occur
-    twice the first counts. Links, devices and sparse files are no members. Raises DataError if the file is no tar at
-    all or cannot be read.
+    A tar that is cut short gives the complete samples before the cut, with a warning. Links, devices and sparse files
+    are no members, except links that are images: they stand for the file in the tar that they point at, or, if there is
+    none, are members without content, so that their samples are not taken for text alone. Raises DataError if the file
+    is no tar at all or cannot be read.
     """
-    samples: list[tuple[str, list[Member]]] = []
+    runs: list[tuple[str, list[Member]]] = []
     cut_key, problem = None, None
+    files: dict[str, tuple[int, int]] = {}  # offset and size by name, for links
+    links: list[tuple[list[Member], int, str]] = []  # (members, place in them, name of the target)
     try:
         with tar.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             for header in _headers(file.fileno(), size):
-                name = split_name(header.name) if header.plain else None
-                if name is None:
+                name = split_name(header.name) if header.plain or header.link else None
+                if name is None or not (header.plain or is_image(name[1])):
                     continue
-                if header.offset + header.size > size:
+                if header.offset + header.size > size and header.plain:
                     cut_key = name[0]
                     raise _DamageError(f"cut short at byte {size}")
-                if not samples or samples[-1][0] != name[0]:
-                    samples.append((name[0], []))
-                samples[-1][1].append(Member(name[1], header.offset, header.size))
+                if not runs or runs[-1][0] != name[0]:
+                    runs.append((name[0], []))
+                members = runs[-1][1]
+                if header.plain:
+                    files[header.name] = header.offset, header.size
+                else:
+                    links.append((members, len(members), header.link))
+                members.append(Member(name[1], header.offset, header.size))
     except _DamageError as damage:
         problem = str(damage)
     except OSError as error:
         raise DataError(f"{tar}: cannot read the shard: {error.strerror}") from error
-    if problem and samples and cut_key in (None, samples[-1][0]):
-        samples.pop()  # its other members may be lost
+    if problem and runs and cut_key in (None, runs[-1][0]):
+        lost = runs.pop()  # its other members may be lost
+        links = [link for link in links if link[0] is not lost[1]]
     if problem == "bad header at byte 0":
-        raise DataError(f"{tar}: no uncompressed tar file ({problem}); fetch or unpack the shard again")
+        raise DataError(f"{tar}: {_no_tar(tar)}")
+    _follow(links, files)
+    samples = group(tar, runs)
+    if problem and (len(samples) < len(runs) or cut_key in samples):  # members stand apart, so any may be lost
+        samples = {key: members for key, members in samples.items() if is_complete(members)}
     if problem:
         log.warning("%s: %s; its %d complete samples are used", tar, problem, len(samples))
-    return _without_duplicates(tar, samples)
+    return list(samples.items())
+
+
+def _follow(links: list[tuple[list[Member], int, str]], files: dict[str, tuple[int, int]]) -> None:
+    """Let links stand for the files that they point at; without one, they stay members without content."""
+    by_path = {posixpath.normpath(name): place for name, place in files.items()} if links else {}
+    for members, place, target in links:
+        members[place] = Member(members[place].suffix, *by_path.get(target, (0, 0)))
+
+
+def _no_tar(tar: Path) -> str:
+    """Say what a file is that is no tar, and what to do."""
+    with tar.open("rb") as file:
+        start = file.read(512)
+    packed = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"(\xb5/\xfd": "unzstd"}
+    for magic, command in packed.items():
+        if start.startswith(magic):
+            return (
+                f"no uncompressed tar file but a compressed one, in which no sample can be found; run {command} on it"
+            )
+    if start.startswith(b"PK\x03\x04"):
+        return "no uncompressed tar file but a ZIP archive; unpack it, then: tar --sort=name -cf SHARD.tar FOLDER"
+    if start.startswith(b"version https://git-lfs"):
+        return "no uncompressed tar file but a Git LFS pointer; fetch the file that it stands for: git lfs pull"
+    return "no uncompressed tar file (bad header at byte 0); is it the right file? If so, fetch it again"
 
 
 def bad_end(tar: Path, after: int) -> str | None:
@@ -112,6 +133,7 @@ def _headers(file: int, size: int, at: int = 0) -> Iterator[_Header]:
     several times as long. Raises _DamageError unless the tar ends as it should.
     """
     name: str | None = None
+    link: str | None = None
     extended: dict[bytes, bytes] = {}
     if size == 0:
         raise _DamageError("empty file")
@@ -123,10 +145,12 @@ def _headers(file: int, size: int, at: int = 0) -> Iterator[_Header]:
             return
         try:
             length, kind, start = _checked_length(block), block[156:157], at + _BLOCK
-            if kind in (_LONG_NAME, _EXTENDED):
+            if kind in (_LONG_NAME, _LONG_LINK, _EXTENDED):
                 content = _content(file, start, length)
                 if kind == _LONG_NAME:
                     name = _text(content)
+                elif kind == _LONG_LINK:
+                    link = _text(content)
                 else:
                     extended |= _extended_fields(content)
             else:
@@ -136,8 +160,14 @@ def _headers(file: int, size: int, at: int = 0) -> Iterator[_Header]:
                     raise ValueError
                 path = _text(extended[b"path"]) if b"path" in extended else name or _short_name(block)
                 plain = kind in _FILE and not any(key.startswith(b"GNU.sparse") for key in extended)
-                yield _Header(path, plain, start, length)
-                name, extended = None, {}
+                if kind in _LINKS:
+                    target = _text(extended[b"linkpath"]) if b"linkpath" in extended else link or _text(block[157:257])
+                    # a hard link names an entry of the tar, a symbolic one a path from its own folder
+                    named = target if kind == b"1" else posixpath.join(posixpath.dirname(path), target)
+                    yield _Header(path, False, start, 0, posixpath.normpath(named))
+                else:
+                    yield _Header(path, plain, start, length)
+                name, link, extended = None, None, {}
         except ValueError:
             raise _DamageError(f"bad header at byte {at}") from None
         at = start + (0 if kind in _NO_DATA else -(-length // _BLOCK) * _BLOCK)
@@ -194,19 +224,3 @@ def _short_name(block: bytes) -> str:
 
 def _text(field: bytes) -> str:
     return field.partition(b"\0")[0].decode(errors="replace")
-
-
-def _without_duplicates(tar: Path, samples: list[tuple[str, list[Member]]]) -> list[tuple[str, list[Member]]]:
-    """Keep the first of samples with the same key, and of members with the same name; warn about the others."""
-    kept: dict[str, list[Member]] = {}
-    dropped = []
-    for key, members in samples:
-        if key in kept:
-            dropped.append(key)
-            continue
-        kept[key] = list({member.suffix: member for member in reversed(members)}.values())[::-1]
-        if len(kept[key]) < len(members):
-            dropped.append(key)
-    if dropped:
-        log.warning("%s: %d keys occur more than once, such as %s; the first is used", tar, len(dropped), dropped[0])
-    return list(kept.items())

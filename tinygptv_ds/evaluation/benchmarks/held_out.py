@@ -14,7 +14,8 @@ from typing import Any
 
 from tinygptv_ds.data.shards.cache import ShardCache, count_samples
 from tinygptv_ds.data.shards.patterns import expand_shards
-from tinygptv_ds.data.shards.reader import ShardReader, parse_record
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.data.shards.records import parse_record
 from tinygptv_ds.data.shards.remote import Shard
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER, gqa_hit

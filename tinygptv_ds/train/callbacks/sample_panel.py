@@ -8,7 +8,8 @@ import torch
 
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.loader.sample import Sample, Tokens, load_sample
-from tinygptv_ds.data.shards.reader import SampleError, ShardReader
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.data.stream.mixture import SampleRef, sample_rng
 from tinygptv_ds.data.stream.plan import OpenStream, open_stream
 from tinygptv_ds.generate.conversation import Prompt

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinygptv_ds.data.loader.batch import Batch, MicroBatch
-from tinygptv_ds.data.shards.reader import REASONS
+from tinygptv_ds.data.shards.records import REASONS
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.models.flops import BatchCounts
 from tinygptv_ds.train.engine import Engine
