@@ -14,7 +14,7 @@ from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.estimate import model_size
 from tinygptv_ds.finetune import by_hand
 from tinygptv_ds.finetune.devices import Devices, fit
-from tinygptv_ds.finetune.inputs import count_entries, source_of
+from tinygptv_ds.finetune.inputs import source_of
 from tinygptv_ds.finetune.recipe import Data, compose
 from tinygptv_ds.finetune.schedule import Given, micro_batch_sizes, plan_schedule
 from tinygptv_ds.models.configuration import TinyGPTVConfig
@@ -168,22 +168,24 @@ def test_data_are_recognized(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("\ufeff " + json.dumps(items))
     (tmp_path / "lines.json").write_text("".join(json.dumps(item) + "\n" for item in items))
     (tmp_path / "table.tsv").write_text("file_name\tcaption\n")
-    (tmp_path / "mine.parquet").write_bytes(b"PAR1...")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/a.txt").write_text("a caption")
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both/mine.json").write_text("[]")
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars/00000.tar").write_bytes(b"")
-    names = ("mine", "lines.json", "table.tsv", "mine.parquet", "folder", "tars")
+    names = ("mine", "lines.json", "table.tsv", "folder", "both", "tars")
     forms = [source_of(tmp_path / name, None, None).format for name in names]
-    assert forms == ["llava", "jsonl", "caption-folder", "parquet", "caption-folder", "shards"]
+    assert forms == ["llava", "llava", "llava", "caption-folder", "llava", "shards"]
     assert source_of(tmp_path / "mine", None, "jsonl").format == "jsonl"
     assert source_of(tmp_path / "mine", tmp_path / "folder", None).options[-1] == str(tmp_path / "folder")
-    assert count_entries(tmp_path / "lines.json") == 3
+    assert source_of(tmp_path / "mine", None, None, ["q=question"]).options[-2:] == ("--columns", "q=question")
+    assert [source_of(tmp_path / name, None).entries for name in ("mine", "lines.json", "both")] == [3, 3, None]
 
 
 @pytest.mark.parametrize(
     ("content", "images", "message"),
-    [(None, None, "no such file or folder"), ("[]", "absent", "no such folder"), ("hello", None, "name its format")],
+    [(None, None, "no such file or folder"), ("[]", "absent", "no such folder"), ("", None, "is empty")],
 )
 def test_wrong_data_are_reported(tmp_path: Path, content: str | None, images: str | None, message: str) -> None:
     if content is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.files import fingerprint_differences, write_atomically
-from tinygptv_ds.finetune.inputs import count_entries, require_new_or_ours, source_of, state_of
+from tinygptv_ds.finetune.inputs import require_new_or_ours, source_of, state_of
 from tinygptv_ds.finetune.phases import Progress
 from tinygptv_ds.finetune.report import print_end, print_plan
 
@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", metavar="NAME", help="how `prepare` reads the data, as its first argument (default: recognized)"
     )
     parser.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="THEIRS=OURS",
+        help="read the key or column THEIRS of the data as OURS, as `prepare --columns`",
+    )
+    parser.add_argument(
         "--held-out",
         metavar="AMOUNT",
         help="share (0.1) or number of the samples that are kept for validation and scores (default: 0.1, or 500 of "
@@ -86,11 +93,10 @@ def run(args: argparse.Namespace) -> None:
     """
     work = args.out.with_name(f"{args.out.name}.finetune")
     require_new_or_ours(args.out, work)
-    source = source_of(args.data, args.images, args.format)
-    entries = count_entries(args.data)
-    if entries is not None and entries < LEAST_SAMPLES:
-        raise DataError(f"--data {args.data}: {_too_few(entries)}")
-    held_out = args.held_out or (_MANY if (entries or 0) > _MANY_ENTRIES else _SHARE)
+    source = source_of(args.data, args.images, args.format, args.columns)
+    if source.entries is not None and source.entries < LEAST_SAMPLES:
+        raise DataError(f"--data {args.data}: {_too_few(source.entries)}")
+    held_out = args.held_out or (_MANY if (source.entries or 0) > _MANY_ENTRIES else _SHARE)
     inputs = _inputs(args, held_out)
     _check_unchanged(work, args.out, inputs)
 
@@ -133,6 +139,7 @@ def _inputs(args: argparse.Namespace, held_out: str) -> dict[str, Any]:
         "--from": state_of(args.weights),
         **{f"--{name}": None if path is None else str(path.resolve()) for name, path in given.items()},
         "--format": args.format,
+        "--columns": args.columns,
         "--held-out": held_out,
     }
 

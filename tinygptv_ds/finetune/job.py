@@ -182,8 +182,9 @@ class Job:
         options = [option for change in self.start.base for option in ("--set", change)]
         options += ["--recipe", str(self.start.recipe)] if self.start.recipe is not None else []
         options += ["--template", template] if template is not None and template != self.start.template else []
-        # Of a run, the scores would otherwise go onto its own TensorBoard.
-        return (*options, "--tensorboard", str(self.work / "scores/before"), "--step", "0")
+        if not self.start.whole:  # the scores would otherwise go onto the TensorBoard of the run that it is of
+            options += ["--tensorboard", str(self.work / "scores/before"), "--step", "0"]
+        return tuple(options)
 
     def _shards(self) -> tuple[str, str]:
         """Return the places of training and held-out shards."""
