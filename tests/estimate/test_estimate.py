@@ -111,6 +111,9 @@ def test_operations_follow_what_is_trained() -> None:
     for part in ("phi", "lora"):
         again = recomputed[part].backward.of(ASSUMED[2].counts) - usual[part].backward.of(ASSUMED[2].counts)
         assert again == pytest.approx(0.5 * usual[part].forward.of(ASSUMED[2].counts))
+    assert recomputed["vit"] == usual["vit"]
+    vit = [flops_by_part(PUBLISHED, trained_names(SHAPES, (*ALL, "vit")), recomputed=n)["vit"] for n in (0.0, 0.5)]
+    assert vit[1].backward.image - vit[0].backward.image == pytest.approx(usual["vit"].forward.image)
     cached = flops_by_part(PUBLISHED, trained_names(SHAPES, ALL), from_features=True)
     assert cached["vit"] == cached["qformer"] == PartFlops() and cached["phi"] == usual["phi"]
     query = flops_by_part(PUBLISHED, trained_names(SHAPES, (*ALL, "qformer")))
@@ -183,6 +186,13 @@ def test_zero_divides() -> None:
     assert eight["ZeRO-3 + CPU offload"].optimizer == 0
     again = step_memory(PUBLISHED, COUNTS, ALL, MicroBatchSize(8, ASSUMED[2], recomputed=1.0), 1)
     assert again["ZeRO-2"].activations < one["ZeRO-2"].activations / 5
+    with_vit = [
+        step_memory(PUBLISHED, COUNTS, (*ALL, "vit"), MicroBatchSize(8, ASSUMED[2], recomputed=share), 1)["ZeRO-2"]
+        for share in (0.0, 1.0)
+    ]
+    of_vit = 39 * 8 * 257 * 1408 * (34 - 4) - 8 * 257 * 1408 * 34  # blocks, images, rows, width; one block is whole
+    saved = with_vit[0].activations - with_vit[1].activations
+    assert saved == pytest.approx(one["ZeRO-2"].activations - again["ZeRO-2"].activations + of_vit, rel=0.02)
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

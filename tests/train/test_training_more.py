@@ -120,6 +120,27 @@ def test_recomputed_blocks(every: bool | int, recomputed: int, built: Callable[.
     assert twice - once == recomputed
 
 
+@pytest.mark.parametrize(("part", "recomputed"), [("vit", 1), ("qformer", 0)])
+def test_recomputed_blocks_of_the_vit(part: str, recomputed: int, built: Callable[..., Any]) -> None:
+    """Each of them runs a second time, where it is trained; loss and gradients are the same bit for bit."""
+    results = []
+    for setting in (False, 2):
+        recipe, model = built("projections", part, model__gradient_checkpointing=setting)
+        runs: list[int] = []
+        for block in model.visual_encoder.blocks:
+            block.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        loss = model.train()(**inputs(recipe, model)).token_losses.sum()
+        loss.backward()
+        results.append((loss, [p.grad for p in model.parameters() if p.requires_grad], len(runs)))
+        with torch.no_grad():  # e.g. a validation
+            model(**inputs(recipe, model))
+        assert len(runs) == results[-1][2] + len(model.visual_encoder.blocks)
+    (plain, gradients, once), (loss, again, twice) = results
+    assert torch.equal(plain, loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    assert twice - once == recomputed * len(model.visual_encoder.blocks)
+
+
 def test_the_result_holds_all_that_is_trained_and_goes_on(built: Callable[..., Any], tmp_path: Path) -> None:
     """The first run trains everything; the second starts from its result and trains only the projections."""
     recipe, model = built(*ALL)

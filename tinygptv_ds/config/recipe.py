@@ -80,7 +80,7 @@ class ModelSection:
 
     gradient_checkpointing: bool | int = False
     """Recompute Phi's blocks in the backward pass, which takes less memory and up to a third more time: true for every
-    block, N for every N-th one."""
+    block, N for every N-th one. Either recomputes all blocks of a ViT that is trained, too."""
 
     def __post_init__(self) -> None:
         check_limits("model", self, image_size=4096, eva_vit_depth=1000, eva_vit_heads=1024, qformer_heads=1024)

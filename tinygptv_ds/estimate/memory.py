@@ -129,17 +129,20 @@ def _activations(config: TinyGPTVConfig, trained: Collection[str], batch: MicroB
     block_again = whole if batch.recomputed else 0.0
     phi = rows * (text.num_hidden_layers * kept + block_again)
     images = 0.0 if batch.from_features else batch.samples * batch.sample.images
-    vision = images * _vision_bytes(config, trained)
+    vision = images * _vision_bytes(config, trained, recomputed=batch.recomputed > 0)
     # Activations of a frozen vision path are freed before Phi begins.
     return phi + vision if {"vit", "qformer"} & set(trained) else max(phi, vision)
 
 
-def _vision_bytes(config: TinyGPTVConfig, trained: Collection[str]) -> float:
+def _vision_bytes(config: TinyGPTVConfig, trained: Collection[str], *, recomputed: bool) -> float:
     """Return the bytes of one image: what is kept where ViT or Q-Former are trained, else the widest block's peak."""
     vit, qformer = config.vision_config, config.qformer_config
     patches = (vit.image_size // vit.patch_size) ** 2 + 1
     peak = patches * 2 * (4 * vit.hidden_size + 2 * vit.intermediate_size)
-    kept_vit = patches * vit.num_hidden_layers * _GENERIC_ROW * vit.hidden_size if "vit" in trained else peak
+    row = _GENERIC_ROW * vit.hidden_size
+    # Recomputed blocks keep their inputs, in fp32, and one block at a time all of its rows.
+    of_blocks = vit.num_hidden_layers * 4 * vit.hidden_size + row if recomputed else vit.num_hidden_layers * row
+    kept_vit = patches * of_blocks if "vit" in trained else peak
     if {"vit", "qformer"} & set(trained):
         blocks = -(-qformer.num_hidden_layers // qformer.cross_attention_frequency)
         cross_attention = blocks * patches * 2 * 2 * qformer.hidden_size

@@ -130,12 +130,14 @@ def flops_by_part(
         trained: canonical names of the trained parameters. Gradients are taken to pass through all of Phi: the
             projections or something in the first block are trained.
         from_features: images come as the Q-Former's outputs.
-        recomputed: share of Phi's blocks that run forward twice under gradient checkpointing. MFU leaves this out: the
-            operations are no more useful for being done twice.
+        recomputed: share of Phi's blocks that run forward twice under gradient checkpointing; if it is not 0, all of a
+            ViT that is trained does. MFU leaves this out: the operations are no more useful for being done twice.
     """
     trained = frozenset(trained)
     text = config.text_config
     vit, qformer = (PartFlops(), PartFlops()) if from_features else _vision(config, trained)
+    if recomputed and any(name.startswith("visual_encoder.") for name in trained):
+        vit = PartFlops(vit.forward, vit.backward + vit.forward)
     head = 2.0 * text.hidden_size * text.vocab_size
     head_backward = head * (1 + ("language_model.lm_head.weight" in trained))
     return {

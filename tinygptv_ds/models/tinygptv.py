@@ -78,6 +78,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model = PhiForCausalLM(config)
         self.attention = "auto"
         self.always_run_vision = False
+        self.recompute_vit = False  # in the backward pass, all blocks of a ViT that is trained
         self.frozen_updates: dict[str, Tensor] = {}  # frozen weights that are not those of the base models' files
         self.post_init()
 
@@ -114,7 +115,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.lm_head
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
-        self.language_model.model.gradient_checkpointing = enable
+        self.language_model.model.gradient_checkpointing = self.recompute_vit = enable
 
     def train(self, mode: bool = True) -> TinyGPTVForConditionalGeneration:
         """Set the training mode; the frozen vision path stays in evaluation mode (no dropout), as in the original."""
@@ -129,6 +130,10 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Whether nothing before the projections is trained."""
         parts = (self.visual_encoder, self.ln_vision, self.qformer)
         return not self.query_tokens.requires_grad and not any(p.requires_grad for m in parts for p in m.parameters())
+
+    @property
+    def _vit_is_trained(self) -> bool:
+        return any(p.requires_grad for p in self.visual_encoder.parameters())
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
         """Normalise uint8 `[N, 3, S, S]` to fp32; floats are returned as they are."""
@@ -147,6 +152,9 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
             pixels = self.normalize(pixel_values).to(self.visual_encoder.patch_embed.proj.weight.dtype)
             pixels = F.pad(pixels, (0, 0) * 3 + (0, max(0, self._fewest_images() - count)))
+            # Only where there is a backward pass through it: it saves the state of the random numbers at every block.
+            recompute = self.recompute_vit and self.training and torch.is_grad_enabled()
+            self.visual_encoder.set_grad_checkpointing(recompute and self._vit_is_trained)
             patches = self.ln_vision(self.visual_encoder.forward_features(pixels))
             queries = self.query_tokens.expand(len(patches), -1, -1)
             return self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state[:count]

@@ -54,6 +54,7 @@ def build_model(
     model = assemble(config, base_paths(section), trained, frozen_dtype=frozen_dtype, trainable=parts)
     model.attention = section.attention
     model.language_model.model.gradient_checkpointing = section.gradient_checkpointing
+    model.recompute_vit = bool(section.gradient_checkpointing)
     return model
 
 
