@@ -1,5 +1,7 @@
 """The published RefCOCO files through the whole script: a perfect predictor has all hits, a broken one none."""
 
+import argparse
+import dataclasses
 import io
 import json
 import lzma
@@ -10,8 +12,11 @@ import pytest
 from PIL import Image
 
 from tinygptv_ds.data.sets.common import box_string
+from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.evaluation import runner
-from tinygptv_ds.evaluation.cli import scores
+from tinygptv_ds.evaluation.cli import add_options, scores
+from tinygptv_ds.evaluation.evaluate import open_tasks
+from tinygptv_ds.evaluation.scoring import score
 from tinygptv_ds.generate.conversation import Prompt
 
 DATA = Path(__file__).parent / "data"
@@ -80,3 +85,27 @@ def test_scored_end_to_end(
     table = (tmp_path / "results.md").read_text()
     assert "| model | refcoco_testB | mean of given |" in table and "| TinyGPT-V (internal run) | 5.4 | 5.4 |" in table
     assert f"| **this model, strict** | {expected:.1f} | {expected:.1f} |" in table
+
+
+@pytest.mark.parametrize(("steps", "option"), [(100, []), (1000, ["--res", "1000"])])
+def test_boxes_in_other_steps(steps: int, option: list[str], root: Path) -> None:
+    """The original's `--res`: a model that counts in steps of a thousandth is scored by those."""
+    parser = argparse.ArgumentParser()
+    add_options(parser, "refer")
+    given = ["--model", "m", "--benchmarks", "refcocog", "--splits", "val", "--root", str(root), "--limit", "50"]
+    (task,) = open_tasks(parser.parse_args([*given, *option]), "refer", ["refcocog"])
+    answers = []
+    for question in task.questions:
+        x, y, width, height = question.truth
+        across, down = steps / question.metadata["width"], steps / question.metadata["height"]
+        corners = (x * across, y * down, (x + width) * across, (y + height) * down)
+        answers.append(f"{{{''.join(f'<{min(round(c), 999)}>' for c in corners)}}}")
+    assert score(task, answers, "###")["strict"] == 100.0
+    other = [dataclasses.replace(q, metadata={**q.metadata, "resolution": 1100 - steps}) for q in task.questions]
+    assert score(dataclasses.replace(task, questions=other), answers, "###")["strict"] < 10.0
+
+
+@pytest.mark.parametrize("options", [["--benchmarks", "refcocog", "--res", "0"], ["--shards", "x", "--res", "50"]])
+def test_odd_steps_are_refused(options: list[str], root: Path) -> None:
+    with pytest.raises(ConfigError, match="--res"):
+        scores("refer", ["--model", "m", "--root", str(root), "--splits", "val", *options])

@@ -82,6 +82,14 @@ def add_options(parser: argparse.ArgumentParser, kind: str) -> None:
         )
     if any(SPLITS[name] for name in benchmarks):
         parser.add_argument("--splits", metavar="NAME,...", help="only these splits (default: all of each benchmark)")
+    if kind == "refer":
+        parser.add_argument(
+            "--res",
+            type=int,
+            default=100,
+            metavar="N",
+            help="the number in a box's answer that stands for the whole width or height (default: 100, as trained)",
+        )
     parser.add_argument(
         "--instruction",
         help="for shards: the words to ask with, with {} for the stored question (default: as each record was trained)",

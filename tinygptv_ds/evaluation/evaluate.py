@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,8 @@ def open_tasks(args: argparse.Namespace, kind: str, benchmarks: Sequence[str]) -
     """Return the questions of all that is named, after checking its files."""
     places = [text for text in args.set if not text.startswith("model.")]
     if args.shards is not None:
+        if getattr(args, "res", 100) != 100:
+            raise ConfigError("--res is for --benchmarks; boxes of shards are compared as they are stored")
         return [open_held_out(kind, args.shards, args.limit, instruction=args.instruction)]
     if args.instruction is not None:
         raise ConfigError("--instruction: the words of published benchmarks are fixed; it is for --shards")
@@ -76,7 +79,16 @@ def open_tasks(args: argparse.Namespace, kind: str, benchmarks: Sequence[str]) -
         for split in _splits(name, getattr(args, "splits", None)):
             tasks.append(open_published(name, split, places_of(name, args.root, places), checks, args.limit))
     checks.finish()
-    return tasks
+    resolution = getattr(args, "res", 100)
+    return tasks if resolution == 100 else [_with_resolution(task, resolution) for task in tasks]
+
+
+def _with_resolution(task: Task, resolution: int) -> Task:
+    """Return a task of boxes whose answers count in steps of 1 / `resolution` of the image."""
+    if resolution < 1:
+        raise ConfigError(f"--res {resolution}: boxes need at least 1 step")
+    questions = [replace(each, metadata={**each.metadata, "resolution": resolution}) for each in task.questions]
+    return replace(task, questions=questions)
 
 
 def _splits(name: str, asked: str | None) -> Sequence[str]:
@@ -180,7 +192,12 @@ def _result(
     wording: list[str] | None,
 ) -> dict[str, Any]:
     model = {"model": scored.model, "checkpoint": scored.checkpoint, "step": step}
-    template = {"template": decoding["template"], "decoding": {k: v for k, v in decoding.items() if k != "template"}}
+    how = {key: value for key, value in decoding.items() if key != "template"}
+    resolution = task.questions[0].metadata.get("resolution")
+    template = {
+        "template": decoding["template"],
+        "decoding": how if resolution is None else {**how, "resolution": resolution},
+    }
     return {"benchmark": task.name, **model, **template, "wording": wording, **scores}
 
 

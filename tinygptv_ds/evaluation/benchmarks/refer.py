@@ -21,7 +21,10 @@ def places(name: str) -> dict[str, str]:
 
 def _points(question: Question, text: str, *, compat: bool) -> float:
     size = question.metadata
-    return 100.0 * counts_as_hit(text, question.truth, size["width"], size["height"], compat=compat)
+    hit = counts_as_hit(
+        text, question.truth, size["width"], size["height"], resolution=size.get("resolution", 100), compat=compat
+    )
+    return 100.0 * hit
 
 
 BENCHMARK = Benchmark(
