@@ -35,6 +35,14 @@ class Dataset:
 # Files and folders that stand for one of the table's where datasets are kept in another common layout.
 OTHER_LAYOUTS = {
     "*.json*": ("*.ndjson", "*.parquet", "*.csv", "*.tsv"),
+    COCO: ("coco/train2017",),
+    "coco_caption/coco_karpathy_train.json": ("coco_caption/captions_train2014.json",),
+    "textcaps/train_images": ("textcaps/train_val_images/train_images",),
+    "vqav2/vqa_train.json": ("vqav2/v2_*mscoco_train2014_*.json",),
+    "vqav2/vqa_val.json": ("vqav2/v2_*mscoco_val2014_*.json",),
+    "okvqa/okvqa_train.json": ("okvqa/*mscoco_train2014_*.json",),
+    f"{refvg.FOLDER}/VG_100K": (f"{refvg.FOLDER}/images",),
+    f"{refvg.FOLDER}/VG_100K_2": (f"{refvg.FOLDER}/images", f"{refvg.FOLDER}/VG_100K"),
 }
 
 _COCO = "images: COCO 2014 train2014.zip from cocodataset.org"
@@ -173,6 +181,10 @@ def how_to_get(name: str) -> str:
             f"{name} is used as img2dataset downloads it, without preparation: name its tars in the recipe\n"
             f"  from: {entry.source}\n  its JSON as a TSV for img2dataset: tinygptv-ds convert-{name.replace('_', '-')}"
         )
-    files = [*entry.files, *(f"{file} (if there is one)" for file in entry.optional)]
+    files = [*(_with_others(file) for file in entry.files), *(f"{file} (if there is one)" for file in entry.optional)]
     lines = [f"{name} needs", *(f"  ROOT/{file}" for file in files)] if files else [name]
     return "\n".join([*lines, f"  from: {entry.source}", f"  then: {command} {name} --root ROOT --out DIR"])
+
+
+def _with_others(file: str) -> str:
+    return file + "".join(f", or {other}" for other in OTHER_LAYOUTS.get(file, ()))

@@ -133,6 +133,14 @@ def load_json(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            first = file.readline()
+        if first.startswith(b"version https://git-lfs"):
+            raise DataError(
+                f"{path}: is a Git LFS pointer, not the file itself; fetch that with: git lfs pull"
+            ) from error
+        if first.rstrip().endswith(b"}") and getattr(error, "msg", "") == "Extra data":
+            raise DataError(f"{path}: holds JSON lines, not one document; is it the right file?") from error
         raise DataError(f"{path}: is no JSON ({error}); fetch it again") from error
 
 
@@ -145,12 +153,12 @@ def load_entries(path: Path, field: str = "annotations") -> list[Any]:
     return entries
 
 
-def load_objects(path: Path) -> list[dict[str, Any]]:
+def load_objects(path: Path, field: str = "annotations") -> list[dict[str, Any]]:
     """Read the list in a JSON file as `load_entries` does, and check that every entry is an object."""
-    entries = load_entries(path)
+    entries = load_entries(path, field)
     odd = next((position for position, entry in enumerate(entries) if not isinstance(entry, dict)), None)
     if odd is not None:
-        raise DataError(f"{path}: entry {odd} is a {type(entries[odd]).__name__}, not an object; fetch it again")
+        raise DataError(f"{path}: entry {odd} is a {type(entries[odd]).__name__}, not an object; is it the right file?")
     return entries
 
 
@@ -163,8 +171,27 @@ def inside(root: Path, *names: object) -> Path:
 
 
 def coco_image(root: Path, image_id: object) -> Path:
-    """Return the path of the COCO 2014 training image with the (already padded) id."""
-    return inside(root, COCO, f"COCO_train2014_{image_id}.jpg")
+    """Return the path of the COCO 2014 training image with the (already padded) id, or of a `coco_file` like it."""
+    return coco_file(root, f"COCO_train2014_{image_id}.jpg")
+
+
+def coco_file(root: Path, name: str) -> Path:
+    """Return the path of a COCO image by its name of 2014, ``COCO_train2014_000000000009.jpg``.
+
+    Where it is not in train2014 it may be in val2014, or have its name of 2017 (the images are the same).
+    """
+    path = inside(root, COCO, name)
+    number = name.removesuffix(".jpg").rpartition("_")[2]
+    others = (
+        *(f"coco/{part}2014/COCO_{part}2014_{number}.jpg" for part in ("train", "val")),
+        *(f"coco/{folder}/{number}.jpg" for folder in ("train2017", "val2017", "train2014")),
+    )
+    return path if not number.isdigit() else first_file(path, *(root / other for other in others))
+
+
+def first_file(path: Path, *others: Path) -> Path:
+    """Return the first of several places at which there is a file; `path` if there is none."""
+    return next((place for place in (path, *others) if place.is_file()), path)
 
 
 @lru_cache(maxsize=64)

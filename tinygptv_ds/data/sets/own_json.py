@@ -87,7 +87,8 @@ def _load(file: Path) -> Any:
     try:
         return json.loads(data)
     except json.JSONDecodeError as error:
-        cut = "is cut short" if error.pos >= len(error.doc.rstrip()) else "is no JSON"
+        ends = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+        cut = "is cut short" if ends else "is no JSON"
         raise DataError(f"{file}: {cut}: {error.msg} in line {error.lineno}, column {error.colno}") from error
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1

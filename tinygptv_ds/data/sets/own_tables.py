@@ -30,10 +30,13 @@ def read_table(table: Path) -> Iterator[Row]:
     advice = (
         "a TSV cannot hold tabs or line breaks in a cell; save it as CSV" if is_tsv else 'write "quotes" around commas'
     )
+    opened = 0  # the line before, if its last cell opens a quote
     for line, cells in rows:
         where = f"{table.name}: line {line}"
-        if is_tsv and len(cells) < len(header) and cells[-1].startswith('"') and not _in_quotes(cells[-1]):
-            raise DataError(f"{table}: line {line}: a cell in quotes goes on in the next line; {advice}")
+        opens = is_tsv and cells[-1].startswith('"') and not _in_quotes(cells[-1])
+        if len(cells) < len(header) and (opened or opens):
+            raise DataError(f"{table}: line {opened or line}: a cell in quotes goes on in the next line; {advice}")
+        opened = line if opens else 0
         if any(cells[len(header) :]):
             yield Row(
                 where, SkipEntry("bad_record", f"{len(cells)} cells, the header has {len(header)}; {advice}: {cells}")

@@ -9,6 +9,7 @@ from tinygptv_ds.data.sets.common import (
     Samples,
     SkipEntry,
     box_string,
+    first_file,
     inside,
     load_objects,
     read_image_size,
@@ -22,7 +23,8 @@ MAX_AREA = 16384  # square pixels; regions from here on are left out
 def refvg(root: Path) -> Iterator[Entry]:
     """Yield every small region of `region_descriptions.json`; `image_data.json` holds the image's folder and name.
 
-    The box is relative to the size of the image itself, not to the one that is listed.
+    Both folders of images may be merged into the first, or lie in ``images``. The box is relative to the size of the
+    image itself, not to the one that is listed.
     """
     urls = {_id(image, "image_id"): image.get("url") for image in load_objects(root / FOLDER / "image_data.json")}
 
@@ -36,7 +38,9 @@ def refvg(root: Path) -> Iterator[Entry]:
         url = urls.get(image_id)
         if url is None:
             raise SkipEntry("bad_record", f"image {image_id} is not in image_data.json, or without a url")
-        path = inside(root, FOLDER, *url.split("/")[-2:])
+        folder, name = url.split("/")[-2:]
+        places = ((folder, name), ("VG_100K", name), ("images", folder, name), ("images", name))
+        path = first_file(*(inside(root, FOLDER, *place) for place in places))
         box = [region[field] for field in ("x", "y", "width", "height")]
         answer = box_string(box, read_image_size(path))
         ids = {"image_id": image_id, "region_id": _id(region, "region_id")}
