@@ -31,7 +31,7 @@ class KeepBest(Callback):
     def __init__(self, run: Run) -> None:
         train, evaluation = run.recipe.train, run.recipe.evaluation
         self._run = run
-        self._metric = train.keep_best
+        self._metric = None if run.job.evaluate_only else train.keep_best
         self._patience = train.patience
         self._every = train.validate_every if self._metric == VALIDATION_LOSS else evaluation.every
         self._best: Best | None = None

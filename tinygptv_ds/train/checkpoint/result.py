@@ -18,8 +18,10 @@ def save_model(run: Run) -> None:
     """Write `model/` on rank 0: the trained weights, or those of `best/` where the recipe asks for the best ones.
 
     It also holds the frozen weights that are not those of the base models' files, e.g. LoRA of the stage before. Call
-    on all ranks, which gather the trained weights.
+    on all ranks, which gather the trained weights. After `--evaluate-only` there is nothing to write.
     """
+    if run.job.evaluate_only:
+        return
     trained = run.engine.trained_state()
     if not run.ranks.is_main:
         return

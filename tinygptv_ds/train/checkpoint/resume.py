@@ -142,6 +142,8 @@ def _newest_complete(checkpoints: Path) -> Path | None:
 
 def _named(job: Job, path: Path) -> Path:
     """Return the checkpoint of `--resume PATH`: one of the run directory, or one for the run to begin from."""
+    if job.evaluate_only:
+        return _is_checkpoint(path)
     own = job.run_dir / FOLDER
     if path.resolve().parent != own.resolve():
         mine = _newest_complete(own)

@@ -31,6 +31,8 @@ _LAG = 0.1  # of the time of a step: what the others may lose to one rank before
 class Reporter:
     """Rank 0's console line, TensorBoard, `metrics.jsonl` and Weights & Biases; it does nothing on other ranks.
 
+    With `--evaluate-only` it writes nothing: the metrics of the run stay as they are.
+
     Attributes:
         board: TensorBoard's writer on rank 0, None elsewhere.
     """
@@ -42,7 +44,7 @@ class Reporter:
         self._device = run.engine.device
         self._costs, self._peak = _costs(run), _peak(run.engine)
         self.board: SummaryWriter | None = None
-        if job.ranks.is_main:
+        if job.ranks.is_main and not job.evaluate_only:
             forget_after(job.run_dir / "metrics.jsonl", first_step)
             purge = first_step + 1 if first_step else None
             self.board = SummaryWriter(job.run_dir / "tensorboard", purge_step=purge)

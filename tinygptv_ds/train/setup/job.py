@@ -41,6 +41,7 @@ class Job:
         dry_run: stop after `DRY_STEPS` steps and leave nothing behind.
         resume_anyway: go on although recipe, data or base weights differ from the checkpoint's.
         scored: what `recipe.evaluation` names, with its questions.
+        evaluate_only: measure the weights that the run starts or resumes from, and train nothing.
     """
 
     recipe: Recipe
@@ -51,6 +52,7 @@ class Job:
     dry_run: bool = False
     resume_anyway: bool = False
     scored: Sequence[Task] = ()
+    evaluate_only: bool = False
 
     @property
     def last_step(self) -> int:
@@ -122,6 +124,12 @@ def stage_parser(recipe: Path) -> argparse.ArgumentParser:
         help="build everything, run two real steps, save, tell time, memory and what a run would write, and leave "
         "nothing behind",
     )
+    parser.add_argument(
+        "--evaluate-only",
+        action="store_true",
+        help="measure validation loss, scores and sample panel of the run directory's newest checkpoint, of the one "
+        "that --resume names, or else of the recipe's own weights (model.init_from), and train nothing",
+    )
     # launch/start.sh asks before it starts the launcher, which takes seconds to import torch.
     parser.add_argument("--check-recipe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
@@ -148,8 +156,13 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     resolved = resolve_deepspeed(load_deepspeed_json(json_path), loaded, ranks.world_size, str(json_path))
     check_machine(resolved, has_gpu=has_gpu(), source=str(json_path))
     run_dir = args.run_dir or Path("runs") / f"stage{loaded.stage}"
+    if args.dry_run and args.evaluate_only:
+        raise ConfigError("--dry-run is of a training, --evaluate-only of none: choose one")
     if args.dry_run:
         run_dir = run_dir.with_name(run_dir.name + DRY_SUFFIX)
+    elif args.evaluate_only:
+        _check_measured(loaded)
+        _check_resume(run_dir, args.resume)
     else:
         _check_run_dir(run_dir, args.resume)
     # Imported here because the readers of datasets and benchmarks load numpy: mistakes in the recipe come before.
@@ -159,7 +172,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     scored = check_and_open_benchmarks(loaded)
     check_tracking(loaded)
     resume = "never" if args.dry_run else args.resume
-    return Job(loaded, resolved, run_dir, resume, ranks, args.dry_run, args.resume_anyway, scored)
+    return Job(loaded, resolved, run_dir, resume, ranks, args.dry_run, args.resume_anyway, scored, args.evaluate_only)
 
 
 def default_deepspeed_json() -> Path:
@@ -177,10 +190,22 @@ def _check_run_dir(run_dir: Path, resume: str) -> None:
         raise ConfigError(
             f"{run_dir} holds a finished run (its model/ is there); choose another --run-dir or remove it"
         )
+    _check_resume(run_dir, resume)
+
+
+def _check_resume(run_dir: Path, resume: str) -> None:
     if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
         raise ConfigError(f"{run_dir} holds checkpoints; choose another --run-dir, or --resume auto to go on from them")
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise ConfigError(f"--resume {resume}: there is no such folder; give auto, never, or the path of a checkpoint")
+
+
+def _check_measured(recipe: Recipe) -> None:
+    if not (recipe.data.has_validation or recipe.evaluation.benchmarks):
+        raise ConfigError(
+            "--evaluate-only: the recipe names nothing to measure; name datasets in data.validation, hold samples back "
+            "with data.validation_share, or name what is scored in evaluation.benchmarks"
+        )
 
 
 def _shown(path: Path) -> Path:

@@ -92,7 +92,7 @@ class Session:
         job = self._job
         fingerprint = run_fingerprint(job.recipe, stream) if job.ranks.is_main else {}
         chosen = broadcast_from_rank0(job.ranks, lambda: resume.choose_checkpoint(job, fingerprint))
-        if job.ranks.is_main:
+        if job.ranks.is_main and not job.evaluate_only:
             note_run(job)
         checkpoint = None if chosen is None else resume.open_checkpoint(Path(chosen))
         if checkpoint is not None:
@@ -104,6 +104,8 @@ class Session:
         first_step = 0 if checkpoint is None else resume.restore_optimizer(engine, checkpoint)
         began_from = None if checkpoint is None else resume.began_from(job, checkpoint.folder)
         run = Run(job, engine, self._watchdog.progress, first_step, self._watchdog.stacks.dump_workers)
+        if job.evaluate_only:
+            run.ends_at = first_step
         try:
             with Checkpoints(run, fingerprint, began_from) as checkpoints:
                 run.callbacks = [checkpoints]
@@ -113,7 +115,7 @@ class Session:
         except Stopped:
             self._part()
             raise
-        if job.ranks.is_main and (job.run_dir / MODEL).is_dir():
+        if job.ranks.is_main and (job.run_dir / MODEL).is_dir() and not job.evaluate_only:
             for line in closing_report(run):
                 LOGGER.info("%s", line)
         self._part()
