@@ -103,7 +103,7 @@ def measure_all(folder: Path, size: str, only: str = "") -> list[Row]:
         "export hf, LoRA merged, bf16": ["export", trained, *recipe],
         "export hf, LoRA kept, fp32": ["export", trained, *recipe, "--keep-lora", "--dtype", "fp32"],
         "export phi, split bf16": ["export", trained, *recipe, "--to", "phi"],
-        "export adapter, fp32": ["export", trained, *recipe, "--to", "adapter"],
+        "export trained, fp32": ["export", trained, *recipe, "--to", "trained"],
     }
     rows = []
     for name, argv in verbs.items():

@@ -39,6 +39,7 @@ def test_the_table_of_weights_names_every_kind() -> None:
     assert all(f"| `{form}` |" in text for form in FORMS)
     words = {"phi": "Phi-2", "eva_vit": "eva_vit_g.pth", "blip2": "blip2_pretrained_flant5xxl.pth"}
     words |= {"projection": "MiniGPT-4's projection", "trained": "checkpoint_N.pth", "model": "exported `hf` folder"}
+    words |= {"adapter": "adapter of peft on linear layers"}
     assert words.keys() == KINDS.keys()
     assert all(word in text for word in words.values())
 

@@ -17,8 +17,8 @@ from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.parameters import is_trainable
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.assemble import build_model
-from tinygptv_ds.weights.export.adapter import export_adapter
 from tinygptv_ds.weights.export.hf import export_hf
+from tinygptv_ds.weights.export.trained import export_trained
 from tinygptv_ds.weights.provenance import provenance_of
 from tinygptv_ds.weights.resolve import resolve
 from tinygptv_ds.weights.trained import save_trained
@@ -60,9 +60,9 @@ def error(found: Tensor, true: Tensor) -> float:
 def test_every_form_is_the_same_model(trained_run: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     """Bit for bit where LoRA is stored separately, to rounding where it is merged, in memory or in the files."""
     as_resolved = logits(resolve(trained_run).model(FP32))
-    export_adapter(resolve(trained_run), tmp_path / "adapter", dtype=None)
+    export_trained(resolve(trained_run), tmp_path / "trained", dtype=None)
     export_hf(resolve(trained_run), tmp_path / "kept", dtype=FP32, lora="kept")
-    for path in (trained_run, trained_run / "model", tmp_path / "adapter", tmp_path / "kept"):
+    for path in (trained_run, trained_run / "model", tmp_path / "trained", tmp_path / "kept"):
         model, processor = load_model(path, FP32)
         assert torch.equal(logits(model), as_resolved), path
         assert not model.training and not any(p.requires_grad for p in model.parameters())

@@ -33,7 +33,7 @@ from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.schedule import learning_rate_of_step
 from tinygptv_ds.train.step import optimizer_step
 from tinygptv_ds.train.transfer import Transfer
-from tinygptv_ds.weights.io import open_weights
+from tinygptv_ds.weights.folders import open_weights
 from tinygptv_ds.weights.layouts.tinygptv import original_source
 
 Example = tuple[Rendered, list[bytes]]

@@ -159,21 +159,21 @@ def test_a_value_beyond_fp16_is_refused(
 
 def test_an_adapter_goes_on_its_base(run: Path, model: TinyGPTVForConditionalGeneration, tmp_path: Path) -> None:
     """Nothing but what was trained, and the model again from it, to infer and to go on training."""
-    out = export(run, tmp_path / "out", "--to", "adapter")
+    out = export(run, tmp_path / "out", "--to", "trained")
     stored = open_any(out).stored
     assert stored.keys() == open_any(run).stored.keys()
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     again, processor = load_model(out, torch.float32)
     assert torch.equal(logits(again), logits(model))
     assert processor.prompt_template == "[INST] {} [/INST]"
-    half = export(out, tmp_path / "half", "--to", "adapter", "--dtype", "bf16")
+    half = export(out, tmp_path / "half", "--to", "trained", "--dtype", "bf16")
     assert {tensor.dtype for tensor in open_any(half).stored.values()} == {torch.bfloat16}
 
 
 def test_an_adapter_finds_its_base_elsewhere(
     run: Path, model: TinyGPTVForConditionalGeneration, tmp_path: Path
 ) -> None:
-    out = export(run, tmp_path / "out", "--to", "adapter")
+    out = export(run, tmp_path / "out", "--to", "trained")
     (tmp_path / "base/phi").rename(tmp_path / "moved")
     with pytest.raises(WeightsError, match=r"are missing: phi \(.*base/phi\); .* --set model\.phi=PATH"):
         load_model(out, torch.float32)
@@ -257,7 +257,7 @@ def test_a_run_without_exporting(run: Path, model: TinyGPTVForConditionalGenerat
 
 
 def test_a_folder_in_use_is_left_alone(run: Path, tmp_path: Path) -> None:
-    for to in ("hf", "adapter", "original", "phi"):
+    for to in ("hf", "trained", "adapter", "original", "phi"):
         with pytest.raises(WeightsError, match="already exists"):
             export(run, tmp_path / "base", "--to", to)
     assert (tmp_path / "base/phi").is_dir()

@@ -26,9 +26,12 @@ from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.weights.assemble import meta_model
-from tinygptv_ds.weights.io import Stored
+from tinygptv_ds.weights.detect import PROVENANCE, open_any
+from tinygptv_ds.weights.io import Stored, read_json
+from tinygptv_ds.weights.layouts.tinygptv import original_source
 from tinygptv_ds.weights.merge_lora import merge_lora
 from tinygptv_ds.weights.opening import open_model_weights
+from tinygptv_ds.weights.peft_adapter import ADAPTER_CONFIG, PeftAdapter, is_adapter, merge_adapter, read_adapter
 from tinygptv_ds.weights.resolve import resolve
 from tinygptv_ds.weights.safetensors_writer import convert_tensor
 from tinygptv_ds.weights.source import Source, check_weights
@@ -51,11 +54,13 @@ def load_model(
     quantize_vision: bool = False,
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
+    adapter: Path | None = None,
 ) -> LoadedModel:
     """Load a model that is ready to answer, with its processor.
 
     Args:
-        path: an exported folder, or trained weights in any form that `resolve` takes.
+        path: an exported folder, trained weights in any form that `resolve` takes, or an adapter that peft has trained
+            on an exported folder, which its configuration names.
         dtype: dtype of computation and of the weights that are not quantized; None: `default_dtype`.
         bits: 16: all weights in `dtype`; 8 and 4 quantize the linear layers of Phi's blocks, but not embeddings, norms,
             LoRA, projections and Q-Former.
@@ -64,9 +69,10 @@ def load_model(
         quantize_vision: quantize the linear layers of the ViT, too.
         recipe: for trained weights that do not name their base weights, as in `resolve`.
         overrides: changes to that recipe.
+        adapter: a folder of peft's that goes on the model; its LoRA is merged.
 
     Raises:
-        WeightsError: there is no model at `path`, or its base weights are not found.
+        WeightsError: there is no model at `path`, the adapter does not go on it, or its base weights are not found.
         ConfigError: the device, or `bits` with this device or dtype, is not available here.
     """
     path = local_path(path)
@@ -75,7 +81,11 @@ def load_model(
     check_bits(bits, target, dtype)
     if quantize_vision and bits == 16:
         raise ConfigError("quantizing the ViT needs 8 or 4 bits; with 16 nothing is quantized")
+    if adapter is None and is_adapter(path) and not (path / PROVENANCE).is_file():
+        path, adapter = _base_of(path), path
     weights, config, processor = _open(path, recipe, overrides)
+    if adapter is not None:
+        weights = merge_adapter(weights, _open_adapter(local_path(adapter), path))
     if merge and config.lora_r:
         weights, config = merge_lora(weights, config), copy.deepcopy(config)
         config.lora_r = 0
@@ -151,6 +161,38 @@ def _open(
     shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
     check_weights(shapes, Source(path, weights, []), "The folder is of another version or damaged: export it again")
     return weights, config, processor
+
+
+def _base_of(adapter: Path) -> Path:
+    """Return the exported folder that peft has trained an adapter on."""
+    opened = open_any(adapter)
+    found = read_adapter(adapter, original_source(opened.stored, adapter).weights)
+    if found.base_folder is None:
+        raise WeightsError(
+            f"{adapter}: an adapter of peft on {found.base or 'a model that it does not name'}, which is not here; "
+            f"name the model's folder, and the adapter with --adapter {adapter}"
+        )
+    return found.base_folder
+
+
+def _open_adapter(folder: Path, model: Path) -> PeftAdapter:
+    """Open an adapter for a model.
+
+    Raises:
+        WeightsError: it is none of peft's, or its LoRA is already merged into the model.
+    """
+    if not is_adapter(folder):
+        raise WeightsError(
+            f"{folder} is no folder of peft's with {ADAPTER_CONFIG}; other trained weights are themselves the MODEL"
+        )
+    opened, notes = open_any(folder), model / PROVENANCE
+    base = read_json(notes) if notes.is_file() else {}
+    if base.get("lora") == "merged" and base.get("trained") == opened.notes.get("trained"):
+        raise WeightsError(
+            f"{model} already has the LoRA of {folder} merged, which would count twice; leave --adapter out, or name "
+            "the model exported with --drop-lora"
+        )
+    return read_adapter(folder, original_source(opened.stored, folder).weights)
 
 
 def _quantize(

@@ -47,6 +47,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="merge LoRA into the weights if it is stored separately; slightly faster",
     )
     group.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="an adapter of peft that goes on MODEL; its LoRA is merged"
+    )
+    group.add_argument(
         "--recipe", type=Path, metavar="FILE", help="the stage's YAML, if MODEL does not name its base weights"
     )
     group.add_argument(
@@ -75,6 +78,8 @@ def check_model_arguments(args: argparse.Namespace) -> None:
         TinyGPTVError: the model, the recipe or the template does not exist.
     """
     require_path(args.model)
+    if args.adapter is not None:
+        require_path(args.adapter)
     check_template(args.template, "--template")
     if args.recipe is not None:
         load_recipe(args.recipe, args.set)
@@ -107,6 +112,7 @@ def load_from(
         quantize_vision=args.quantize_vision,
         recipe=args.recipe,
         overrides=args.set,
+        adapter=args.adapter,
     )
     template = choose_template(args.template, processor.prompt_template, processor.end_sym)
     if args.add_bos_token is not None:

@@ -79,7 +79,7 @@ def _check_options(args: argparse.Namespace, opened: Opened) -> None:
         raise ConfigError(f"--image-size is for an EVA ViT; {args.source} is of another kind, so leave it out")
     if opened.kind == "model":
         raise ConfigError(
-            f"{args.source} is already a whole model; export its run with another --dtype, or with --to adapter"
+            f"{args.source} is already a whole model; export its run with another --dtype, or with --to trained"
         )
 
 
@@ -93,10 +93,12 @@ def _checked(opened: Opened) -> Source:
     from tinygptv_ds.weights.layouts.expected_shapes import expected_shapes, in_order
     from tinygptv_ds.weights.layouts.phi2 import check_config, phi_config
     from tinygptv_ds.weights.source import Source, check_weights
-    from tinygptv_ds.weights.trained import init_from_of, whole_source
+    from tinygptv_ds.weights.trained import init_from_of, trained_source, whole_source
 
     config = phi_config(_phi_folder(opened)) if opened.kind == "phi" else None
     source = canonical_source(opened, 1 if config is None else config.num_attention_heads)
+    if opened.kind in ("trained", "adapter") and not opened.of_one_stage:
+        source = trained_source(opened)
     if opened.of_one_stage:
         source = whole_source(opened, init_from_of(opened))
     expected = expected_shapes(opened.kind, source)

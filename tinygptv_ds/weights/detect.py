@@ -6,14 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.config.paths import local_path
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.models.parameters import lora
+from tinygptv_ds.models.parameters import lora, projections
 from tinygptv_ds.weights.folders import open_file, open_weights, weight_files
 from tinygptv_ds.weights.io import Stored, read_json
 from tinygptv_ds.weights.kinds import kind_of
@@ -24,6 +24,7 @@ from tinygptv_ds.weights.layouts.phi2 import to_canonical
 from tinygptv_ds.weights.layouts.tinygptv import original_source
 from tinygptv_ds.weights.opening import model_weights
 from tinygptv_ds.weights.other_files import not_there
+from tinygptv_ds.weights.peft_adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_adapter
 from tinygptv_ds.weights.released import Released, released_by_size
 from tinygptv_ds.weights.source import Source, rename_all
 
@@ -31,8 +32,6 @@ WEIGHTS = "trained.safetensors"
 PROVENANCE = "provenance.json"
 RECIPE = "recipe.yaml"
 STATE = "state.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's own names of its two files
-ADAPTER_CONFIG = "adapter_config.json"
 # A weight file that has the second file next to it is opened as the folder of both.
 _NOTES_OF = {WEIGHTS: PROVENANCE, STATE: "state.json", ADAPTER_WEIGHTS: ADAPTER_CONFIG}
 
@@ -95,13 +94,12 @@ def open_any(path: Path) -> Opened:
     if step is not None:
         return _deepspeed(path, step)
     _refuse_unfinished(path)
-    adapter = (path / ADAPTER_CONFIG).is_file()
-    if adapter:
-        _refuse_unknown_adapter(path / ADAPTER_CONFIG)
     stored, outside = model_weights(open_weights(path), path)
     notes = read_json(path / PROVENANCE) if (path / PROVENANCE).is_file() else {}
     kind = kind_of(stored, path)
-    container = "peft adapter" if adapter else "exported model" if kind == "model" else "folder of weights"
+    if is_adapter(path):
+        kind = _kind_of_adapter(stored, path, kind)
+    container = "peft adapter" if is_adapter(path) else "exported model" if kind == "model" else "folder of weights"
     return Opened(path, container, kind, weight_files(path), stored, path, notes, outside)
 
 
@@ -178,6 +176,15 @@ def _kind_of_run(names: Iterable[str], path: Path) -> str:
     return kind if kind == "projection" else "trained"
 
 
+def _kind_of_adapter(stored: Mapping[str, Stored], path: Path, kind: str) -> str:
+    """Return "trained" for an adapter that holds all that a stage trains, "adapter" for any other."""
+    names = original_source(stored, path).weights
+    elsewhere = any(lora(name) and not name.startswith("language_model.") for name in names)
+    dora = any(name.endswith(".lora_magnitude_vector") for name in names)
+    whole = kind == "trained" and any(map(projections, names)) and not elsewhere and not dora
+    return "trained" if whole else "adapter"
+
+
 def _model_folder(path: Path, folder: Path, container: str) -> Opened:
     file = folder / WEIGHTS
     stored, _ = model_weights(open_file(file)[0], file, "trained")
@@ -219,16 +226,3 @@ def _refuse_unfinished(path: Path) -> None:
         raise WeightsError(f"{path}: the run has not finished; let it finish, or name its checkpoint {checkpoints[-1]}")
     if (path / RECIPE).is_file() and not any(path.glob("*.safetensors")):
         raise WeightsError(f"{path}: the run has not finished and has no checkpoint yet; start it again to resume it")
-
-
-def _refuse_unknown_adapter(path: Path) -> None:
-    """Refuse an adapter of peft that computes anything but `W + alpha / r * B A` on each of its layers."""
-    config = read_json(path)
-    wrong = [name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern") if config.get(name)]
-    if config.get("peft_type") != "LORA":
-        wrong.insert(0, f"peft_type {config.get('peft_type')}")
-    if wrong:
-        raise WeightsError(
-            f"{path}: TinyGPT-V has plain LoRA of one rank and one alpha, not {', '.join(wrong)}; merge the adapter "
-            "into its model with peft's merge_and_unload instead"
-        )

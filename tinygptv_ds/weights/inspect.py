@@ -66,6 +66,7 @@ class WeightsReport:
         layout: of the attention's weights, or the spelling of trained weights; None for other kinds.
         lora_r: LoRA's rank, 0 without LoRA.
         lora_targets: the linear layers that have LoRA.
+        adapter: of an adapter of peft: its variant, scale and base; None for other files.
         qformer: whether it holds a Q-Former.
         also_contains: what else the file holds (optimizer, epoch, ...).
         parts: sizes of the model's parts.
@@ -88,6 +89,7 @@ class WeightsReport:
     layout: str | None = None
     lora_r: int = 0
     lora_targets: list[str] = field(default_factory=list)
+    adapter: str | None = None
     qformer: bool = False
     also_contains: list[str] = field(default_factory=list)
     parts: dict[str, WeightsPart] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class WeightsReport:
             ("stage", self.stage),
             ("layout", self.layout),
             ("LoRA", f"rank {self.lora_r} on {', '.join(self.lora_targets)}" if self.lora_r else "none"),
+            ("adapter", self.adapter),
             ("Q-Former", "yes" if self.qformer else "no"),
             ("also contains", ", ".join(self.also_contains) or None),
             *(("sha256", f"{digest}  {name}") for name, digest in self.files.items()),
@@ -166,6 +169,7 @@ def inspect(path: Path) -> WeightsReport:
         ignored=sorted(source.ignored),
     )
     try:
+        report.adapter = _adapter(opened, source)
         found = compare(expected_shapes(opened.kind, source), source)
     except WeightsError as error:
         report.unexpected, report.incomplete = sorted(source.weights), str(error)
@@ -187,6 +191,18 @@ def _stage(opened: Opened, source: Source) -> str | None:
     return str(guess_stage(opened, source)) if trained else None
 
 
+def _adapter(opened: Opened, source: Source) -> str | None:
+    """Describe an adapter of peft; raise WeightsError where TinyGPT-V cannot take it."""
+    from tinygptv_ds.weights.peft_adapter import check_adapter_layers, is_adapter, read_adapter
+
+    if opened.folder is None or not is_adapter(opened.folder):
+        return None
+    adapter = read_adapter(opened.folder, source.weights)
+    check_adapter_layers(adapter)
+    scale = f", as of lora_alpha {adapter.alpha:g}" if adapter.alpha is not None else ""
+    return f"{adapter.variant}{scale}, on {adapter.base or 'a model that it does not name'}"
+
+
 def _layout(opened: Opened) -> str | None:
     """Return the layout of Phi's attention, or how the names of trained weights are spelled."""
     from tinygptv_ds.weights.layouts.phi2 import layout
@@ -194,7 +210,7 @@ def _layout(opened: Opened) -> str | None:
 
     if opened.kind == "phi":
         return layout(opened.stored, opened.path)
-    return spelling(opened.stored) if opened.kind in ("trained", "projection", "model") else None
+    return spelling(opened.stored) if opened.kind in ("trained", "projection", "model", "adapter") else None
 
 
 def _other_content(opened: Opened) -> list[str]:

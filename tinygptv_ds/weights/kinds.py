@@ -21,6 +21,7 @@ KINDS = {
     "projection": "first projection, as of MiniGPT-4",
     "trained": "trained weights of TinyGPT-V",
     "model": "whole TinyGPT-V",
+    "adapter": "LoRA in peft's format, for a model that it goes on",
 }
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _FLATTENED = re.compile(r"(^|\.)_?flat_param(_\d+)?$")  # FSDP's shards of many tensors in one

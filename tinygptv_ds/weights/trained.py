@@ -7,6 +7,7 @@ models with LoRA kept, adapters of this program and of peft, MiniGPT-4's project
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,18 @@ from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.files import sha256, whole_folder
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
-from tinygptv_ds.models.parameters import is_trainable, lora, norms
-from tinygptv_ds.weights.detect import ADAPTER_CONFIG, RECIPE, WEIGHTS, Opened, open_any
-from tinygptv_ds.weights.io import Stored, in_memory, read_json
+from tinygptv_ds.models.parameters import is_trainable, lora, norms, projections
+from tinygptv_ds.weights.detect import RECIPE, WEIGHTS, Opened, open_any
+from tinygptv_ds.weights.io import Stored, in_memory, listing, read_json
 from tinygptv_ds.weights.kinds import KINDS
 from tinygptv_ds.weights.layouts.tinygptv import original_source
+from tinygptv_ds.weights.peft_adapter import (
+    ADAPTER_CONFIG,
+    PeftAdapter,
+    check_adapter_layers,
+    is_adapter,
+    read_adapter,
+)
 from tinygptv_ds.weights.provenance import write_provenance
 from tinygptv_ds.weights.safetensors_writer import write_file
 from tinygptv_ds.weights.source import Source, check_weights, lora_rank
@@ -91,7 +99,10 @@ def fitting_source(
         WeightsError: a key is missing, unknown or of another shape, or LoRA does not fit the model's.
     """
     opened = open_any(Path(path))
-    merged_in_base = base is not None and base.resolve() == Path(path).resolve()
+    start = opened.path
+    if opened.folder is not None and is_adapter(opened.folder):
+        start = read_adapter(opened.folder, original_source(opened.stored, start).weights).base_folder or start
+    merged_in_base = base is not None and base.resolve() == start.resolve()
     source = whole_source(opened, init_from_of(opened), merged_in_base=merged_in_base)
     check_fit(model, opened, source, allow_missing)
     return source
@@ -115,13 +126,15 @@ def trained_source(opened: Opened, *, merged_in_base: bool = False) -> Source:
     Raises:
         WeightsError: it holds something else, or a model whose LoRA is merged into a base that is not used.
     """
-    if opened.kind not in ("trained", "projection", "model"):
+    if opened.kind not in ("trained", "projection", "model", "adapter"):
         place = {"phi": "phi", "eva_vit": "eva_vit", "blip2": "qformer"}[opened.kind]
         raise WeightsError(
             f"{opened.path} is a base model ({KINDS[opened.kind]}), not trained weights of TinyGPT-V; its place is "
             f"model.{place}"
         )
     source = original_source(opened.stored, opened.path, opened.ignored)
+    if opened.folder is not None and is_adapter(opened.folder):
+        return _with_base(read_adapter(opened.folder, source.weights), source, merged_in_base=merged_in_base)
     if opened.kind != "model":
         return source
     lora_form = opened.notes.get("lora")
@@ -133,12 +146,38 @@ def trained_source(opened: Opened, *, merged_in_base: bool = False) -> Source:
         )
         raise WeightsError(
             f"{opened.path} is an exported model with {what}, from which a stage cannot start; name the run that it "
-            f"comes from, or export it with --to adapter or --keep-lora{itself if lora_form == 'merged' else ''}"
+            f"comes from, or export it with --to trained or --keep-lora{itself if lora_form == 'merged' else ''}"
         )
     frozen_updates = set(opened.notes.get("frozen_updates", ()))
     wanted = {name for name in source.weights if is_trainable(name) or name in frozen_updates}
     base = sorted(source.weights.keys() - wanted)
     return Source(opened.path, {n: t for n, t in source.weights.items() if n in wanted}, base)
+
+
+def _with_base(adapter: PeftAdapter, source: Source, *, merged_in_base: bool) -> Source:
+    """Return an adapter's weights and, from the exported model that it was trained on, projections and norms.
+
+    Raises:
+        WeightsError: its LoRA is not of the plain kind that a stage trains, or on other layers.
+    """
+    check_adapter_layers(adapter)
+    elsewhere = [layer for layer in adapter.layers if not layer.startswith("language_model.")]
+    if adapter.alpha is None or elsewhere:
+        what = adapter.variant + (f" on {listing(elsewhere)}" if elsewhere else "")
+        raise WeightsError(
+            f"{adapter.folder}: a stage trains plain LoRA of one rank and one scale on Phi's layers, not {what}. "
+            "The adapter is for answering: `tinygptv-ds chat MODEL --adapter DIR`; to train on, merge it into its "
+            "model with peft's merge_and_unload"
+        )
+    folder = adapter.base_folder
+    if folder is None or (folder / ADAPTER_CONFIG).is_file() or any(map(projections, source.weights)):
+        return source
+    base = open_any(folder)
+    if base.kind != "model" or (base.notes.get("lora") == "merged" and not merged_in_base):
+        return source
+    trained = original_source(base.stored, base.path).weights
+    added = {n: t for n, t in trained.items() if is_trainable(n) and not lora(n) and n not in source.weights}
+    return Source(source.path, {**added, **source.weights}, source.ignored)
 
 
 def whole_source(opened: Opened, init_from: str | None, *, merged_in_base: bool = False) -> Source:
@@ -249,7 +288,7 @@ def _likely_cause(source: Source, shapes: Mapping[str, tuple[int, ...]]) -> str:
 def _check_lora_scale(config: TinyGPTVConfig, opened: Opened) -> None:
     """Check alpha: weights trained under another one would be applied with another strength."""
     trained = _trained_alpha(opened)
-    if trained is not None and trained != config.lora_alpha:
+    if trained is not None and not math.isclose(trained, config.lora_alpha, rel_tol=1e-9):
         raise WeightsError(
             f"{opened.path} was trained with lora_alpha {trained}, the model has {config.lora_alpha}; "
             f"set model.lora_alpha={trained}"
@@ -258,8 +297,8 @@ def _check_lora_scale(config: TinyGPTVConfig, opened: Opened) -> None:
 
 def _trained_alpha(opened: Opened) -> float | None:
     """Return the alpha that the files of a run or an adapter note; the original's checkpoints do not reliably."""
-    if opened.folder is not None and (opened.folder / ADAPTER_CONFIG).is_file():
-        return read_json(opened.folder / ADAPTER_CONFIG).get("lora_alpha")
+    if opened.folder is not None and is_adapter(opened.folder):
+        return read_adapter(opened.folder, original_source(opened.stored, opened.path).weights).alpha
     if opened.folder is not None and (opened.folder / "config.json").is_file():
         config = read_json(opened.folder / "config.json")
         return config.get("lora_alpha") if config.get("lora_r") else None

@@ -3,8 +3,8 @@
 | form | content |
 |---|---|
 | hf | the whole model as a folder that transformers loads |
-| adapter | the trained weights alone, to go on the same base weights again |
-| peft | LoRA, projections and norms as an adapter of peft |
+| adapter | LoRA, projections and norms as an adapter in peft's format |
+| trained | the trained weights alone, to go on the same base weights again |
 | original | a `.pth` that the original's code loads |
 | phi | the language model alone, with LoRA merged |
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from tinygptv_ds.weights.export.hf import LoRAForm
 
-FORMS = ("hf", "adapter", "peft", "original", "phi")
+FORMS = ("hf", "adapter", "trained", "original", "phi")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,15 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--to",
         choices=FORMS,
         default="hf",
-        help="hf: a folder for transformers' from_pretrained; adapter: the trained weights alone; peft: an adapter of "
-        "peft; original: a .pth for the original's code; phi: the language model alone, LoRA merged (default: "
+        help="hf: a folder for transformers' from_pretrained; adapter: LoRA, projections and norms in peft's format; "
+        "trained: the trained weights alone; original: a .pth for the original's code; phi: the language model alone, "
+        "LoRA merged (default: "
         "%(default)s)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the folder (original: file) to write")
     parser.add_argument(
         "--dtype",
         choices=["bf16", "fp16", "fp32"],
-        help="of all weights (default: bf16; adapter, peft and original: unchanged)",
+        help="of all weights (default: bf16; adapter, trained and original: unchanged)",
     )
     lora = parser.add_mutually_exclusive_group()
     lora.add_argument("--keep-lora", action="store_true", help="hf: keep LoRA apart instead of merging it")
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
     dtype = None if args.dtype is None else DTYPES[args.dtype]
     if args.to == "original":
         _export_original(args, dtype)
-    elif args.to in ("adapter", "peft"):
+    elif args.to in ("adapter", "trained"):
         _export_trained(args, dtype)
     else:
         _export_whole(args, DTYPES["bf16"] if dtype is None else dtype)
@@ -115,19 +116,22 @@ def _export_original(args: argparse.Namespace, dtype: torch.dtype | None) -> Non
 
 
 def _export_trained(args: argparse.Namespace, dtype: torch.dtype | None) -> None:
-    """Export to "adapter" or "peft"."""
-    from tinygptv_ds.weights.export.adapter import export_adapter
+    """Export to "adapter" or "trained"."""
+    from tinygptv_ds.weights.export.trained import export_trained
     from tinygptv_ds.weights.resolve import resolve
 
     resolved = resolve(args.trained, args.recipe, args.set)
-    if args.to == "adapter":
-        export_adapter(resolved, args.out, dtype=dtype)
+    if args.to == "trained":
+        export_trained(resolved, args.out, dtype=dtype)
         print(f"{args.out}: name it as model.init_from of a recipe, or as the model to evaluate or chat with")
         return
-    from tinygptv_ds.weights.export.peft import export_peft  # peft takes a second to import
+    from tinygptv_ds.weights.export.adapter import export_adapter  # peft takes a second to import
 
-    export_peft(resolved, args.out, dtype=dtype)
-    print(f"{args.out}: load it with PeftModel.from_pretrained on the model exported with --drop-lora")
+    export_adapter(resolved, args.out, dtype=dtype)
+    print(
+        f"{args.out}: chat with it, name it as model.init_from of a recipe, or load it with "
+        "PeftModel.from_pretrained on the model exported with --drop-lora"
+    )
 
 
 def _export_whole(args: argparse.Namespace, dtype: torch.dtype) -> None:

@@ -45,7 +45,7 @@ def export_hf(
         resolved: the model.
         out: the folder.
         dtype: of all weights.
-        lora: "merged" into the weights that it adapts, "kept" apart, or "dropped": the base of `export_peft`.
+        lora: "merged" into the weights that it adapts, "kept" apart, or "dropped": the base of `export_adapter`.
         scores: files of evaluation results for the model card.
 
     Raises:

@@ -46,6 +46,8 @@ def expected_shapes(kind: str, source: Source) -> Shapes:
             return _blip2(source, shapes)
         if kind == "projection":
             return _linear(shapes, "llama_proj")
+        if kind == "adapter":
+            return shapes
         if kind == "trained":
             return _trained(source, shapes)
         return _eva_vit(shapes) | _blip2(source, shapes) | _projections(shapes) | _phi(shapes)

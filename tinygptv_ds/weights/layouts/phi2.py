@@ -24,6 +24,7 @@ from tinygptv_ds.weights.folders import open_weights
 from tinygptv_ds.weights.io import Stored, listing, read_json
 from tinygptv_ds.weights.layouts.exported import part_of_exported, text_config_of
 from tinygptv_ds.weights.opening import model_weights
+from tinygptv_ds.weights.peft_adapter import is_adapter
 from tinygptv_ds.weights.source import Source, rename_all
 
 PREFIX = "language_model."
@@ -227,6 +228,11 @@ def phi_config(folder: Path) -> PhiConfig:
         WeightsError: the file is missing or incomplete, or sets something that this model does not support.
     """
     path = folder / "config.json"
+    if is_adapter(folder) and not path.is_file():
+        raise WeightsError(
+            f"{folder}: an adapter of peft, not whole weights; merge it into the Phi that it goes on (peft's "
+            "merge_and_unload, then save_pretrained) and name the result"
+        )
     return parse_config(dict(text_config_of(read_json(path))), path)
 
 

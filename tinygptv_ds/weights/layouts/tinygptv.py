@@ -20,9 +20,13 @@ from tinygptv_ds.weights.source import Source, rename_all
 BUFFER = "Qformer.bert.embeddings.position_ids"
 BUFFER_LENGTH = 512
 
-_WHOLE_IN_PEFT = r"base_model\.model\.(?=(?:language_model|llama_proj2?)\.)"
+_WHOLE_IN_PEFT = (
+    r"base_model\.model\.(?=(?:language_model|llama_proj2?|qformer|visual_encoder|ln_vision)\.|query_tokens$)"
+)
+_PEFT_LAYER = re.compile(r"\.base_layer\.(?=(weight|bias)$)")
 _LLM = re.compile(r"^(llama_model\.(base_model\.model\.)?|base_model\.model\.|language_model\.)")
 _ADAPTER_NAME = re.compile(r"\.lora_([AB])\.(?!weight$)[^.]+\.weight$")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.[^.]+)*$")
 _COPIED_MODULE = re.compile(r"\.modules_to_save\.[^.]+\.")
 
 
@@ -33,11 +37,8 @@ def canonical_name(name: str) -> str | None:
         return blip2.canonical_name(name)
     if ".original_module." in name:  # peft's copy of a module from before the training
         return None
-    name = _COPIED_MODULE.sub(".", name)
-    if _LLM.match(name):
-        name = _LLM.sub("language_model.", name).replace(".base_layer.", ".")
-        return _ADAPTER_NAME.sub(r".lora_\1.weight", name)
-    return name
+    name = _LLM.sub("language_model.", _PEFT_LAYER.sub(".", _COPIED_MODULE.sub(".", name)))
+    return _MAGNITUDE.sub(".lora_magnitude_vector", _ADAPTER_NAME.sub(r".lora_\1.weight", name))
 
 
 def original_name(name: str, *, lora: bool) -> str:
