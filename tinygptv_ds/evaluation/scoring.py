@@ -47,7 +47,7 @@ def _row(task: Task, question: Question, answer: Answer, end: str) -> dict[str, 
     if isinstance(answer, str):
         # The original reads on after the end: a later `[/INST]` takes the place of the answer.
         whole, stopped, raw = as_decoded(answer), as_decoded(answer.partition(end)[0]), {"raw": answer}
-    asked = {"key": question.key, "question": question.text}
+    asked: dict[str, Any] = {"key": question.key, "question": question.text}
     if question.history:
         asked["history"] = question.history
     row = {**asked, "answer": benchmark.readable(question, stopped), **raw}

@@ -20,7 +20,7 @@ def recipe_warnings(recipe: Recipe, samples: Mapping[str, int] | None = None) ->
         samples: training samples by dataset; None: unknown, and what depends on them is not looked at.
     """
     found = [*_learning_rate(recipe), *_measurements(recipe)]
-    if samples is not None and sum(samples.values()):
+    if samples is not None and any(samples.values()):
         found += [*_passes(recipe, samples), *_batch(recipe, samples)]
     return found
 

@@ -40,7 +40,8 @@ def measured_on(recipe: Recipe, metric: str) -> dict[str, Any]:
             "validation_samples": recipe.train.validation_samples,
         }
     section = recipe.evaluation
-    (scored,) = (each for each in section.benchmarks if metric.startswith(f"eval/{each.label}/"))
+    name = metric.removeprefix("eval/").rpartition("/")[0]
+    (scored,) = (each for each in section.benchmarks if each.label == name)
     return {**asdict(scored), "limit": section.limit, "max_new_tokens": section.max_new_tokens}
 
 
@@ -57,7 +58,7 @@ def write_best(run: Run, state: Mapping[str, Tensor], best: Best) -> None:
     """
     model, out = run.engine.module, run.job.run_dir / FOLDER
     notes = {"step": best.step, "best": {**asdict(best), "measured_on": measured_on(run.recipe, best.metric)}}
-    save_trained(model.frozen_updates | state, model.config, out, provenance_of(run.recipe) | notes)
+    save_trained({**model.frozen_updates, **state}, model.config, out, provenance_of(run.recipe) | notes)
 
 
 def read_best(run: Run, metric: str) -> Best | None:
