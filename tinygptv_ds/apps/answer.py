@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tinygptv_ds.generate.answerer import Answerer
+    from tinygptv_ds.processing.image import Color
 
 _READERS = 4  # threads that read, fetch and decode images while the model answers
 _MAX_SHOWN = 5  # problems listed in a message
@@ -42,12 +43,14 @@ class BatchAnswering:
         generation: settings of generation.
         batch_size: questions per batch.
         allow_private: whether images may be fetched from private addresses.
+        background: how images are read, see processing/image.py.
     """
 
     answerer: Answerer
     generation: Generation
     batch_size: int
     allow_private: bool
+    background: Color | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +144,8 @@ def _fingerprint(args: argparse.Namespace, generation: Generation) -> dict[str, 
     path = args.model.resolve()
     folder = path / "model" if (path / "model").is_dir() else path  # of a run directory
     files = [path] if path.is_file() else sorted(file for kind in _WEIGHTS for file in folder.glob(f"*{kind}"))
-    options = ("bits", "quantize_vision", "dtype", "device", "merge_lora", "template", "add_bos_token", "set")
+    options = ["bits", "quantize_vision", "dtype", "device", "merge_lora"]
+    options += ["template", "add_bos_token", "set", "background"]
     return {
         "input": sha256(args.input),
         "model": str(path),
@@ -163,8 +167,12 @@ def _answer_all(
     """Answer this rank's questions, longest first: batches hold similar lengths, and the last ones are not slower."""
     import torch
 
+    from tinygptv_ds.processing.image import parse_background
+
     device = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else None
-    work = BatchAnswering(load_from(args, device=device), generation, args.batch_size, args.allow_private)
+    background = parse_background(args.background)
+    answerer = load_from(args, device=device)
+    work = BatchAnswering(answerer, generation, args.batch_size, args.allow_private, background)
     ordered = sorted(pending, key=lambda question: question.length, reverse=True)
     hidden = None if ranks.is_main else True
     label = "answers" if ranks.world_size == 1 else f"answers of rank 0 (1 of {ranks.world_size})"
@@ -221,10 +229,10 @@ def _prepare(question: QuestionRecord, work: BatchAnswering) -> PreparedQuestion
         if question.problem:
             raise DataError(question.problem)
         encoded = read_images(question, allow_private=work.allow_private)
-        pixels = []
+        pixels, side = [], work.answerer.processor.image_size
         for number, image in enumerate(encoded, 1):
             try:
-                pixels.append(to_pixels(image, work.answerer.processor.image_size))
+                pixels.append(to_pixels(image, side, background=work.background))
             except DataError as error:
                 raise DataError(f"image {number} of {len(encoded)}: {error}") from None
         prompt = work.answerer.prompt(_turns(question, pixels))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from tinygptv_ds.generate.answerer import Answerer
+    from tinygptv_ds.processing.image import Color
 
 _HELP = """\
 /image PATH|URL   an image for the next question; further ones may follow
@@ -48,20 +49,31 @@ def run(args: argparse.Namespace) -> None:
     """Load the model, then answer questions until the input ends."""
     check_model_arguments(args)
     generation = generation_from(args)
-    images = [load_image(source, args.allow_private) for source in args.image]
+    from tinygptv_ds.processing.image import parse_background
+
+    background = parse_background(args.background)
+    images = [load_image(source, args.allow_private, background) for source in args.image]
     answerer = load_from(args)
     model, template = answerer.model, answerer.template
     dtype = str(model.dtype).removeprefix("torch.")
     about = f"{args.bits} bit, {dtype}" if args.bits < 16 else dtype
     print(f"{args.model}: {about} on {model.device}, template {template.name}; /help", file=sys.stderr, flush=True)
-    chat = Chat(answerer, Conversation(template), generation, args.show_prompt, args.allow_private, images)
+    chat = Chat(
+        answerer,
+        Conversation(template),
+        generation,
+        args.show_prompt,
+        args.allow_private,
+        images,
+        background=background,
+    )
     for line in _typed_lines() if sys.stdin.isatty() else sys.stdin:
         if not chat.take(line):
             return
 
 
-def load_image(source: str, allow_private: bool = False) -> Image.Image:
-    """Read an image by path or URL, decoded to RGB.
+def load_image(source: str, allow_private: bool = False, background: Color | None = None) -> Image.Image:
+    """Read an image by path or URL, decoded to RGB; `background` as in processing/image.py.
 
     Raises:
         DataError: there is no such file, or it is not an image; names it.
@@ -71,13 +83,13 @@ def load_image(source: str, allow_private: bool = False) -> Image.Image:
     if is_url(source):
         encoded = fetch_image(source, allow_private=allow_private)
         try:
-            return open_image(encoded)
+            return open_image(encoded, background=background)
         except DataError as error:
             raise DataError(f"{source}: {error}") from None
     path = Path(source).expanduser()
     if not path.is_file():
         raise DataError(f"{source}: no such image; correct the path")
-    return open_image(path)
+    return open_image(path, background=background)
 
 
 @dataclass
@@ -92,6 +104,7 @@ class Chat:
         allow_private: whether images may be fetched from private addresses.
         next_images: images for the next question.
         prompt: the last prompt.
+        background: how images are read, see processing/image.py.
     """
 
     answerer: Answerer
@@ -101,6 +114,7 @@ class Chat:
     allow_private: bool = False
     next_images: list[Image.Image] = field(default_factory=list)
     prompt: Prompt | None = None
+    background: Color | None = None
 
     def take(self, line: str) -> bool:
         """Run a command or answer a question; return False if the user wants to leave."""
@@ -132,7 +146,7 @@ class Chat:
     def _add_image(self, source: str) -> None:
         if not source:
             raise DataError("/image needs a path or a URL")
-        image = load_image(source, self.allow_private)
+        image = load_image(source, self.allow_private, self.background)
         self.next_images.append(image)
         print(f"({source}: {image.width} x {image.height} pixels, for the next question)")
 

@@ -21,6 +21,9 @@ def check_name(name: str, what: str) -> None:
     )
 
 
+_BACKGROUND = re.compile(r"[A-Za-z]+|#[0-9A-Fa-f]{6}")
+
+
 @dataclass(frozen=True)
 class DatasetSection:
     """One dataset of the mixture."""
@@ -39,9 +42,19 @@ class DatasetSection:
     clean: bool = True
     """Whether to apply the original's text cleaning to the fields that the original cleans."""
 
+    background: str = "auto"
+    """A color (a name, or `#rrggbb`): images are turned upright by their EXIF orientation, and transparent pixels laid
+    on it. none: as in the original, which ignores the orientation and drops alpha. auto: none for datasets with the
+    name of one of the original's, white for all others."""
+
     def __post_init__(self) -> None:
         check_name(self.name, "data.datasets: name")
         require(self.weight > 0, f"data.datasets, {self.name}: weight must be positive")
+        require(
+            _BACKGROUND.fullmatch(self.background) is not None,
+            f"data.datasets, {self.name}: background must be auto, none, a color's name or #rrggbb, "
+            f"not {self.background!r}",
+        )
         check_limits(f"data.datasets, {self.name}", self, weight=1e9)
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tinygptv_ds.config.data_section import DataSection, DatasetSection
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.data.loader.background import background_of, reading_of
 from tinygptv_ds.data.shards.cache import count_samples, open_cache
 from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.remote import Shard
@@ -124,13 +125,14 @@ def _make(section: DatasetSection, folder: Path, work: FeatureJob) -> None:
     sources = expand_shards(section.shards, allow_pipe=section.name in work.data.allow_pipe)
     counts = count_samples(sources, open_cache(work.data))
     tars = [folder / tar_name(number) for number in range(len(sources))]
-    notes = FeatureNotes(work.made_with, [source_of(*each) for each in zip(sources, counts, strict=True)], [])
+    made_with = work.made_with | reading_of(section)
+    notes = FeatureNotes(made_with, [source_of(*each) for each in zip(sources, counts, strict=True)], [])
     with _one_writer(folder, work.ranks):
         if work.ranks.is_main:
             _begin(folder, notes)
         barrier(work.ranks)
         mine = list(zip(sources, counts, tars, strict=True))[work.ranks.rank :: work.ranks.world_size]
-        _encode(section.name, mine, work)
+        _encode(section, mine, work)
         barrier(work.ranks)
         if work.ranks.is_main:
             sizes = [tar.stat().st_size for tar in tars]
@@ -139,18 +141,23 @@ def _make(section: DatasetSection, folder: Path, work: FeatureJob) -> None:
             print(f"{section.name}: {sum(counts):,} samples in {len(tars)} shard(s), {size:.3g} GB", flush=True)
 
 
-def _encode(name: str, shards: list[tuple[Shard, int, Path]], work: FeatureJob) -> None:
+def _encode(section: DatasetSection, shards: list[tuple[Shard, int, Path]], work: FeatureJob) -> None:
     """Write the tars of this rank that are not there; each comes as (source, samples, tar)."""
     from tinygptv_ds.features.encode import ImageChunks, write_features
 
     left = [shard for shard in shards if not shard[2].is_file()]
     total, to_do = (sum(count for _, count, _ in part) for part in (shards, left))
     chunks = ImageChunks(
-        [s for s, _, _ in left], [c for _, c, _ in left], work.batch_size, work.image_size, open_cache(work.data)
+        [s for s, _, _ in left],
+        [c for _, c, _ in left],
+        work.batch_size,
+        work.image_size,
+        open_cache(work.data),
+        background_of(section),
     )
     skipped: Counter[str] = Counter()
     hidden = None if work.ranks.is_main else True
-    with tqdm(desc=name, total=total, initial=total - to_do, unit="sample", disable=hidden) as bar:
+    with tqdm(desc=section.name, total=total, initial=total - to_do, unit="sample", disable=hidden) as bar:
 
         def done(slots: list[Slot]) -> None:
             bar.update(len(slots))
@@ -158,7 +165,7 @@ def _encode(name: str, shards: list[tuple[Shard, int, Path]], work: FeatureJob) 
 
         write_features(work.vision, chunks, [t for _, _, t in left], dtype=work.dtype, workers=work.workers, done=done)
     for reason, count in sorted(skipped.items()):
-        LOGGER.warning("%s: %d samples cannot be used (%s); training will leave them out", name, count, reason)
+        LOGGER.warning("%s: %d samples cannot be used (%s); training will leave them out", section.name, count, reason)
 
 
 def _begin(folder: Path, notes: FeatureNotes) -> None:

@@ -24,7 +24,7 @@ from tinygptv_ds.data.shards.writer import add_sample, open_tar
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.files import whole_file
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.image import ImageError, to_pixels
+from tinygptv_ds.processing.image import Color, ImageError, to_pixels
 
 _OF_THE_STORAGE = ("unreadable", "unreadable_shard", "truncated")  # another time the sample may be whole
 
@@ -55,11 +55,19 @@ class ImageChunks(Dataset):
         size: samples of a chunk.
         image_size: side of the square images.
         cache: where remote shards are fetched to.
+        background: how images are read, see processing/image.py.
     """
 
     def __init__(
-        self, tars: Sequence[Shard], counts: Sequence[int], size: int, image_size: int, cache: ShardCache
+        self,
+        tars: Sequence[Shard],
+        counts: Sequence[int],
+        size: int,
+        image_size: int,
+        cache: ShardCache,
+        background: Color | None = None,
     ) -> None:
+        self._background = background
         self._tars, self._counts, self._size, self._image_size = tars, counts, size, image_size
         self._starts = np.cumsum([0, *(-(-count // size) for count in counts)])
         self._reader = ShardReader(cache=cache)
@@ -71,10 +79,11 @@ class ImageChunks(Dataset):
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
         first = int(number - self._starts[which]) * self._size
         samples = range(first, min(first + self._size, self._counts[which]))
-        return which, first, [load_slot(self._reader, self._tars[which], i, self._image_size) for i in samples]
+        tar = self._tars[which]
+        return which, first, [load_slot(self._reader, tar, i, self._image_size, self._background) for i in samples]
 
 
-def load_slot(reader: ShardReader, tar: Shard, index: int, image_size: int) -> Slot:
+def load_slot(reader: ShardReader, tar: Shard, index: int, image_size: int, background: Color | None = None) -> Slot:
     """Decode the images of one sample; for one that cannot be used, keep the reason.
 
     Raises:
@@ -95,7 +104,7 @@ def load_slot(reader: ShardReader, tar: Shard, index: int, image_size: int) -> S
             raise
         return skipped(error.reason, str(error))
     try:
-        pixels = [to_pixels(image, image_size) for image in images]
+        pixels = [to_pixels(image, image_size, background=background) for image in images]
     except ImageError as error:
         return skipped(error.reason, f"{tar}: sample {key}: {error}")
     return Slot(key, members, np.stack(pixels) if pixels else none)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tinygptv_ds.config.data_section import DataSection
+from tinygptv_ds.data.loader.background import reading_of
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.features.format import refuse_stale
 from tinygptv_ds.models.parameters import vision
@@ -34,7 +35,7 @@ def check_features(model: TinyGPTVForConditionalGeneration, data: DataSection, p
         )
     current = vision_fingerprint(model, precision)
     for section in data.used:
-        refuse_stale(Path(data.features) / section.name, current)
+        refuse_stale(Path(data.features) / section.name, current | reading_of(section))
 
 
 def vision_fingerprint(model: TinyGPTVForConditionalGeneration, precision: str) -> dict[str, Any]:

@@ -55,6 +55,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of that recipe (repeatable)"
     )
+    group.add_argument(
+        "--background",
+        default="white",
+        metavar="COLOR",
+        help="images are turned upright by their EXIF orientation and laid on this color where they are transparent; "
+        "none: neither, as in the original (default: %(default)s)",
+    )
     group = parser.add_argument_group("prompt")
     group.add_argument(
         "--template",
@@ -75,11 +82,15 @@ def check_model_arguments(args: argparse.Namespace) -> None:
     """Check everything that can be checked without torch.
 
     Raises:
-        TinyGPTVError: the model, the recipe or the template does not exist.
+        TinyGPTVError: the model, the recipe, the template or the background does not exist.
     """
     require_path(args.model)
     if args.adapter is not None:
         require_path(args.adapter)
+    if args.background != "white":
+        from tinygptv_ds.processing.image import parse_background  # Pillow and numpy, which a mistake need not wait for
+
+        parse_background(args.background)
     check_template(args.template, "--template")
     if args.recipe is not None:
         load_recipe(args.recipe, args.set)

@@ -38,6 +38,7 @@ from tinygptv_ds.processing.image_formats import (
 Source = bytes | str | Path | Image.Image  # encoded, a path, or decoded
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
+NO_BACKGROUND = "none"
 
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
@@ -195,6 +196,15 @@ def parse_color(text: str) -> Color:
         if len(color) == 3:
             return color
     raise ConfigError(f"{text!r} is no color; give a name, e.g. white, or red, green and blue as #rrggbb")
+
+
+def parse_background(text: str) -> Color | None:
+    """Return the color of a name or ``#rrggbb``, or None for ``none``: images as in the original.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    return None if text == NO_BACKGROUND else parse_color(text)
 
 
 @contextmanager

@@ -34,9 +34,10 @@ def run(args: argparse.Namespace) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
     from tinygptv_ds.apps.demo.page import build_page, launch
+    from tinygptv_ds.processing.image import parse_background
 
     answer_question, name = load_answer_function(args)
-    page = build_page(answer_question, name, defaults)
+    page = build_page(answer_question, name, defaults, parse_background(args.background))
     address.close()  # gradio opens a socket of its own
     print(f"{name} at {' and '.join(launch(page, args.host, args.port, share=args.share))}", flush=True)
     page.block_thread()

@@ -7,6 +7,7 @@ import html
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -19,6 +20,7 @@ from tinygptv_ds.apps.demo.example_images import examples
 from tinygptv_ds.apps.demo.grounding import Region, find_regions, text_spans, with_painted_box
 from tinygptv_ds.errors import TinyGPTVError
 from tinygptv_ds.generate.settings import Generation
+from tinygptv_ds.processing.image import WHITE, Color, open_image
 
 # The text that each button puts before, or instead of, the question: as in MiniGPT-v2's demo, and for captions.
 TASKS = {
@@ -78,13 +80,16 @@ class ImageConversation:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
 
-def build_page(answer_question: AnswerFunction, name: str, defaults: Generation) -> gr.Blocks:
+def build_page(
+    answer_question: AnswerFunction, name: str, defaults: Generation, background: Color | None = WHITE
+) -> gr.Blocks:
     """Build the page without launching it.
 
     Args:
         answer_question: generates the answers; it raises a TinyGPTVError for a question that cannot be answered.
         name: the model's name.
         defaults: the sliders' first values.
+        background: how images are read, see processing/image.py.
     """
     title = f"{name} - TinyGPT-V"
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _HOUR)) as page:
@@ -117,7 +122,7 @@ def build_page(answer_question: AnswerFunction, name: str, defaults: Generation)
         )
         asked = gr.on(
             [send.click, question.submit],
-            _ask_function(answer_question, defaults),
+            _ask_function(answer_question, defaults, background),
             [question, image, chat, conversation, *sliders],
             [question, chat, conversation],
             concurrency_limit=1,
@@ -128,7 +133,7 @@ def build_page(answer_question: AnswerFunction, name: str, defaults: Generation)
         ended = reset.click(None, cancels=[asked], queue=False)
         ended.then(lambda: ([], ImageConversation()), None, [chat, conversation], queue=False)
         image.upload(
-            _start_over_for_another_image,
+            partial(_start_over_for_another_image, background),
             [image, conversation],
             [chat, conversation],
             show_progress="hidden",
@@ -205,13 +210,15 @@ def _sliders(defaults: Generation) -> list[gr.Slider]:
         ]
 
 
-def _ask_function(answer_question: AnswerFunction, defaults: Generation) -> Callable[..., Iterator[tuple[Any, ...]]]:
+def _ask_function(
+    answer_question: AnswerFunction, defaults: Generation, background: Color | None = None
+) -> Callable[..., Iterator[tuple[Any, ...]]]:
     """Return the handler of a question that is sent; it yields new values of question, chat and conversation."""
 
     def ask(
         typed: str, editor: dict[str, Any] | None, chat: list[Any], conversation: ImageConversation, *sliders: float
     ) -> Iterator[tuple[Any, ...]]:
-        image, mask = image_and_mask(editor)
+        image, mask = image_and_mask(editor, background)
         question = with_painted_box(typed, mask).strip()
         if not question:
             raise gr.Error("There is no question.", print_exception=False)
@@ -239,9 +246,11 @@ def _ask_function(answer_question: AnswerFunction, defaults: Generation) -> Call
     return ask
 
 
-def _start_over_for_another_image(editor: dict[str, Any] | None, conversation: ImageConversation) -> tuple[Any, Any]:
+def _start_over_for_another_image(
+    background: Color | None, editor: dict[str, Any] | None, conversation: ImageConversation
+) -> tuple[Any, Any]:
     """Empty the chat, unless it is about this image already: the upload event of an example's image comes late."""
-    image, _ = image_and_mask(editor)
+    image, _ = image_and_mask(editor, background)
     if _hash(image) == conversation.image_hash:
         return gr.skip(), gr.skip()
     return [], ImageConversation(_hash(image))
@@ -251,15 +260,20 @@ def _hash(image: Image.Image | None) -> bytes:
     return b"" if image is None else hashlib.sha256(image.tobytes() + str(image.size).encode()).digest()
 
 
-def image_and_mask(editor: dict[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:
-    """Return the editor's image in RGB and the mask of its painted pixels, each None where there is none."""
+def image_and_mask(
+    editor: dict[str, Any] | None, background: Color | None = None
+) -> tuple[Image.Image | None, Image.Image | None]:
+    """Return the editor's image in RGB and the mask of its painted pixels, each None where there is none.
+
+    `background` says how the image is read, see processing/image.py.
+    """
     if editor is None or editor["background"] is None:
         return None, None
     painted_layers = [layer.getchannel("A") for layer in editor["layers"] if layer.getbbox()]
     mask = Image.new("L", editor["background"].size)
     for painted in painted_layers:
         mask.paste(255, mask=painted)
-    return editor["background"].convert("RGB"), mask if painted_layers else None
+    return open_image(editor["background"], background=background), mask if painted_layers else None
 
 
 def _question_messages(question: str, image: Image.Image | None) -> list[dict[str, Any]]:

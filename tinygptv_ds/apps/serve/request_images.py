@@ -15,14 +15,14 @@ from tinygptv_ds.apps.fetch_image import fetch_image, is_url
 from tinygptv_ds.apps.serve.api_errors import RequestError
 from tinygptv_ds.apps.serve.request_schema import ChatRequest
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.image import read_image_size, to_pixels
+from tinygptv_ds.processing.image import WHITE, Color, read_image_size, to_pixels
 
 _BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n")
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits of the images of a request.
+    """Limits of the images of a request, and how they are read.
 
     Attributes:
         count: number of images in all messages.
@@ -30,6 +30,7 @@ class ImageLimits:
         pixels: pixels of each, according to its header.
         fetch: whether http(s) URLs are fetched.
         domains: the hosts from which images are fetched; empty: any public one.
+        background: see processing/image.py.
     """
 
     count: int
@@ -37,6 +38,7 @@ class ImageLimits:
     pixels: int
     fetch: bool = True
     domains: frozenset[str] = frozenset()
+    background: Color | None = WHITE
 
 
 async def load_images(
@@ -76,7 +78,7 @@ def _decode(encoded: bytes, side: int, limits: ImageLimits) -> Image.Image:
     width, height = read_image_size(encoded)
     if width * height > limits.pixels:
         raise DataError(f"an image of {width} x {height} pixels is above the limit of {limits.pixels:,}")
-    return Image.fromarray(to_pixels(encoded, side).transpose(1, 2, 0))
+    return Image.fromarray(to_pixels(encoded, side, background=limits.background).transpose(1, 2, 0))
 
 
 async def _encoded(url: str, limits: ImageLimits) -> bytes:

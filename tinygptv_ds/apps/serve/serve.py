@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     from tinygptv_ds.apps.serve.request_images import ImageLimits
     from tinygptv_ds.apps.serve.routes import Access, Limits, build_app
     from tinygptv_ds.generate.model_args import load_from
+    from tinygptv_ds.processing.image import parse_background
 
     images = ImageLimits(
         args.max_images,
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
         args.max_megapixels * _MB,
         fetch=not args.no_fetch,
         domains=frozenset(domain.lower() for domain in args.allowed_media_domain),
+        background=parse_background(args.background),
     )
     hosts = (*_LOOPBACK, args.host, *args.allowed_host) if _is_loopback(args.host) else ()
     access = Access(api_key, frozenset(host.lower() for host in hosts), tuple(args.cors))

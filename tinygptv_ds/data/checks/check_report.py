@@ -12,7 +12,17 @@ from tinygptv_ds.data.checks.recipe_check import Check
 from tinygptv_ds.data.checks.sample_check import Tally
 from tinygptv_ds.data.checks.source_check import Sources
 
-_FOUND = ("shards", "samples", "bytes", "looked at", "unusable", "bad images", "longest text")
+_FOUND = (
+    "shards",
+    "samples",
+    "bytes",
+    "looked at",
+    "unusable",
+    "with image",
+    "text only",
+    "bad images",
+    "longest text",
+)
 _SHARES = ("weight", "share", "of the cycle", "samples an epoch", "epochs in a pass", "epochs in the run")
 
 
@@ -41,6 +51,8 @@ def _found(found: DatasetCheck) -> tuple[str, ...]:
         _size(found.bytes),
         f"{tally.looked_at:,}",
         _share(sum(tally.unusable.values()), tally.looked_at),
+        f"{tally.with_images:,}",
+        f"{tally.text_only:,}",
         _share(tally.missing_images + tally.corrupt_images, tally.images),
         f"{tally.longest_text:,}",
     )
@@ -57,6 +69,7 @@ def _details(found: DatasetCheck) -> Iterator[str]:
     if found.found and not found.samples:
         yield "its shards hold no sample"
     yield from _broken(found.tally)
+    yield from (f"{count:,} images {note}" for note, count in sorted(found.tally.image_notes.items()))
     if found.how_to_get:
         yield from found.how_to_get.splitlines()
     if found.sources:

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tinygptv_ds.config.data_section import DatasetSection
+from tinygptv_ds.data.loader.background import background_of
 from tinygptv_ds.data.loader.sample import render_sample
 from tinygptv_ds.data.process_pool import WorkerPool
 from tinygptv_ds.data.shards.cache import ShardCache
@@ -22,7 +23,7 @@ from tinygptv_ds.data.shards.remote import Shard
 from tinygptv_ds.data.shards.tar import bad_end
 from tinygptv_ds.data.stream.mixture import SampleRef, sample_rng
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.image import open_image
+from tinygptv_ds.processing.image import Color, ImageError, ImageTraits, open_image, read_traits
 from tinygptv_ds.processing.text import Rendered
 
 LISTED = 10  # broken samples that are named; all are counted
@@ -46,9 +47,12 @@ class Tally:
     Attributes:
         looked_at: samples.
         unusable: samples that drop out of training, by reason.
+        with_images: samples that train with an image.
+        text_only: samples that train without one.
         images: images that the records ask for, as far as known.
         missing_images: samples whose image is not in the shard.
         corrupt_images: images that cannot be decoded.
+        image_notes: images that are not read as they are stored, by what is special about them.
         longest_text: characters of all turns of the longest sample.
         longest_sample: which one that is.
         broken: the first unusable samples.
@@ -57,9 +61,12 @@ class Tally:
 
     looked_at: int = 0
     unusable: dict[str, int] = field(default_factory=dict)
+    with_images: int = 0
+    text_only: int = 0
     images: int = 0
     missing_images: int = 0
     corrupt_images: int = 0
+    image_notes: dict[str, int] = field(default_factory=dict)
     longest_text: int = 0
     longest_sample: str | None = None
     broken: list[Broken] = field(default_factory=list)
@@ -74,9 +81,10 @@ class Tally:
         """Add the counts of later samples."""
         if other.longest_text > self.longest_text:
             self.longest_text, self.longest_sample = other.longest_text, other.longest_sample
-        for name in ("looked_at", "images", "missing_images", "corrupt_images"):
+        for name in ("looked_at", "with_images", "text_only", "images", "missing_images", "corrupt_images"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.unusable = dict(Counter(self.unusable) + Counter(other.unusable))
+        self.image_notes = dict(Counter(self.image_notes) + Counter(other.image_notes))
         self.broken = (self.broken + other.broken)[:LISTED]
         self.cut_shards += other.cut_shards
 
@@ -166,22 +174,39 @@ def _check(tally: Tally, reader: ShardReader, chunk: SampleChunk, index: int) ->
     """Check one sample; raises SampleError if training would leave it out."""
     raw = reader.read(chunk.tar, index)
     where = f"{chunk.tar}: sample {raw.key}"
-    corrupt = list(_corrupt(raw))
+    corrupt = list(_corrupt(tally, raw, background_of(chunk.section)))
     tally.images += len(raw.images)
     tally.corrupt_images += len(corrupt)
     # the random choices of the first epoch
     draw = sample_rng(chunk.seed, SampleRef(0, chunk.section.name, 0, chunk.shard, index))
     _measure(tally, render_sample(raw, draw, clean=chunk.section.clean, where=where), where)
     if corrupt:
-        raise SampleError("corrupt_image", f"{where}: {corrupt[0]}")
+        raise SampleError(corrupt[0].reason, f"{where}: {corrupt[0]}")
+    tally.with_images += bool(raw.images)
+    tally.text_only += not raw.images
 
 
-def _corrupt(raw: RawSample) -> Iterator[str]:
+def _corrupt(tally: Tally, raw: RawSample, background: Color | None) -> Iterator[ImageError]:
+    """Yield what is wrong with the images of a sample; count what is special about the others."""
     for image in raw.images:
         try:
-            open_image(image)
-        except DataError as error:
-            yield str(error)
+            open_image(image, background=background)
+            tally.image_notes = dict(Counter(tally.image_notes) + Counter(_notes(read_traits(image), background)))
+        except ImageError as error:
+            yield error
+
+
+def _notes(traits: ImageTraits, background: Color | None) -> Iterator[str]:
+    """Yield what is special about an image, in words that follow a number of images."""
+    ignored = background is None
+    if traits.orientation != 1:
+        yield "turned by EXIF, which is ignored as in the original" if ignored else "turned upright by EXIF"
+    if traits.transparent:
+        yield "with alpha, which is dropped as in the original" if ignored else "with alpha, laid on the background"
+    if traits.deep:
+        yield "of more than 8 bits, scaled to 8"
+    if traits.animated:
+        yield "of several frames or pages, of which the first is used"
 
 
 def _measure(tally: Tally, rendered: Rendered, where: str) -> None:

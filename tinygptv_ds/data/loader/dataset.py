@@ -63,7 +63,7 @@ class MicroBatches(Dataset):
                 drafts.append(draft_sample(self._stream, self._reader, ref, self._tokens))
         for draft in drafts:
             with _skipping(draft.ref, skipped):
-                samples.append(decode_sample(draft, self._tokens, self._stream.features))
+                samples.append(decode_sample(draft, self._stream, self._tokens))
         batch = collate(
             samples,
             self._stream.names,

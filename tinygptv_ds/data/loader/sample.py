@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinygptv_ds.config.recipe import Recipe, TextSection
+from tinygptv_ds.data.loader.background import background_of
 from tinygptv_ds.data.shards.reader import RawSample, ShardReader
 from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.data.stream.mixture import SampleRef, sample_rng, step_rng
@@ -117,7 +118,7 @@ def load_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens:
     Raises:
         SampleError: the sample cannot be used; names shard and key.
     """
-    return decode_sample(draft_sample(stream, reader, ref, tokens), tokens, stream.features)
+    return decode_sample(draft_sample(stream, reader, ref, tokens), stream, tokens)
 
 
 def draft_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> SampleDraft:
@@ -141,16 +142,17 @@ def draft_sample(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens
     return SampleDraft(ref, where, sequence, raw.images)
 
 
-def decode_sample(draft: SampleDraft, tokens: Tokens, features: FeatureShape | None) -> Sample:
-    """Decode the images of a draft, or read features of the given shape: the second half of `load_sample`.
+def decode_sample(draft: SampleDraft, stream: OpenStream, tokens: Tokens) -> Sample:
+    """Decode the images of a draft, or read their features: the second half of `load_sample`.
 
     Raises:
         SampleError: as `load_sample`.
     """
-    if features is not None:
-        return Sample(draft.ref, draft.sequence, _NO_PIXELS, read_features(draft.images, features, draft.where))
+    if stream.features is not None:
+        return Sample(draft.ref, draft.sequence, _NO_PIXELS, read_features(draft.images, stream.features, draft.where))
+    background = background_of(stream.sections[draft.ref.dataset])
     try:
-        pixels = [to_pixels(image, tokens.image_size, tokens.decoding) for image in draft.images]
+        pixels = [to_pixels(image, tokens.image_size, tokens.decoding, background=background) for image in draft.images]
     except ImageError as error:
         raise SampleError(error.reason, f"{draft.where}: {error}") from error
     return Sample(draft.ref, draft.sequence, _stack(pixels))

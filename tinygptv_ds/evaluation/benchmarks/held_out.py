@@ -15,7 +15,7 @@ from typing import Any
 from tinygptv_ds.data.shards.cache import ShardCache, count_samples
 from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.reader import ShardReader
-from tinygptv_ds.data.shards.records import parse_record
+from tinygptv_ds.data.shards.records import parse_record, plain_record
 from tinygptv_ds.data.shards.remote import Shard
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER, gqa_hit
@@ -26,6 +26,7 @@ from tinygptv_ds.evaluation.caption_metrics import caption_scores
 from tinygptv_ds.evaluation.text_scores import contains, equals, token_f1
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.processing.boxes import iou
+from tinygptv_ds.processing.image import WHITE, plain_image
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, load_prompts, render
 
 CAPTION = "[caption] Briefly describe this image."
@@ -118,6 +119,7 @@ def _questions(
     key, stored, images = reader.stored(tar, index)
     record = {} if stored is None else parse_record(stored, f"{tar}: sample {key}")
     try:
+        record = plain_record(record, images, "its record")
         turns = _turns(kind, record, images)
     except DataError as error:
         raise DataError(f"{tar}: sample {key}: {error}") from None
@@ -149,7 +151,8 @@ def _questions(
 
 
 def _images(reader: ShardReader, tar: Shard, index: int, count: int) -> Callable[[], Sequence[Path | bytes]]:
-    return lambda: reader.read(tar, index).images[:count]
+    """Return what reads the images upright and on white, which own data is trained as."""
+    return lambda: [plain_image(image, WHITE)[1] for image in reader.read(tar, index).images[:count]]
 
 
 def _pool_entry(record: dict[str, Any]) -> str:
