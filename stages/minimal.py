@@ -119,7 +119,6 @@ def main() -> list[float]:
     for step in range(STEPS):
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step)
-        torch.manual_seed(SEED + step * ranks.world_size + ranks.rank)  # of dropout
         step_batches = [next(batches).batch.to(device) for _ in range(accumulation)]
         # The loss is the mean over the target tokens of the whole step: of all ranks and micro-batches.
         counts = [sum(len(b.targets) for b in step_batches), sum(b.images for b in step_batches)]

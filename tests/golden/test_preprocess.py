@@ -16,6 +16,7 @@ def test_images(golden: Path) -> None:
     known = json.loads((folder / "expected.json").read_bytes())
     expected = load_file(folder / "expected.safetensors")
     assert {name.rpartition(".")[0] for name in expected} == known["images"].keys()
+    assert expected
     for name, tensor in expected.items():
         file, _, size = name.rpartition(".")
         encoded = (folder / file).read_bytes()

@@ -23,6 +23,7 @@ def test_curves(golden: Path) -> None:
             warmup_steps=curve["warmup_steps"],
         )
         per_epoch = curve["iters_per_epoch"]
+        assert curve["points"], name
         for step, _, _, expected in curve["points"]:
             ours = learning_rate(step, optimizer, steps_per_epoch=per_epoch, total_steps=curve["max_epoch"] * per_epoch)
             assert ours == expected, f"{name}, step {step}"

@@ -60,6 +60,7 @@ def test_training_rows(training_case: Path, tokenizer: PreTrainedTokenizerBase) 
         attended, targets = file.get_tensor("attention_mask"), file.get_tensor("targets")
     image = ImageTokens(IMAGE, case["query_rows_per_image"])
     first_image = holes = 0
+    assert case["layout"]
     for number, layout in enumerate(case["layout"]):
         count = images(case, number)
         rendered = Rendered(turns(case, number))

@@ -22,8 +22,8 @@ IMAGE, QUERIES = 29, 3
 ROWS = [[1, 2, IMAGE, IMAGE, IMAGE, 3, 4], [5, 6], [IMAGE, IMAGE, IMAGE, 7, 8, 9, 10, 11, 12]]
 
 
-@pytest.fixture
-def model() -> TinyGPTVForConditionalGeneration:
+@pytest.fixture(params=[0.0, 0.3], ids=["plain", "dropout"])
+def model(request: pytest.FixtureRequest) -> TinyGPTVForConditionalGeneration:
     torch.manual_seed(0)
     config = TinyGPTVConfig(
         vision_config=EvaViTConfig(28, 14, 16, 2, 2, 24),
@@ -41,12 +41,12 @@ def model() -> TinyGPTVForConditionalGeneration:
             "bos_token_id": 0,
             "eos_token_id": 0,
             "pad_token_id": 0,
-            "resid_pdrop": 0.0,
+            "resid_pdrop": request.param,
         },
         num_query_tokens=QUERIES,
         proj_hidden_size=8,
         lora_r=2,
-        lora_dropout=0.0,
+        lora_dropout=request.param,
     )
     model = TinyGPTVForConditionalGeneration(config)
     with torch.no_grad():
@@ -61,6 +61,12 @@ def pixels() -> Tensor:
     return torch.randint(0, 256, (2, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
+def keys(first: int, positions: Tensor) -> Tensor:
+    """Return the keys of dropout of a row, which is known by its first token."""
+    drawn = torch.randint(-(2**62), 2**62, (len(ROWS[0]) + 5,), generator=torch.Generator().manual_seed(first))
+    return drawn[positions]
+
+
 def packed(rows: list[list[int]]) -> dict:
     """Pack rows so that every token except a row's first is a target."""
     flat = torch.tensor([token for row in rows for token in row])
@@ -70,6 +76,7 @@ def packed(rows: list[list[int]]) -> dict:
     return {
         "input_ids": flat,
         "position_ids": torch.cat([torch.arange(len(row)) for row in rows]),
+        "dropout_keys": torch.cat([keys(row[0], torch.arange(len(row))) for row in rows]),
         "cu_seqlens": ends.int(),
         "max_seqlen": max(map(len, rows)),
         "image_rows": (flat == IMAGE).nonzero().squeeze(1),
@@ -82,7 +89,8 @@ def padded_losses(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> li
     longest = max(map(len, ROWS))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in ROWS])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ROWS])
-    logits = model(ids, pixel_values=pixels, attention_mask=mask).logits
+    drops = torch.stack([keys(row[0], torch.arange(longest)) for row in ROWS])
+    logits = model(ids, pixel_values=pixels, attention_mask=mask, dropout_keys=drops).logits
     return [
         F.cross_entropy(logits[i, : len(row) - 1], torch.tensor(row[1:]), reduction="none")
         for i, row in enumerate(ROWS)
@@ -117,9 +125,14 @@ def test_a_skipped_position_is_a_token_nobody_attends_to(model: TinyGPTVForCondi
     row, hole = [1, 2, 3, 4, 5, 6], 3
     mask = torch.ones(1, len(row), dtype=torch.long)
     mask[0, hole] = 0
-    logits = model(torch.tensor([row]), attention_mask=mask, position_ids=torch.arange(len(row))[None]).logits[0]
+    every = torch.arange(len(row))
+    drops = keys(row[0], every)
+    logits = model(torch.tensor([row]), attention_mask=mask, position_ids=every[None], dropout_keys=drops[None]).logits[
+        0
+    ]
     inputs = packed([row[:hole] + row[hole + 1 :]])
     inputs["position_ids"] = torch.tensor([i for i in range(len(row)) if i != hole])
+    inputs["dropout_keys"] = drops[inputs["position_ids"]]
     kept = logits[inputs["position_ids"]]
     expected = F.cross_entropy(kept[:-1], inputs["targets"], reduction="none")
     torch.testing.assert_close(model(**inputs).token_losses, expected, rtol=1e-5, atol=1e-5)
@@ -160,7 +173,9 @@ def test_recomputed_blocks_give_the_same_gradients(model: TinyGPTVForConditional
     plain = torch.autograd.grad(model(pixel_values=pixels, **packed(ROWS)).token_losses.sum(), trained(model))
     model.gradient_checkpointing_enable()
     assert model.language_model.model.gradient_checkpointing
+    state = torch.get_rng_state()
     again = torch.autograd.grad(model(pixel_values=pixels, **packed(ROWS)).token_losses.sum(), trained(model))
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(plain, again, strict=True))
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_losses_are_the_trainers(ranks: int, raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    raw = raw_recipe(train__sample_count=0)
+    raw = raw_recipe(train__sample_count=0, model__resid_dropout=0.1, model__lora_dropout=0.05)
     trainer = ended(tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "run", ranks=ranks)
     deepspeed = {key: value for key, value in json.loads(CPU.read_text()).items() if key != "comment"}
     train, optimizer = raw["train"], raw["optimizer"]

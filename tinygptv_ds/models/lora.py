@@ -11,6 +11,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tinygptv_ds.models.dropout import DropoutKeys, TokenDropout
+
 
 class LoRALinear(nn.Linear):
     """`x W^T + b + (alpha / r) * B(A(dropout(x)))`, of which training freezes W and b.
@@ -21,15 +23,23 @@ class LoRALinear(nn.Linear):
         lora_r: rank of A `[r, in]` and B `[out, r]`.
         lora_alpha: the update is scaled by `alpha / r`.
         lora_dropout: dropout on the input of A, in training only.
+        dropout_site: the number of that dropout in the model.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, lora_r: int, lora_alpha: float, lora_dropout: float
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        lora_r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        dropout_site: int = 0,
     ) -> None:
         super().__init__(in_features, out_features)
         self.lora_A = nn.Linear(in_features, lora_r, bias=False)
         self.lora_B = nn.Linear(lora_r, out_features, bias=False)
-        self.dropout = nn.Dropout(lora_dropout)
+        self.dropout = TokenDropout(lora_dropout, dropout_site)
         self.scaling = lora_alpha / lora_r
         self.reset_lora()
 
@@ -38,7 +48,7 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer: `[..., in_features]` to `[..., out_features]`."""
+    def forward(self, input: Tensor, keys: DropoutKeys | None = None) -> Tensor:
+        """Apply the layer: `[..., in_features]` to `[..., out_features]`; `keys` are those of the dropout."""
         base = F.linear(input, self.weight, self.bias)
-        return base + self.lora_B(self.lora_A(self.dropout(input))) * self.scaling
+        return base + self.lora_B(self.lora_A(self.dropout(input, keys))) * self.scaling

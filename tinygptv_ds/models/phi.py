@@ -20,9 +20,12 @@ from transformers.cache_utils import Cache
 
 from tinygptv_ds.models.attention import PackedLayout, padded_attention, varlen_attention
 from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.dropout import DropoutKeys, TokenDropout, make_keys
 from tinygptv_ds.models.lora import LoRALinear
 
 RMS_NORM_EPS = 1e-6
+# The places of dropout in a block, numbered.
+_SITES = ("attention", "mlp", "query_key_value", "dense", "fc1", "fc2")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class AttentionContext:
         layout: set for packed rows.
         mask: bool `[B, 1, L, keys]`, set for padded rows.
         cache: keys and values of earlier tokens, for generation with padded rows.
+        dropout: the keys of dropout, in training.
     """
 
     cos: Tensor
@@ -42,6 +46,7 @@ class AttentionContext:
     layout: PackedLayout | None = None
     mask: Tensor | None = None
     cache: Cache | None = None
+    dropout: DropoutKeys | None = None
 
 
 class RMSNorm(nn.Module):
@@ -82,7 +87,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
-def _linear(config: TinyGPTVConfig, name: str, width_in: int, width_out: int) -> nn.Linear:
+def _site(layer: int, name: str) -> int:
+    return layer * len(_SITES) + _SITES.index(name)
+
+
+def _linear(config: TinyGPTVConfig, layer: int, name: str, width_in: int, width_out: int) -> nn.Linear:
     if config.lora_r and name in config.lora_targets:
         return LoRALinear(
             width_in,
@@ -90,8 +99,13 @@ def _linear(config: TinyGPTVConfig, name: str, width_in: int, width_out: int) ->
             lora_r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
+            dropout_site=_site(layer, name),
         )
     return nn.Linear(width_in, width_out)
+
+
+def _apply(linear: nn.Module, x: Tensor, context: AttentionContext) -> Tensor:
+    return linear(x, context.dropout) if isinstance(linear, LoRALinear) else linear(x)
 
 
 class PhiAttention(nn.Module):
@@ -103,37 +117,37 @@ class PhiAttention(nn.Module):
         self.layer = layer
         self.heads = text.num_attention_heads
         self.head_dim = text.hidden_size // self.heads
-        self.query_key_value = _linear(config, "query_key_value", text.hidden_size, 3 * text.hidden_size)
-        self.dense = _linear(config, "dense", text.hidden_size, text.hidden_size)
+        self.query_key_value = _linear(config, layer, "query_key_value", text.hidden_size, 3 * text.hidden_size)
+        self.dense = _linear(config, layer, "dense", text.hidden_size, text.hidden_size)
         self.q_layernorm = nn.LayerNorm(self.head_dim, eps=text.layer_norm_eps)
         self.k_layernorm = nn.LayerNorm(self.head_dim, eps=text.layer_norm_eps)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Attend: `[T, W]` packed or `[B, L, W]` padded, to the same shape."""
-        qkv = self.query_key_value(x).unflatten(-1, (self.heads, 3, self.head_dim))
+        qkv = _apply(self.query_key_value, x, context).unflatten(-1, (self.heads, 3, self.head_dim))
         q, k, v = qkv.unbind(-2)
         q = rotate(self.q_layernorm(q).to(v.dtype), context.cos, context.sin)
         k = rotate(self.k_layernorm(k).to(v.dtype), context.cos, context.sin)
         if context.layout is not None:
-            return self.dense(varlen_attention(q, k, v, context.layout).flatten(-2))
+            return _apply(self.dense, varlen_attention(q, k, v, context.layout).flatten(-2), context)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer)
-        return self.dense(padded_attention(q, k, v, context.mask).transpose(1, 2).flatten(-2))
+        return _apply(self.dense, padded_attention(q, k, v, context.mask).transpose(1, 2).flatten(-2), context)
 
 
 class PhiMLP(nn.Module):
     """Two linear layers around a tanh-approximated GELU ("gelu_new")."""
 
-    def __init__(self, config: TinyGPTVConfig) -> None:
+    def __init__(self, config: TinyGPTVConfig, layer: int) -> None:
         super().__init__()
         text = config.text_config
-        self.fc1 = _linear(config, "fc1", text.hidden_size, text.intermediate_size)
-        self.fc2 = _linear(config, "fc2", text.intermediate_size, text.hidden_size)
+        self.fc1 = _linear(config, layer, "fc1", text.hidden_size, text.intermediate_size)
+        self.fc2 = _linear(config, layer, "fc2", text.intermediate_size, text.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Apply both layers: `[..., W]` to the same shape."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return _apply(self.fc2, F.gelu(_apply(self.fc1, x, context), approximate="tanh"), context)
 
 
 class PhiBlock(nn.Module):
@@ -143,16 +157,17 @@ class PhiBlock(nn.Module):
         super().__init__()
         text = config.text_config
         self.self_attn = PhiAttention(config, layer)
-        self.mlp = PhiMLP(config)
+        self.mlp = PhiMLP(config, layer)
         self.input_layernorm = nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps)
         self.post_layernorm = RMSNorm(text.hidden_size)
-        self.resid_dropout = nn.Dropout(text.resid_pdrop)
+        self.attention_dropout = TokenDropout(text.resid_pdrop, _site(layer, "attention"))
+        self.mlp_dropout = TokenDropout(text.resid_pdrop, _site(layer, "mlp"))
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Apply the block: `[..., W]` to the same shape."""
         h = self.input_layernorm(x).to(x.dtype)
-        attention = self.resid_dropout(self.post_layernorm(self.self_attn(h, context)))
-        return x + attention.to(x.dtype) + self.resid_dropout(self.mlp(h)).to(x.dtype)
+        attention = self.attention_dropout(self.post_layernorm(self.self_attn(h, context)), context.dropout)
+        return x + attention.to(x.dtype) + self.mlp_dropout(self.mlp(h, context), context.dropout).to(x.dtype)
 
 
 class PhiModel(nn.Module):
@@ -163,6 +178,7 @@ class PhiModel(nn.Module):
         text = config.text_config
         self.text_config = text
         self.rotary_dtype = getattr(torch, config.rotary_dtype)
+        self._drops = text.resid_pdrop > 0 or (config.lora_r > 0 and config.lora_dropout > 0)
         self.gradient_checkpointing = 0  # N: every N-th block is recomputed in the backward pass; 0: none
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(PhiBlock(config, layer) for layer in range(text.num_hidden_layers))
@@ -176,6 +192,7 @@ class PhiModel(nn.Module):
         layout: PackedLayout | None = None,
         mask: Tensor | None = None,
         cache: Cache | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """Return the hidden states after the final norm, in the shape of `inputs_embeds`.
 
@@ -185,17 +202,27 @@ class PhiModel(nn.Module):
             layout: the boundaries of packed samples.
             mask: bool `[B, 1, L, keys]`.
             cache: earlier keys and values; the new ones are appended.
+            dropout_keys: int64, shape of `position_ids`, a key of each token; None: drawn from torch's generator.
         """
         cos, sin = rotary_tables(position_ids, self.text_config, self.rotary_dtype)
-        context = AttentionContext(cos, sin, layout, mask, cache)
+        context = AttentionContext(cos, sin, layout, mask, cache, self._dropout(dropout_keys, position_ids))
         x = inputs_embeds
         every = int(self.gradient_checkpointing) if self.training else 0
         for number, layer in enumerate(self.layers):
             if every and number % every == 0:
-                x = checkpoint(layer, x, context, use_reentrant=False)
+                # Recomputed, dropout has the same masks by itself.
+                x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, context)
         return self.final_layernorm(x).to(x.dtype)
+
+    def _dropout(self, token_keys: Tensor | None, position_ids: Tensor) -> DropoutKeys | None:
+        if not self.training or not self._drops:
+            return None
+        if token_keys is None:
+            token_keys = torch.randint(-(2**63), 2**63 - 1, position_ids.shape, device=position_ids.device)
+        width = max(self.text_config.hidden_size, self.text_config.intermediate_size)
+        return make_keys(token_keys, len(self.layers) * len(_SITES), width)
 
 
 class PhiForCausalLM(nn.Module):

@@ -204,6 +204,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         image_index: Tensor | None = None,
         target_rows: Tensor | None = None,
         targets: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         cache: Cache | None = None,
@@ -225,6 +226,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_index: int64 `[R]`, packed only: which of the N * queries image rows go there; None: all, in order.
             target_rows: int64 `[K]`, packed only: rows whose output predicts a target.
             targets: int64 `[K]`: the tokens to predict.
+            dropout_keys: int64, shape of `input_ids`, a key of each token for the masks of dropout in training; None:
+                drawn from torch's generator.
             attention_mask: `[B, keys]`, 1 for real positions.
             inputs_embeds: `[B, L, W]` instead of `input_ids`.
             cache: keys and values of earlier tokens.
@@ -253,6 +256,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 self._image_embeds(pixel_values, image_features, input_ids.device),
                 (image_rows, image_index),
                 (target_rows, targets),
+                dropout_keys,
             )
         if inputs_embeds is None:
             if input_ids is None:
@@ -260,7 +264,9 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self._embeds(input_ids, pixel_values, image_features)
         if embed_only:
             return inputs_embeds
-        return self._forward_padded(inputs_embeds, attention_mask, position_ids, cache, use_cache, logits_to_keep)
+        return self._forward_padded(
+            inputs_embeds, attention_mask, position_ids, cache, use_cache, logits_to_keep, dropout_keys
+        )
 
     def embed(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
@@ -291,6 +297,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         images: tuple[Tensor, bool],
         place: tuple[Tensor | None, Tensor | None],
         target: tuple[Tensor, Tensor],
+        dropout_keys: Tensor | None,
     ) -> PackedOutput:
         image_embeds, real = images
         anchor = image_embeds.float().sum() * 0.0
@@ -307,7 +314,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             x = x + anchor.to(x.dtype)
         backend = choose_backend(self.attention, x.device, _compute_dtype(x))
         layout = make_layout(cu_seqlens, max_seqlen, len(input_ids), backend)
-        hidden = self.language_model.model(x, position_ids, layout=layout)
+        hidden = self.language_model.model(x, position_ids, layout=layout, dropout_keys=dropout_keys)
         target_rows, targets = target
         logits = self.language_model.lm_head(hidden.index_select(0, target_rows))
         losses = token_losses(logits, targets)
@@ -321,6 +328,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cache: Cache | None,
         use_cache: bool | None,
         logits_to_keep: int,
+        dropout_keys: Tensor | None,
     ) -> CausalLMOutputWithPast:
         batch, length = inputs_embeds.shape[:2]
         if use_cache and cache is None:
@@ -331,7 +339,9 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         mask = causal_mask(attention_mask, length)
-        hidden = self.language_model.model(inputs_embeds, position_ids, mask=mask, cache=cache)
+        hidden = self.language_model.model(
+            inputs_embeds, position_ids, mask=mask, cache=cache, dropout_keys=dropout_keys
+        )
         logits = self.language_model.lm_head(hidden[:, -logits_to_keep:])
         return CausalLMOutputWithPast(logits=logits.float(), cache=cache)
 

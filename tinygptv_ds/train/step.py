@@ -41,7 +41,7 @@ def optimizer_step(
     if begins_cycle(step, recipe):
         engine.reset_optimizer()
     engine.set_learning_rate(learning_rate_of_step(step, recipe))
-    # Dropout is a function of step and rank, so a resumed run draws what an unbroken one would have drawn.
+    # Only a trained Q-Former draws its dropout: by step and rank, so that a resumed run draws what an unbroken one has.
     torch.manual_seed(dropout_seed(recipe.seed, step, run.ranks.rank))
     for number, (micro_batch, batch) in enumerate(zip(micro_batches, batches, strict=True)):
         output = micro_step(run, model_inputs(batch), divisor, number=number, count=len(batches))

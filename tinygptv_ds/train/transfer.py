@@ -20,6 +20,7 @@ def model_inputs(batch: Batch) -> dict:
         "image_index": batch.image_index,
         "target_rows": batch.target_rows,
         "targets": batch.targets,
+        "dropout_keys": batch.dropout_keys,
     }
 
 

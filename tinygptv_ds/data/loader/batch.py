@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tinygptv_ds.data.loader.sample import Sample, SkippedSample
 from tinygptv_ds.data.stream.mixture import SampleRef
+from tinygptv_ds.data.stream.order import stable_hash
 from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 
 
@@ -32,6 +33,7 @@ class Batch:
         target_rows: int64 `[K]`, the rows whose output predicts a target: the one before each target token.
         targets: int64 `[K]`, the target tokens.
         target_dataset: int64 `[K]`, number of the dataset of each target.
+        dropout_keys: int64 `[T]`, of seed, sample and position: equal keys have equal masks of dropout.
         sample_ids: which samples these are, to name them when something goes wrong.
         image_features: `[N, queries, width]` in the dtype of their file; None when training from pixels.
     """
@@ -46,6 +48,7 @@ class Batch:
     target_rows: Tensor
     targets: Tensor
     target_dataset: Tensor
+    dropout_keys: Tensor
     sample_ids: tuple[SampleRef, ...]
     image_features: Tensor | None = None
 
@@ -91,6 +94,7 @@ def collate(
     queries: int,
     image_size: int,
     bos: int,
+    seed: int = 0,
     no_features: Tensor | None = None,
 ) -> Batch:
     """Pack samples end to end.
@@ -104,6 +108,7 @@ def collate(
         queries: rows of an image.
         image_size: side of the images in pixels, for a batch without any.
         bos: id of the BOS token.
+        seed: of the recipe, for dropout.
         no_features: `[0, queries, width]`, for a batch without any image; None when training from pixels.
     """
     rows = [sample.sequence for sample in samples] or [_lone_token(bos)]
@@ -127,6 +132,7 @@ def collate(
         "target_rows": target_at - 1,  # the first token of a sample is never a target, so the row before is its own
         "targets": labels[target_at],
         "target_dataset": dataset.repeat(lengths)[target_at],
+        "dropout_keys": _dropout_keys(samples, rows, seed),
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     if no_features is not None:
@@ -134,6 +140,21 @@ def collate(
             [no_features, *(sample.features for sample in samples if sample.features is not None)]
         )
     return Batch(**tensors, max_seqlen=max(lengths), sample_ids=tuple(sample.ref for sample in samples))
+
+
+def _dropout_keys(samples: Sequence[Sample], rows: Sequence[TokenRow], seed: int) -> np.ndarray:
+    """Return int64 `[T]`: a hash of the seed, the sample's place in the stream (and so of the step) and the position.
+
+    Positions are those that the model uses, which are the same packed and padded.
+    """
+    places = [sample.ref.position for sample in samples] or [-1]
+    firsts = np.array([stable_hash(seed, "dropout", place) % 2**64 for place in places], dtype=np.uint64)
+    counters = np.concatenate([row.position_ids for row in rows]).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    # splitmix64 (Steele et al. 2014), whose counters these are; NumPy's unsigned integers wrap around.
+    keys = firsts.repeat([len(row) for row in rows]) + counters
+    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (keys ^ (keys >> np.uint64(31))).view(np.int64)
 
 
 def _recorded(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:

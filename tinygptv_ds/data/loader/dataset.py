@@ -70,6 +70,7 @@ class MicroBatches(Dataset):
             queries=self._tokens.image.count,
             image_size=self._tokens.image_size,
             bos=self._tokens.tokenizer.bos_token_id,
+            seed=self._stream.seed,
             no_features=self._no_features,
         )
         return MicroBatch(batch, tuple(sorted(skipped, key=lambda item: item.ref.position)))
