@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 ''':'  # bash continues in start.sh and never returns; Python reads these lines as a string and continues below
-exec bash "$(dirname "$0")/start.sh" stage2 "$@"
+exec bash "$(dirname "$(readlink -f "$0")")/start.sh" stage2 "$@"
 '''
 # "deepspeed launch/stage2.sh" starts this very file with Python in every rank.
 import pathlib, runpy

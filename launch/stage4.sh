@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 ''':'  # bash continues in start.sh and never returns; Python reads these lines as a string and continues below
-exec bash "$(dirname "$0")/start.sh" stage4 "$@"
+exec bash "$(dirname "$(readlink -f "$0")")/start.sh" stage4 "$@"
 '''
 # "deepspeed launch/stage4.sh" starts this very file with Python in every rank.
 import pathlib, runpy

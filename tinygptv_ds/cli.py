@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import time
@@ -99,6 +100,9 @@ def run_command(command: Callable[[], None]) -> None:
     Of several ranks only rank 0 prints. The others wait a moment before they exit, because the launcher ends all ranks
     as soon as one has exited.
     """
+    for stream in (sys.stdout, sys.stderr):  # a console that has not all letters gets escapes for them
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command()
     except TinyGPTVError as error:
@@ -115,6 +119,8 @@ def run_command(command: Callable[[], None]) -> None:
         sys.stdout.flush()
         os._exit(stop.code)
     except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            _print_to_stderr("stopped: interrupted by Ctrl-C")
         sys.exit(130)
     except BrokenPipeError:  # e.g. "| head" has read enough
         os._exit(0)

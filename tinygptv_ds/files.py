@@ -21,8 +21,13 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def cache_home() -> Path:
-    """The program's folder in the user's cache (``XDG_CACHE_HOME``, else ``~/.cache``); it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygptv_ds"
+    """The program's folder in the user's cache (``XDG_CACHE_HOME``, else ``~/.cache``), or a
+    temporary one of a user without home; it may not exist yet."""
+    own = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(own or Path.home() / ".cache") / "tinygptv_ds"
+    except RuntimeError:  # a user without an entry in /etc/passwd, and no HOME
+        return Path(tempfile.gettempdir()) / f"tinygptv_ds-{os.getuid()}"
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.gpu.machine import wait
+from tinygptv_ds.train.checkpoint.folders import FOLDER
 from tinygptv_ds.train.checkpoint.snapshot import take_snapshot
-from tinygptv_ds.train.checkpoint.storage import FOLDER, TENSORS, Snapshot, write_checkpoint
+from tinygptv_ds.train.checkpoint.storage import TENSORS, Snapshot, write_checkpoint
 from tinygptv_ds.train.run import Run
 
 

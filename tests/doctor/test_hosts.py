@@ -12,6 +12,7 @@ import pytest
 from helpers import tiny
 from helpers.verbs import call
 
+from tinygptv_ds.config.hostfile import passed_on, read_hostfile
 from tinygptv_ds.config.load import load_recipe, recipe_dict
 from tinygptv_ds.doctor import host_probe
 from tinygptv_ds.doctor import hosts as check
@@ -19,7 +20,6 @@ from tinygptv_ds.doctor import local as doctor
 from tinygptv_ds.doctor.bandwidth import GRADIENTS_MB, TimingRow
 from tinygptv_ds.doctor.check_result import CheckResult
 from tinygptv_ds.doctor.exchange import table
-from tinygptv_ds.doctor.hostfile import passed_on, read_hostfile
 from tinygptv_ds.doctor.ssh import Host, HostFailed
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.resources import project_root

@@ -12,7 +12,7 @@ from helpers import tiny
 from helpers.forked import Ranks, ended, started
 from rank_faults import fed, watched
 
-from tinygptv_ds.train.checkpoint.storage import complete_ones
+from tinygptv_ds.train.checkpoint.folders import complete_ones
 
 NUMBERS = ("train/loss", "train/grad_norm", "train/lr", "train/skipped_steps")
 ZERO_3 = "--set=deepspeed.zero_optimization.stage=3"

@@ -21,13 +21,8 @@ from tinygptv_ds.errors import CheckpointError
 from tinygptv_ds.train.checkpoint import resume
 from tinygptv_ds.train.checkpoint import storage as checkpoint
 from tinygptv_ds.train.checkpoint import writer as writer_module
-from tinygptv_ds.train.checkpoint.storage import (
-    Snapshot,
-    complete_ones,
-    read_state,
-    step_of,
-    write_checkpoint,
-)
+from tinygptv_ds.train.checkpoint.folders import complete_ones, step_of
+from tinygptv_ds.train.checkpoint.storage import Snapshot, read_state, write_checkpoint
 from tinygptv_ds.train.checkpoint.writer import CheckpointWriter
 from tinygptv_ds.weights import safetensors_writer
 

@@ -13,7 +13,7 @@ from helpers import tiny
 from helpers.launcher import bash_form, deepspeed_form, run
 from helpers.patience import PATIENCE
 
-from tinygptv_ds.train.checkpoint.storage import complete_ones, step_of
+from tinygptv_ds.train.checkpoint.folders import complete_ones, step_of
 
 
 def after(path: Path, number: int) -> Callable[[int], None]:

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tinygptv_ds.config.hostfile import passed_on
 from tinygptv_ds.config.load import recipe_dict
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.doctor import host_probe
 from tinygptv_ds.doctor.check_result import CheckResult
 from tinygptv_ds.doctor.exchange import measure_hosts
-from tinygptv_ds.doctor.hostfile import passed_on
 from tinygptv_ds.doctor.ssh import Host, HostFailed, closing
 
 _CLOCK_SECONDS = 1.0  # with larger offsets the logs of two hosts cannot be merged

@@ -14,9 +14,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tinygptv_ds.config.hostfile import read_hostfile
 from tinygptv_ds.distributed import Ranks, cores_per_rank
 from tinygptv_ds.doctor.check_result import CheckResult
-from tinygptv_ds.doctor.hostfile import read_hostfile
 from tinygptv_ds.errors import ConfigError, require
 from tinygptv_ds.resources import project_root
 

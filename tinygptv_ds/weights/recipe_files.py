@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,8 +46,24 @@ def _weights(model: ModelSection) -> list[str]:
     problems = []
     for name, remedy in HOW_TO_GET_WEIGHTS.items():
         path = getattr(model, name)
-        if path is not None and not Path(path).exists():
-            problems.append(f"model.{name}: {path} does not exist. {remedy}. Or --set model.{name}=PATH")
-    if Path(model.phi).exists() and not (Path(model.phi) / "config.json").is_file():
+        problem = None if path is None else _why_unreadable(path)
+        if problem is not None:
+            problems.append(f"model.{name}: {path} {problem}. {remedy}. Or --set model.{name}=PATH")
+    if _why_unreadable(model.phi) is None and not (Path(model.phi) / "config.json").is_file():
         problems.append(f"model.phi: {model.phi} has no config.json; it must be a folder as transformers saves it")
     return problems
+
+
+def _why_unreadable(path: str) -> str | None:
+    """Return what keeps a file or folder from being read; None: nothing."""
+    try:
+        if Path(path).is_dir():
+            os.scandir(path).close()
+        else:
+            with Path(path).open("rb"):
+                return None
+    except (FileNotFoundError, NotADirectoryError):
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    return None

@@ -20,9 +20,10 @@ from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import CheckpointError, ConfigError
 from tinygptv_ds.files import fingerprint_differences
 from tinygptv_ds.log import LOGGER
+from tinygptv_ds.train.checkpoint.folders import complete_ones, step_of
 from tinygptv_ds.train.checkpoint.resume import began_from, choose_checkpoint, load_weights, open_checkpoint
 from tinygptv_ds.train.checkpoint.run_fingerprint import run_fingerprint
-from tinygptv_ds.train.checkpoint.storage import Snapshot, complete_ones, remove_old, step_of, write_checkpoint
+from tinygptv_ds.train.checkpoint.storage import Snapshot, remove_old, write_checkpoint
 from tinygptv_ds.train.metrics.reporter import forget_after
 from tinygptv_ds.train.setup import run_dir_lock as lock
 from tinygptv_ds.train.setup.job import Job

@@ -14,7 +14,7 @@ from helpers import tiny
 from helpers.forked import started
 from helpers.patience import PATIENCE
 
-from tinygptv_ds.train.liveness.stop_signals import launchers_of
+from tinygptv_ds.train.liveness.launchers import launchers_of
 
 ROOT = Path(__file__).parents[3]
 ASLEEP = "import time; print(flush=True); time.sleep(60)"

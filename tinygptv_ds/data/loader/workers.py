@@ -143,6 +143,6 @@ def _live_and_die_with_parent(worker: int) -> None:
     A signal to stop goes to the whole process tree, and the step in progress still needs its batches: the parent
     decides when to stop.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

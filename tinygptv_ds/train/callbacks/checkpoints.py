@@ -12,8 +12,9 @@ from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.errors import CheckpointError, Stopped
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.callbacks.callback import Callback
+from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
 from tinygptv_ds.train.checkpoint.snapshot import take_snapshot
-from tinygptv_ds.train.checkpoint.storage import FOLDER, Snapshot, complete_ones, remove_old
+from tinygptv_ds.train.checkpoint.storage import Snapshot, remove_old
 from tinygptv_ds.train.checkpoint.writer import CheckpointWriter
 from tinygptv_ds.train.liveness.stop_signals import SIGNALS, StopSignals, Votes
 from tinygptv_ds.train.run import Run
@@ -42,7 +43,7 @@ class Checkpoints(Callback):
         self._train = run.recipe.train
         self._saved = run.first_step
         self._writer = CheckpointWriter(run.job.run_dir / FOLDER, self._train)
-        self._signals = StopSignals()
+        self._signals = StopSignals(run.job.launchers)
         self._votes = Votes(run.engine, len(SIGNALS) + 2)
         self._last_time = time.monotonic()
 

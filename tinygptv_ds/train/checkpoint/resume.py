@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tinygptv_ds.errors import CheckpointError, WeightsError
 from tinygptv_ds.files import fingerprint_differences
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.train.checkpoint.storage import FOLDER, STATE, SUMS, TENSORS, complete_ones, read_state, step_of
+from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones, step_of
+from tinygptv_ds.train.checkpoint.storage import STATE, SUMS, TENSORS, read_state
 from tinygptv_ds.train.engine import MOMENTS, Engine
 from tinygptv_ds.train.setup.job import Job
 from tinygptv_ds.weights.layouts.deepspeed_checkpoint import open_deepspeed, step_folder

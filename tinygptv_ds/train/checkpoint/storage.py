@@ -21,11 +21,11 @@ from torch import Tensor
 
 from tinygptv_ds.errors import CheckpointError
 from tinygptv_ds.files import sha256, whole_folder
+from tinygptv_ds.train.checkpoint.folders import step_of
 from tinygptv_ds.weights.io import in_memory
 from tinygptv_ds.weights.safetensors_writer import write_tensors
 
 TENSORS, STATE, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
-FOLDER = "checkpoints"
 _NEEDED = {"step", "optimizer_steps", "loss_scale", "must_match"}
 
 
@@ -94,16 +94,6 @@ def _sums(folder: Path) -> dict[str, str]:
     if lines is None:
         raise CheckpointError(f"{path} is damaged: it should hold two lines, the SHA-256 of {TENSORS} and of {STATE}")
     return {TENSORS: lines[1], STATE: lines[2]}
-
-
-def complete_ones(checkpoints: Path) -> list[Path]:
-    """Return the checkpoints of a run, the oldest first, without those whose writing was interrupted."""
-    return sorted(path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def step_of(folder: Path) -> int:
-    """Return the step that a checkpoint is named after."""
-    return int(folder.name.removeprefix("step-"))
 
 
 def remove_old(folders: list[Path], keep: int, keep_every: int) -> None:

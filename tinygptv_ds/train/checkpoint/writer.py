@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.train.checkpoint.storage import Snapshot, complete_ones, remove_old, write_checkpoint
+from tinygptv_ds.train.checkpoint.folders import complete_ones
+from tinygptv_ds.train.checkpoint.storage import Snapshot, remove_old, write_checkpoint
 
 _FAILURES_ALLOWED = 1  # in a row
 

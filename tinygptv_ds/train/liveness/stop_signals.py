@@ -4,36 +4,52 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
 import torch
 
 from tinygptv_ds.train.engine import Engine
+from tinygptv_ds.train.liveness.launchers import Launchers
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# By a word of their command lines: the per-node and the outer process of DeepSpeed's launcher, and torch's two forms.
-_LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed", "torch.distributed.run", "torchrun")
+# In this order: Ctrl-C comes with the SIGTERM of a launcher that has got it, too.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_AGAIN = 1.0  # seconds after which a second Ctrl-C is one, and not the first on its way through a launcher
+_ON_CTRL_C = b"\nCtrl-C: saving after this step or the next; press it again to end at once, unsaved\n"
 
 
 class StopSignals:
-    """Records SIGTERM and SIGUSR1, which no longer end the process.
+    """Records SIGINT, SIGTERM and SIGUSR1, which no longer end the process; a second Ctrl-C still does.
 
     The launcher's end counts as a SIGTERM: DeepSpeed's launcher and torchrun leave their ranks behind when killed.
+
+    Args:
+        launchers: those above this process when it began.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launchers: Launchers) -> None:
         self._seen: set[int] = set()
-        self._launchers = launchers_above()
-        self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
+        self._launchers = launchers
+        self._interrupted: float | None = None
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by nohup, or in the background of a script
+        numbers = [number for number in SIGNALS if number != signal.SIGINT or not ignored]
+        self._before = {number: signal.signal(number, self._record) for number in numbers}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self._seen.add(number)
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is None:
+                self._interrupted = now
+                if int(os.environ.get("RANK", 0)) == 0 and not self._launchers.front:  # else that has said so
+                    os.write(2, _ON_CTRL_C)
+            elif now - self._interrupted > _AGAIN:
+                os._exit(128 + signal.SIGINT)
 
     def seen(self) -> list[bool]:
         """Return which of `SIGNALS` have reached this process."""
-        if self._launchers and launchers_above() != self._launchers:
+        if self._launchers.gone():
             self._seen.add(signal.SIGTERM)
         return [number in self._seen for number in SIGNALS]
 
@@ -69,33 +85,3 @@ class Votes:
         if self._ready is not None:
             self._ready.synchronize()
         return [bool(total) for total in self._sums.tolist()]
-
-
-def launchers_above() -> list[int]:
-    """Return the processes of the launcher, DeepSpeed's or torchrun, that started this one, the nearest first."""
-    return launchers_of(os.getppid())
-
-
-def launchers_of(pid: int) -> list[int]:
-    """Return this process and those above it as long as they are a launcher's."""
-    found = []
-    while _is_launcher(pid):
-        found.append(pid)
-        pid = _parent_of(pid)
-    return found
-
-
-def _is_launcher(pid: int) -> bool:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:  # gone
-        return False
-    return any(Path(word).name in _LAUNCHERS for word in words)
-
-
-def _parent_of(pid: int) -> int:
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
-    except OSError:
-        return 0
-    return int(after_name.split()[1])

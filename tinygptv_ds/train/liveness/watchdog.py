@@ -22,7 +22,7 @@ from torch import distributed
 
 from tinygptv_ds.errors import Stopped, TinyGPTVError
 from tinygptv_ds.log import LOGGER, note
-from tinygptv_ds.train.checkpoint.storage import FOLDER, complete_ones
+from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
 from tinygptv_ds.train.liveness.channel import HELLO, Channel, Message
 from tinygptv_ds.train.liveness.progress import AwakeClock, Progress, RankStatus
 from tinygptv_ds.train.liveness.stacks import Stacks

@@ -15,7 +15,9 @@ from tinygptv_ds.files import whole_file
 
 def check_tracking(recipe: Recipe) -> None:
     """Raise ConfigError where `train.wandb` names a project and the package is not installed; does not import it."""
-    if recipe.train.wandb is not None and importlib.util.find_spec("wandb") is None:
+    found = None if recipe.train.wandb is None else importlib.util.find_spec("wandb")
+    # A package that is not installed may still be found as a folder `wandb/` in the path, left by an earlier run.
+    if recipe.train.wandb is not None and (found is None or found.origin is None):
         raise ConfigError(
             f"train.wandb is {recipe.train.wandb!r}, but the package wandb is not installed: 'pip install wandb' and "
             "'wandb login', or --set train.wandb=null"

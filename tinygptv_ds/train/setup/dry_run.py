@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 from tinygptv_ds.log import LOGGER
+from tinygptv_ds.train.checkpoint.folders import FOLDER
 from tinygptv_ds.train.checkpoint.snapshot import take_snapshot
-from tinygptv_ds.train.checkpoint.storage import FOLDER, write_checkpoint
+from tinygptv_ds.train.checkpoint.storage import write_checkpoint
 from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.setup.job import DRY_SUFFIX
 

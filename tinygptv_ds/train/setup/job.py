@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.config.deepspeed import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
 from tinygptv_ds.config.deepspeed_rules import check_machine
-from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.config.load import load_recipe, recipe_dict
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.distributed import Ranks, ranks_from_env
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.resources import project_root
+from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
+from tinygptv_ds.train.liveness.launchers import Launchers
+from tinygptv_ds.train.setup.machine import check_port, check_writable, complete_user, gpus_are_hidden
+from tinygptv_ds.train.setup.options import decode_options
+from tinygptv_ds.train.setup.same_options import check_typed_options
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +47,7 @@ class Job:
         resume_anyway: go on although recipe, data or base weights differ from the checkpoint's.
         scored: what `recipe.evaluation` names, with its questions.
         evaluate_only: measure the weights that the run starts or resumes from, and train nothing.
+        launchers: the processes that have started this one.
     """
 
     recipe: Recipe
@@ -53,6 +59,7 @@ class Job:
     resume_anyway: bool = False
     scored: Sequence[Task] = ()
     evaluate_only: bool = False
+    launchers: Launchers = field(default_factory=Launchers)
 
     @property
     def last_step(self) -> int:
@@ -76,6 +83,17 @@ class Job:
     def zero_stage(self) -> int:
         """The ZeRO stage."""
         return zero_stage(self.deepspeed)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the recipe, the JSON and the options that must be equal on all ranks, by dotted key."""
+        found: dict[str, Any] = {"--run-dir": str(self.run_dir), "--resume": self.resume, "--dry-run": self.dry_run}
+        for section, values in (recipe_dict(self.recipe) | {"deepspeed": self.deepspeed}).items():
+            if isinstance(values, dict):
+                found |= {f"{section}.{key}": value for key, value in values.items()}
+            else:
+                found[section] = values
+        found.pop("data.cache_dir")  # a local disk of each node
+        return found
 
 
 def stage_parser(recipe: Path) -> argparse.ArgumentParser:
@@ -130,8 +148,8 @@ def stage_parser(recipe: Path) -> argparse.ArgumentParser:
         help="measure validation loss, scores and sample panel of the run directory's newest checkpoint, of the one "
         "that --resume names, or else of the recipe's own weights (model.init_from), and train nothing",
     )
-    # launch/start.sh asks before it starts the launcher, which takes seconds to import torch.
-    parser.add_argument("--check-recipe", action="store_true", help=argparse.SUPPRESS)
+    # Scripts written for other trainers pass it, alone or with the JSON.
+    parser.add_argument("--deepspeed", nargs="?", const=None, default=None, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return parser
 
@@ -144,26 +162,27 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
         recipe: the stage's own recipe.
 
     Raises:
-        SystemExit: with `--help` or `--check-recipe`.
+        SystemExit: with `--help`.
         ConfigError: anything the user has to fix: recipe, JSON, missing weights or data, a run directory in use.
     """
-    args = stage_parser(_shown(recipe)).parse_args(hyphenated(sys.argv[1:] if argv is None else argv))
+    launchers = Launchers.above()
+    if argv is None:
+        check_typed_options(sys.argv[1:])
+    given = decode_options(sys.argv[1:] if argv is None else argv)
+    args = stage_parser(_shown(recipe)).parse_args(hyphenated(given))
+    complete_user()
     loaded = load_recipe(args.recipe, args.set)
-    if args.check_recipe:
-        sys.exit()
     ranks = ranks_from_env()
-    json_path = args.deepspeed_config or default_deepspeed_json()
+    json_path = args.deepspeed_config or args.deepspeed or default_deepspeed_json()
     resolved = resolve_deepspeed(load_deepspeed_json(json_path), loaded, ranks.world_size, str(json_path))
     check_machine(resolved, has_gpu=has_gpu(), source=str(json_path))
-    run_dir = args.run_dir or Path("runs") / f"stage{loaded.stage}"
+    run_dir = job_run_dir(args, loaded)
     if args.dry_run and args.evaluate_only:
         raise ConfigError("--dry-run is of a training, --evaluate-only of none: choose one")
-    if args.dry_run:
-        run_dir = run_dir.with_name(run_dir.name + DRY_SUFFIX)
-    elif args.evaluate_only:
+    if args.evaluate_only:
         _check_measured(loaded)
         _check_resume(run_dir, args.resume)
-    else:
+    elif not args.dry_run:
         _check_run_dir(run_dir, args.resume)
     # Imported here because the readers of datasets and benchmarks load numpy: mistakes in the recipe come before.
     from tinygptv_ds.train.metrics.wandb_tracker import check_tracking
@@ -171,8 +190,28 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
 
     scored = check_and_open_benchmarks(loaded)
     check_tracking(loaded)
+    if ranks.is_main:
+        check_writable(run_dir)
+        check_port()
     resume = "never" if args.dry_run else args.resume
-    return Job(loaded, resolved, run_dir, resume, ranks, args.dry_run, args.resume_anyway, scored, args.evaluate_only)
+    return Job(
+        recipe=loaded,
+        deepspeed=resolved,
+        run_dir=run_dir,
+        resume=resume,
+        ranks=ranks,
+        dry_run=args.dry_run,
+        resume_anyway=args.resume_anyway,
+        scored=scored,
+        evaluate_only=args.evaluate_only,
+        launchers=launchers,
+    )
+
+
+def job_run_dir(args: argparse.Namespace, recipe: Recipe) -> Path:
+    """Return the run directory that a stage's parsed options name."""
+    run_dir: Path = args.run_dir or Path("runs") / f"stage{recipe.stage}"
+    return run_dir.with_name(run_dir.name + DRY_SUFFIX) if args.dry_run else run_dir
 
 
 def default_deepspeed_json() -> Path:
@@ -181,14 +220,23 @@ def default_deepspeed_json() -> Path:
 
 
 def has_gpu() -> bool:
-    """Whether the driver shows a GPU."""
+    """Whether the driver shows a GPU, and the environment does not hide it."""
+    if gpus_are_hidden():
+        return False
     return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
 
 
 def _check_run_dir(run_dir: Path, resume: str) -> None:
     if (run_dir / "model").exists():
+        found = complete_ones(run_dir / FOLDER)
+        longer = (
+            f"; to train it for longer, --run-dir ANOTHER --resume {found[-1]} --resume-anyway with more train.epochs"
+            if found
+            else ""
+        )
         raise ConfigError(
-            f"{run_dir} holds a finished run (its model/ is there); choose another --run-dir or remove it"
+            f"{run_dir} holds a finished run (its model/ is there, for model.init_from of the next stage); choose "
+            f"another --run-dir or remove it{longer}"
         )
     _check_resume(run_dir, resume)
 

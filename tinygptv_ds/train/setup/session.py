@@ -32,6 +32,7 @@ from tinygptv_ds.train.setup.closing_report import closing_report
 from tinygptv_ds.train.setup.dry_run import finish_dry_run
 from tinygptv_ds.train.setup.job import Job
 from tinygptv_ds.train.setup.run_dir import note_run, start_run_dir
+from tinygptv_ds.train.setup.same_options import check_same_options
 
 
 def join_ranks(job: Job) -> None:
@@ -45,6 +46,7 @@ def join_ranks(job: Job) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores_per_rank(job.ranks))
     device = init_process_group(job.ranks, first_group_timeout(job.recipe.train))
+    check_same_options(job.ranks, job.settings())
     log_file = broadcast_from_rank0(job.ranks, lambda: str(start_run_dir(job)))
     set_up_logging(job.ranks.rank, Path(log_file))
     torch.manual_seed(job.recipe.seed)

@@ -1,0 +1,113 @@
+"""What a launch finds on this machine: GPUs by their names, free ports, hosts that answer."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.train.launcher.options import LaunchOptions
+from tinygptv_ds.train.setup.machine import free_port, port_is_taken, port_message
+
+_SSH_SECONDS = 10
+
+
+def name_gpus(options: LaunchOptions, env: dict[str, str]) -> dict[str, str]:
+    """Prepare `CUDA_VISIBLE_DEVICES` for DeepSpeed's launcher, which understands nothing but numbers.
+
+    Args:
+        options: get `--num_gpus` where GPUs are given by UUID.
+        env: the launcher's environment; is changed.
+
+    Returns:
+        Variables for the ranks, which see the GPUs as they were given.
+
+    Raises:
+        ConfigError: several MIG instances, between which NCCL does not communicate.
+    """
+    given = env.get("CUDA_VISIBLE_DEVICES")
+    if given is None or "--hostfile" in options.launcher:
+        return {}
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not names or names[0].startswith("-") or names == ["NoDevFiles"]:
+        del env["CUDA_VISIBLE_DEVICES"]
+        env["DS_ACCELERATOR"] = "cpu"
+        return {}
+    if all(re.fullmatch(r"[0-9]+", name) for name in names):
+        return {}
+    migs = [name for name in names if name.startswith("MIG-")]
+    if len(migs) > 1 or (migs and len(names) > 1):
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES names {len(names)} devices, among them MIG instances, between which NCCL does not "
+            "communicate; name one MIG instance or whole GPUs"
+        )
+    if options.launcher.keys() & {"--include", "--exclude"}:
+        raise ConfigError("CUDA_VISIBLE_DEVICES names GPUs by UUID: leave out --include and --exclude, or unset it")
+    wanted = options.number("--num_gpus", len(names))
+    if wanted > len(names):
+        raise ConfigError(f"--num_gpus {wanted}, but CUDA_VISIBLE_DEVICES names {len(names)} GPU(s)")
+    options.launcher["--num_gpus"] = str(wanted)
+    del env["CUDA_VISIBLE_DEVICES"]
+    return {"CUDA_VISIBLE_DEVICES": given}
+
+
+def choose_port(options: LaunchOptions) -> None:
+    """Set `--master_port` for a launch on this node alone: the usual one, or a free one where that is taken.
+
+    Raises:
+        ConfigError: the port that was asked for is taken.
+    """
+    port = options.number("--master_port", 29500)
+    if not port_is_taken(port):
+        options.launcher["--master_port"] = str(port)
+        return
+    if "--master_port" in options.launcher:
+        raise ConfigError(port_message(port))
+    options.launcher["--master_port"] = str(free_port())
+
+
+def hosts_that_answer(hosts: Iterable[str], ssh_port: str | None) -> list[str]:
+    """Return those of the hosts that ssh reaches, asked all at once."""
+    command = ["ssh", "-oBatchMode=yes", f"-oConnectTimeout={_SSH_SECONDS}", *(["-p", ssh_port] if ssh_port else [])]
+    asked = {
+        host: subprocess.Popen(
+            [*command, host, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for host in hosts
+    }
+    return [host for host, process in asked.items() if _ends_well(process)]
+
+
+def _ends_well(process: subprocess.Popen[bytes]) -> bool:
+    try:
+        return process.wait(3 * _SSH_SECONDS) == 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+
+
+def check_for_shell(values: Mapping[str, str], allowed: str) -> None:
+    """Check what pdsh passes through a shell without quoting it.
+
+    Raises:
+        ConfigError: a value holds a character that is not `allowed` (a character class of regular expressions).
+    """
+    for name, value in values.items():
+        odd = sorted(set(re.sub(allowed, "", value)))
+        if odd:
+            raise ConfigError(
+                f"{name} ({value}) holds {' '.join(map(repr, odd))}, which the shell of the other nodes would change: "
+                "move or rename it, or start each node by itself with --no_ssh --node_rank N"
+            )
+
+
+def launch_environment() -> dict[str, str]:
+    """Return the environment for DeepSpeed's launcher."""
+    env = dict(os.environ)
+    # If a node dies silently, ssh, and with it the launcher, would otherwise wait for it for a quarter of an hour.
+    alive = "-oServerAliveInterval=15 -oServerAliveCountMax=4"
+    env["PDSH_SSH_ARGS_APPEND"] = f"{alive} {env.get('PDSH_SSH_ARGS_APPEND', '')}"
+    return env

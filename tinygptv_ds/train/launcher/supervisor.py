@@ -1,0 +1,218 @@
+"""One start of a stage under DeepSpeed's launcher: signals on their way to the ranks, and an exit code to rely on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+LOST = 75  # as the ranks' watchdog: start the same command again
+_STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_PATIENCE = 600.0  # seconds that ranks get to save after their launcher has gone
+_POLL = 0.2
+_PER_NODE = "deepspeed.launcher.launch"
+
+
+@dataclass(frozen=True)
+class RemoteRanks:
+    """Ranks that pdsh has started, found on every host by this job's own port and script.
+
+    Attributes:
+        hosts: their names.
+        port: the master's port.
+        script: the end of the stage script's path.
+        ssh_port: of their sshd; None: the usual one.
+        env: of the launch.
+    """
+
+    hosts: Sequence[str]
+    port: int
+    script: str
+    ssh_port: str | None
+    env: Mapping[str, str]
+
+    def signal(self, number: signal.Signals) -> bool:
+        """Send a signal to the ranks of every host; returns whether any of them got it."""
+        launch = f"^[^ ]*python[^ ]* -u -m {_PER_NODE} .*--master_port={self.port} .*{self.script}"
+        name = number.name.removeprefix("SIG")
+        remote = f"pkill -{name} -P \"$(pgrep -d, -f '{launch}')\" && echo passed"
+        more = f" -oBatchMode=yes{f' -p {self.ssh_port}' if self.ssh_port else ''}"
+        env = {**self.env, "PDSH_RCMD_TYPE": "ssh"}
+        env["PDSH_SSH_ARGS_APPEND"] = env.get("PDSH_SSH_ARGS_APPEND", "") + more
+        try:
+            done = subprocess.run(
+                ["pdsh", "-w", ",".join(self.hosts), remote], env=env, capture_output=True, timeout=30, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return b"passed" in done.stdout
+
+
+class Supervisor:
+    """Runs a command whose descendants are the ranks of a stage, in a process group of its own.
+
+    Ctrl-C thus reaches this process alone, which passes it on to the ranks: they save and end. A second one ends all of
+    them at once.
+
+    Args:
+        command: DeepSpeed's launcher with its options.
+        env: its environment.
+        folder: its working directory.
+        remote: ranks on other hosts; None: there are none.
+    """
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], folder: str, remote: RemoteRanks | None = None
+    ) -> None:
+        self._command, self._env, self._folder, self._remote = command, env, folder, remote
+        self._process: subprocess.Popen[bytes]
+        self._wanted: list[signal.Signals] = []
+        self.stopped_by: signal.Signals | None = None
+
+    def run(self) -> int:
+        """Return the exit code of the ranks, in the terms of docs/resume.md."""
+        before = {number: signal.getsignal(number) for number in (*_STOPS, signal.SIGHUP, signal.SIGTSTP)}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:  # e.g. by nohup, or in the background of a script
+                signal.signal(number, self._record)
+        try:
+            self._process = subprocess.Popen(
+                self._command, env=dict(self._env), cwd=self._folder, process_group=0, stdin=subprocess.DEVNULL
+            )
+            while self._process.poll() is None:
+                self._pass_on()
+                time.sleep(_POLL)
+            return self._after(self._process.returncode)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self._wanted.append(signal.Signals(number))
+
+    def _pass_on(self) -> None:
+        while self._wanted:
+            number = self._wanted.pop(0)
+            if number == signal.SIGTSTP:
+                self._suspend()
+            elif self.stopped_by == number == signal.SIGINT:
+                self._kill()
+            elif number in (*_STOPS, signal.SIGHUP):
+                number = signal.SIGTERM if number == signal.SIGHUP else number
+                if number == signal.SIGINT:
+                    _say("Ctrl-C: the ranks finish their step, save and end; again to end them at once, unsaved")
+                self.stopped_by = number
+                if not self._signal_ranks(number):  # none yet: there is nothing to save
+                    self._signal_group(signal.SIGTERM)
+
+    def _signal_ranks(self, number: signal.Signals) -> bool:
+        """Send a signal to the ranks, wherever they are; return whether any of them got it."""
+        started = _children(self._process.pid)
+        if self._remote is not None and any(_has_word(child, "pdsh") for child in started):
+            return self._remote.signal(number)
+        ranks = [rank for child in started if _has_word(child, _PER_NODE) for rank in _children(child)]
+        return sum(_send(rank, number) for rank in ranks) > 0
+
+    def _suspend(self) -> None:
+        self._signal_group(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._signal_group(signal.SIGCONT)
+
+    def _kill(self) -> None:
+        if self._remote is not None:
+            self._remote.signal(signal.SIGKILL)
+        self._signal_group(signal.SIGKILL)
+
+    def _signal_group(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return
+
+    def _after(self, code: int) -> int:
+        """Return the final code once nothing of the run is left on this host."""
+        if _group(self._process.pid):
+            if code < 0 and self.stopped_by is None:
+                _say(f"DeepSpeed's launcher was ended by {signal.Signals(-code).name}; waiting for the ranks to save")
+            if self._remote is None or not self._remote.signal(signal.SIGTERM):
+                self._signal_group(signal.SIGTERM)
+            until = time.monotonic() + _PATIENCE
+            while _group(self._process.pid) and time.monotonic() < until:
+                self._pass_on()
+                time.sleep(_POLL)
+            self._kill()
+        return self._in_our_terms(code)
+
+    def _in_our_terms(self, code: int) -> int:
+        number = _signal_of(code)
+        if self.stopped_by is not None and code != 0:
+            known = (2, *(128 + each for each in _STOPS))
+            return code if code in known else 128 + self.stopped_by
+        if number is None:
+            return LOST if code == 255 else code  # ssh's own code: a host was lost
+        if number in _STOPS and code > 0:  # a rank was stopped before it could save
+            return 128 + number
+        who = "a rank" if code > 0 else "DeepSpeed's launcher"
+        _say(f"error: {who} was ended by {number.name}{_OOM if number == signal.SIGKILL else ''}")
+        return LOST
+
+
+_OOM = "; if it was the OOM killer, the kernel log (dmesg) says so"
+
+
+def _signal_of(code: int) -> signal.Signals | None:
+    """Return the signal that ended a process: -N as Python has it, or 256 - N as DeepSpeed's launcher exits with it."""
+    number = -code if code < 0 else 256 - code
+    try:
+        return signal.Signals(number) if code < 0 or 192 <= code < 255 else None
+    except ValueError:
+        return None
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _send(pid: int, number: signal.Signals) -> bool:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, thread.read_text().split())
+        except OSError:
+            continue
+    return found
+
+
+def _has_word(pid: int, word: str) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    return any(Path(each).name == word for each in words)
+
+
+def _group(pgid: int) -> list[int]:
+    """Return the processes of a group that have not ended."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group, *_ = entry.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(group) == pgid and state not in "ZX":
+            found.append(int(entry.parent.name))
+    return found

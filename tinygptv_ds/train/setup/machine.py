@@ -1,0 +1,93 @@
+"""What a stage checks of the machine before anything is loaded: the user, GPUs, the port and the run directory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import socket
+import tempfile
+from pathlib import Path
+
+from tinygptv_ds.errors import ConfigError
+
+
+def complete_user() -> None:
+    """Give a user without home directory or name, as containers have them, those of its number.
+
+    torch and DeepSpeed ask for both.
+    """
+    try:
+        known = pwd.getpwuid(os.getuid())
+    except KeyError:
+        known = None
+    if known is None:
+        os.environ.setdefault("USER", f"user-{os.getuid()}")
+        home = Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
+        if "HOME" not in os.environ:
+            home.mkdir(mode=0o700, exist_ok=True)
+            os.environ["HOME"] = str(home)
+
+
+def gpus_are_hidden() -> bool:
+    """Return whether the environment keeps this process from using a GPU."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return True
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible is not None and (not visible.strip() or visible.strip().startswith(("-", "NoDevFiles")))
+
+
+def check_writable(run_dir: Path) -> None:
+    """Check that a run directory, or the nearest folder above it that exists, can be written to.
+
+    Raises:
+        ConfigError: it cannot; the message names the folder that is in the way.
+    """
+    there = run_dir.absolute()
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    try:
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is not a folder")
+        Path(tempfile.mkdtemp(prefix=".writable-", dir=there)).rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"--run-dir {run_dir} cannot be used: {there}: {error.strerror}; choose another --run-dir"
+        ) from None
+
+
+def check_port() -> None:
+    """Check that rank 0 of a launch can listen where the ranks meet.
+
+    Raises:
+        ConfigError: another program does.
+    """
+    port = os.environ.get("MASTER_PORT", "")
+    if port.isdigit() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and port_is_taken(int(port)):
+        raise ConfigError(port_message(int(port)))
+
+
+def port_is_taken(port: int) -> bool:
+    """Return whether another program listens on a port of this machine."""
+    with socket.socket() as ours:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier run do not count
+        try:
+            ours.bind(("", port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+
+
+def free_port() -> int:
+    """Return a port that is free at the moment."""
+    with socket.socket() as ours:
+        ours.bind(("", 0))
+        return int(ours.getsockname()[1])
+
+
+def port_message(port: int) -> str:
+    """Return the message about a port that is taken."""
+    return (
+        f"port {port} is taken on {socket.gethostname()}, perhaps by another run: give the launcher "
+        f"--master_port {free_port()}"
+    )
