@@ -19,7 +19,7 @@ from tinygptv_ds.train.launcher import machine
 from tinygptv_ds.train.launcher.options import LaunchOptions, parse_options
 from tinygptv_ds.train.launcher.supervisor import LOST, RemoteRanks, Supervisor
 from tinygptv_ds.train.liveness.launchers import LAUNCHER_PID
-from tinygptv_ds.train.setup.job import job_run_dir, parse_job, stage_parser
+from tinygptv_ds.train.setup.job import job_run_dir, parse_job, shown_path, stage_parser
 from tinygptv_ds.train.setup.options import encode_options
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
@@ -58,7 +58,7 @@ class Launch:
         self._options, self._script = options, project_root() / "stages" / f"{stage}.py"
         self._env = machine.launch_environment()
         recipe = self._script.with_suffix(".yaml")
-        self._args = stage_parser(recipe).parse_args(hyphenated(options.stage))
+        self._args = stage_parser(shown_path(recipe)).parse_args(hyphenated(options.stage))
         hostfile = options.launcher.get("--hostfile")
         self._hosts = None
         if hostfile is not None:
@@ -104,7 +104,7 @@ class Launch:
             remote = RemoteRanks(list(self._hosts), port, f"/stages/{self._script.name}", ssh_port, self._env)
         supervisor = Supervisor([*command, str(self._script), self._encoded], self._env, self._folder, remote)
         code = supervisor.run()
-        if code != 0 or self._args.dry_run or (self._run_dir / "model").exists():
+        if code != 0 or self._args.dry_run or self._args.evaluate_only or (self._run_dir / "model").exists():
             return code
         if supervisor.stopped_by is not None:
             return 128 + supervisor.stopped_by

@@ -169,7 +169,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     if argv is None:
         check_typed_options(sys.argv[1:])
     given = decode_options(sys.argv[1:] if argv is None else argv)
-    args = stage_parser(_shown(recipe)).parse_args(hyphenated(given))
+    args = stage_parser(shown_path(recipe)).parse_args(hyphenated(given))
     complete_user()
     loaded = load_recipe(args.recipe, args.set)
     ranks = ranks_from_env()
@@ -256,6 +256,6 @@ def _check_measured(recipe: Recipe) -> None:
         )
 
 
-def _shown(path: Path) -> Path:
-    """Relative to the working directory where that is shorter."""
+def shown_path(path: Path) -> Path:
+    """Return a path relative to the working directory where it lies below that."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
