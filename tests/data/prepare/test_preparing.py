@@ -19,6 +19,7 @@ from helpers.patience import PATIENCE
 from PIL import Image
 
 from tinygptv_ds.data import process_pool
+from tinygptv_ds.data.prepare import prepare as prepare_module
 from tinygptv_ds.data.prepare.prepare import prepare, write_samples
 from tinygptv_ds.data.prepare.stored_images import Encoding
 from tinygptv_ds.data.process_pool import run_tasks
@@ -96,6 +97,16 @@ def test_a_chunk_without_a_sample_gives_no_tar(tmp_path: Path) -> None:
     assert (report.samples, report.skipped) == (3, {"bad_record": 1, "missing_field": 1})
     assert report.missing_fields == {"url": 1}
     assert "missing fields: 1 url" in str(report)
+
+
+def test_images_that_entries_hold_bound_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet files hold them; the entries of a whole shard would not fit into memory."""
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    monkeypatch.setattr(prepare_module, "_HELD_BYTES", 3 * len(out.getvalue()))
+    samples = [PreparedSample(str(n), {"caption": "x", "clean": []}, (out.getvalue(),)) for n in range(7)]
+    report = write_samples(samples, tmp_path, samples_per_shard=5, total=None, settings={})
+    assert [sample_count(tmp_path / tar) for tar in report.shards] == [3, 3, 1]
 
 
 def test_how_many_are_to_come_is_known() -> None:

@@ -21,13 +21,14 @@ from tinygptv_ds.data.prepare.workspace import finish, finished, workspace
 from tinygptv_ds.data.process_pool import run_tasks
 from tinygptv_ds.data.sets import DATASETS, OTHER_LAYOUTS, full_name, how_to_get
 from tinygptv_ds.data.sets.caption_folder import folder_state
-from tinygptv_ds.data.sets.common import Entry
+from tinygptv_ds.data.sets.common import Entry, PreparedSample
 from tinygptv_ds.data.sets.own_entries import parse_columns
 from tinygptv_ds.errors import DataError
 
 SAMPLES_PER_SHARD = 10_000
 DIGITS_TRAIN, DIGITS_TEST = 2_000, 500  # samples of each embedded dataset
 AS_THEY_ARE = Encoding()
+_HELD_BYTES = 1 << 27  # of images in one chunk of entries, where the entries hold them (parquet, base64)
 REMEDY = "use fewer --workers. Finished shards are kept, the same command resumes from them"
 
 
@@ -155,7 +156,8 @@ def write_samples(
     """Write `samples` as shards with indexes and report.json; `total` is for the progress bar alone, which asks the
     samples too (`operator.length_hint`).
 
-    Shard n holds what can be used of the n-th `samples_per_shard` entries; where that is nothing, there is no shard n.
+    Shard n holds what can be used of the n-th `samples_per_shard` entries, or of as many as hold 128 MiB of images
+    themselves; where that is nothing, there is no shard n.
     A finished `out` with the same `settings` is reused without touching `samples`, an unfinished one is completed; the
     settings need not name the shards' size and the encoding. Raises DataError as `prepare`.
     """
@@ -183,7 +185,7 @@ def _unmade(
 ) -> Iterator[Chunk]:
     """Yield the chunks of `size` entries that are not made yet; the parts of all chunks are appended to `parts`."""
     source, cut = iter(samples), 0
-    while entries := tuple(islice(source, size)):
+    while entries := tuple(_next_entries(source, size)):
         chunk = Chunk(len(parts), entries, out, encoding)
         parts.append(chunk.part)
         cut += len(entries)
@@ -195,6 +197,17 @@ def _unmade(
         elif not bar.disable:
             bar.n, bar.initial, bar.last_print_n = (n + len(entries) for n in (bar.n, bar.initial, bar.last_print_n))
     bar.total = cut
+
+
+def _next_entries(source: Iterator[Entry], size: int) -> Iterator[Entry]:
+    """Yield the next `size` entries, fewer if they hold so many bytes of images themselves that memory matters."""
+    held = 0
+    for entry in islice(source, size):
+        yield entry
+        if isinstance(entry, PreparedSample):
+            held += sum(len(image) for image in entry.images if isinstance(image, bytes))
+        if held >= _HELD_BYTES:
+            return
 
 
 def _sources(name: str, root: Path, annotations: Path | None = None, image_root: Path | None = None) -> list[Path]:

@@ -70,7 +70,8 @@ def finish(out: Path, settings: dict[str, Any], parts: Sequence[Path]) -> Prepar
     if report.samples == 0:
         _remove(out, _MADE)
         first = f"; the first: {report.skipped_entries[0]['detail']}" if report.skipped_entries else ""
-        raise DataError(f"{out}: not one sample could be prepared, skipped: {report.skipped or 'none'}{first}")
+        hint = "; paths of images start from --image-root, or else --root" if "missing_image" in report.skipped else ""
+        raise DataError(f"{out}: not one sample could be prepared, skipped: {report.skipped or 'none'}{first}{hint}")
     save(report, out / "report.json")
     _tidy(out, report)
     return report
