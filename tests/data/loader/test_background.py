@@ -26,6 +26,7 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.features.encode import ImageChunks
 from tinygptv_ds.processing.image import WHITE, to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens
+from tinygptv_ds.train.callbacks.first_samples import count_images
 
 
 def photo() -> bytes:
@@ -72,8 +73,10 @@ def test_everything_reads_alike(
     recipe = build_recipe(raw_recipe(**changes, train__batch_size=2, train__micro_batch_size=2), "test")
     tokens = Tokens(AutoTokenizer.from_pretrained(recipe.model.phi), recipe.text, ImageTokens(-1, 3), 28)
     expected = to_pixels(photo(), 28, background=background)
-    trained = MicroBatches(open_stream(recipe), tokens, rank=0, world_size=1)[0, 0].batch.pixel_values.numpy()
-    assert np.array_equal(trained, expected[None])
+    batch = MicroBatches(open_stream(recipe), tokens, rank=0, world_size=1)[0, 0].batch
+    assert np.array_equal(batch.pixel_values.numpy(), expected[None])
+    assert [ref.index == 0 for ref in batch.sample_ids] == batch.has_image().tolist()
+    assert count_images([batch]) == f"{name} 1 with image, 1 text only"
     chunks = ImageChunks(writer.tars, [2], 2, 28, ShardCache(), background_of(recipe.data.datasets[0]))
     assert np.array_equal(chunks[0][2][0].pixels, expected[None])
     verbs.call(check_data, recipe_file(**changes), "--json", tmp_path / "check.json")

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ def micro(lengths: list[int], targets: list[int], datasets: list[int], refs: lis
         pixel_values=torch.zeros(len(refs), 3, 1, 1),
         image_features=None,
         sample_ids=tuple(refs),
+        has_image=lambda: np.array([ref.dataset == "a" for ref in refs], dtype=bool),
     )
 
 
@@ -64,6 +66,9 @@ def test_sums_are_means_over_tokens() -> None:
     assert totals.steps[:2] == [(4, 10 / 3, 3.0), (5, 6.0, 1.0)]
     assert totals.steps[2][0] == 6 and math.isnan(totals.steps[2][1]) and totals.steps[2][2] == 0
     assert totals.samples == {"a": 2, "b": 1, "c": 0}
+    assert totals.with_images == {"a": 2, "b": 0, "c": 0}
+    scalars = training_scalars(totals)
+    assert [scalars[f"data/{kind}_{name}"] for name in "ab" for kind in ("with_image", "text_only")] == [2, 0, 0, 1]
     assert totals.skipped == {"corrupt_image": 1, "too_long": 2}
     assert totals.work == BatchCounts(tokens=10, squares=9 + 4 + 16 + 1, targets=4, images=3)
     assert totals.ranks == [RankTimes(0.5, 0.25)]

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.data.checks.image_tokens import PUBLISHED, image_tokens
 from tinygptv_ds.data.stream.availability import absent, options_without
 from tinygptv_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tinygptv_ds.data.loader.sample import Tokens
 
-QUERIES = 32  # rows of an image that BLIP-2's Q-Former gives
 COUNT = 12
 
 
@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queries",
         type=int,
-        default=QUERIES,
         metavar="N",
-        help="tokens of an image, which the Q-Former's weights decide (default: %(default)s, the published ones)",
+        help="tokens of an image (default: those of the Q-Former's weights, or 32, the published ones, where there are "
+        "no weights)",
     )
 
 
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     from tinygptv_ds.data.checks.preview_samples import previews
     from tinygptv_ds.data.stream.plan import open_stream
 
-    tokens = _open_tokens(recipe, args.queries)
+    tokens = _open_tokens(recipe, args.queries or image_tokens(recipe.model.qformer) or PUBLISHED)
     stream = open_stream(recipe)
     shown = list(previews(stream, tokens, first_step=args.start_step, number=args.count, datasets=args.dataset))
     title = f"Stage {recipe.stage}: {args.count} samples from step {args.start_step}"
@@ -68,7 +68,7 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
     """Check the options and that the shards are there, before any sample is read."""
     if args.out.suffix.lower() != ".html":
         raise ConfigError(f"--out {args.out}: the name must end in .html")
-    if args.count < 1 or args.start_step < 0 or args.queries < 1:
+    if args.count < 1 or args.start_step < 0 or (args.queries is not None and args.queries < 1):
         raise ConfigError("--count and --queries must be at least 1, --start-step at least 0")
     names = [section.name for section in recipe.data.used]
     for name in args.dataset:

@@ -61,6 +61,11 @@ class Batch:
         """Copy all tensors to a device, without waiting where the memory is pinned."""
         return self._map(lambda t: t.to(device, non_blocking=True))
 
+    def has_image(self) -> np.ndarray:
+        """Return for each of `sample_ids` whether it has an image: bool `[samples]`. For a batch on the CPU."""
+        starts = np.searchsorted(self.image_rows.numpy(), self.cu_seqlens.numpy())
+        return (np.diff(starts) > 0)[: len(self.sample_ids)]
+
     def pin_memory(self) -> Batch:
         """Copy all tensors into pinned memory; called by torch's DataLoader."""
         return self._map(lambda t: t.pin_memory())

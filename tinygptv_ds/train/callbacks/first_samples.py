@@ -8,7 +8,7 @@ import torch
 
 from tinygptv_ds.data.checks.preview_samples import CUT, PROMPT, TARGET, Preview
 from tinygptv_ds.data.checks.preview_text import first_of_each, marked
-from tinygptv_ds.data.loader.batch import MicroBatch
+from tinygptv_ds.data.loader.batch import Batch, MicroBatch
 from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.log import LOGGER
@@ -19,7 +19,7 @@ from tinygptv_ds.train.run import Run
 
 
 class FirstSamples(Callback):
-    """Shows one sample of every dataset before the first step of a run, on rank 0.
+    """Shows one sample of every dataset, and how many have an image, before the first step of a run, on rank 0.
 
     Settings: none. TensorBoard: `data/first_samples`, `data/first_images`; the log has the texts. Metrics: none.
 
@@ -41,6 +41,7 @@ class FirstSamples(Callback):
         if not self._due or self._board is None:
             return
         self._due = False
+        LOGGER.info("the first step, on this rank: %s", count_images([item.batch for item in micro_batches]))
         previews = list(first_of_each(self._stream, self._tokens))
         rows = ["| dataset | sample | tokens | row, target tokens in <<...>> |", "|-|-|-|-|"]
         LOGGER.info("the first sample of each dataset; target tokens are in <<...>>:")
@@ -52,6 +53,16 @@ class FirstSamples(Callback):
         images = [torch.from_numpy(image) for preview in previews for image in preview.images]
         if images:
             self._board.add_images("data/first_images", torch.stack(images), 0)
+
+
+def count_images(batches: Sequence[Batch]) -> str:
+    """Return how many samples of each dataset have an image, and how many none."""
+    having: dict[str, list[bool]] = {}
+    for batch in batches:
+        for ref, has_image in zip(batch.sample_ids, batch.has_image().tolist(), strict=True):
+            having.setdefault(ref.dataset, []).append(has_image)
+    counts = (f"{name} {sum(each)} with image, {len(each) - sum(each)} text only" for name, each in having.items())
+    return "; ".join(counts) or "no sample can be used"
 
 
 def _cells(preview: Preview) -> tuple[str, str, str, str]:

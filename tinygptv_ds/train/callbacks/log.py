@@ -15,7 +15,8 @@ class Log(Callback):
 
     Settings: `train.log_every`, `train.wandb`. Metrics: `train/loss`, `train/loss_DATASET`, `train/lr`,
     `train/grad_norm`, `train/loss_scale`, `train/skipped_steps`, `data/skipped`, `data/skipped_REASON`,
-    `data/mix_DATASET`, and `perf/`: see `rates` and `memory_gib` of `train/metrics/reporter.py`.
+    `data/mix_DATASET`, `data/with_image_DATASET`, `data/text_only_DATASET`, and `perf/`: see `rates` and `memory_gib`
+    of `train/metrics/reporter.py`.
 
     Args:
         run: the run on this rank.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -68,6 +68,7 @@ class Totals:
         work: what the costs are counted from.
         ranks: times of each rank.
         recent: the micro-batches of this rank.
+        with_images: of `samples`, those with an image.
     """
 
     loss: float
@@ -78,6 +79,7 @@ class Totals:
     work: BatchCounts
     ranks: list[RankTimes]
     recent: list[Computed]
+    with_images: dict[str, int] = field(default_factory=dict)
 
 
 class Accumulator:
@@ -96,6 +98,7 @@ class Accumulator:
     def _reset(self) -> None:
         self._losses.zero_()
         self._samples = dict.fromkeys(self._datasets, 0)
+        self._with_images = dict.fromkeys(self._datasets, 0)
         self._skipped = dict.fromkeys(REASONS, 0)
         self._work = [0.0, 0.0, 0.0, 0.0]
         self.recent: list[Computed] = []
@@ -113,8 +116,9 @@ class Accumulator:
         losses = token_losses.double()
         self._losses.index_add_(0, batch.target_dataset, losses)
         self._losses.index_add_(0, batch.target_dataset + len(self._datasets), torch.ones_like(losses))
-        for ref in loaded.batch.sample_ids:
+        for ref, has_image in zip(loaded.batch.sample_ids, loaded.batch.has_image().tolist(), strict=True):
             self._samples[ref.dataset] += 1
+            self._with_images[ref.dataset] += has_image
         for skipped in loaded.skipped:
             self._skipped[skipped.reason] += 1
         self._work = [a + b for a, b in zip(self._work, _work(loaded.batch), strict=True)]
@@ -129,13 +133,15 @@ class Accumulator:
         ranks, rank = self._engine.ranks.world_size, self._engine.ranks.rank
         mine = [0.0] * (2 * ranks)
         mine[2 * rank : 2 * rank + 2] = [times.data_wait, times.forward]
-        host = [*self._samples.values(), *self._skipped.values(), *self._work, *mine]
+        by_dataset = [*self._samples.values(), *self._with_images.values()]
+        host = [*by_dataset, *self._skipped.values(), *self._work, *mine]
         steps, by_step = self._by_step()
         counted = torch.tensor(host, dtype=torch.float64, device=self._losses.device)
         values = iter(self._engine.all_reduce(torch.cat([self._losses, by_step, counted])).tolist())
         sums, tokens = _take(values, self._datasets), _take(values, self._datasets)
         step_sums, step_tokens = _take(values, steps), _take(values, steps)
-        samples, skipped = _take(values, self._datasets), _take(values, REASONS)
+        samples, with_images = _take(values, self._datasets), _take(values, self._datasets)
+        skipped = _take(values, REASONS)
         totals = Totals(
             loss=sum(sums.values()) / max(sum(tokens.values()), 1),
             loss_by_dataset={name: sums[name] / tokens[name] for name in self._datasets if tokens[name]},
@@ -145,6 +151,7 @@ class Accumulator:
             work=BatchCounts(*(next(values) for _ in range(4))),
             ranks=[RankTimes(next(values), next(values)) for _ in range(ranks)],
             recent=self.recent,
+            with_images={name: int(count) for name, count in with_images.items()},
         )
         self._reset()
         return totals

@@ -117,11 +117,16 @@ class Reporter:
 
 
 def training_scalars(totals: Totals) -> dict[str, float]:
-    """Return losses, samples skipped, and the datasets' shares in per cent under their TensorBoard names."""
+    """Return losses, samples skipped, and what each dataset contributed, under their TensorBoard names.
+
+    That is its share in per cent, and its samples with an image and without.
+    """
     scalars = {"train/loss": totals.loss}
     scalars |= {f"train/loss_{name}": loss for name, loss in totals.loss_by_dataset.items()}
     scalars["data/skipped"] = sum(totals.skipped.values())
     scalars |= {f"data/skipped_{reason}": count for reason, count in totals.skipped.items()}
+    for name, count in totals.with_images.items():
+        scalars |= {f"data/with_image_{name}": count, f"data/text_only_{name}": totals.samples[name] - count}
     used = max(sum(totals.samples.values()), 1)
     return scalars | {f"data/mix_{name}": 100 * count / used for name, count in totals.samples.items()}
 
