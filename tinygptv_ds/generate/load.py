@@ -153,7 +153,7 @@ def _open(
         raise ConfigError(f"{path} is an exported folder, which needs neither a recipe nor --set: leave them out")
     try:
         config = TinyGPTVConfig.from_pretrained(path)
-        processor = TinyGPTVProcessor.from_pretrained(path)
+        processor = TinyGPTVProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).strip().split("\n")[0]
         raise WeightsError(f"{path}: a damaged exported folder ({reason}); export or copy it again") from None

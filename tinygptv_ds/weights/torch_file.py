@@ -6,10 +6,13 @@ for the pickle itself are bounded.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from tinygptv_ds.weights.other_files import other_text
 # A checkpoint of the published size has a pickle of about 1 MB with 100,000 values, nested less than 10 deep.
 _LEAST = 64  # bytes; no file of weights is smaller
 _MAX_PICKLE = 64_000_000
-_MAX_VALUES = 2_000_000
+_MAX_VALUES = 500_000
 _MAX_DEPTH = 64
 
 
@@ -64,7 +67,7 @@ def load_torch(path: Path, known: Sequence[tuple[Any, str]] = ()) -> Any:
     """
     _check_archive(path)
     try:
-        with torch.serialization.safe_globals(list(known)):
+        with torch.serialization.safe_globals(list(known)), _quiet():
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:Unsupported \w+: |unsupported )(?:GLOBAL )?([\w.]+)", str(error))
@@ -79,6 +82,19 @@ def load_torch(path: Path, known: Sequence[tuple[Any, str]] = ()) -> Any:
             f"{path}: damaged, cut short or not a PyTorch file ({reason or type(error).__name__}); download or copy "
             "it again, and compare its size with the source's"
         ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging tracebacks and warnings about what a file holds; the error says it in one line."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        logger.disabled = before
 
 
 def _check_archive(path: Path) -> None:
@@ -133,13 +149,11 @@ def _map_tensors(content: Any, stored: Callable[[Tensor], Stored], path: Path) -
         if depth > _MAX_DEPTH or left < 0:
             what = f"nested more than {_MAX_DEPTH} deep" if left >= 0 else f"of more than {_MAX_VALUES:,} values"
             raise WeightsError(f"{path}: its content is {what}, so it is no file of weights, or made to do harm")
-        if isinstance(value, Tensor):
-            return stored(value)
+        if type(value) in (list, tuple):
+            return type(value)([mapped(item, depth + 1) for item in value])
         if isinstance(value, dict):
             return {key: mapped(item, depth + 1) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(mapped(item, depth + 1) for item in value)
-        return value
+        return stored(value) if isinstance(value, Tensor) else value
 
     return mapped(content, 0)
 

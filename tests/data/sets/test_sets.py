@@ -135,6 +135,17 @@ def test_refs_pickle_of_python_2(encoding: str, tmp_path: Path) -> None:
     assert load_refs(path) == ["café"]
 
 
+@pytest.mark.parametrize("put", [b"r" + (1 << 27).to_bytes(4, "little"), b"p134217728\n"])
+def test_refs_take_no_more_memory_than_their_size(put: bytes, tmp_path: Path) -> None:
+    """A pickle of a few bytes that asks for a table of 2 GB; the same bytes as a text are a text."""
+    path = tmp_path / "refs"
+    path.write_bytes(b"]" + put + b".")
+    with pytest.raises(DataError, match=r"it numbers a value 134217728, more than its .* bytes can hold"):
+        load_refs(path)
+    path.write_bytes(b"]U" + bytes([len(put)]) + put + b"a.")
+    assert len(load_refs(path)) == 1
+
+
 @pytest.mark.parametrize("data", [b"", b"]U\x05ab", b"I1\n.", b"<html>"])
 def test_refs_that_are_no_list(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "refs"

@@ -21,7 +21,7 @@ from tinygptv_ds.errors import CheckpointError, ConfigError
 from tinygptv_ds.files import fingerprint_differences
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.checkpoint.folders import complete_ones, step_of
-from tinygptv_ds.train.checkpoint.resume import began_from, choose_checkpoint, load_weights, open_checkpoint
+from tinygptv_ds.train.checkpoint.resume import Checkpoint, began_from, choose_checkpoint, load_weights, open_checkpoint
 from tinygptv_ds.train.checkpoint.run_fingerprint import run_fingerprint
 from tinygptv_ds.train.checkpoint.storage import Snapshot, remove_old, write_checkpoint
 from tinygptv_ds.train.metrics.reporter import forget_after
@@ -186,6 +186,15 @@ def test_other_parameters_are_refused(job: MakeJob) -> None:
         load_weights(model, found)
     model = nn.ParameterDict({"a": nn.Parameter(torch.zeros(2, 1))})
     with pytest.raises(CheckpointError, match=r"a is \[2, 3\], here \[2, 1\]"):
+        load_weights(model, found)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_named(value: float) -> None:
+    tensors = {"a": torch.ones(2, 3), "b": torch.full((1,), value)}
+    found = Checkpoint(Path("step-3"), {}, frozenset(tensors), lambda _, name: tensors[name])
+    model = nn.ParameterDict({name: nn.Parameter(torch.zeros_like(tensor)) for name, tensor in tensors.items()})
+    with pytest.raises(CheckpointError, match=r"step-3: weight of b holds NaN or Inf, .* --resume PATH"):
         load_weights(model, found)
 
 

@@ -5,6 +5,8 @@ Training references from REFER's own files, and the evaluation files of MiniGPT-
 
 import io
 import pickle
+import pickletools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,13 +74,14 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
     """Read the list in a REFER pickle, written by Python 2 or 3.
 
     Only plain containers, strings and numbers are accepted: no class or function is ever looked up, so the file cannot
-    run code. Raises DataError otherwise.
+    run code, and its memory is bounded by its size. Raises DataError otherwise.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     try:
+        _check_memo(data)
         try:
             refs = _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
         except UnicodeDecodeError:  # Python 2 byte strings in the platform's encoding of then
@@ -90,6 +93,20 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
     if not isinstance(refs, list):
         raise DataError(f"{path}: holds a {type(refs).__name__}, not the list of references")
     return refs
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse a pickle that numbers a value beyond its own length: the unpickler takes 16 bytes for each below.
+
+    Seven bytes could thus take 64 GB. A text may look like such a number; only then is every opcode looked at.
+    """
+    binary = re.finditer(rb"r(?=(.{4}))", data, re.DOTALL)  # LONG_BINPUT; the number of PUT is written out
+    suspicious = any(int.from_bytes(match[1], "little") > len(data) for match in binary)
+    if not suspicious and not re.search(rb"p\d{%d}" % len(str(len(data))), data):
+        return
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("LONG_BINPUT", "PUT") and argument is not None and argument > len(data):
+            raise DataError(f"refused: it numbers a value {argument}, more than its {len(data)} bytes can hold")
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -87,7 +87,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Load the trained weights into a model before DeepSpeed makes its master copies from it.
 
     Raises:
-        CheckpointError: it holds other parameters than the model trains, or of other shapes.
+        CheckpointError: it holds other parameters than the model trains, of other shapes, or NaN or Inf.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if checkpoint.names != set(trained):
@@ -100,14 +100,14 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
                 raise CheckpointError(
                     f"{checkpoint.folder}: {name} is {list(stored.shape)}, here {list(parameter.shape)}"
                 )
-            parameter.copy_(stored)
+            parameter.copy_(_finite(stored, checkpoint, "weight", name))
 
 
 def restore_optimizer(engine: Engine, checkpoint: Checkpoint) -> int:
     """Restore moments and step counters; returns the step to resume at. Call on all ranks."""
     _prime_optimizer(engine)
     for moment in MOMENTS:
-        engine.set_moments(moment, partial(checkpoint.tensor, moment))
+        engine.set_moments(moment, partial(_read_moment, checkpoint, moment))
     state = checkpoint.state
     # Up to version 0.1 every step counted for all parameters alike.
     engine.set_optimizer_steps(state["optimizer_steps"], state.get("image_steps", state["optimizer_steps"]))
@@ -223,6 +223,20 @@ def _open_deepspeed(folder: Path, ranks_folder: Path) -> Checkpoint:
 def _read_tensor(file: Path, kind: str, name: str) -> Tensor:
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(f"{kind}/{name}")
+
+
+def _read_moment(checkpoint: Checkpoint, moment: str, name: str) -> Tensor:
+    return _finite(checkpoint.tensor(moment, name), checkpoint, moment, name)
+
+
+def _finite(tensor: Tensor, checkpoint: Checkpoint, kind: str, name: str) -> Tensor:
+    """Return the tensor; raise CheckpointError where a value is NaN or Inf, from which no training can go on."""
+    if not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{checkpoint.folder}: {kind} of {name} holds NaN or Inf, so the training cannot go on from it; name an "
+            "earlier checkpoint with --resume PATH"
+        )
+    return tensor
 
 
 def _prime_optimizer(engine: Engine) -> None:

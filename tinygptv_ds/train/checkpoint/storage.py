@@ -78,7 +78,10 @@ def read_state(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder / name}: {error.strerror or error}") from None
         if found != expected:
             raise CheckpointError(f"{folder / name} has SHA-256 {found}, but {expected} was written: it is damaged")
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / STATE} is no JSON ({error}); name another checkpoint") from None
     if not isinstance(state, dict) or not state.keys() >= _NEEDED:
         raise CheckpointError(f"{folder / STATE} is of another version of this program")
     return state

@@ -1,0 +1,136 @@
+"""Files made to do harm: each is an error of one line, in bounded time and memory, and none of their code runs."""
+
+import json
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from torch import zeros
+
+from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.weights.detect import open_any
+from tinygptv_ds.weights.folders import open_weights
+from tinygptv_ds.weights.io import read_json
+
+
+def archive(path: Path, pickled: bytes, storage: bytes = bytes(16), compression: int = zipfile.ZIP_STORED) -> Path:
+    """Write what torch.save would, with any pickle."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        for name, content in (
+            ("data.pkl", pickled),
+            ("version", b"3\n"),
+            ("byteorder", b"little"),
+            ("data/0", storage),
+        ):
+            file.writestr(f"archive/{name}", content)
+    return path
+
+
+def tensor(count: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
+    """Pickle a dictionary with one tensor that claims to be of this size."""
+
+    def numbers(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(b"\x8a\x08" + struct.pack("<q", value) for value in values) + b"t"
+
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpu\x8a\x08" + struct.pack("<q", count)
+    return (
+        b"\x80\2}X\1\0\0\0wctorch._utils\n_rebuild_tensor_v2\n("
+        + (storage + b"tQ\x8a\x08" + struct.pack("<q", offset))
+        + (numbers(size) + numbers(stride) + b"\x89ccollections\nOrderedDict\n)RtRs.")
+    )
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (tensor(1 << 40, (1 << 40,), (1,)), r"claims 4,398,046,511,104 bytes .*, but the file has"),
+        (tensor(4, (1 << 36,), (0,)), "claims 274,877,906,944 bytes"),
+        (tensor(4, (2, 1 << 20), (1, 0)), "claims 8,388,608 bytes"),
+        (tensor(4, (4,), (1,), 1 << 40), "claims 16 bytes from position"),
+        (tensor(4, (4,), (1,), -100), "damaged, cut short"),
+        (tensor(4, (-4,), (1,)), "damaged, cut short"),
+        (b"\x80\2" + b"]" * 20000 + b"a" * 19999 + b".", "nested more than 64 deep"),
+        (b"\x80\2)" + b"\x85" * 20000 + b".", "nested more than 64 deep"),
+        # Each list holds the one before twice: 2^40 values in 500 bytes.
+        (
+            b"\x80\2]q\0" + b"".join(b"]q%c(h%ch%ce" % (i + 1, i, i) for i in range(40)) + b".",
+            "of more than 500,000 values",
+        ),
+        (b"\x80\2Nr" + struct.pack("<I", 1 << 27) + b".", "no state dict"),
+        (b"\x80\2cos\nsystem\n(X\4\0\0\0exittR.", "not opened because unpickling could run code"),
+    ],
+)
+def test_pickles(pickled: bytes, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = archive(tmp_path / "x.pth", pickled)
+    with pytest.raises(WeightsError, match=message) as raised:
+        for stored in open_weights(path).values():
+            stored.read()
+    assert "\n" not in str(raised.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_right_archive_opens(tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.pth", tensor(4, (2, 2), (2, 1)))
+    assert open_weights(path)["w"].read().tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_compressed_archive(tmp_path: Path) -> None:
+    path = archive(tmp_path / "x.pth", tensor(1 << 20, (1 << 20,), (1,)), bytes(1 << 22), zipfile.ZIP_DEFLATED)
+    with pytest.raises(WeightsError, match=r"a compressed archive, which torch.save does not write"):
+        open_weights(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(70_000_000))
+    with pytest.raises(WeightsError, match="its pickle takes 70,000,000 bytes"):
+        open_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b'{"w":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}', "damaged or cut short"),
+        (b'{"a":' * 50000 + b"1" + b"}" * 50000, "recursion limit"),
+        (
+            json.dumps(
+                {f"w{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(300_000)}
+            ).encode(),
+            "its header would take",
+        ),
+        (b'{"w":{"dtype":"F32","shape":[-4],"data_offsets":[0,16]}}', "damaged or cut short"),
+    ],
+)
+def test_headers_of_safetensors(header: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+    with pytest.raises(WeightsError, match=message):
+        open_weights(path)
+    path.write_bytes(struct.pack("<Q", 1 << 62) + header)
+    with pytest.raises(WeightsError, match="its header would take 4,611,686,018,427,387,904 bytes"):
+        open_weights(path)
+
+
+def test_many_empty_tensors_open_at_once(tmp_path: Path) -> None:
+    """Reading one does not read the whole header again."""
+    save_file({f"w{i}": zeros(0) for i in range(2_000)}, tmp_path / "x.safetensors")
+    assert sum(stored.read().numel() for stored in open_weights(tmp_path / "x.safetensors").values()) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 50_000 + "]" * 50_000, '{"a":' * 200_000, '{"weight_map": {"w": ' + "9" * 5000 + "}}"]
+)
+def test_json(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(text)
+    with pytest.raises(WeightsError, match=r"index\.json: not JSON") as raised:
+        read_json(path)
+    assert len(str(raised.value)) < 500
+    with pytest.raises(WeightsError, match=r"index\.json: not JSON"):
+        open_any(tmp_path)
+
+
+def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    save_file({"../../x\n\x1b[31mRED": zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=r"holds \.\./\.\./x\\n\\x1b\[31mRED") as raised:
+        open_any(tmp_path / "x.safetensors")
+    assert "\x1b" not in str(raised.value) and "\n" not in str(raised.value)
