@@ -60,9 +60,6 @@ def join_ranks(job: Job) -> None:
         job.precision,
         job.run_dir,
     )
-    if job.ranks.is_main:
-        for warning in recipe_warnings(job.recipe, local_sample_counts(job.recipe)):
-            LOGGER.warning("%s", warning)
     dtype, wanted = DTYPES[job.precision], job.recipe.model.attention
     chosen = choose_backend(wanted, device, dtype)  # before anything is loaded
     for name, reason in unusable_backends(device, dtype).items():
@@ -134,4 +131,7 @@ def open_session(job: Job) -> Iterator[Session]:
     """Join the ranks, open the run directory and its log, and watch over what follows. Enter on all ranks."""
     join_ranks(job)
     with Watchdog(job, set_group_timeout) as watchdog:
+        if job.ranks.is_main:
+            for warning in recipe_warnings(job.recipe, local_sample_counts(job.recipe)):
+                LOGGER.warning("%s", warning)
         yield Session(job, watchdog)
