@@ -24,6 +24,7 @@ from tinygptv_ds.processing.image import (
 
 _QUALITY = 95  # where an image must be encoded again and no quality is asked for
 _FIRST_SIDEWAYS = 5  # orientations of EXIF from here on exchange width and height
+_FIRST_FRAME = "first_frame_only"  # the one change that readers make themselves
 AS_PUBLISHED = "none"  # of `Encoding.background`
 
 
@@ -77,7 +78,8 @@ def stored_image(image: Path | bytes, encoding: Encoding) -> StoredImage:
             scaled = encoding.max_side is not None and max(traits.size) > encoding.max_side
             if scaled or encoding.jpeg_quality is not None:
                 return StoredImage("jpg", _jpeg(data, traits, encoding, scaled=scaled), changes)
-            if encoding.color is not None:
+            suffix = stored_suffix(traits.format)
+            if encoding.color is not None and (suffix is None or set(changes) - {_FIRST_FRAME}):
                 return StoredImage(*plain_image(data, encoding.color), changes)
         except ImageError as error:
             if error.reason == "corrupt_image":
@@ -85,10 +87,9 @@ def stored_image(image: Path | bytes, encoding: Encoding) -> StoredImage:
                     check_pixels(opened)
             reason = "unreadable_image" if error.reason == "corrupt_image" else error.reason
             raise SkipEntry(reason, f"{where}: {error}") from error
-    suffix = stored_suffix(traits.format)
     if suffix is None:
         raise SkipEntry("unsupported_image", f"{where} is of the format {traits.format}, which shards do not hold")
-    return StoredImage(suffix, data)
+    return StoredImage(suffix, data, changes)
 
 
 def _changes(traits: ImageTraits) -> tuple[str, ...]:
@@ -97,7 +98,7 @@ def _changes(traits: ImageTraits) -> tuple[str, ...]:
         "turned_upright": traits.orientation != 1,
         "laid_on_background": traits.transparent,
         "scaled_to_8_bit": traits.deep,
-        "first_frame_only": traits.animated,
+        _FIRST_FRAME: traits.animated,
     }
     return tuple(name for name, done in changes.items() if done)
 
