@@ -1,7 +1,6 @@
 """The plan of a fine-tuning: its length, its recipe, and what fits into which memory."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +10,11 @@ import yaml
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError, DataError
-from tinygptv_ds.estimate import model_size
 from tinygptv_ds.finetune import by_hand
 from tinygptv_ds.finetune.devices import Devices, fit
 from tinygptv_ds.finetune.inputs import source_of
 from tinygptv_ds.finetune.recipe import Data, compose
 from tinygptv_ds.finetune.schedule import Given, micro_batch_sizes, plan_schedule
-from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.train.schedule import learning_rate_of_step
 
 ROOT = Path(__file__).parents[2]
@@ -27,22 +24,6 @@ CPU = Devices(1, None, "CPU")
 @pytest.fixture(scope="module")
 def published() -> Recipe:
     return load_recipe(ROOT / "stages/stage4.yaml")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _shapes_once() -> Iterator[None]:
-    """All recipes here have the published model, whose shapes take a second."""
-    found: list[dict[str, tuple[int, ...]]] = []
-    count = model_size.parameter_shapes
-
-    def once(config: TinyGPTVConfig) -> dict[str, tuple[int, ...]]:
-        if not found:
-            found.append(count(config))
-        return found[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_size, "parameter_shapes", once)
-        yield
 
 
 def composed(published: Recipe, *overrides: str, devices: Devices = CPU, samples: int = 27, **data: object) -> Recipe:
