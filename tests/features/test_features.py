@@ -178,15 +178,15 @@ def test_another_vit(raw_recipe: Callable[..., dict[str, Any]], made: Path, tmp_
 
 
 def test_another_image_size(raw_recipe: Callable[..., dict[str, Any]], made: Path) -> None:
-    assert "image_size 28 there, 56 here" in refused(raw_recipe(data__features=str(made), model__image_size=56))
+    assert "image_size: 28 there, 56 here" in refused(raw_recipe(data__features=str(made), model__image_size=56))
 
 
 def test_other_heads_have_the_same_weights(raw_recipe: Callable[..., dict[str, Any]], made: Path) -> None:
-    assert "vit_heads 2 there, 4 here" in refused(raw_recipe(data__features=str(made), model__eva_vit_heads=4))
+    assert "vit_heads: 2 there, 4 here" in refused(raw_recipe(data__features=str(made), model__eva_vit_heads=4))
 
 
 def test_another_precision(raw_recipe: Callable[..., dict[str, Any]], made: Path) -> None:
-    assert "dtype fp32 there, bf16 here" in refused(raw_recipe(data__features=str(made)), "bf16")
+    assert 'dtype: "fp32" there, "bf16" here' in refused(raw_recipe(data__features=str(made)), "bf16")
 
 
 def test_a_vision_path_that_learns(raw_recipe: Callable[..., dict[str, Any]], made: Path) -> None:
@@ -196,13 +196,13 @@ def test_a_vision_path_that_learns(raw_recipe: Callable[..., dict[str, Any]], ma
         check_features(model, recipe.data, "fp32")
 
 
-def test_differences_name_everything_and_weights_last() -> None:
+def test_differences_name_weights_only_alone() -> None:
     there = {"weights": "a", "dtype": "fp32", "queries": 3}
     assert differences(there, dict(there)) == []
     assert differences(there, {**there, "weights": "b"}) == ["the weights of the ViT and the Q-Former"]
-    assert differences(there, {**there, "weights": "b", "dtype": "bf16"}) == ["dtype fp32 there, bf16 here"]
+    assert differences(there, {**there, "weights": "b", "dtype": "bf16"}) == ['dtype: "fp32" there, "bf16" here']
     assert fingerprint(there) != fingerprint({**there, "weights": "b"})
-    assert differences({}, there)[0] == "dtype None there, fp32 here"
+    assert differences({}, there)[0] == 'dtype: nothing there, "fp32" here'
 
 
 def open_error(raw: dict[str, Any]) -> str:
@@ -354,7 +354,7 @@ def test_what_is_there_is_not_made_twice(
         make(raw, tmp_path)
     assert "text: 12 samples in 3 shard(s)" in output.getvalue()
     assert (out / "text/features.json").read_bytes() == before
-    with pytest.raises(DataError, match="differ in image_size 28 there, 56 here; remove it, or choose another --out"):
+    with pytest.raises(DataError, match="differ in image_size: 28 there, 56 here; remove it, or choose another --out"):
         make({**raw, "model": {**raw["model"], "image_size": 56}}, tmp_path)
 
 

@@ -1,9 +1,13 @@
 """Small tars for tests, made by the standard library, and their contents as the index finds them."""
 
+import errno
 import io
 import tarfile
 from pathlib import Path
 
+import pytest
+
+from tinygptv_ds.data.shards import index as index_module
 from tinygptv_ds.data.shards.index import load_index
 
 
@@ -29,3 +33,15 @@ def contents(tar: Path) -> list[tuple[str, dict[str, bytes]]]:
         (index.key(i), {m.suffix: data[m.offset : m.offset + m.size] for m in index.members(i)})
         for i in range(len(index))
     ]
+
+
+def make_read_only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let writing an index into this folder fail as on a read-only file system."""
+    write = index_module.write_atomically
+
+    def refuse(path: Path, data: bytes) -> None:
+        if path.parent == folder:
+            raise OSError(errno.EROFS, "Read-only file system")
+        write(path, data)
+
+    monkeypatch.setattr(index_module, "write_atomically", refuse)

@@ -21,7 +21,7 @@ from tinygptv_ds.data.shards.members import FEATURE_BYTES
 from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.remote import Shard
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.files import whole_file
+from tinygptv_ds.files import fingerprint_differences, whole_file
 
 NOTES = "features.json"
 FORMAT = 1
@@ -74,15 +74,11 @@ def fingerprint(made_with: Mapping[str, Any]) -> str:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What two `made_with` disagree in, in words; weights last, since another dtype or size changes them too."""
-    if fingerprint(there) == fingerprint(here):
-        return []
-    names = sorted(there.keys() | here.keys(), key=lambda name: (name == "weights", name))
-    differing = [name for name in names if there.get(name) != here.get(name)]
-    if differing == ["weights"]:
+    """Return what two `made_with` disagree in; weights only alone, since another dtype or size changes them too."""
+    differing = fingerprint_differences(there, here)
+    if differing.keys() == {"weights"}:
         return ["the weights of the ViT and the Q-Former"]
-    named = [name for name in differing if name != "weights"]
-    return [f"{name} {there.get(name)} there, {here.get(name)} here" for name in named]
+    return [line for name, line in differing.items() if name != "weights"]
 
 
 def refuse_stale(folder: Path, here: Mapping[str, Any]) -> None:

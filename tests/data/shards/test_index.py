@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from helpers.tars import contents, make_tar, pairs
+from helpers.tars import contents, make_read_only, make_tar, pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,14 +65,7 @@ def test_index_of_a_read_only_folder_goes_to_the_cache(
     tmp_path: Path, user_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tar = make_tar(tmp_path / "0.tar", pairs(3))
-    write = index_module.write_atomically
-
-    def refuse(path: Path, data: bytes) -> None:
-        if path.parent == tmp_path:
-            raise OSError(errno.EROFS, "Read-only file system")
-        write(path, data)
-
-    monkeypatch.setattr(index_module, "write_atomically", refuse)
+    make_read_only(monkeypatch, tmp_path)
     assert sample_count(tar) == 3
     assert not (tmp_path / "0.tar.idx").exists()
     monkeypatch.setattr(index_module, "build_index", None)  # from here on the stored one must do

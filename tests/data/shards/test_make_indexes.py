@@ -1,10 +1,10 @@
-import errno
-import io
-import tarfile
+"""The verb `index`: every tar gets its index, and what prevents that is named."""
+
 from pathlib import Path
 
 import pytest
 from helpers import verbs
+from helpers.tars import make_read_only, make_tar
 
 from tinygptv_ds.data.shards import index as index_module
 from tinygptv_ds.data.shards import make_indexes
@@ -14,12 +14,8 @@ from tinygptv_ds.errors import ConfigError, DataError
 
 @pytest.fixture
 def tars(tmp_path: Path) -> list[Path]:
-    paths = [tmp_path / f"{i}.tar" for i in range(3)]
-    for samples, path in enumerate(paths):
-        with tarfile.open(path, "w") as tar:
-            for i in range(samples):
-                tar.addfile(tarfile.TarInfo(f"{i}.json"), io.BytesIO())
-    return paths
+    """Write three tars, of no sample, of one and of two."""
+    return [make_tar(tmp_path / f"{n}.tar", [(f"{i}.json", b"") for i in range(n)]) for n in range(3)]
 
 
 @pytest.mark.parametrize("pattern", ["", "*.tar", "{0..2}.tar"])
@@ -41,13 +37,6 @@ def test_what_cannot_be_done(tars: list[Path], tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match="--workers"):
         verbs.call(make_indexes, tmp_path, "--workers", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write = index_module.write_atomically
-
-    def refuse(path: Path, data: bytes) -> None:
-        if path.parent == tmp_path:
-            raise OSError(errno.EROFS, "Read-only file system")
-        write(path, data)
-
-    monkeypatch.setattr(index_module, "write_atomically", refuse)
+    make_read_only(monkeypatch, tmp_path)
     with pytest.raises(DataError, match=r"0\.tar and 2 more: their folder cannot be written"):
         verbs.call(make_indexes, tmp_path)
