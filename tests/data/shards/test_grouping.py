@@ -22,6 +22,7 @@ from tinygptv_ds.data.shards.members import Member
 from tinygptv_ds.data.shards.reader import RawSample, ShardReader
 from tinygptv_ds.data.shards.records import SampleError
 from tinygptv_ds.processing.image_formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from tinygptv_ds.processing.text import render
 
 IN_ORDER = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 OTHER_NAMES = [
@@ -325,12 +326,27 @@ def test_conversations_of_other_trainers(talk: object, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "talk",
+    [
+        {"question": "what?", "answer": "a cat", "image": "a.jpg"},
+        {"query": "<image>what?", "response": "a cat", "images": ["a.jpg"]},
+        {"instruction": "what?", "output": "a cat"},
+    ],
+)
+def test_questions_of_other_trainers(talk: dict, tmp_path: Path) -> None:
+    (sample,) = read_all(stored(tmp_path, {"jpg": b"1", "json": json.dumps(talk).encode()}))
+    assert render(sample.record, 1, lambda _: 0).turns == (("<Img><ImageHere></Img> what? ", "a cat"),)
+
+
+@pytest.mark.parametrize(
     "turns",
     [
         [{"from": "human", "value": "what?"}, {"from": "human", "value": 3}],
         [{"from": "human"}],
         [{"from": "human", "value": "<image> <image> what?"}, {"from": "gpt", "value": "x"}],
         [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "<image>"}],
+        [7, None],
+        [{"from": ["human"], "value": "x"}],
         "text",
         7,
         [],

@@ -54,6 +54,25 @@ def build_entry(entry: Any, folder: Path, columns: Mapping[str, str]) -> Built:
     return {**record, **{key: fields[key] for key in _KEPT if given(fields.get(key))}}, images, texts.notes
 
 
+def record_of(entry: Any, num_images: int) -> dict[str, Any]:
+    """Return the record of an entry in a shard, whose images are stored next to it, in their order.
+
+    Raises DataError with what is wrong.
+    """
+    images: list[Any] = list(range(num_images))
+    try:
+        texts = read_texts(_fields(entry, {}))
+        _check_end_tokens(texts)
+        record = _record(texts, images)
+    except SkipEntry as skip:
+        raise DataError(str(skip)) from skip
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
+        raise DataError(f"{type(error).__name__}: {error} in {str(entry)[:200]}") from error
+    if images != list(range(num_images)):
+        raise DataError("the marks of its images are numbered in another order than the images are stored")
+    return record
+
+
 def _fields(entry: Any, columns: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of an entry with keys in lower case, renamed as ``--columns`` asks."""
     if not isinstance(entry, dict):

@@ -154,11 +154,11 @@ class ShardIndex:
         if not self.lengths[:, 1:].any() and any(suffix in TEXTS for suffix in self._suffixes):
             return False
         kinds = ([suffix == RECORD for suffix in self._suffixes], [is_image(suffix) for suffix in self._suffixes])
-        for kind in kinds:
-            before = np.concatenate([[0], np.cumsum(np.array(kind, dtype=bool)[self._suffix_of])])
-            if np.any(before[self._member_ends[1:]] == before[self._member_ends[:-1]]):
-                return False
-        return True
+        starts = self._member_ends[:-1]
+        if np.any(starts == self._member_ends[1:]):
+            return False
+        has = (np.logical_or.reduceat(np.array(kind, dtype=bool)[self._suffix_of], starts) for kind in kinds)
+        return not len(starts) or all(map(np.all, has))
 
     def _check(self) -> None:
         """An index may come from elsewhere, and its checksum alone does not make it consistent."""

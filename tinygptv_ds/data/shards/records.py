@@ -8,7 +8,6 @@ from typing import Any
 
 from tinygptv_ds.data.shards.members import CAPTION, RECORD, Member
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.text import IMAGE_TAG
 
 REASONS = (
     "missing_record",
@@ -29,9 +28,9 @@ REASONS = (
 )
 _SHAPES = ("caption", "conversation", "answer")  # keys of which a record needs one, see processing/text.py
 _TALKS = ("conversations", "messages")  # the same of other trainers
+_QUESTIONS = ("question", "query", "instruction", "prompt")
+_ANSWERS = ("answer", "answers", "response", "output")
 _IMAGE_KEYS = ("image", "images", "img", "image_path", "image_paths", "image_file", "video", "videos")
-_MARK = "<image>"
-_ROLES = {"human": 0, "user": 0, "gpt": 1, "assistant": 1}
 
 
 class SampleError(DataError):
@@ -64,7 +63,7 @@ def parse_record(data: bytes, where: str) -> dict[str, Any]:
 
 def holds_sample(record: Mapping[str, Any]) -> bool:
     """Return whether a record has a caption, an answer or a conversation, in whatever state."""
-    return any(key in record for key in (*_SHAPES, *_TALKS))
+    return any(key in record for key in _SHAPES) or _is_foreign(record)
 
 
 def read_record(members: Sequence[Member], read: Callable[[Member], bytes], where: str) -> dict[str, Any]:
@@ -108,51 +107,19 @@ def plain_record(record: Mapping[str, Any], images: int, where: str) -> dict[str
         named = next((f"names {key} {str(record[key])[:100]!r}" for key in _IMAGE_KEYS if record.get(key)), None)
         what = "a caption without an image" if named is None else f"its record {named}, but there is no image member"
         raise SampleError("missing_image", f"{where}: {what}")
-    talk = next((key for key in _TALKS if key in record), None)
-    if talk is None or any(key in record for key in _SHAPES):
+    if not _is_foreign(record):
         return dict(record)
+    from tinygptv_ds.data.sets.own_entries import record_of  # the tables of datasets, which own records do not need
+
     try:
-        return _conversation(record[talk], images)
-    except (TypeError, KeyError, LookupError, AttributeError) as error:
-        detail = f"has no {error}" if isinstance(error, KeyError) else str(error)
-        raise SampleError("bad_record", f"{where}: a turn of {talk!r} {detail}") from error
-    except ValueError as error:
+        return record_of(record, images)
+    except DataError as error:
         raise SampleError("bad_record", f"{where}: {error}") from error
 
 
-def _conversation(turns: list[dict[str, str]], images: int) -> dict[str, Any]:
-    """Return the record of LLaVA's ``from`` and ``value`` or OpenAI's ``role`` and ``content``."""
-    who, what = ("role", "content") if turns and "role" in turns[0] else ("from", "value")
-    spoken = [(turn[who], turn[what]) for turn in turns]
-    system = spoken.pop(0)[1] if spoken and spoken[0][0] == "system" else None
-    if spoken and _ROLES.get(spoken[0][0]) == 1:
-        del spoken[0]
-    for number, (role, _) in enumerate(spoken):
-        if _ROLES.get(role) != number % 2:
-            raise ValueError(f"turn {number} is from {role!r}; human and gpt must alternate")
-    values: list[Any] = [text for _, text in spoken] + [None] * (len(spoken) % 2)
-    pairs = [list(pair) for pair in zip(values[::2], values[1::2], strict=True)]
-    if any(_MARK in answer for _, answer in pairs if answer is not None):
-        raise ValueError(f"an answer holds {_MARK}")
-    if not pairs:
-        raise ValueError("the conversation has no turn")
-    raw = _place_images(pairs, images)
-    if system:
-        pairs[0][0] = f"{system}\n{pairs[0][0]}"
-    return {"conversation": pairs, "clean": [], "raw": raw}
-
-
-def _place_images(pairs: list[list[Any]], images: int) -> bool:
-    """Replace the marks in the questions by image tags; return False if the images go in front, which needs no tag."""
-    marks = sum(question.count(_MARK) for question, _ in pairs)
-    if not marks:
+def _is_foreign(record: Mapping[str, Any]) -> bool:
+    """Return whether a record is another trainer's: a conversation, or a question that is not under ``text``."""
+    asked = any(key in record for key in _QUESTIONS) and not ("text" in record or "pool" in record)
+    if "caption" in record or "conversation" in record or ("answer" in record and not asked):
         return False
-    if marks != images:
-        raise ValueError(f"the questions hold {_MARK} {marks} time(s) for {images} image(s)")
-    first = pairs[0][0].strip()
-    if images == 1 and (first.startswith(_MARK) or first.endswith(_MARK)):
-        pairs[0][0] = first.replace(_MARK, "").strip()
-        return False
-    for pair in pairs:
-        pair[0] = pair[0].replace(_MARK, IMAGE_TAG)
-    return True
+    return any(key in record for key in _TALKS) or (asked and any(key in record for key in _ANSWERS))

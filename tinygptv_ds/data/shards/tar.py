@@ -1,5 +1,6 @@
 """The entries of a tar, and where their contents lie. Names are only ever names: nothing is extracted."""
 
+import contextlib
 import logging
 import os
 import posixpath
@@ -47,7 +48,6 @@ def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
     """
     runs: list[tuple[str, list[Member]]] = []
     cut_key, problem = None, None
-    files: dict[str, tuple[int, int]] = {}  # offset and size by name, for links
     links: list[tuple[list[Member], int, str]] = []  # (members, place in them, name of the target)
     try:
         with tar.open("rb", buffering=0) as file:
@@ -62,9 +62,7 @@ def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
                 if not runs or runs[-1][0] != name[0]:
                     runs.append((name[0], []))
                 members = runs[-1][1]
-                if header.plain:
-                    files[header.name] = header.offset, header.size
-                else:
+                if not header.plain:
                     links.append((members, len(members), header.link))
                 members.append(Member(name[1], header.offset, header.size))
     except _DamageError as damage:
@@ -76,7 +74,8 @@ def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
         links = [link for link in links if link[0] is not lost[1]]
     if problem == "bad header at byte 0":
         raise DataError(f"{tar}: {_no_tar(tar)}")
-    _follow(links, files)
+    if links:
+        _follow(tar, links)
     samples = group(tar, runs)
     if problem and (len(samples) < len(runs) or cut_key in samples):  # members stand apart, so any may be lost
         samples = {key: members for key, members in samples.items() if is_complete(members)}
@@ -85,9 +84,14 @@ def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
     return list(samples.items())
 
 
-def _follow(links: list[tuple[list[Member], int, str]], files: dict[str, tuple[int, int]]) -> None:
+def _follow(tar: Path, links: list[tuple[list[Member], int, str]]) -> None:
     """Let links stand for the files that they point at; without one, they stay members without content."""
-    by_path = {posixpath.normpath(name): place for name, place in files.items()} if links else {}
+    by_path: dict[str, tuple[int, int]] = {}
+    with tar.open("rb", buffering=0) as file, contextlib.suppress(_DamageError):
+        size = os.fstat(file.fileno()).st_size
+        for header in _headers(file.fileno(), size):
+            if header.plain and header.offset + header.size <= size:
+                by_path[posixpath.normpath(header.name)] = header.offset, header.size
     for members, place, target in links:
         members[place] = Member(members[place].suffix, *by_path.get(target, (0, 0)))
 
