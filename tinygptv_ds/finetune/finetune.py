@@ -18,6 +18,7 @@ from tinygptv_ds.finetune.phases import Progress
 from tinygptv_ds.finetune.report import print_end, print_plan
 
 LEAST_SAMPLES = 10
+_WIDE = 1024  # a Phi from this width on is too much for a CPU, in practice
 _SHARE, _MANY, _MANY_ENTRIES = "0.1", "500", 5_000  # held out: a tenth, or 500 of more than 5,000 entries
 
 
@@ -111,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
         write_atomically(work / "inputs.json", json.dumps(inputs, indent=1).encode())
         job = Job(args.out, work, source, held_out, start, devices, tuple(args.set))
         print(f"from  {start.path}: {start.what}\non    {devices}\nwork  {work}", flush=True)
+        if devices.gib is None and start.width >= _WIDE:
+            print("note: no GPU is seen; on a CPU, the published size takes minutes a step and some 20 GB of memory")
         for phase in job.data_phases():
             progress.run(phase)
         data = job.data()
