@@ -200,6 +200,32 @@ def test_generation_uses_the_cache_rightly(model: TinyGPTVForConditionalGenerati
         assert out[i, 6:].tolist() == ids[0, len(prompt) :].tolist()
 
 
+def test_what_models_of_transformers_return(model: TinyGPTVForConditionalGeneration, pixels: Tensor) -> None:
+    """A loss for labels, hidden states, tuples; what is not known is an error."""
+    model.eval()
+    ids = torch.tensor([ROWS[0]])
+    labels = ids.clone()
+    labels[:, :-3] = -100
+    output = model(ids, pixel_values=pixels[:1], labels=labels, output_hidden_states=True)
+    expected = torch.nn.functional.cross_entropy(output.logits[0, -4:-1], ids[0, -3:])
+    assert torch.allclose(output.loss, expected)
+    assert torch.allclose(model(ids, pixel_values=pixels[:1], labels=labels, num_items_in_batch=6).loss, expected / 2)
+    assert len(output.hidden_states) == 1 + len(model.language_model.model.layers)
+    assert torch.equal(output.hidden_states[0], model.embed(ids, pixels[:1]))
+    assert torch.equal(model.language_model.lm_head(output.hidden_states[-1]).float(), output.logits)
+    assert model(ids, pixel_values=pixels[:1]).hidden_states is None
+    as_tuple = model(ids, pixel_values=pixels[:1], labels=labels, return_dict=False)
+    assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.logits)
+    with pytest.raises(TypeError, match="pixel_value"):
+        model(ids, pixel_value=pixels[:1])
+    with pytest.raises(ValueError, match="attention weights are never computed"):
+        model(ids, pixel_values=pixels[:1], output_attentions=True)
+    with pytest.raises(ValueError, match=r"labels are \[1, 2\]"):
+        model(ids, pixel_values=pixels[:1], labels=labels[:, :2])
+    grown = model.resize_token_embeddings(40, mean_resizing=False)
+    assert grown.weight.shape[0] == model.get_output_embeddings().weight.shape[0] == 40
+
+
 @pytest.mark.parametrize("images", [1, 3])
 def test_images_without_places_are_no_silent_loss(
     model: TinyGPTVForConditionalGeneration, pixels: Tensor, images: int

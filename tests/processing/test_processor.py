@@ -1,11 +1,13 @@
 """Inference sees the tokens and pixels that training saw."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import tiny
+from PIL import Image
 from transformers import AutoTokenizer
 
 from tinygptv_ds.config.recipe import TextSection
@@ -49,6 +51,53 @@ def test_padding_stands_on_the_left(processor: TinyGPTVProcessor) -> None:
     expected = np.stack([to_pixels(image, tiny.IMAGE_SIZE) for image in (first, second, first)])
     assert (inputs["pixel_values"].numpy() == expected).all()
     assert "pixel_values" not in processor([[]], ["the bus"])
+
+
+def test_the_keywords_of_transformers(processor: TinyGPTVProcessor) -> None:
+    """Text and images in either order, padding and truncation."""
+    first, second = (Image.open(io.BytesIO(image)).convert("RGB") for image in tiny.encoded_images(2))
+    prompts = [QUESTION, f"{QUESTION} the bus"]
+    expected = processor([[first], [second]], prompts)
+    for inputs in (
+        processor(prompts, [first, second]),
+        processor(text=prompts, images=[first, second], padding=True, return_tensors="pt"),
+        processor(prompts, [[first], [second]], padding="longest", truncation=True, max_length=500),
+    ):
+        assert inputs.keys() == expected.keys()
+        assert all(inputs[name].equal(tensor) for name, tensor in expected.items())
+    length = expected["input_ids"].shape[1]
+    assert processor(QUESTION, first, padding="max_length", max_length=length + 3)["input_ids"].shape == (1, length + 3)
+    cut = processor(prompts, [first, second], truncation=True, max_length=length - 1)["input_ids"]
+    assert cut[1].equal(expected["input_ids"][1, :-1])
+    with pytest.raises(DataError, match="max_length=3 would cut off an image"):
+        processor(QUESTION, first, truncation=True, max_length=3)
+    for options, message in (
+        ({"padding": False}, "padding=False: prompts of unequal lengths"),
+        ({"padding": "left"}, "padding='left'"),
+        ({"padding": "max_length"}, "needs max_length"),
+        ({"truncation": True}, "needs max_length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(prompts, [first, second], **options)
+
+
+def test_arrays_and_tensors(processor: TinyGPTVProcessor) -> None:
+    image = Image.open(io.BytesIO(tiny.encoded_images(1)[0])).convert("RGB")
+    expected = processor(image, QUESTION)["pixel_values"]
+    array = np.asarray(image)
+    forms = (
+        array,
+        array.transpose(2, 0, 1),
+        torch.from_numpy(array.copy()),
+        array / 255,
+        expected[0],
+        expected[0].numpy(),
+    )
+    for form in forms:
+        assert processor(text=QUESTION, images=form)["pixel_values"].equal(expected)
+    for wrong in (np.zeros((5, 5, 4), np.uint8), np.zeros((5, 5), np.int64), np.full((5, 5, 3), 2.0)):
+        with pytest.raises(DataError, match=r"arrays and tensors must be \[H, W, 3\]"):
+            processor(text=QUESTION, images=wrong)
 
 
 def test_images_must_match(processor: TinyGPTVProcessor) -> None:

@@ -17,3 +17,23 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
         fp32 `[K]`, not reduced: the caller divides by the target tokens of the whole optimizer step.
     """
     return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def shifted_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Return the mean cross entropy of the tokens that follow, as the models of transformers define their loss.
+
+    Args:
+        logits: `[B, L, vocabulary]`.
+        labels: int64 `[B, L]`, the tokens of the same positions; -100 for those without a loss.
+        count: what the sum is divided by; None: the number of labels that count.
+
+    Raises:
+        ValueError: the shapes do not belong together.
+    """
+    if logits.shape[:2] != labels.shape:
+        raise ValueError(
+            f"labels are {list(labels.shape)}, the logits {list(logits.shape[:2])}; both must be of all tokens"
+        )
+    targets = labels[:, 1:].reshape(-1).to(logits.device)
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
+    return total / ((targets != -100).sum().clamp(min=1) if count is None else count)

@@ -6,7 +6,7 @@ padded `[batch, length]` rows with an `attention_mask` and a cache. Both agree.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     Blip2QFormerModel,
-    GenerationMixin,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, DynamicCache
@@ -24,8 +23,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tinygptv_ds.models.attention import causal_mask, choose_backend, make_layout
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.eva_vit import build_eva_vit
+from tinygptv_ds.models.generation import ImageGenerationMixin
 from tinygptv_ds.models.lora import LoRALinear
-from tinygptv_ds.models.loss import token_losses
+from tinygptv_ds.models.loss import shifted_loss, token_losses
 from tinygptv_ds.models.phi import PhiForCausalLM, RMSNorm
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 
@@ -51,7 +51,7 @@ class PackedOutput(NamedTuple):
     anchor: Tensor
 
 
-class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     """The whole model under its canonical parameter names.
 
     Top-level parts: `visual_encoder`, `ln_vision`, `query_tokens`, `qformer`, `llama_proj`, `llama_proj2` (the
@@ -109,6 +109,14 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the token embedding of Phi."""
         return self.language_model.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding of Phi."""
+        self.language_model.model.embed_tokens = cast(nn.Embedding, value)
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the language-model head of Phi."""
+        self.language_model.lm_head = value
 
     def get_output_embeddings(self) -> nn.Linear:
         """Return the language-model head of Phi."""
@@ -211,8 +219,12 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         embed_only: bool = False,
-        **_: Any,
-    ) -> PackedOutput | CausalLMOutputWithPast | Tensor:
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> PackedOutput | CausalLMOutputWithPast | Tensor | tuple:
         """Run the model on a packed row (with `cu_seqlens`, for training) or on padded rows (for generation).
 
         Args:
@@ -234,20 +246,19 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             use_cache: keep keys and values for the next call.
             logits_to_keep: logits of the last n positions only; 0 for all.
             embed_only: padded only: end with the embeddings `[B, L, W]`; see `embed`.
+            labels: int64 `[B, L]`, padded only: the output gets a `loss`; -100 where none is wanted.
+            num_items_in_batch: what that loss is divided by instead of the number of its tokens.
+            output_hidden_states: padded only: also return the inputs of all blocks and the final hidden states.
+            output_attentions: must be false: attention weights are never computed.
+            return_dict: padded only: false for a tuple.
 
         Raises:
-            ValueError: an input of the packed or the padded form is missing, or, padded, `input_ids` has positions for
-                another number of images.
+            ValueError: an input of the packed or the padded form is missing, attention weights are asked for, or,
+                padded, `input_ids` has positions for another number of images.
         """
         if cu_seqlens is not None:
-            if (
-                input_ids is None
-                or position_ids is None
-                or max_seqlen is None
-                or target_rows is None
-                or targets is None
-            ):
-                raise ValueError("packed rows need input_ids, position_ids, max_seqlen, target_rows and targets")
+            if input_ids is None:
+                raise ValueError("packed rows need input_ids")
             return self._forward_packed(
                 input_ids,
                 position_ids,
@@ -264,9 +275,22 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self._embeds(input_ids, pixel_values, image_features)
         if embed_only:
             return inputs_embeds
-        return self._forward_padded(
-            inputs_embeds, attention_mask, position_ids, cache, use_cache, logits_to_keep, dropout_keys
+        if output_attentions:
+            raise ValueError("output_attentions: the attention weights are never computed; leave it out")
+        output = self._forward_padded(
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            cache,
+            use_cache,
+            logits_to_keep,
+            dropout_keys,
+            output_hidden_states,
         )
+        if labels is not None:
+            assert output.logits is not None
+            output = CausalLMOutputWithPast(shifted_loss(output.logits, labels, num_items_in_batch), **output)
+        return output.to_tuple() if return_dict is False else output
 
     def embed(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, image_features: Tensor | None = None
@@ -291,14 +315,17 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _forward_packed(
         self,
         input_ids: Tensor,
-        position_ids: Tensor,
+        position_ids: Tensor | None,
         cu_seqlens: Tensor,
-        max_seqlen: int,
+        max_seqlen: int | None,
         images: tuple[Tensor, bool],
         place: tuple[Tensor | None, Tensor | None],
-        target: tuple[Tensor, Tensor],
+        target: tuple[Tensor | None, Tensor | None],
         dropout_keys: Tensor | None,
     ) -> PackedOutput:
+        target_rows, targets = target
+        if position_ids is None or max_seqlen is None or target_rows is None or targets is None:
+            raise ValueError("packed rows need input_ids, position_ids, max_seqlen, target_rows and targets")
         image_embeds, real = images
         anchor = image_embeds.float().sum() * 0.0
         x = self.get_input_embeddings()(input_ids)
@@ -315,7 +342,6 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         backend = choose_backend(self.attention, x.device, _compute_dtype(x))
         layout = make_layout(cu_seqlens, max_seqlen, len(input_ids), backend)
         hidden = self.language_model.model(x, position_ids, layout=layout, dropout_keys=dropout_keys)
-        target_rows, targets = target
         logits = self.language_model.lm_head(hidden.index_select(0, target_rows))
         losses = token_losses(logits, targets)
         return PackedOutput(losses, anchor)
@@ -329,6 +355,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         use_cache: bool | None,
         logits_to_keep: int,
         dropout_keys: Tensor | None,
+        output_hidden_states: bool | None,
     ) -> CausalLMOutputWithPast:
         batch, length = inputs_embeds.shape[:2]
         if use_cache and cache is None:
@@ -339,51 +366,18 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         mask = causal_mask(attention_mask, length)
-        hidden = self.language_model.model(
-            inputs_embeds, position_ids, mask=mask, cache=cache, dropout_keys=dropout_keys
-        )
+        phi = self.language_model.model
+        seen: list[Tensor] = []
+        watched = phi.layers if output_hidden_states else ()
+        hooks = [block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for block in watched]
+        try:
+            hidden = phi(inputs_embeds, position_ids, mask=mask, cache=cache, dropout_keys=dropout_keys)
+        finally:
+            for hook in hooks:
+                hook.remove()
         logits = self.language_model.lm_head(hidden[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits.float(), cache=cache)
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **given: Any,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """Repeat each row for every beam with all its images in order; transformers would repeat each image alone."""
-        seen = {name: given.pop(name) for name in ("pixel_values", "image_features") if given.get(name) is not None}
-        rows, expanded = super()._expand_inputs_for_generation(  # type: ignore[misc]  # its `self` is a protocol
-            expand_size, is_encoder_decoder, input_ids, **given
-        )
-        if expand_size > 1 and seen and input_ids is not None:
-            places = (input_ids == self.config.image_token_id).sum(1) // self.config.num_query_tokens
-            for name, images in seen.items():
-                of_rows = images.split(places.tolist())
-                seen[name] = torch.cat([torch.cat([row] * expand_size) for row in of_rows])
-        return rows, expanded | seen
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        cache: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_features: Tensor | None = None,
-        **_: Any,
-    ) -> dict[str, Any]:
-        """Return the inputs of the next step: first the whole prompt with its images, then one new token."""
-        past = cache.get_seq_length() if cache is not None else 0
-        step: dict[str, Any] = {"cache": cache, "attention_mask": attention_mask}
-        if past == 0 and inputs_embeds is not None:
-            step["inputs_embeds"] = inputs_embeds
-        else:
-            step["input_ids"] = input_ids if past == 0 else input_ids[:, -1:]
-        if past == 0:
-            step |= {"pixel_values": pixel_values, "image_features": image_features}
-        return step | {"use_cache": True, "logits_to_keep": 1}
+        states = (*seen, hidden) if output_hidden_states else None
+        return CausalLMOutputWithPast(logits=logits.float(), cache=cache, hidden_states=states)
 
 
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:

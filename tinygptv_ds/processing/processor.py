@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
@@ -15,10 +13,9 @@ from transformers.processing_utils import ProcessorMixin
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.detokenize import clean_up, cleans_up, decode
 from tinygptv_ds.processing.image import to_pixels
+from tinygptv_ds.processing.processor_inputs import ImageInput, Images, as_image, cut_rows, in_order, padded_length
 from tinygptv_ds.processing.sequence import ImageTokens, check_placeholders, prompt_ids, tokenize, wrap
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
-
-ImageInput = bytes | str | Path | Image.Image | np.ndarray  # encoded, a path, decoded, or from `to_pixels`
 
 
 class TinyGPTVProcessor(ProcessorMixin):
@@ -67,18 +64,26 @@ class TinyGPTVProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None = None,
-        text: str | Sequence[str] = (),
+        images: Images | str | Sequence[str] = None,
+        text: str | Sequence[str] | Images = (),
         *,
         add_bos_token: bool = False,
+        padding: bool | str = True,
+        truncation: bool = False,
+        max_length: int | None = None,
         return_tensors: str = "pt",
     ) -> BatchFeature:
         """Return left-padded inputs for a batch of prompts.
 
         Args:
-            images: the images of each prompt; a flat list is distributed by the placeholders.
-            text: prompts, each with as many `<ImageHere>` as it has images; see `prompt`.
+            images: the images of each prompt; a flat list is distributed by the placeholders. Encoded, a path, a PIL
+                image, or an array or tensor as in `as_image`.
+            text: prompts, each with as many `<ImageHere>` as it has images; see `prompt`. The two may be given in
+                either order.
             add_bos_token: put the BOS token in front, as in training. The original does not at inference.
+            padding: True or "longest", "max_length", or False for prompts of one length.
+            truncation: cut prompts at `max_length` tokens.
+            max_length: in tokens, those of images included.
             return_tensors: "pt", the only kind there is.
 
         Returns:
@@ -86,22 +91,23 @@ class TinyGPTVProcessor(ProcessorMixin):
             any image.
 
         Raises:
-            DataError: placeholders and images do not match, or an image cannot be decoded.
+            DataError: placeholders and images do not match, an image cannot be decoded, or would be cut off.
+            ValueError: an option has a value that is not among these.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' is supported")
-        prompts = [text] if isinstance(text, str) else list(text)
-        dealt = _deal(images, prompts)
-        inputs = self.token_rows(prompts, [len(group) for group in dealt], add_bos_token=add_bos_token)
+        if truncation and max_length is None:
+            raise ValueError("truncation=True needs max_length")
+        given, prompts = in_order(images, text)
+        dealt = _deal(given, prompts)
+        pairs = zip(prompts, dealt, strict=True)
+        rows = [self.row((prompt,), len(group), add_bos_token=add_bos_token) for prompt, group in pairs]
+        rows = cut_rows(rows, max_length if truncation else None, self.image_token_id)
+        inputs = self.pad(rows, padded_length(rows, padding, max_length))
         pixels = self.pixels([image for group in dealt for image in group])
         if pixels is not None:
             inputs["pixel_values"] = pixels
         return BatchFeature(inputs)
-
-    def token_rows(self, prompts: Sequence[str], images: Sequence[int], *, add_bos_token: bool) -> dict[str, Tensor]:
-        """Return `input_ids` and `attention_mask` as `__call__` does, given how many images each prompt has."""
-        pairs = zip(prompts, images, strict=True)
-        return self.pad([self.row((prompt,), count, add_bos_token=add_bos_token) for prompt, count in pairs])
 
     def row(self, parts: Sequence[str], num_images: int, *, add_bos_token: bool) -> list[int]:
         """Return the token ids of one prompt, whose parts are tokenised one by one; errors as in `__call__`."""
@@ -112,9 +118,9 @@ class TinyGPTVProcessor(ProcessorMixin):
             ids += prompt_ids(self.tokenizer, part, part.count(IMAGE_PLACEHOLDER), tokens)
         return ids
 
-    def pad(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
-        """Pad rows of unequal lengths on the left; returns `input_ids` and `attention_mask` as `__call__` does."""
-        longest = max(map(len, rows), default=0)
+    def pad(self, rows: Sequence[list[int]], length: int | None = None) -> dict[str, Tensor]:
+        """Pad rows on the left, by default to the longest; returns `input_ids` and `attention_mask` of `__call__`."""
+        longest = max(map(len, rows), default=0) if length is None else length
         pad = self.tokenizer.bos_token_id
         return {
             "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
@@ -126,7 +132,8 @@ class TinyGPTVProcessor(ProcessorMixin):
         if not images:
             return None
         size = self.image_size
-        return torch.from_numpy(np.stack([p if isinstance(p, np.ndarray) else to_pixels(p, size) for p in images]))
+        taken = [as_image(image, size) for image in images]
+        return torch.from_numpy(np.stack([p if isinstance(p, np.ndarray) else to_pixels(p, size) for p in taken]))
 
     def prompt(self, question: str, num_images: int = 1) -> str:
         """Return a question as training words it: after its images, inside the template."""
@@ -154,9 +161,7 @@ class TinyGPTVProcessor(ProcessorMixin):
         return [(clean_up(text) if cleans_up(self.tokenizer) else text).strip() for text in texts]
 
 
-def _deal(
-    images: ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None, prompts: Sequence[str]
-) -> list[list[ImageInput]]:
+def _deal(images: Images, prompts: Sequence[str]) -> list[list[ImageInput]]:
     """Return the images of each prompt."""
     given = [] if images is None else [images] if isinstance(images, ImageInput) else list(images)
     flat = [each for each in given if isinstance(each, ImageInput)]

@@ -1,0 +1,62 @@
+"""What `generate` of transformers needs to know of a model whose prompts have images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+
+from tinygptv_ds.models.configuration import TinyGPTVConfig
+
+
+class ImageGenerationMixin(GenerationMixin):  # transformers looks for "GenerationMixin" in the names of a model's bases
+    """Generation from rows with image positions, whose images go with the first step."""
+
+    config: TinyGPTVConfig
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **given: Any,
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
+        """Repeat each row for every beam with all its images in order; transformers would repeat each image alone."""
+        seen = {name: given.pop(name) for name in ("pixel_values", "image_features") if given.get(name) is not None}
+        rows, expanded = super()._expand_inputs_for_generation(  # type: ignore[misc]  # its `self` is a protocol
+            expand_size, is_encoder_decoder, input_ids, **given
+        )
+        if expand_size > 1 and seen and input_ids is not None:
+            places = (input_ids == self.config.image_token_id).sum(1) // self.config.num_query_tokens
+            for name, images in seen.items():
+                of_rows = images.split(places.tolist())
+                seen[name] = torch.cat([torch.cat([row] * expand_size) for row in of_rows])
+        return rows, expanded | seen
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Return the inputs of the next step: first the whole prompt with its images, then the tokens not yet seen.
+
+        transformers takes `kwargs` by its name to mean all that `forward` takes.
+        """
+        past = cache.get_seq_length() if cache is not None else 0
+        step: dict[str, Any] = {"cache": cache, "attention_mask": attention_mask}
+        if past == 0 and inputs_embeds is not None:
+            step["inputs_embeds"] = inputs_embeds
+        else:
+            # With embeddings as the prompt, `input_ids` holds the new tokens alone.
+            step["input_ids"] = input_ids[:, past:] if input_ids.shape[1] > past else input_ids[:, -1:]
+        if past == 0:
+            step |= {"pixel_values": pixel_values, "image_features": image_features}
+        return step | {"use_cache": True, "logits_to_keep": 1}

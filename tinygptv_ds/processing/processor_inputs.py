@@ -1,0 +1,92 @@
+"""What callers of a processor of transformers pass: text and images in either order, arrays and tensors, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from tinygptv_ds.errors import DataError
+
+ImageInput = bytes | str | Path | Image.Image | np.ndarray | Tensor  # encoded, a path, decoded, or from `to_pixels`
+Images = ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None
+
+
+def in_order(images: Any, text: Any) -> tuple[Images, list[str]]:
+    """Return images and prompts, whichever of the two was given first; text alone may stand in either place."""
+    if _is_text(images) and text is not None and not _is_text(text) and not isinstance(text, Path):
+        images, text = text if _given(text) else None, images
+    return images, [text] if isinstance(text, str) else list(text or ())
+
+
+def as_image(image: ImageInput, size: int) -> bytes | str | Path | Image.Image | np.ndarray:
+    """Return an image that `to_pixels` takes, or the pixels `[3, size, size]` in uint8 that it would give.
+
+    Arrays and tensors are `[H, W, 3]`, `[3, H, W]` or, in gray, `[H, W]`: uint8, or floats from 0 to 1.
+
+    Raises:
+        DataError: an array has another shape or range.
+    """
+    if not isinstance(image, np.ndarray | Tensor):
+        return image
+    array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    if array.dtype == np.uint8 and array.shape == (3, size, size):
+        return array
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+        array = array.transpose(1, 2, 0)
+    floats = np.issubdtype(array.dtype, np.floating) and array.size > 0 and array.min() >= 0 and array.max() <= 1
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or not (array.dtype == np.uint8 or floats):
+        raise DataError(
+            f"an image of shape {list(array.shape)} in {array.dtype}; arrays and tensors must be [H, W, 3] or [3, H, W]"
+            " in uint8, or floats from 0 to 1"
+        )
+    return Image.fromarray(np.rint(array * 255).astype(np.uint8) if floats else array)
+
+
+def cut_rows(rows: list[list[int]], limit: int | None, image_token_id: int) -> list[list[int]]:
+    """Return token rows of at most `limit` tokens, cut at their ends.
+
+    Raises:
+        DataError: an image would be cut off.
+    """
+    if limit is None:
+        return rows
+    if any(image_token_id in row[limit:] for row in rows):
+        raise DataError(f"max_length={limit} would cut off an image; take a larger one, or shorten the text before it")
+    return [row[:limit] for row in rows]
+
+
+def padded_length(rows: list[list[int]], padding: bool | str, max_length: int | None) -> int:
+    """Return the length that rows are padded to.
+
+    Raises:
+        ValueError: `padding` is unknown, or rows of unequal lengths are not to be padded.
+    """
+    longest = max(map(len, rows), default=0)
+    if padding in (True, "longest"):
+        return longest
+    if padding == "max_length":
+        if max_length is None:
+            raise ValueError("padding='max_length' needs max_length")
+        return max(max_length, longest)
+    if padding not in (False, "do_not_pad"):
+        raise ValueError(f"padding={padding!r}: True, 'longest', 'max_length' or False")
+    if any(len(row) != longest for row in rows):
+        raise ValueError(
+            "padding=False: prompts of unequal lengths make no tensor; leave it out, or pass one at a time"
+        )
+    return longest
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(each, str) for each in value)
+    )
+
+
+def _given(value: Any) -> bool:
+    return not (isinstance(value, list | tuple) and not value)
