@@ -17,7 +17,7 @@ from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.shards.records import REASONS
 from tinygptv_ds.estimate.model_size import trained_parts
 from tinygptv_ds.models.configuration import TinyGPTVConfig
-from tinygptv_ds.models.parameters import always_fp32, decays
+from tinygptv_ds.models.parameters import always_fp32, decays, needs_images
 
 GRADIENTS, UPDATED, GATHERED, SMALL = "gradients", "updated weights", "gathered weights", "small"
 _VOTES = 4  # of train/checkpoint/saver.py: two signals, the clock, a writer that has failed
@@ -89,7 +89,6 @@ class Step:
         from_features: ViT and Q-Former do not run.
         datasets: number of datasets in the recipe.
         log_every: steps between log lines.
-        step_mean: whether the loss divides by the target tokens of all ranks.
         lr_scale: `optimizer.lr_scale`, which divides the optimizer's groups.
     """
 
@@ -101,7 +100,6 @@ class Step:
     from_features: bool = False
     datasets: int = 1
     log_every: int = 10
-    step_mean: bool = True
     lr_scale: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -111,9 +109,10 @@ class Step:
 
     def groups(self) -> list[int]:
         """Return the number of elements of each of the optimizer's groups."""
-        sizes: dict[tuple[float, bool], int] = {}
+        sizes: dict[tuple[bool, float, bool], int] = {}
         for weight in self.trained:
-            key = (self.lr_scale.get(weight.part, 1.0), decays(weight.name, weight.dimensions))
+            scale = self.lr_scale.get(weight.part, 1.0)
+            key = (needs_images(weight.name), scale, decays(weight.name, weight.dimensions))
             sizes[key] = sizes.get(key, 0) + weight.numel
         return list(sizes.values())
 
@@ -137,7 +136,6 @@ def step_of(recipe: Recipe, config: TinyGPTVConfig, ranks: int) -> Step:
         recipe.data.features is not None,
         len(recipe.data.used),
         recipe.train.log_every,
-        recipe.train.loss_reduction == "step_mean",
         recipe.optimizer.lr_scale,
     )
 
@@ -197,9 +195,9 @@ def _zero_3(step: Step, zero: Zero) -> Iterator[Collective]:
 
 
 def _own(step: Step) -> Iterator[Collective]:
-    """Yield votes to stop or save, the loss's divisor, and the sums of a log line, spread over its steps."""
+    """Yield votes to stop or save, a step's targets and images, and the sums of a log line, spread over its steps."""
     line = 2 * step.datasets + 2 * step.log_every + step.datasets + len(REASONS) + 4 + 2 * step.ranks
-    payload = 4 * _VOTES + 4 * step.step_mean + 8 * line // step.log_every
+    payload = 4 * _VOTES + 4 * 2 + 8 * line // step.log_every
     yield Collective(SMALL, "all_reduce", payload, step.ranks)
 
 
