@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import TracebackType
+from typing import NoReturn
 
 from tinygptv_ds import __version__
 from tinygptv_ds.arguments import hyphenated
-from tinygptv_ds.errors import Stopped, TinyGPTVError
+from tinygptv_ds.errors import Stopped, TinyGPTVError, disk_problem
 from tinygptv_ds.resources import is_clone, project_root
 
 USER_ERROR = 2
@@ -106,13 +107,7 @@ def run_command(command: Callable[[], None]) -> None:
     try:
         command()
     except TinyGPTVError as error:
-        if int(os.environ.get("RANK", 0)) != 0:
-            time.sleep(5)
-        else:
-            _print_to_stderr(f"error: {error}")
-        # Threads of the process group or of the loader must neither delay the exit nor print during it.
-        sys.stdout.flush()
-        os._exit(USER_ERROR)
+        _end_with_error(str(error))
     except Stopped as stop:
         if int(os.environ.get("RANK", 0)) == 0:
             _print_to_stderr(f"stopped: {stop}")
@@ -124,6 +119,22 @@ def run_command(command: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # e.g. "| head" has read enough
         os._exit(0)
+    except OSError as error:
+        message = disk_problem(error)
+        if message is None:
+            raise
+        _end_with_error(message)
+
+
+def _end_with_error(message: str) -> NoReturn:
+    if int(os.environ.get("RANK", 0)) != 0:
+        time.sleep(5)
+    else:
+        _print_to_stderr(f"error: {message}")
+    # Threads of the process group or of the loader must neither delay the exit nor print during it.
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(USER_ERROR)
 
 
 def _print_to_stderr(message: str) -> None:

@@ -1,5 +1,15 @@
 """Errors that a user can fix, by kind. The command line prints their message alone and exits with code 2."""
 
+import errno
+
+_OF_THE_DISK = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or ask for a larger quota",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "change its permissions, or choose another place",
+    errno.ESTALE: "the network file system has lost it; start again",
+}
+
 
 class TinyGPTVError(Exception):
     """An error that the user has to fix. The message names what is wrong, where, and the remedy."""
@@ -37,3 +47,11 @@ def require(condition: bool, message: str) -> None:
     """Raise ConfigError with `message` unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def disk_problem(error: BaseException) -> str | None:
+    """Return the message about an error of the file system that a user can fix; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in _OF_THE_DISK:
+        return None
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror}; {_OF_THE_DISK[error.errno]}, then start the same command again"

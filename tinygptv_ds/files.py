@@ -39,7 +39,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """
     partial, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        remove(leftover)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -62,6 +62,7 @@ def whole_file(out: Path) -> Iterator[Path]:
     """A path to write a file at; it gets the name `out` when the block ends well, and is removed when it does not."""
     partial = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
+    remove(partial)
     try:
         yield partial
         sync(partial)
@@ -69,6 +70,14 @@ def whole_file(out: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     partial.replace(out)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder; it may be missing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

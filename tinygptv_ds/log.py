@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tinygptv_ds.errors import ConfigError
+
 LOGGER = logging.getLogger("tinygptv_ds")
 
 
@@ -27,6 +29,20 @@ class _ConsoleHandler(logging.Handler):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _LogFile(logging.FileHandler):
+    """The log file; on a full disk lines are lost, with one warning, and the run goes on."""
+
+    _warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError) and not self._warned:
+            self._warned = True
+            LOGGER.warning("%s cannot be written (%s); training continues", self.baseFilename, error.strerror)
+        elif not isinstance(error, OSError):
+            super().handleError(record)
+
+
 def set_up_logging(rank: int = 0, log_file: Path | None = None) -> None:
     """Log to the console (rank 0 everything, other ranks warnings) and, on rank 0, to `log_file`."""
     LOGGER.handlers.clear()
@@ -36,7 +52,10 @@ def set_up_logging(rank: int = 0, log_file: Path | None = None) -> None:
     console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     LOGGER.addHandler(console)
     if rank == 0 and log_file is not None:
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        try:
+            file = _LogFile(log_file, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise ConfigError(f"{log_file} cannot be written ({error.strerror}); make room, or move it away") from None
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.addHandler(file)
 

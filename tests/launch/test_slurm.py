@@ -137,6 +137,8 @@ def slurm(tmp_path: Path) -> Slurm:
         "import os, sys\nrank = int(os.environ['RANK'])\n"
         "received = {k: os.environ.get(k) for k in os.environ['TELL'].split()}\n"
         "os.write(1, f'{received} {sys.argv[1:]}\\n'.encode())\n"
+        "step = os.environ.get('STEP')\n"
+        "step and os.makedirs(f'my run/checkpoints/step-{step}', exist_ok=True)\n"
         "code = int(os.environ['CODES'].split()[rank])\n"
         "os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)\n"
     )
@@ -158,6 +160,16 @@ def slurm(tmp_path: Path) -> Slurm:
 def test_which_ends_are_requeued(codes: str, code: int, requeued: bool, slurm: Slurm) -> None:
     assert end(slurm.submit("stage2", CODES=codes, TELL="RANK"))[0] == code
     assert slurm.requeued == (["4711"] if requeued else [])
+
+
+def test_lost_ranks_are_requeued_where_there_is_progress(slurm: Slurm) -> None:
+    """Not without a new checkpoint, and at most RESTARTS times."""
+    arguments = ("stage2", "--run-dir", "my run")
+    for starts, (step, requeued) in enumerate([("00000004", 1), ("00000009", 2), ("00000009", 2), ("00000012", 2)]):
+        assert slurm.starts == starts
+        code, output = end(slurm.submit(*arguments, CODES="-9 75", TELL="RANK", STEP=step, RESTARTS="3"))
+        assert code == 137 and len(slurm.requeued) == requeued, output
+    assert "not requeued: no new checkpoint, or restarted 3 times" in output
 
 
 def test_what_the_ranks_are_given(slurm: Slurm) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tinygptv_ds.errors import CheckpointError, WeightsError
-from tinygptv_ds.files import fingerprint_differences
+from tinygptv_ds.files import fingerprint_differences, remove
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones, step_of
 from tinygptv_ds.train.checkpoint.storage import STATE, SUMS, TENSORS, read_state
@@ -66,7 +66,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     ranks_folder = step_folder(folder)
     if ranks_folder is not None:
         return _open_deepspeed(folder, ranks_folder)
-    with safe_open(folder / TENSORS, framework="pt") as file:
+    try:
+        opened = safe_open(folder / TENSORS, framework="pt")
+    except (OSError, SafetensorError) as error:  # its hash is right, so it was written like this
+        raise CheckpointError(f"{folder / TENSORS} is no safetensors file: {error}") from None
+    with opened as file:
         names = {key.removeprefix("weight/") for key in file.keys() if key.startswith("weight/")}  # noqa: SIM118
     return Checkpoint(
         folder,
@@ -121,7 +125,7 @@ def _sweep(checkpoints: Path) -> None:
     """Remove what a killed run was writing or removing."""
     for pattern in ("step-*.partial", "step-*.old"):
         for leftover in checkpoints.glob(pattern):
-            shutil.rmtree(leftover)
+            remove(leftover)
 
 
 def _newest_complete(checkpoints: Path) -> Path | None:

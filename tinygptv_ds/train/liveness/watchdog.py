@@ -20,7 +20,7 @@ from types import TracebackType
 
 from torch import distributed
 
-from tinygptv_ds.errors import Stopped, TinyGPTVError
+from tinygptv_ds.errors import Stopped, TinyGPTVError, disk_problem
 from tinygptv_ds.log import LOGGER, note
 from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
 from tinygptv_ds.train.liveness.channel import HELLO, Channel, Message
@@ -101,8 +101,9 @@ class Watchdog:
         """Report an error of this rank to the others."""
         if is_of_collectives(error):  # it follows from what the thread is about to find out and report itself
             time.sleep(self._lost_after + 10 * self._interval)
-        code = 2 if isinstance(error, TinyGPTVError) else 1
-        text = str(error) if code == 2 else f"{type(error).__name__}: {error}"
+        of_disk = disk_problem(error)
+        code = 2 if isinstance(error, TinyGPTVError) or of_disk else 1
+        text = of_disk or str(error) if code == 2 else f"{type(error).__name__}: {error}"
         if self._send({"left": {"error": text, "code": code}}):
             sent = threading.Event()
             self._loop.call_soon_threadsafe(sent.set)

@@ -16,11 +16,14 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from tinygptv_ds.config.load import recipe_dict
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.files import write_atomically
 from tinygptv_ds.log import LOGGER, note
 from tinygptv_ds.models.flops import FlopRates, peak_flops, step_flops
 from tinygptv_ds.train.callbacks.callback import LogRecord
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.metrics.accumulator import RankTimes, Totals
+from tinygptv_ds.train.metrics.board import open_board
 from tinygptv_ds.train.metrics.wandb_tracker import WandbTracker
 from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.setup.job import Job
@@ -44,10 +47,11 @@ class Reporter:
         self._device = run.engine.device
         self._costs, self._peak = _costs(run), _peak(run.engine)
         self.board: SummaryWriter | None = None
+        self._torn = False  # the last line of metrics.jsonl may not be whole
         if job.ranks.is_main and not job.evaluate_only:
             forget_after(job.run_dir / "metrics.jsonl", first_step)
             purge = first_step + 1 if first_step else None
-            self.board = SummaryWriter(job.run_dir / "tensorboard", purge_step=purge)
+            self.board = open_board(job.run_dir / "tensorboard", purge)
             self._tracker = WandbTracker(job.recipe, job.run_dir)
             if not first_step:
                 write_hparams(self.board, job)
@@ -104,9 +108,20 @@ class Reporter:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with (self._job.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **line}) + "\n")
+        self._append(json.dumps({"step": step, "time": time.time(), **line}))
         self._tracker.log(values, step)
+
+    def _append(self, line: str) -> None:
+        """Add a line to metrics.jsonl; a full disk costs lines of it and not the run."""
+        path = self._job.run_dir / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(("\n" if self._torn else "") + line + "\n")
+            self._torn = False
+        except OSError as error:
+            if not self._torn:
+                LOGGER.warning("%s cannot be written (%s); training continues without it", path, error.strerror)
+            self._torn = True
 
     def close(self) -> None:
         """Flush and close all outputs."""
@@ -214,11 +229,33 @@ def _flat(node: Any, where: str = "") -> dict[str, Any]:
 
 
 def forget_after(metrics: Path, step: int) -> None:
-    """Drop the lines of steps that a resumed run will do again."""
-    if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        metrics.write_text("".join(kept), encoding="utf-8")
+    """Drop the lines of steps that a resumed run will do again, and lines that a crash has damaged.
+
+    Raises:
+        ConfigError: the file cannot be read or written.
+    """
+    if not metrics.exists():
+        return
+    try:
+        lines = metrics.read_bytes().splitlines(keepends=True)
+        steps = [_step_of(line) for line in lines]
+        damaged = sum(found is None for found in steps)
+        if damaged:
+            LOGGER.warning("%s: %d damaged line(s) dropped", metrics, damaged)
+        kept = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
+        if kept != lines:
+            write_atomically(metrics, b"".join(kept))
+    except OSError as error:
+        raise ConfigError(f"{metrics} cannot be used ({error.strerror}); make room, or move it away") from None
+
+
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line; None: it is not whole."""
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def memory_gib(device: torch.device) -> float:

@@ -57,7 +57,10 @@ class WandbTracker:
 
 
 def _id(file: Path) -> str:
-    if not file.exists():
-        with whole_file(file) as partial:
-            partial.write_text(json.dumps({"id": secrets.token_hex(8)}) + "\n")
-    return json.loads(file.read_text())["id"]
+    try:
+        return str(json.loads(file.read_text())["id"])
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged
+        made = secrets.token_hex(8)
+    with whole_file(file) as partial:
+        partial.write_text(json.dumps({"id": made}) + "\n")
+    return made

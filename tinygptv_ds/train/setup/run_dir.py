@@ -13,6 +13,9 @@ import yaml
 
 from tinygptv_ds import __version__
 from tinygptv_ds.config.load import recipe_dict
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.files import write_atomically
+from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.setup.job import Job
 from tinygptv_ds.train.setup.run_dir_lock import lock_run_dir
 
@@ -27,7 +30,10 @@ def start_run_dir(job: Job) -> Path:
     """
     if job.dry_run:  # remove the files of a dry run that was killed
         shutil.rmtree(job.run_dir, ignore_errors=True)
-    job.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--run-dir {job.run_dir} cannot be made ({error.strerror}); choose another") from None
     lock_run_dir(job.run_dir)
     return job.run_dir / "log.txt"
 
@@ -35,9 +41,12 @@ def start_run_dir(job: Job) -> Path:
 def note_run(job: Job) -> None:
     """Write the resolved recipe, the DeepSpeed JSON and the versions, once the run has started."""
     recipe = yaml.safe_dump(recipe_dict(job.recipe), sort_keys=False, allow_unicode=True)
-    (job.run_dir / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    (job.run_dir / "deepspeed.json").write_text(json.dumps(job.deepspeed, indent=2) + "\n")
-    (job.run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+    notes = {"recipe.yaml": recipe, "deepspeed.json": json.dumps(job.deepspeed, indent=2) + "\n"}
+    for name, text in (notes | {"versions.json": json.dumps(versions(), indent=2) + "\n"}).items():
+        try:
+            write_atomically(job.run_dir / name, text.encode())
+        except OSError as error:
+            LOGGER.warning("%s cannot be written (%s); training continues", job.run_dir / name, error.strerror)
 
 
 def versions() -> dict[str, str | None]:

@@ -32,8 +32,15 @@ def lock_run_dir(run_dir: Path) -> FileLock | None:
     except LocksUnsupportedError:
         LOGGER.warning("%s is on a file system without locks: nothing keeps a second job out of it", run_dir)
         lock = None
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be locked ({error.strerror}); remove it, or choose another --run-dir"
+        ) from None
     holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
-    path.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+    try:
+        path.write_text(json.dumps(holder) + "\n", encoding="utf-8")
+    except OSError as error:  # the lock holds without it, and only the message of a second job lacks its holder
+        LOGGER.warning("%s could not be written (%s)", path, error.strerror)
     return lock
 
 
