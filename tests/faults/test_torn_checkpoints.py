@@ -37,7 +37,7 @@ def snapshot(step: int, size: int = 1000) -> Snapshot:
 
 
 def job(folder: Path, wanted: object = "auto") -> Any:
-    return SimpleNamespace(run_dir=folder, resume=str(wanted), resume_anyway=False)
+    return SimpleNamespace(run_dir=folder, resume=str(wanted), resume_anyway=False, evaluate_only=False)
 
 
 # ---- killed while it saves -------------------------------------------------------------------------------------------
