@@ -36,7 +36,7 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def say(exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
-    """Pipes lines into the verb; what it prints and what it complains of."""
+    """Pipe lines into the verb; return what it prints and its errors."""
 
     def run(text: str, *options: object) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
@@ -48,7 +48,7 @@ def say(exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def expected(loaded: LoadedModel, *turns: str, image: Path) -> list[str]:
-    """What a conversation gives that writes its answers back."""
+    """Return the answers of a conversation that writes them back."""
     model, processor = loaded
     talk = Conversation(choose_template(None, processor.prompt_template, processor.end_sym))
     given = []
@@ -159,7 +159,7 @@ def test_at_a_terminal(exported: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def _read_until(terminal: int, end: bytes | None, timeout: float = PATIENCE) -> bytes:
-    """What appears on the terminal up to `end`; None: until it is closed."""
+    """Return what appears on the terminal up to `end`, or until it is closed if that is None."""
     seen, until = b"", time.monotonic() + timeout
     while end is None or not seen.endswith(end):
         assert select.select([terminal], [], [], max(0, until - time.monotonic()))[0], seen

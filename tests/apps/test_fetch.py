@@ -94,7 +94,7 @@ def test_silence_has_an_end() -> None:
 
 
 def test_private_addresses_are_refused(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By their numbers, by name, and where a public server redirects to one."""
+    """They are refused by number, by name, and where a public server redirects to one."""
     port = server.rpartition(":")[2]
     for host in ("127.0.0.1", "localhost", "0x7f.1", "2130706433", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"):
         with pytest.raises(DataError, match=r"not on the public internet|not known"):

@@ -108,7 +108,7 @@ def test_colors_repeat() -> None:
 
 
 def labels(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], regions: list[Region]) -> list[tuple]:
-    """Where labels lie: (text, (x1, y1, x2, y2))."""
+    """Return where labels lie, as (text, (x1, y1, x2, y2))."""
     placed: list[tuple] = []
     draw = drawing._label
     monkeypatch.setattr(drawing, "_label", lambda *args: (draw(*args), placed.extend(args[-1][len(placed) :])))

@@ -36,7 +36,7 @@ DEFAULTS = Generation(max_new_tokens=12)
 
 @contextmanager
 def serving(app: object) -> Iterator[str]:
-    """The address of a server in a thread, while it runs."""
+    """Yield the address of a server in a thread, while it runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,7 +61,7 @@ def until(happened: Callable[[], bool]) -> None:
 
 
 class Recording(Answerer):
-    """Keeps what the model was asked last."""
+    """A model that keeps what it was asked last."""
 
     def stream(self, prompt: Prompt, generation: Generation) -> AnswerStream:
         self.__dict__["asked"] = prompt
@@ -88,7 +88,7 @@ def client(address: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def post(address: str) -> Callable[..., httpx.Response]:
-    """Sends a body as it is."""
+    """Send a body as it is."""
 
     def send(body: bytes, **headers: str) -> httpx.Response:
         given = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"} | headers
@@ -113,7 +113,7 @@ def said(text: str, *urls: str) -> dict:
 
 
 def directly(answerer: Answerer, turns: list[Turn], generation: Generation) -> str:
-    """The answer without a server."""
+    """Return the answer without a server."""
     (answer,) = answers(answerer.model, answerer.processor, [answerer.prompt(turns)], generation)
     return answer
 
@@ -265,7 +265,7 @@ def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
     ],
 )
 def test_base64_as_clients_write_it(post, change: Callable[[str], str], words: str) -> None:
-    """The same image whatever the spelling; an error never repeats the image."""
+    """The image is the same whatever the spelling, and an error never repeats it."""
     plain = data_url(encoded((41, 31)))
     ask = lambda url: post(json.dumps({"model": NAME, "messages": [said("what?", url)]}).encode())  # noqa: E731
     reply = ask(change(plain))
@@ -312,7 +312,7 @@ def test_bodies_that_are_refused(post, address: str) -> None:
 
 
 def test_a_large_body_is_not_read_to_its_end(answerer: Answerer) -> None:
-    """A body whose length is not declared in advance."""
+    """The length of such a body is not declared in advance."""
     sent = 0
 
     async def blocks() -> AsyncIterator[bytes]:
@@ -404,7 +404,7 @@ def test_who_leaves_ends_his_answer_and_who_is_too_many_is_sent_away(answerer: A
 
 
 def test_a_failure_is_reported(answerer: Answerer) -> None:
-    """Before the first piece with a status of its own, after it within the stream."""
+    """Before the first piece the error has a status of its own; after it, it comes within the stream."""
 
     class Failing(Slow):
         def __iter__(self) -> Iterator[str]:

@@ -57,7 +57,7 @@ def test_limits_that_are_wrong() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_port_that_is_taken(verb: str) -> None:
-    """Seen before the model is loaded, torch not being there."""
+    """It is noticed before the model is loaded, and without torch."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"127.0.0.1:{port} is not available (" in one_error(cli(verb, ".", "--port", port))

@@ -50,7 +50,7 @@ def faulty(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def state(engine: Engine) -> dict[str, Tensor]:
-    """Weights and moments, whole on rank 0 and none elsewhere."""
+    """Return weights and moments, whole on rank 0 and none elsewhere."""
     found = engine.trained_state()
     for moment in MOMENTS:
         found |= {f"{moment}/{name}": value for name, value in engine.moments(moment).items()}
@@ -58,7 +58,7 @@ def state(engine: Engine) -> dict[str, Tensor]:
 
 
 def one_case(job: Job, kind: str) -> dict:
-    """A good step, a bad one, and a good one again."""
+    """Make a good step, a bad one, and a good one again."""
     global fault
     torch.manual_seed(0)
     model = build_model(job.recipe.model, job.recipe.text, frozen_dtype=DTYPES[job.precision])
@@ -105,7 +105,7 @@ def all_cases() -> None:
 
 
 def noted_exit(code: int) -> None:
-    """What this rank leaves with, which the launcher tells of one rank alone: it ends the other as soon as it looks."""
+    """Note the exit code of this rank: the launcher reports one rank alone and ends the other as soon as it looks."""
     (REPORT / f"exit-{RANK}").write_text(str(code))
     for _ in range(100):
         if (REPORT / f"exit-{1 - RANK}").exists():

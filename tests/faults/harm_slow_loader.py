@@ -1,4 +1,4 @@
-"""A rank whose loader is slow, as from a failing disk, and a stand-in for `wandb`; for `forked.started`."""
+"""Faults for `forked.started`: a rank whose loader is slow, as from a failing disk, and a stand-in for `wandb`."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from tinygptv_ds.train import loop
 
 
 def slow_rank(rank: int, seconds: float, report: Path) -> None:
-    """Each micro-batch of one rank takes longer by so much; what W&B is given goes into `report`."""
+    """Delay each micro-batch of one rank by so many seconds, and write what W&B is given into `report`."""
 
     class SlowBatches(MicroBatches):
         def __getitem__(self, place: tuple[int, int]) -> MicroBatch:
@@ -23,7 +23,7 @@ def slow_rank(rank: int, seconds: float, report: Path) -> None:
             return super().__getitem__(place)
 
     class Entry:
-        """What `wandb.init` gives."""
+        """The run that `wandb.init` returns."""
 
         def __init__(self, **settings: Any) -> None:
             self._lines = [settings]

@@ -1,4 +1,4 @@
-"""What goes wrong in a rank: to be given to `forked.started`, and imported by the ranks themselves."""
+"""Faults for `forked.started` that stop a rank or let it wait; the ranks themselves import them."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tinygptv_ds.train.run import Run
 
 
 def watched(at: int = -1, number: int = 0, rank: int = 0, after: str = "", pause: str = "") -> None:
-    """Note what every step is fed; in step `at` one rank gets a signal, or waits.
+    """Note what every step is fed, and in step `at` send one rank a signal, or let it wait.
 
     Args:
         at: the step, from 0.
@@ -48,7 +48,7 @@ def wait_for(path: Path) -> None:
 
 
 def fed(run: Path, ranks: int) -> dict[int, list[list]]:
-    """By step, the samples that all ranks together were fed last, in the order of the stream."""
+    """Return, by step, the samples that all ranks together were fed last, in the order of the stream."""
     steps: dict[int, dict[int, list]] = {}
     for rank in range(ranks):
         path = run / f"fed-{rank}.jsonl"

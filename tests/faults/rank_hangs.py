@@ -1,4 +1,4 @@
-"""A rank that dies or stands still within a step: to be given to `forked.started`, and imported by the ranks."""
+"""Faults for `forked.started`: a rank dies or stands still within a step; the ranks themselves import them."""
 
 import ctypes
 import os
@@ -21,7 +21,7 @@ HOWS = {
 
 
 def in_step(at: int, rank: int, how: str, after: float = 0.0) -> None:
-    """Between the first two micro-batches of step `at`, from 0, this happens to one rank, after so many seconds."""
+    """Let this happen to one rank between the first two micro-batches of step `at`, from 0, after so many seconds."""
     micro_step = step_module.micro_step
     watchdog._WAY_OUT = 2.0
     steps = iter(range(1000))
@@ -37,7 +37,7 @@ def in_step(at: int, rank: int, how: str, after: float = 0.0) -> None:
 
 
 def hanging(at: int, rank: int, margin: float) -> None:
-    """One rank takes three seconds for its first step, and sleeps for ever in step `at`.
+    """Let one rank take three seconds for its first step and sleep forever in step `at`.
 
     Collectives may wait `margin` seconds more than the watchdog allows; what becomes of them is noted.
     """

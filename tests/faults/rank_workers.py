@@ -1,4 +1,4 @@
-"""Dataloader workers that die or hang, and storage that fails: to be given to `forked.started`, and imported there."""
+"""Faults for `forked.started`: dataloader workers die or hang, storage fails; the ranks themselves import them."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ HOWS = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "hanging": lambd
 
 
 def broken_workers(how: str, at: int, times: int, marks: str, rank: int = 0) -> None:
-    """So many times this happens to the dataloader worker that makes step `at` of a rank; its steps are noted."""
+    """Let this happen so many times to the dataloader worker that makes step `at` of a rank, and note its steps."""
     make = MicroBatches.__getitem__
 
     def broken(self: MicroBatches, place: tuple[int, int]) -> MicroBatch:
@@ -30,7 +30,7 @@ def broken_workers(how: str, at: int, times: int, marks: str, rank: int = 0) -> 
 
 
 def failing_reads(share: int, number: int, seconds: float = 0.0, dataset: str = "") -> None:
-    """One in `share` reads of a dataset's shards fails with error `number`; all reads take so many seconds."""
+    """Let one in `share` reads of a dataset's shards fail with error `number`, and all take so many seconds."""
     pread, calls = os.pread, itertools.count(1)
     storage.STORAGE.delays = (0.01, 0.02, 0.03)
 

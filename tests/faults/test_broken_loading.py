@@ -36,7 +36,7 @@ def losses(run: Ranks) -> list[float]:
     ],
 )
 def test_a_loader_process(how: str, said: str, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Another one goes on at the same place: the same samples and losses, bit for bit, and one warning."""
+    """Another worker continues at the same place, with the same samples and losses, bit for bit, and one warning."""
     path, marks = recipe(data__read_timeout_seconds=2), tmp_path / "marks"
     marks.mkdir()
     whole = ended(path, tmp_path / "whole", fault=watched)
@@ -54,7 +54,7 @@ def test_a_loader_process(how: str, said: str, recipe: Callable[..., Path], tmp_
 
 
 def test_again_and_again(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """On rank 1 alone: after three new beginnings the run stops, and rank 0 says what rank 1 has found."""
+    """Rank 1 alone loses workers; after three new ones the run stops, and rank 0 reports what rank 1 has found."""
     marks = tmp_path / "marks"
     marks.mkdir()
     fault = {"how": "killed", "at": 3, "times": 100, "marks": str(marks), "rank": 1}
@@ -67,7 +67,7 @@ def test_again_and_again(recipe: Callable[..., Path], tmp_path: Path) -> None:
 
 
 def test_storage_that_fails_now_and_then(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Every third read fails once, and all of them are slow: the same samples and losses, nothing skipped."""
+    """Every third read fails once and all are slow; samples and losses stay the same, and nothing is skipped."""
     path = recipe()
     whole = ended(path, tmp_path / "whole", fault=watched)
     fault = {"share": 3, "number": errno.EIO, "seconds": 0.02}
@@ -79,7 +79,7 @@ def test_storage_that_fails_now_and_then(recipe: Callable[..., Path], tmp_path: 
 
 @pytest.mark.parametrize("share", [1.0, 0.0], ids=["skip", "stop"])
 def test_storage_that_fails_for_good(share: float, recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """A whole dataset cannot be read any more: its samples are left out and counted, or the run stops and says why."""
+    """When a whole dataset cannot be read, its samples are left out and counted, or the run stops with the reason."""
     path = recipe(data__max_skipped_share=share)
     code = 0 if share else 2
     done = ended(path, tmp_path / "run", fault=failing_reads, share=1, number=errno.ESTALE, dataset="vqa", code=code)

@@ -16,7 +16,7 @@ CASES = [f"ZeRO-{zero} {precision}" for zero in (1, 2, 3) for precision in ("fp3
 
 
 class Done(NamedTuple):
-    """The launch that all these tests look at."""
+    """The launch that all these tests examine."""
 
     run: Run
     report: Path
@@ -35,7 +35,7 @@ def done(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPa
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_step_moves_nothing(case: str, done: Done) -> None:
-    """Bit for bit, weights and both moments, also where the loss is infinite and its gradient is not."""
+    """Weights and both moments stay bit for bit, also where the loss is infinite and its gradient is not."""
     by_rank = [json.loads((done.report / f"cases-{rank}.json").read_text())[case] for rank in range(2)]
     assert by_rank[0]["kept"] and by_rank[0]["finite"]  # rank 0 has all of them
     assert by_rank[0]["moved"]  # the step after it does, so the one before was left out and the engine is whole

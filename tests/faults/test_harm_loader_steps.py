@@ -19,7 +19,7 @@ STEPS, WARM = 10_000, 1_000
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now, not at most."""
+    """Return the bytes of memory that this process holds now, not its peak."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -28,7 +28,7 @@ def open_files() -> int:
 
 
 def run(raw: dict[str, Any]) -> tuple[int, list[tuple[int, int]]]:
-    """How many samples were seen, and what was held after `WARM` steps and at the end."""
+    """Return how many samples were seen, and what was held after `WARM` steps and at the end."""
     recipe = build_recipe(raw, "test")
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.phi)
     tokens = Tokens(tokenizer, recipe.text, ImageTokens(len(tokenizer) + 4, tiny.QUERIES), tiny.IMAGE_SIZE)
@@ -42,7 +42,7 @@ def run(raw: dict[str, Any]) -> tuple[int, list[tuple[int, int]]]:
 
 
 def test_ten_thousand_steps(raw_recipe: Callable[..., dict[str, Any]]) -> None:
-    """Images, texts and conversations, over hundreds of epochs of small datasets, whose orders are made again."""
+    """They go through images, texts and conversations, over hundreds of epochs of small datasets with new orders."""
     one = {"train__batch_size": 1, "train__micro_batch_size": 1}
     raw = raw_recipe(train__steps_per_epoch=STEPS, data__shuffle_shards=2, **one)
     seen, ((memory, files), (memory_after, files_after)) = apart(run, raw)

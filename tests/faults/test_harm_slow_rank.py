@@ -44,7 +44,7 @@ def lines(done: Written, name: str) -> list[dict]:
 
 
 def test_all_ranks_do_the_same_steps(runs: Runs) -> None:
-    """Nothing is lost to the slow one: the losses are those of a run without it."""
+    """Nothing is lost to the slow rank: the losses are those of a run without it."""
     slow, alone = (training_lines(done.folder / "metrics.jsonl") for done in (runs.slow, runs.alone))
     assert [line["step"] for line in slow] == [line["step"] for line in alone] == list(range(1, STEPS + 1))
     for mine, other in zip(slow, alone, strict=True):
@@ -52,7 +52,7 @@ def test_all_ranks_do_the_same_steps(runs: Runs) -> None:
 
 
 def test_the_straggler_is_named(runs: Runs) -> None:
-    """From the second step on; the first one waits for everything to warm up."""
+    """It is named from the second step on, since in the first one everything warms up."""
     for line in lines(runs.slow, "perf/slowest_rank")[1:]:
         assert line["perf/slowest_rank"] == 1
         assert line["perf/data_wait_max_pct"] > 20 > 2 * line["perf/data_wait_pct"] - line["perf/data_wait_max_pct"]
@@ -64,7 +64,7 @@ def test_the_straggler_is_named(runs: Runs) -> None:
 
 
 def test_validation_is_the_same_on_any_ranks(runs: Runs) -> None:
-    """On two ranks under ZeRO-3, where one has no image now and then, and on one; it changes nothing of training."""
+    """Two ranks under ZeRO-3, one of them without an image now and then, give what one rank gives, and train alike."""
     slow, alone = lines(runs.slow, "val/loss"), lines(runs.alone, "val/loss")
     assert [line["step"] for line in slow] == [2, STEPS] and [line["step"] for line in alone] == [STEPS]
     wanted = {"val/loss", *(f"val/loss_{name}" for name in NAMES)}
@@ -76,7 +76,7 @@ def test_validation_is_the_same_on_any_ranks(runs: Runs) -> None:
 
 
 def test_the_first_samples_are_shown(runs: Runs) -> None:
-    """One of each dataset, in the log and on TensorBoard, with the target tokens marked."""
+    """The log and TensorBoard have one sample of each dataset, with the target tokens marked."""
     log = (runs.slow.folder / "log.txt").read_text()
     events = EventAccumulator(str(runs.slow.folder / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
@@ -103,7 +103,7 @@ def test_one_entry_of_hyperparameters(runs: Runs) -> None:
 
 
 def test_weights_and_biases_get_every_scalar(runs: Runs) -> None:
-    """Under the names and steps of TensorBoard, in an entry that a resumed run finds again."""
+    """They have the names and steps of TensorBoard, in an entry that a resumed run finds again."""
     settings, *sent = json.loads((runs.report / "wandb.json").read_text())
     assert settings["project"] == "tiny" and settings["resume"] == "allow" and settings["name"] == "slow"
     assert settings["id"] == json.loads((runs.slow.folder / "wandb.json").read_text())["id"]

@@ -20,7 +20,7 @@ LOST = 75
 
 @pytest.fixture
 def recipe(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
-    """Writes a recipe of twelve micro-batches a step, dealt out to the ranks, without a panel."""
+    """Return a function that writes a recipe of twelve micro-batches a step for all ranks, without a panel."""
 
     def write(**changes: Any) -> Path:
         small = {"train__batch_size": 12, "train__micro_batch_size": 1, "train__sample_count": 0}
@@ -30,7 +30,7 @@ def recipe(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> Callabl
 
 
 def error_of(run: Ranks) -> str:
-    """The one message with which the run ended."""
+    """Return the one message with which the run ended."""
     assert "Traceback" not in run.output, run.output
     (error,) = re.findall(r"^error: (.*)$", run.output, flags=re.M)
     return error
@@ -48,7 +48,7 @@ def gone(pids: list[int]) -> bool:
 
 
 def test_one_of_four_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """In the middle of a step; the system tells of it at once, and no dataloader worker stays either."""
+    """The system reports a death in the middle of a step at once, and no dataloader worker is left, either."""
     path = recipe(train__checkpoint_every=2, data__num_workers=1)
     with started(path, tmp_path / "run", ranks=4, fault=in_step, at=3, rank=2, how="killed", after=0.5) as run:
         run.wait_for(run.folder / "metrics.jsonl")
@@ -69,7 +69,7 @@ def test_one_of_four_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> N
 
 
 def test_rank_0_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """It is the one that the others are connected to; rank 1 speaks in its place."""
+    """The others are connected to rank 0; rank 1 reports in its place."""
     with started(recipe(), tmp_path / "run", ranks=3, fault=in_step, at=2, rank=0, how="killed") as run:
         assert run.end() == [-signal.SIGKILL, LOST, LOST]
     assert error_of(run).startswith("rank 0 (host ") and "was lost in step 3 (its process is gone)" in error_of(run)

@@ -82,7 +82,7 @@ def test_the_launcher_is_not_started(tmp_path: Path) -> None:
 
 
 def _file(path: Path, text: str) -> str:
-    """An option, or the path of a file that holds it where it is a JSON object."""
+    """Return an option, or the path of a file that holds it where it is a JSON object."""
     if text.startswith("{"):
         path.write_text(text)
         return str(path)

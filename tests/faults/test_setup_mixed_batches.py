@@ -49,7 +49,7 @@ def zero_2(place: Place) -> Ranks:
 
 
 def test_the_ranks_have_unlike_batches(place: Place) -> None:
-    """One shard a dataset for two ranks, and micro-batches without an image on one rank, on the other, on both."""
+    """Two ranks share one shard a dataset, and micro-batches lack images on one rank, on the other, or on both."""
     empty = {tuple(count == 0 for count in ranks) for ranks in images_of_each_rank(place.recipe, ranks=2)}
     assert {(True, True), (True, False)} <= empty or {(True, True), (False, True)} <= empty
     assert all(len(list((place.folder / kind).glob("*.tar"))) == 1 for kind in ("vqa", "text", "pair"))
@@ -64,7 +64,7 @@ def test_twenty_steps_under_zero_2(zero_2: Ranks) -> None:
 
 
 def test_the_same_twenty_under_zero_3_with_offload(place: Place, zero_2: Ranks) -> None:
-    """The ready JSON, in fp32 so that the figures can be compared, and with every parameter divided."""
+    """The ready JSON is used in fp32, so that the figures can be compared, and with every parameter divided."""
     options = ["--set=deepspeed.torch_autocast.enabled=false"]
     options += ["--set=deepspeed.zero_optimization={stage3_param_persistence_threshold: 0}"]
     options.append(f"--deepspeed_config={ROOT}/ds_configs/zero3_offload.json")
@@ -86,7 +86,7 @@ def test_a_cycle_starts_with_a_fresh_optimizer(zero_2: Ranks) -> None:
 
 
 def test_resumed_in_the_middle_of_a_cycle(place: Place, zero_2: Ranks) -> None:
-    """Bit for bit: the samples go on, and AdamW counts the steps of this cycle alone."""
+    """The run resumes bit for bit: the samples continue, and AdamW counts the steps of this cycle alone."""
     saved = f"checkpoints/step-{SAVED:08d}"
     shutil.copytree(zero_2.folder / saved, place.folder / "resumed" / saved)
     again = ended(place.recipe, place.folder / "resumed", ranks=2)

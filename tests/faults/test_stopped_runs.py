@@ -20,7 +20,7 @@ ZERO_3 = "--set=deepspeed.zero_optimization.stage=3"
 
 @pytest.fixture
 def recipe(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
-    """Writes a recipe without a panel at the end."""
+    """Return a function that writes a recipe without a panel at the end."""
 
     def write(**changes: Any) -> Path:
         return tiny.write_recipe(tmp_path / "recipe.yaml", raw_recipe(train__sample_count=0, **changes))
@@ -33,7 +33,7 @@ def numbers(run: Ranks) -> list[list[float]]:
 
 
 def files(run: Path) -> dict[str, bytes]:
-    """The last weights, and all of the last checkpoint that does not tell how it came to be."""
+    """Return the last weights, and the files of the last checkpoint that do not depend on how it was reached."""
     newest = complete_ones(run / "checkpoints")[-1]
     paths = (run / "model/trained.safetensors", newest / "state.safetensors", newest / "state.json")
     return {path.name: path.read_bytes() for path in paths}
@@ -89,7 +89,7 @@ def test_stopped_by_signals_and_resumed_on_other_ranks(recipe: Callable[..., Pat
 
 
 def test_by_the_clock_of_rank_0(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Every few milliseconds is every step; the other ranks follow."""
+    """An interval of milliseconds means every step, and the other ranks follow."""
     path = recipe(train__steps_per_epoch=3)
     keep = "--set=train.keep_checkpoints=9"
     run = ended(path, tmp_path / "run", "--set=train.checkpoint_minutes=1e-6", keep, ranks=2)
@@ -117,7 +117,7 @@ def test_two_jobs_in_one_run_directory(recipe: Callable[..., Path], tmp_path: Pa
 
 
 def test_of_another_recipe(recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """All ranks end alike, with the fields; --resume-anyway goes on and says the same."""
+    """All ranks end alike and name the fields; --resume-anyway continues and logs the same."""
     path, run = recipe(train__checkpoint_every=3), tmp_path / "run"
     ended(path, run)
     shutil.rmtree(run / "model")
@@ -134,7 +134,7 @@ def test_of_another_recipe(recipe: Callable[..., Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stages", [(2, 3), (3, 2)], ids=["ZeRO-2 to 3", "ZeRO-3 to 2"])
 def test_deepspeed_checkpoints(stages: tuple[int, int], recipe: Callable[..., Path], tmp_path: Path) -> None:
-    """Written next to ours by two ranks, and the start of another run: moments and step counters are there too."""
+    """Two ranks write them next to ours, and another run resumes from them with moments and step counters."""
     path = recipe(train__checkpoint_every=3, model__resid_dropout=0.1)
     here, there = ([f"--set=deepspeed.zero_optimization.stage={stage}"] for stage in stages)
     whole = ended(path, tmp_path / "whole", *here, "--set=train.deepspeed_checkpoints=true", ranks=2)

@@ -119,7 +119,7 @@ DAMAGE = {
 @pytest.mark.parametrize("file", [checkpoint.TENSORS, checkpoint.STATE, checkpoint.SUMS])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named(file: str, damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """`auto` says which file, with both hashes, and takes the one before; a path is refused with the same words."""
+    """`auto` names the file with both hashes and takes the checkpoint before; a path is refused with the same words."""
     first, second = (write_checkpoint(tmp_path / "checkpoints", snapshot(step)) for step in (1, 2))
     expected = checkpoint._sums(second)
     DAMAGE[damage](second / file)
@@ -159,7 +159,7 @@ def test_the_tensors_are_as_the_library_reads_them(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
-    """Mounts a tmpfs of so many bytes on a folder."""
+    """Return a function that mounts a tmpfs of so many bytes on a folder."""
     mounted: list[Path] = []
 
     def mount(folder: Path, size: int) -> None:
@@ -179,7 +179,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
 def test_a_full_disk(
     raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path, small_disk: Callable[[Path, int], None]
 ) -> None:
-    """Room for one checkpoint: the second fails and training goes on, the third fails too and the run stops."""
+    """There is room for one checkpoint: when the second fails, training continues; when the third fails, it stops."""
     steps = {"train__steps_per_epoch": 40, "train__checkpoint_every": 10, "train__sample_count": 0}
     recipe, run = tiny.write_recipe(tmp_path / "recipe.yaml", raw_recipe(**steps)), tmp_path / "run"
     ended(recipe, tmp_path / "roomy", "--set=train.epochs=1")
@@ -194,7 +194,7 @@ def test_a_full_disk(
 
 
 def test_a_failure_that_passes_is_forgiven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not two in all, but two in a row stop a run; what was half written is gone, and the last whole one is kept."""
+    """Two failures in a row stop a run, not two in all; no partial file stays, and the last whole checkpoint does."""
     full = {2, 4, 5}
 
     def write(target: Callable, data: Any) -> None:
@@ -217,7 +217,7 @@ def test_a_failure_that_passes_is_forgiven(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_bug_in_writing_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what the system says is forgiven; anything else surfaces as it is."""
+    """Only errors of the system are forgiven; anything else surfaces as it is."""
     monkeypatch.setattr(writer_module, "write_checkpoint", lambda *_: 1 / 0)
     writer = CheckpointWriter(tmp_path, TRAIN)
     writer.write(snapshot(1))

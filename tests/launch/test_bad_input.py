@@ -20,7 +20,7 @@ def error_of(done: Ranks) -> str:
 
 
 def test_weights_that_do_not_fit(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """Found only after the ranks have met: the worst place for a mistake."""
+    """The mistake is found only after the ranks have met, which is the worst place for it."""
     stored = tmp_path / "projection.safetensors"
     save_file({"llama_proj.weight": torch.zeros(16, 32), "llama_proj.bias": torch.zeros(16)}, stored)
     recipe = recipe_file(model__init_from=str(stored), model__allow_missing=["llama_proj2", "norms", "lora"])
@@ -30,7 +30,7 @@ def test_weights_that_do_not_fit(recipe_file: Callable[..., Path], tmp_path: Pat
 
 
 def test_too_many_unreadable_samples(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    """Each is named with shard and key; the run stops once they are more than the recipe allows."""
+    """Each sample is named with shard and key; the run stops once they are more than the recipe allows."""
     shards = tmp_path / "shards"
     shards.mkdir()
     with ShardWriter(shards, 8) as writer:

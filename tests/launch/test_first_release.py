@@ -22,7 +22,7 @@ QFORMER = ("qformer.", "query_tokens")
 
 
 def first_release(recipe: Path, file: Path) -> dict[str, Tensor]:
-    """Such a file with random values; returns its Q-Former by canonical name."""
+    """Write such a file with random values; return its Q-Former by canonical name."""
     loaded = load_recipe(recipe)
     torch.manual_seed(3)
     values = {

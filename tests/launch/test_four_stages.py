@@ -82,7 +82,7 @@ def trained(run: Run | Ranks) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_what_is_trained(stage: int, chain: dict[int, Run | Ranks]) -> None:
-    """Exactly the stage's set, by name; every tensor of it moved, from where the stage before had left it."""
+    """The stage trains exactly its set of tensors, and moves each from where the stage before had left it."""
     after = trained(chain[stage])
     assert after.keys() == TRAINED[stage]
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in after.values())

@@ -23,7 +23,7 @@ def fed(folder: Path, rank: int) -> list[tuple[int, list]]:
 def test_killed_and_resumed(
     weights: Path, shards: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a dataloader worker, and micro-batches by tokens, whose number changes from step to step."""
+    """There is a dataloader worker, and micro-batches by tokens change in number from step to step."""
     raw = tiny.recipe(weights, shards, train__steps_per_epoch=STEPS, train__checkpoint_every=SAVED_EVERY)
     raw["train"] |= {"micro_batch_size": None, "max_tokens": 150}
     raw["data"]["num_workers"] = 1

@@ -62,7 +62,7 @@ def zero_3(place: Place) -> Ranks:
 
 
 def same(ours: Written, theirs: Written, first: int = 0, **tolerance: float) -> None:
-    """Losses, gradient norms and rates of every step, and the trained weights at the end."""
+    """Compare losses, gradient norms and learning rates of every step, and the trained weights at the end."""
     assert len(ours.metrics) == STEPS - first
     for mine, other in zip(ours.metrics, theirs.metrics[first:], strict=True):
         assert mine.keys() == other.keys()
@@ -77,7 +77,7 @@ def same(ours: Written, theirs: Written, first: int = 0, **tolerance: float) -> 
 
 
 def test_some_micro_batch_has_no_image_on_one_rank_alone(place: Place) -> None:
-    """What ZeRO-2 fails over and ZeRO-3 hangs over, where the ranks' calls differ."""
+    """Over such a micro-batch ZeRO-2 would fail and ZeRO-3 hang, if the ranks' calls differed."""
     counts = images_of_each_rank(place.recipe, ranks=2)
     assert any(min(ranks) == 0 < max(ranks) for ranks in counts)
     assert any(max(ranks) == 0 for ranks in counts)
@@ -97,7 +97,7 @@ def test_two_ranks_zero_3(one_rank: Ranks, zero_3: Ranks) -> None:
 
 
 def test_bf16(place: Place, one_rank: Ranks) -> None:
-    """ZeRO-2 on one rank and ZeRO-3 on two, as the ready JSONs have them: close to fp32, closer to each other."""
+    """ZeRO-2 on one rank and ZeRO-3 on two, with the ready JSONs, are close to fp32 and closer to each other."""
     two, three = (
         ended(
             place.recipe,
@@ -113,7 +113,7 @@ def test_bf16(place: Place, one_rank: Ranks) -> None:
 
 
 def test_packed_by_tokens(place: Place, one_rank: Ranks) -> None:
-    """Micro-batches by length, their number changing from step to step: still the same step."""
+    """Micro-batches by length change in number from step to step, and the step stays the same."""
     options = ["--set=train.micro_batch_size=null", "--set=train.max_tokens=140"]
     packed = ended(place.recipe, place.folder / "tokens", ZERO_3, *options, ranks=2)
     same(packed, one_rank, **EXACT)
@@ -121,14 +121,14 @@ def test_packed_by_tokens(place: Place, one_rank: Ranks) -> None:
 
 @pytest.fixture(scope="module")
 def features(place: Place) -> str:
-    """The outputs of ViT and Q-Former for this recipe, as an option of a stage."""
+    """Make the outputs of ViT and Q-Former for this recipe; return the option with which a stage uses them."""
     out = place.folder / "features"
     call(make_features, place.recipe, "--out", out, "--workers", 0, "--batch-size", 7)
     return f"--set=data.features={out}"
 
 
 def equal(ours: Written, theirs: Written) -> None:
-    """Every loss and every trained weight, bit for bit."""
+    """Compare every loss and every trained weight, bit for bit."""
     metrics = [
         [{k: v for k, v in line.items() if k.startswith("train/")} for line in r.metrics] for r in (ours, theirs)
     ]
@@ -142,7 +142,7 @@ def test_from_features_two_ranks_zero_2(place: Place, zero_2: Ranks, features: s
 
 
 def test_from_features_two_ranks_zero_3(place: Place, zero_3: Ranks, features: str) -> None:
-    """No rank runs the ViT, those without an image neither; the panel of answers sees features too."""
+    """No rank runs the ViT, not even one without an image, and the panel of answers sees features, too."""
     done = ended(place.recipe, place.folder / "features3", ZERO_3, features, ranks=2)
     equal(done, zero_3)
     shown = rf"(sample \d at step {STEPS}: .*)"
@@ -158,12 +158,12 @@ def resumed(place: Place, stopped: Ranks, name: str, *options: str, ranks: int) 
 
 
 def test_resumed_under_another_zero_stage(place: Place, zero_2: Ranks) -> None:
-    """Saved under ZeRO-2 after half of the steps, and gone on with under ZeRO-3."""
+    """A run that was saved under ZeRO-2 after half of the steps resumes under ZeRO-3."""
     again = resumed(place, zero_2, "resumed3", ZERO_3, ranks=2)
     assert "resuming from" in (again.folder / "log.txt").read_text()
     same(again, zero_2, first=HALF, **EXACT)
 
 
 def test_resumed_on_another_number_of_ranks(place: Place, zero_3: Ranks) -> None:
-    """Saved by two ranks under ZeRO-3, gone on with by one under ZeRO-2."""
+    """A run that two ranks saved under ZeRO-3 resumes on one under ZeRO-2."""
     same(resumed(place, zero_3, "resumed1", ranks=1), zero_3, first=HALF, **EXACT)
