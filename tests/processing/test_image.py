@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from tinygptv_ds.errors import ConfigError, DataError
+from tinygptv_ds.processing import image as images
 from tinygptv_ds.processing.image import (
     WHITE,
     ImageError,
@@ -250,6 +251,13 @@ def test_what_is_not_decoded_is_named(data: bytes, reason: str, message: str) ->
     with pytest.raises(ImageError, match=message) as caught:
         to_pixels(data, 28)
     assert caught.value.reason == reason
+
+
+def test_a_damaged_heic_is_not_blamed_on_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_heif_is_there", lambda: True)
+    monkeypatch.setattr(images, "RARE_FORMATS", ())
+    with pytest.raises(ImageError, match="a damaged HEIC"):
+        to_pixels(b"\0\0\0\x18ftypheic" + bytes(100), 28)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])

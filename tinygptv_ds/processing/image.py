@@ -28,6 +28,7 @@ from PIL import Image, ImageColor, UnidentifiedImageError
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.processing.image_formats import (
     FORMATS,
+    HEIC,
     MAX_PIXELS,
     RARE_FORMATS,
     foreign_format,
@@ -242,6 +243,8 @@ def _open_rare(encoded: bytes) -> Image.Image:
     with contextlib.suppress(UnidentifiedImageError):
         return Image.open(io.BytesIO(encoded), formats=[*formats, *(["TGA"] if looks_like_tga(encoded) else [])])
     foreign = foreign_format(encoded)
+    if foreign == HEIC and _heif_is_there():
+        raise ImageError("corrupt_image", "the image cannot be decoded: it is a damaged HEIC")
     if foreign is not None:
         raise ImageError("unsupported_image", f"the image cannot be decoded: it is {foreign}")
     cause = no_image_because(encoded)

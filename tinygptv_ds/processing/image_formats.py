@@ -24,6 +24,7 @@ UNREAD_SUFFIXES = frozenset([
 ])
 # fmt: on
 
+HEIC = "HEIC, which needs another package: pip install pillow-heif"
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif")
 _MAGIC = (
     b"\xff\xd8\xff",
@@ -59,7 +60,7 @@ def looks_like_image(start: bytes) -> bool:
 def foreign_format(data: bytes) -> str | None:
     """Return the name of the format that `data` has by its first bytes, if it is a known one that is not decoded."""
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
-        return "HEIC, which needs another package: pip install pillow-heif"
+        return HEIC
     if data[4:8] == b"ftyp" and data[8:12] not in (b"avif", b"avis"):
         return "a video"
     if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
