@@ -184,6 +184,15 @@ def test_limits_count_questions_and_empty_answers_are_left_out(
         read_held_out("vqa", shard(({"text": "a", "answer": ""}, 1)))
 
 
+def test_records_of_other_trainers_are_read_as_in_training(shard: Callable) -> None:
+    turns = [("human", "<image>\nWhat?"), ("gpt", "red"), ("human", "And now?"), ("gpt", "blue")]
+    record = {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    first, second = read_held_out("vqa", shard((record, 1)))
+    ours = wording(KINDS["vqa"], Settings(), "[INST] {} [/INST]", "###")
+    assert (first.truth, second.truth, second.image_count) == ("red", "blue", 1)
+    assert ours.text(second).count(IMAGE_PLACEHOLDER) == 1 and ours.text(first) in ours.text(second)
+
+
 def test_several_true_answers(shard: Callable) -> None:
     (question,) = read_held_out("vqa", shard(({"text": "what?", "answer": ["red", "crimson", "red"]}, 1)))
     result = score(Task("x", KINDS["vqa"], [question]), ["crimson"], "###")

@@ -15,7 +15,6 @@ from typing import Any
 from tinygptv_ds.data.shards.cache import ShardCache, count_samples
 from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.reader import ShardReader
-from tinygptv_ds.data.shards.records import parse_record, plain_record
 from tinygptv_ds.data.shards.remote import Shard
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER, gqa_hit
@@ -116,10 +115,9 @@ def _questions(
     kind: str, instruction: str | None, reader: ShardReader, tar: Shard, index: int, empty: list[str]
 ) -> Iterator[Question]:
     """Yield the questions of one sample; the keys of those with an empty true answer are added to `empty`."""
-    key, stored, images = reader.stored(tar, index)
-    record = {} if stored is None else parse_record(stored, f"{tar}: sample {key}")
+    sample = reader.read(tar, index)  # with its images, whose number only reading them tells for certain
+    key, record, images = sample.key, sample.record, len(sample.images)
     try:
-        record = plain_record(record, images, "its record")
         turns = _turns(kind, record, images)
     except DataError as error:
         raise DataError(f"{tar}: sample {key}: {error}") from None
@@ -152,7 +150,7 @@ def _questions(
 
 def _images(reader: ShardReader, tar: Shard, index: int, count: int) -> Callable[[], Sequence[Path | bytes]]:
     """Return what reads the images upright and on white, which own data is trained as."""
-    return lambda: [plain_image(image, WHITE)[1] for image in reader.read(tar, index).images[:count]]
+    return lambda: tuple(plain_image(image, WHITE)[1] for image in reader.read(tar, index).images[:count])
 
 
 def _pool_entry(record: dict[str, Any]) -> str:
