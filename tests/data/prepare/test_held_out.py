@@ -97,6 +97,7 @@ def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     printed = capsys.readouterr().out
     assert "jsonl/train: 57 samples" in printed
     assert "jsonl/held_out: 6 samples" in printed
+    assert "  missing_field, e.g. data.jsonl:64: has no 'conversations'; its keys are image; read are" in printed
     assert f"train on {out}/train, evaluate on {out}/held_out" in printed.splitlines()[-1]
     with pytest.raises(DataError, match="digits takes no --held-out"):
         run(parser.parse_args(["digits", "--out", str(out), "--held-out", "6"]))

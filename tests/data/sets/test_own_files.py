@@ -239,13 +239,14 @@ def test_caption_files(root: Path) -> None:
         "h.txt": "café".encode("utf-16"),
         "i.txt": b"one",
         "i.caption": b"another",
-        "j.final.txt": b"dotted",
+        "j.final.txt": b"dotted<|endoftext|>",
+        "l.txt": b"an <image> of a ball",
         "lonely.txt": b"without an image",
         ".ipynb_checkpoints/a-checkpoint.txt": b"hidden",
         "__MACOSX/a.txt": b"hidden",
         "._a.txt": b"hidden",
     }
-    for name in "defghi":
+    for name in "defghil":
         (root / f"{name}.jpg").write_bytes(image())
     (root / "j.final.jpg").write_bytes(image())
     (root / "k.jpeg").write_bytes(image())
@@ -264,8 +265,9 @@ def test_caption_files(root: Path) -> None:
     }
     assert report.skipped == {
         **{"empty_answer": 2, "unreadable_caption": 2, "ambiguous_caption": 1},
-        **{"missing_caption": 1, "missing_image": 1},
+        **{"missing_caption": 1, "missing_image": 1, "mark_in_answer": 1},
     }
+    assert report.notes == {"end_token_removed": 1}
     details = {entry["detail"] for entry in report.skipped_entries}
     assert sum("save it as UTF-8" in detail for detail in details) == 2
 

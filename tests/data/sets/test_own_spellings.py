@@ -161,6 +161,7 @@ def test_other_texts(pics: Path, tmp_path: Path) -> None:
         ({"image": "", "question": Q, "answer": A}, ((Q, A),)),
         ({"image": math.nan, "question": Q, "answer": A, "url": "https://example.com/"}, ((Q, A),)),
         ({"text": Q, "answer": A}, ((Q, A),)),
+        (second, (("Sure?", "Yes."),)),
         ({"image": "a.png", "caption": [A]}, ((None, A),)),
     ]  # fmt: skip
     for entry, expected in cases:

@@ -28,6 +28,7 @@ from tinygptv_ds.errors import DataError
 SAMPLES_PER_SHARD = 10_000
 DIGITS_TRAIN, DIGITS_TEST = 2_000, 500  # samples of each embedded dataset
 AS_THEY_ARE = Encoding()
+_SHOWN = 300  # characters of the reason why an entry was skipped
 _HELD_BYTES = 1 << 27  # of images in one chunk of entries, where the entries hold them (parquet, base64)
 REMEDY = "use fewer --workers. Finished shards are kept, the same command resumes from them"
 
@@ -355,6 +356,10 @@ def run(args: argparse.Namespace) -> None:
     for name, report in reports.items():
         print(f"{name}: {report}" + (" (was already there)" if report.reused else ""))
         if report.skipped:
+            for reason in sorted(report.skipped):
+                example = next((entry for entry in report.skipped_entries if entry["reason"] == reason), None)
+                if example is not None:
+                    print(f"  {reason}, e.g. {example['detail'][:_SHOWN]}")
             print("  report.json next to the shards lists the skipped entries")
     if args.held_out is not None:
         print(f"no image is in both parts; train on {args.out / TRAIN}, evaluate on {args.out / HELD_OUT}")

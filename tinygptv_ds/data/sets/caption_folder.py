@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from tinygptv_ds.data.sets.common import Built, Entry, Samples, SkipEntry
 from tinygptv_ds.data.sets.own import Columns, own_samples, visible
+from tinygptv_ds.data.sets.own_entries import caption_record
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.image_formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 
@@ -90,7 +91,8 @@ def _text_files(root: Path) -> Iterator[Entry]:
     def build(entry: Captioned) -> Built:
         if entry.image is None:
             raise SkipEntry("missing_image", "there is no image of this name")
-        return {"caption": _caption(entry), "clean": [], "id": str(entry.image.relative_to(root))}, [entry.image]
+        record, notes = caption_record(_caption(entry))
+        return {**record, "id": str(entry.image.relative_to(root))}, [entry.image], notes
 
     return Samples(found, build, where=lambda _, entry: str(entry))
 

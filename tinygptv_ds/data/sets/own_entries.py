@@ -73,8 +73,17 @@ def record_of(entry: Any, num_images: int) -> dict[str, Any]:
     return record
 
 
+def caption_record(text: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the record of a caption, and notes on what was changed. Raises SkipEntry if it cannot be used."""
+    texts = read_texts({"caption": text})
+    _check_end_tokens(texts)
+    return {"caption": texts.caption, "clean": []}, texts.notes
+
+
 def _fields(entry: Any, columns: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields of an entry with keys in lower case, renamed as ``--columns`` asks."""
+    if isinstance(entry, list) and entry and all(isinstance(spoken, dict) for spoken in entry):
+        entry = {"conversations": entry}
     if not isinstance(entry, dict):
         raise SkipEntry("bad_record", f"is a {type(entry).__name__}, not an object: {str(entry)[:200]}")
     fields: dict[str, Any] = {}
