@@ -20,7 +20,7 @@ from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.parameters import always_fp32, decays, needs_images
 
 GRADIENTS, UPDATED, GATHERED, SMALL = "gradients", "updated weights", "gathered weights", "small"
-_VOTES = 4  # of train/checkpoint/saver.py: two signals, the clock, a writer that has failed
+_VOTES = 5  # of train/callbacks/checkpoints.py: three signals, the clock, a writer that has failed
 _SUB_GROUP = 1_000_000_000  # elements of an optimizer group that ZeRO-3 steps at a time
 
 
@@ -196,7 +196,7 @@ def _zero_3(step: Step, zero: Zero) -> Iterator[Collective]:
 
 def _own(step: Step) -> Iterator[Collective]:
     """Yield votes to stop or save, a step's targets and images, and the sums of a log line, spread over its steps."""
-    line = 2 * step.datasets + 2 * step.log_every + step.datasets + len(REASONS) + 4 + 2 * step.ranks
+    line = 2 * step.datasets + 2 * step.log_every + 2 * step.datasets + len(REASONS) + 4 + 2 * step.ranks
     payload = 4 * _VOTES + 4 * 2 + 8 * line // step.log_every
     yield Collective(SMALL, "all_reduce", payload, step.ranks)
 
