@@ -1,6 +1,7 @@
 """What all tests share: `--golden DIR`, a tiny model's weights and shards, and no GPU, no network, no hub."""
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,10 @@ import pytest
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+# A shell ignores SIGINT for what it starts in the background, nohup SIGHUP; every process would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # An example that takes long on a busy machine is no failure.
 hypothesis.settings.register_profile("any machine", deadline=None)

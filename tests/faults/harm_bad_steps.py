@@ -4,7 +4,6 @@ and moments goes to REPORT. Then stage 4 as its script has it, with a loss that 
 import json
 import os
 import runpy
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -129,5 +128,4 @@ tinygptv.token_losses = faulty
 if __name__ == "__main__":
     all_cases()
     optimizer_step, loop.optimizer_step = loop.optimizer_step, with_bad_step
-    sys.argv.append("--set=deepspeed.zero_optimization.stage=3")
     cli.run_command(runpy.run_path(str(ROOT / "stages/stage4.py"))["main"])

@@ -36,7 +36,7 @@ def slow_rank(rank: int, seconds: float, report: Path) -> None:
 
     wandb = ModuleType("wandb")
     wandb.init = Entry
-    wandb.__spec__ = ModuleSpec("wandb", None)
+    wandb.__spec__ = ModuleSpec("wandb", None, origin="this file")
     sys.modules["wandb"] = wandb
     if ranks_from_env().rank == rank:
         loop.MicroBatches = SlowBatches

@@ -29,7 +29,8 @@ def done(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPa
     recipe = tiny.write_recipe(folder / "recipe.yaml", tiny.recipe(weights, shards, train__checkpoint_every=1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPORT", str(folder))
-        ended = run(deepspeed_script("tests/faults/harm_bad_steps.py"), recipe, folder / "run", ok=False)
+        zero_3 = "--set=deepspeed.zero_optimization.stage=3"
+        ended = run(deepspeed_script("tests/faults/harm_bad_steps.py"), recipe, folder / "run", zero_3, ok=False)
     return Done(ended, folder, recipe)
 
 

@@ -238,8 +238,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             image_index: int64 `[R]`, packed only: which of the N * queries image rows go there; None: all, in order.
             target_rows: int64 `[K]`, packed only: rows whose output predicts a target.
             targets: int64 `[K]`: the tokens to predict.
-            dropout_keys: int64, shape of `input_ids`, a key of each token for the masks of dropout in training; None:
-                drawn from torch's generator.
+            dropout_keys: int64, shape of `input_ids`, for dropout's masks in training; None: of torch's generator.
             attention_mask: `[B, keys]`, 1 for real positions.
             inputs_embeds: `[B, L, W]` instead of `input_ids`.
             cache: keys and values of earlier tokens.
@@ -253,8 +252,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             return_dict: padded only: false for a tuple.
 
         Raises:
-            ValueError: an input of the packed or the padded form is missing, attention weights are asked for, or,
-                padded, `input_ids` has positions for another number of images.
+            ValueError: an input is missing, attention weights are asked for, or padded `input_ids` have positions for
+                another number of images.
         """
         if cu_seqlens is not None:
             if input_ids is None:
@@ -270,26 +269,16 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
                 dropout_keys,
             )
         if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("padded rows need input_ids or inputs_embeds")
             inputs_embeds = self._embeds(input_ids, pixel_values, image_features)
         if embed_only:
             return inputs_embeds
         if output_attentions:
             raise ValueError("output_attentions: the attention weights are never computed; leave it out")
+        kept = (cache, use_cache, logits_to_keep)
         output = self._forward_padded(
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            cache,
-            use_cache,
-            logits_to_keep,
-            dropout_keys,
-            output_hidden_states,
+            inputs_embeds, attention_mask, position_ids, *kept, dropout_keys, output_hidden_states
         )
-        if labels is not None:
-            assert output.logits is not None
-            output = CausalLMOutputWithPast(shifted_loss(output.logits, labels, num_items_in_batch), **output)
+        output = output if labels is None else _with_loss(output, labels, num_items_in_batch)
         return output.to_tuple() if return_dict is False else output
 
     def embed(
@@ -301,7 +290,9 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         """
         return self(input_ids, pixel_values=pixel_values, image_features=image_features, embed_only=True)
 
-    def _embeds(self, input_ids: Tensor, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
+    def _embeds(self, input_ids: Tensor | None, pixel_values: Tensor | None, image_features: Tensor | None) -> Tensor:
+        if input_ids is None:
+            raise ValueError("padded rows need input_ids or inputs_embeds")
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is None and image_features is None:
             return embeds
@@ -383,6 +374,11 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return fp32 `[3, 1, 1]`, filled on the device: a copy from the host would wait for all work queued there."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
+
+
+def _with_loss(output: CausalLMOutputWithPast, labels: Tensor, count: Tensor | int | None) -> CausalLMOutputWithPast:
+    assert output.logits is not None
+    return CausalLMOutputWithPast(shifted_loss(output.logits, labels, count), **output)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

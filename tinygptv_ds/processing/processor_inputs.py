@@ -24,9 +24,10 @@ def in_order(images: Any, text: Any) -> tuple[Images, list[str]]:
 
 
 def as_image(image: ImageInput, size: int) -> bytes | str | Path | Image.Image | np.ndarray:
-    """Return an image that `to_pixels` takes, or the pixels `[3, size, size]` in uint8 that it would give.
+    """Return an image that `to_pixels` takes, or the pixels `[3, size, size]` that the model takes.
 
-    Arrays and tensors are `[H, W, 3]`, `[3, H, W]` or, in gray, `[H, W]`: uint8, or floats from 0 to 1.
+    Arrays and tensors are `[H, W, 3]`, `[3, H, W]` or, in gray, `[H, W]`: uint8, or floats from 0 to 1. Other floats of
+    shape `[3, size, size]` are pixels that are normalised already.
 
     Raises:
         DataError: an array has another shape or range.
@@ -34,11 +35,13 @@ def as_image(image: ImageInput, size: int) -> bytes | str | Path | Image.Image |
     if not isinstance(image, np.ndarray | Tensor):
         return image
     array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
-    if array.dtype == np.uint8 and array.shape == (3, size, size):
+    in_range = array.size > 0 and array.min() >= 0 and array.max() <= 1
+    normalised = np.issubdtype(array.dtype, np.floating) and not in_range and np.isfinite(array).all()
+    if array.shape == (3, size, size) and (array.dtype == np.uint8 or normalised):
         return array
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
         array = array.transpose(1, 2, 0)
-    floats = np.issubdtype(array.dtype, np.floating) and array.size > 0 and array.min() >= 0 and array.max() <= 1
+    floats = np.issubdtype(array.dtype, np.floating) and in_range
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or not (array.dtype == np.uint8 or floats):
         raise DataError(
             f"an image of shape {list(array.shape)} in {array.dtype}; arrays and tensors must be [H, W, 3] or [3, H, W]"

@@ -105,7 +105,7 @@ def test_what_cannot_be_written_does_not_hide_the_stop(
 ) -> None:
     guard, engine, stream = watched(raw_recipe(), tmp_path)
     engine.step_taken = False
-    (tmp_path / "bad_step-1.json.partial").mkdir()
+    (tmp_path / "bad_step-1.json").mkdir()
     with pytest.raises(TinyGPTVError, match="not finite at step 1, for these samples"):
         on_step(guard, 0, computed(stream, 0, {0: math.nan}))
     assert "bad_step-1.json could not be written" in warnings.text

@@ -46,6 +46,8 @@ def test_without_a_launcher_there_is_one_rank(
 
 
 def test_the_default_json_is_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hiding in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):  # the tests' own
+        monkeypatch.delenv(hiding, raising=False)
     monkeypatch.setattr(job_module.Path, "exists", lambda self: False)
     assert job_module.default_deepspeed_json().name == "cpu.json"
     monkeypatch.setattr(job_module.Path, "exists", lambda self: self.name == "nvidiactl")

@@ -6,6 +6,7 @@ import errno
 import os
 import pwd
 import socket
+import sys
 import tempfile
 from pathlib import Path
 
@@ -62,6 +63,9 @@ def check_port() -> None:
     Raises:
         ConfigError: another program does.
     """
+    torch = sys.modules.get("torch")  # never imported for this; where the ranks have met already, the port is their own
+    if torch is not None and torch.distributed.is_initialized():
+        return
     port = os.environ.get("MASTER_PORT", "")
     if port.isdigit() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and port_is_taken(int(port)):
         raise ConfigError(port_message(int(port)))
