@@ -1,12 +1,11 @@
 """Images that users show are read upright and opaque, unless they ask for the original's way."""
 
 import argparse
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from helpers.turned import turned_image
 
 from tinygptv_ds.apps.chat import load_image
 from tinygptv_ds.apps.serve.request_images import ImageLimits, _decode
@@ -15,25 +14,15 @@ from tinygptv_ds.generate.model_args import add_model_arguments, check_model_arg
 from tinygptv_ds.processing.image import parse_background
 
 
-def sideways() -> bytes:
-    """Return a black and transparent image of 40 x 20 pixels, to be turned by 90 degrees."""
-    image = Image.new("RGBA", (40, 20))
-    image.paste((0, 0, 0, 255), (0, 0, 20, 20))
-    exif, out = Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6
-    image.save(out, "PNG", exif=exif)
-    return out.getvalue()
-
-
 @pytest.mark.parametrize(
     ("color", "size", "corner"), [("white", (20, 40), 255), ("#800000", (20, 40), 128), ("none", (40, 20), 0)]
 )
 def test_chat_and_server_read_upright_images(color: str, size: tuple, corner: int, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(sideways())
+    (tmp_path / "a.png").write_bytes(turned_image((0, 0, 0)))
     background = parse_background(color)
     seen = load_image(str(tmp_path / "a.png"), background=background)
     assert (seen.size, seen.getpixel((size[0] - 1, size[1] - 1))[0]) == (size, corner)
-    served = np.asarray(_decode(sideways(), 28, ImageLimits(1, 10**6, 10**6, background=background)))
+    served = np.asarray(_decode(turned_image((0, 0, 0)), 28, ImageLimits(1, 10**6, 10**6, background=background)))
     assert served[27, 27, 0] == corner
     assert served[0, 27, 0] == (0 if size == (20, 40) else corner)
 

@@ -13,7 +13,8 @@ from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.prepare.held_out import HELD_OUT, TRAIN
 from tinygptv_ds.data.shards.cache import ShardCache, count_samples
 from tinygptv_ds.data.shards.patterns import expand_shards
-from tinygptv_ds.data.shards.reader import ShardReader, parse_record
+from tinygptv_ds.data.shards.reader import ShardReader
+from tinygptv_ds.data.shards.records import parse_record
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.evaluation.caption_metrics import check_packages
 from tinygptv_ds.files import sha256

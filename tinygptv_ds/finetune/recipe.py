@@ -16,6 +16,7 @@ from tinygptv_ds.config.evaluation_section import EvaluationSection, ScoredSecti
 from tinygptv_ds.config.load import apply_overrides, build_recipe, recipe_dict
 from tinygptv_ds.config.recipe import ModelSection, OptimizerSection, Recipe, TextSection, TrainSection
 from tinygptv_ds.config.render import render
+from tinygptv_ds.files import write_atomically
 from tinygptv_ds.finetune.devices import Devices, Fit, fit
 from tinygptv_ds.finetune.schedule import LR_SCALE, Given, Schedule, plan_schedule
 
@@ -252,6 +253,4 @@ def _flow(value: Any) -> str:
 
 def write_recipe(path: Path, written: Written) -> None:
     """Write the recipe's text."""
-    from tinygptv_ds.files import write_atomically
-
     write_atomically(path, written.text.encode())

@@ -1,6 +1,5 @@
 """Which way the images of a dataset are read, and that training, the check and features all read them that way."""
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import verbs
-from PIL import Image
+from helpers.turned import turned_image
 from transformers import AutoTokenizer
 
 from tinygptv_ds.config.data_section import DatasetSection
@@ -27,16 +26,6 @@ from tinygptv_ds.features.encode import ImageChunks
 from tinygptv_ds.processing.image import WHITE, to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens
 from tinygptv_ds.train.callbacks.first_samples import count_images
-
-
-def photo() -> bytes:
-    """Return a red and transparent image that is to be turned by 90 degrees."""
-    image = Image.new("RGBA", (40, 20))
-    image.paste((255, 0, 0, 255), (0, 0, 20, 20))
-    exif, out = Image.Exif(), io.BytesIO()
-    exif[0x0112] = 6
-    image.save(out, "PNG", exif=exif)
-    return out.getvalue()
 
 
 def test_the_name_decides() -> None:
@@ -67,12 +56,12 @@ def test_everything_reads_alike(
 ) -> None:
     record = json.dumps({"text": "what", "answer": "red"}).encode()
     with ShardWriter(tmp_path / "d") as writer:
-        writer.write("0", {"png": photo(), "json": record})
+        writer.write("0", {"png": turned_image((255, 0, 0)), "json": record})
         writer.write("1", {"json": record})
     changes = {"data__datasets": [{"name": name, "shards": str(tmp_path / "d")}]}
     recipe = build_recipe(raw_recipe(**changes, train__batch_size=2, train__micro_batch_size=2), "test")
     tokens = Tokens(AutoTokenizer.from_pretrained(recipe.model.phi), recipe.text, ImageTokens(-1, 3), 28)
-    expected = to_pixels(photo(), 28, background=background)
+    expected = to_pixels(turned_image((255, 0, 0)), 28, background=background)
     batch = MicroBatches(open_stream(recipe), tokens, rank=0, world_size=1)[0, 0].batch
     assert np.array_equal(batch.pixel_values.numpy(), expected[None])
     assert [ref.index == 0 for ref in batch.sample_ids] == batch.has_image().tolist()

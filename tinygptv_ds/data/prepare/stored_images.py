@@ -16,7 +16,7 @@ from tinygptv_ds.processing.image import (
     ImageTraits,
     encode,
     open_image,
-    parse_color,
+    parse_background,
     plain_image,
     read_traits,
     stored_suffix,
@@ -25,7 +25,6 @@ from tinygptv_ds.processing.image import (
 _QUALITY = 95  # where an image must be encoded again and no quality is asked for
 _FIRST_SIDEWAYS = 5  # orientations of EXIF from here on exchange width and height
 _FIRST_FRAME = "first_frame_only"  # the one change that readers make themselves
-AS_PUBLISHED = "none"  # of `Encoding.background`
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Encoding:
     @property
     def color(self) -> Color | None:
         """The background; None: alpha is dropped and the orientation ignored, as in the original."""
-        return None if self.background in (None, AS_PUBLISHED) else parse_color(str(self.background))
+        return None if self.background is None else parse_background(str(self.background))
 
 
 class StoredImage(NamedTuple):

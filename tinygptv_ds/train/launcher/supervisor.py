@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from tinygptv_ds.train.liveness.launchers import PER_NODE, has_word
+
 LOST = 75  # as the ranks' watchdog: start the same command again
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PATIENCE = 600.0  # seconds that ranks get to save after their launcher has gone
 _POLL = 0.2
-_PER_NODE = "deepspeed.launcher.launch"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class RemoteRanks:
 
     def signal(self, number: signal.Signals) -> bool:
         """Send a signal to the ranks of every host; returns whether any of them got it."""
-        launch = f"^[^ ]*python[^ ]* -u -m {_PER_NODE} .*--master_port={self.port} .*{self.script}"
+        launch = f"^[^ ]*python[^ ]* -u -m {PER_NODE} .*--master_port={self.port} .*{self.script}"
         name = number.name.removeprefix("SIG")
         remote = f"pkill -{name} -P \"$(pgrep -d, -f '{launch}')\" && echo passed"
         more = f" -oBatchMode=yes{f' -p {self.ssh_port}' if self.ssh_port else ''}"
@@ -114,9 +115,9 @@ class Supervisor:
     def _signal_ranks(self, number: signal.Signals) -> bool:
         """Send a signal to the ranks, wherever they are; return whether any of them got it."""
         started = _children(self._process.pid)
-        if self._remote is not None and any(_has_word(child, "pdsh") for child in started):
+        if self._remote is not None and any(has_word(child, "pdsh") for child in started):
             return self._remote.signal(number)
-        ranks = [rank for child in started if _has_word(child, _PER_NODE) for rank in _children(child)]
+        ranks = [rank for child in started if has_word(child, PER_NODE) for rank in _children(child)]
         return sum(_send(rank, number) for rank in ranks) > 0
 
     def _suspend(self) -> None:
@@ -195,14 +196,6 @@ def _children(pid: int) -> list[int]:
         except OSError:
             continue
     return found
-
-
-def _has_word(pid: int, word: str) -> bool:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
-    return any(Path(each).name == word for each in words)
 
 
 def _group(pgid: int) -> list[int]:

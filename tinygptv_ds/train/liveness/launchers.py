@@ -8,8 +8,8 @@ from pathlib import Path
 
 LAUNCHER_PID = "TINYGPTV_LAUNCHER_PID"  # environment variable: the verb `train` that started this rank, on this host
 # By a word of their command lines: the per-node and the outer process of DeepSpeed's launcher, and torch's two forms.
-_PER_NODE = "deepspeed.launcher.launch"
-_LAUNCHERS = (_PER_NODE, "deepspeed.launcher.runner", "deepspeed", "torch.distributed.run", "torchrun")
+PER_NODE = "deepspeed.launcher.launch"
+_LAUNCHERS = (PER_NODE, "deepspeed.launcher.runner", "deepspeed", "torch.distributed.run", "torchrun")
 _STARTED_BY_DEEPSPEED = "CROSS_RANK"  # environment variable that its per-node process sets
 _ADOPTERS = ("init", "systemd", "tini", "dumb-init", "docker-init", "catatonit")
 
@@ -35,7 +35,7 @@ class Launchers:
         pids = tuple(launchers_of(parent))
         front = int(os.environ.get(LAUNCHER_PID, 0))
         left_alone = not pids and _STARTED_BY_DEEPSPEED in os.environ and _adopts(parent)
-        without_outer = len(pids) == 1 and _has_word(pids[0], (_PER_NODE,)) and _adopts(_parent_of(pids[0]))
+        without_outer = len(pids) == 1 and has_word(pids[0], PER_NODE) and _adopts(_parent_of(pids[0]))
         return cls(pids, front, left_alone or without_outer)
 
     def gone(self) -> bool:
@@ -48,13 +48,14 @@ class Launchers:
 def launchers_of(pid: int) -> list[int]:
     """Return this process and those above it as long as they are a launcher's."""
     found = []
-    while _has_word(pid, _LAUNCHERS):
+    while has_word(pid, *_LAUNCHERS):
         found.append(pid)
         pid = _parent_of(pid)
     return found
 
 
-def _has_word(pid: int, words: tuple[str, ...]) -> bool:
+def has_word(pid: int, *words: str) -> bool:
+    """Return whether the command line of a process of this host has one of these words, with or without a folder."""
     try:
         given = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:  # gone
