@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tinygptv_ds.git_lfs import is_lfs_pointer
+
 MAX_PIXELS = 100_000_000  # of an image that is decoded
 
 # Pillow's readers that find their files by the first bytes. None of them starts a program, as the one for EPS does.
@@ -80,7 +82,7 @@ def no_image_because(data: bytes) -> str | None:
     start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype html", b"<html")):
         return "it is an HTML page, as a failed download leaves it"
-    if start.startswith(b"version https://git-lfs"):
+    if is_lfs_pointer(start):
         return "it is a Git LFS pointer: 'git lfs pull' fetches the image"
     return None
 

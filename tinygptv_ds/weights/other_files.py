@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_LFS = b"version https://git-lfs.github.com/spec/"
+from tinygptv_ds.git_lfs import is_lfs_pointer
+
 _HEAD = 512
 _UNPACK = "unpack it and name the weights in it"
 _CONVERT = "take the model's safetensors or PyTorch files instead"
@@ -31,7 +32,7 @@ def other_file(path: Path) -> str | None:
     """
     with path.open("rb") as file:
         head = file.read(_HEAD)
-    if head.startswith(_LFS):
+    if is_lfs_pointer(head):
         size = re.search(rb"^size (\d+)", head, re.MULTILINE)
         of = f" to a file of {int(size[1]):,} bytes" if size and len(size[1]) < 20 else ""
         return (

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 from PIL import Image, UnidentifiedImageError
 
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.git_lfs import is_lfs_pointer
 from tinygptv_ds.processing.image_formats import MAX_PIXELS
 
 COCO = "coco/train2014"
@@ -135,7 +136,7 @@ def load_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         with path.open("rb") as file:
             first = file.readline()
-        if first.startswith(b"version https://git-lfs"):
+        if is_lfs_pointer(first):
             raise DataError(
                 f"{path}: is a Git LFS pointer, not the file itself; fetch that with: git lfs pull"
             ) from error

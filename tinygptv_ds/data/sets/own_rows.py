@@ -8,8 +8,8 @@ from tinygptv_ds.data.sets.own_json import count_lines, read_json
 from tinygptv_ds.data.sets.own_parquet import read_parquet
 from tinygptv_ds.data.sets.own_tables import read_table
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.git_lfs import is_lfs_pointer
 
-_LFS = b"version https://git-lfs"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -27,7 +27,7 @@ def read_rows(file: Path) -> tuple[Iterator[Row], int]:
         return read_parquet(file)
     if not start.strip():
         raise DataError(f"{file}: is empty")
-    if start.startswith(_LFS):
+    if is_lfs_pointer(start):
         raise DataError(f"{file}: is a Git LFS pointer, not the file itself; fetch that with: git lfs pull")
     if start.startswith(_UTF_16):
         raise DataError(f"{file}: is UTF-16; save it as UTF-8")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from tinygptv_ds.data.shards.grouping import group, is_complete, split_name
 from tinygptv_ds.data.shards.members import Member, is_image
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.git_lfs import is_lfs_pointer
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def _no_tar(tar: Path) -> str:
             )
     if start.startswith(b"PK\x03\x04"):
         return "no uncompressed tar file but a ZIP archive; unpack it, then: tar --sort=name -cf SHARD.tar FOLDER"
-    if start.startswith(b"version https://git-lfs"):
+    if is_lfs_pointer(start):
         return "no uncompressed tar file but a Git LFS pointer; fetch the file that it stands for: git lfs pull"
     return "no uncompressed tar file (bad header at byte 0); is it the right file? If so, fetch it again"
 
