@@ -9,13 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tinygptv_ds.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
@@ -135,7 +138,7 @@ def run(
         prefix: a command that starts the launcher.
         env: additional environment variables.
     """
-    start = ["deepspeed", "--num_gpus", str(setup.ranks), "--master_port", str(_free_port()), script]
+    start = ["deepspeed", "--num_gpus", str(setup.ranks), "--master_port", str(free_port()), script]
     given = ["--recipe", str(recipe), "--run-dir", str(run_dir)]
     given += ["--deepspeed_config", f"ds_configs/{setup.json_file}.json"]
     changes = [part for change in setup.changes for part in ("--set", change)]
@@ -145,12 +148,6 @@ def run(
     done = subprocess.run(command, cwd=ROOT, env=on_cpu | dict(env or {}), capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{setup.precision}, {setup.name}, {setup.ranks} rank(s) failed:\n{done.stdout}{done.stderr}")
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 if __name__ == "__main__":

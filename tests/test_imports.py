@@ -11,12 +11,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinygptv_ds"
 BASE = {"errors", "config", "log", "distributed", "files", "retry", "dtypes", "resources", "arguments", "git_lfs"}
+BASE |= {"console", "processes"}
 MIDDLE = BASE | {"processing", "features.format", "data", "models"}
 # What each part of the package may import apart from itself; `__init__` (the version) is open to all.
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
     "resources": set(),
+    "console": set(),  # what every verb prints with, `cli` before it has imported anything else
+    "processes": set(),  # /proc and the end of a parent: the loader, the launcher and finetune ask for them
     "arguments": set(),
     "git_lfs": set(),
     "config": {"errors", "files", "resources"},

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from tinygptv_ds import __version__
 from tinygptv_ds.arguments import hyphenated
+from tinygptv_ds.console import print_to_stderr
 from tinygptv_ds.errors import Stopped, TinyGPTVError, disk_problem
 from tinygptv_ds.resources import is_clone, project_root
 
@@ -110,12 +111,12 @@ def run_command(command: Callable[[], None]) -> None:
         _end_with_error(str(error))
     except Stopped as stop:
         if int(os.environ.get("RANK", 0)) == 0:
-            _print_to_stderr(f"stopped: {stop}")
+            print_to_stderr(f"stopped: {stop}")
         sys.stdout.flush()
         os._exit(stop.code)
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
-            _print_to_stderr("stopped: interrupted by Ctrl-C")
+            print_to_stderr("stopped: interrupted by Ctrl-C")
         sys.exit(130)
     except BrokenPipeError:  # e.g. "| head" has read enough
         os._exit(0)
@@ -130,17 +131,11 @@ def _end_with_error(message: str) -> NoReturn:
     if int(os.environ.get("RANK", 0)) != 0:
         time.sleep(5)
     else:
-        _print_to_stderr(f"error: {message}")
+        print_to_stderr(f"error: {message}")
     # Threads of the process group or of the loader must neither delay the exit nor print during it.
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(USER_ERROR)
-
-
-def _print_to_stderr(message: str) -> None:
-    """Print to stderr if anything still reads it; the exit code must not depend on that."""
-    with contextlib.suppress(BrokenPipeError):
-        print(message, file=sys.stderr, flush=True)
 
 
 def _explain_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -156,7 +151,7 @@ def _explain_missing_package(kind: type[BaseException], error: BaseException, tr
         remedy = f"set up the project's environment: cd {project_root()} && source launch/setup.sh requirements.txt"
     else:
         remedy = f"install it: {sys.executable} -m pip install {missing}"
-    _print_to_stderr(f"error: {sys.executable} has no package {missing!r}; {remedy}")
+    print_to_stderr(f"error: {sys.executable} has no package {missing!r}; {remedy}")
     sys.stdout.flush()
     os._exit(USER_ERROR)
 

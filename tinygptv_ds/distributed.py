@@ -50,14 +50,18 @@ def ranks_from_env() -> Ranks:
     return Ranks(int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), world, local_world)
 
 
+def free_port() -> int:
+    """Return a port of this machine that is free at the moment, on all its addresses."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
+
+
 def complete_env() -> None:
     """Set the environment of a single rank in a process that no launcher started."""
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update({key: str(value) for key, value in {**single, "MASTER_PORT": port}.items()})
+        os.environ.update({key: str(value) for key, value in {**single, "MASTER_PORT": free_port()}.items()})
 
 
 def cores_per_rank(ranks: Ranks) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.distributed import free_port
 from tinygptv_ds.errors import TinyGPTVError
 from tinygptv_ds.evaluation.benchmarks.held_out import read_held_out
 from tinygptv_ds.evaluation.cli import scores
@@ -134,13 +134,6 @@ def launch_ranks(batch_size: int) -> tuple[int, dict[str, str]]:
         gpus = torch.cuda.device_count()
         return max(n for n in range(1, gpus + 1) if batch_size % n == 0), dict(os.environ)
     return 2, {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
-
-
-def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def once(file: Path, make: Callable[[], dict]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tinygptv_ds.data.shards.cache import ShardCache, count_samples
 from tinygptv_ds.data.shards.patterns import expand_shards
 from tinygptv_ds.data.shards.reader import ShardReader
 from tinygptv_ds.data.shards.records import parse_record
+from tinygptv_ds.distributed import free_port
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.evaluation.caption_metrics import check_packages
 from tinygptv_ds.files import sha256
@@ -153,7 +153,7 @@ class Job:
             *("--run-dir", str(self.run_dir), "--deepspeed-config", composed.deepspeed),
         )
         export = ("export", str(self.run_dir), "--out", str(self.out), "--dtype", self.start.dtype)
-        quiet = ("--master-port", str(_free_port()), "--log-level", "warning")
+        quiet = ("--master-port", str(free_port()), "--log-level", "warning")
         template, model = composed.recipe.text.prompt_template, self.run_dir / "model"
         before = self._eval(data, "before", self.start.path, self._of_start(template))
         after = self._eval(data, "after", self.out, ())
@@ -243,12 +243,6 @@ def example(data: Data, folder: Path) -> tuple[Path, str] | None:
             path.write_bytes(raw.images[0])
             return path, str(turns[0][0])
     return None
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def read_scores(path: Path) -> dict[str, Any]:

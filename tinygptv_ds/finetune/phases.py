@@ -6,7 +6,6 @@ continues its own unfinished work.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
@@ -21,9 +20,9 @@ from typing import Any
 
 from tinygptv_ds.errors import Stopped, TinyGPTVError
 from tinygptv_ds.files import FileLock, Journal, LockedError, lock_file, read_journal
+from tinygptv_ds.processes import signal_at_end_of_parent
 
 PROGRAM = "tinygptv-ds"
-_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def _run_child(phase: Phase, lock: FileLock) -> int:
 
 def _end_with_parent() -> None:
     """Ask the kernel for SIGTERM when the parent dies, however that happens: nothing trains on unattended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_at_end_of_parent(signal.SIGTERM)
 
 
 def shown(phases: Sequence[Phase]) -> str:

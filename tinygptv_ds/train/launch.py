@@ -12,6 +12,7 @@ from pathlib import Path
 from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.config.hostfile import passed_on, read_hostfile
 from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.console import print_to_stderr
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.checkpoint.folders import newest_step
@@ -88,11 +89,13 @@ class Launch:
                 return code
             after = newest_step(self._run_dir)
             if after <= before:
-                _say("not started again: no checkpoint was written since the last start, so it would end the same way")
+                print_to_stderr(
+                    "not started again: no checkpoint was written since the last start, so it would end the same way"
+                )
                 return code
             if not self._use_hosts_that_answer():
                 return code
-            _say(f"restart {attempt + 1} of {self._options.restarts}, from step {after}")
+            print_to_stderr(f"restart {attempt + 1} of {self._options.restarts}, from step {after}")
         return LOST
 
     def _start(self) -> int:
@@ -108,7 +111,9 @@ class Launch:
             return code
         if supervisor.stopped_by is not None:
             return 128 + supervisor.stopped_by
-        _say(f"error: the ranks have ended, and {self._run_dir} holds no model: their launcher was killed. {_AGAIN}")
+        print_to_stderr(
+            f"error: the ranks have ended, and {self._run_dir} holds no model: their launcher was killed. {_AGAIN}"
+        )
         return LOST
 
     def _folder_for_pdsh(self) -> str:
@@ -142,9 +147,9 @@ class Launch:
                 raise ConfigError("no host answers")
             self._recipe.train.accumulation(sum(hosts.values()))
         except ConfigError as error:
-            _say(f"not started again without {', '.join(down)}: {error}")
+            print_to_stderr(f"not started again without {', '.join(down)}: {error}")
             return False
-        _say(f"{', '.join(down)} cannot be reached over ssh and left out")
+        print_to_stderr(f"{', '.join(down)} cannot be reached over ssh and left out")
         self._hosts = hosts
         self._options.launcher["--hostfile"] = str(_write_hostfile(hosts))
         return True
@@ -157,7 +162,3 @@ def _write_hostfile(hosts: Mapping[str, int]) -> Path:
     with tempfile.NamedTemporaryFile("w", prefix="hostfile-", delete=False) as file:
         file.write("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
     return Path(file.name)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -5,7 +5,6 @@ The private corners of torch's DataLoader are used in this file only.
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import threading
 import time
@@ -17,7 +16,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+from tinygptv_ds.processes import signal_at_end_of_parent
+
 _POLL_SECONDS = 1.0  # how often the processes are checked while a batch is awaited
 _DYING_SECONDS = 2.0  # within which a process closes its files if one of its batches could not be received,
 _ENDING_SECONDS = 10.0  # and within which it is dead after that
@@ -145,4 +145,4 @@ def _live_and_die_with_parent(worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    signal_at_end_of_parent(signal.SIGKILL)

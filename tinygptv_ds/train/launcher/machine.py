@@ -7,9 +7,10 @@ import re
 import subprocess
 from collections.abc import Iterable, Mapping
 
+from tinygptv_ds.distributed import free_port
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.launcher.options import LaunchOptions
-from tinygptv_ds.train.setup.machine import free_port, port_is_taken, port_message
+from tinygptv_ds.train.setup.machine import port_is_taken, port_message
 
 _SSH_SECONDS = 10
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
-from tinygptv_ds.train.liveness.launchers import PER_NODE, has_word
+from tinygptv_ds.console import print_to_stderr
+from tinygptv_ds.processes import children_of, group_members, has_word
+from tinygptv_ds.train.liveness.launchers import PER_NODE
 
 LOST = 75  # as the ranks' watchdog: start the same command again
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -107,17 +107,19 @@ class Supervisor:
             elif number in (*_STOPS, signal.SIGHUP):
                 number = signal.SIGTERM if number == signal.SIGHUP else number
                 if number == signal.SIGINT:
-                    _say("Ctrl-C: the ranks finish their step, save and end; again to end them at once, unsaved")
+                    print_to_stderr(
+                        "Ctrl-C: the ranks finish their step, save and end; again to end them at once, unsaved"
+                    )
                 self.stopped_by = number
                 if not self._signal_ranks(number):  # none yet: there is nothing to save
                     self._signal_group(signal.SIGTERM)
 
     def _signal_ranks(self, number: signal.Signals) -> bool:
         """Send a signal to the ranks, wherever they are; return whether any of them got it."""
-        started = _children(self._process.pid)
+        started = children_of(self._process.pid)
         if self._remote is not None and any(has_word(child, "pdsh") for child in started):
             return self._remote.signal(number)
-        ranks = [rank for child in started if has_word(child, PER_NODE) for rank in _children(child)]
+        ranks = [rank for child in started if has_word(child, PER_NODE) for rank in children_of(child)]
         return sum(_send(rank, number) for rank in ranks) > 0
 
     def _suspend(self) -> None:
@@ -138,13 +140,15 @@ class Supervisor:
 
     def _after(self, code: int) -> int:
         """Return the final code once nothing of the run is left on this host."""
-        if _group(self._process.pid):
+        if group_members(self._process.pid):
             if code < 0 and self.stopped_by is None:
-                _say(f"DeepSpeed's launcher was ended by {signal.Signals(-code).name}; waiting for the ranks to save")
+                print_to_stderr(
+                    f"DeepSpeed's launcher was ended by {signal.Signals(-code).name}; waiting for the ranks to save"
+                )
             if self._remote is None or not self._remote.signal(signal.SIGTERM):
                 self._signal_group(signal.SIGTERM)
             until = time.monotonic() + _PATIENCE
-            while _group(self._process.pid) and time.monotonic() < until:
+            while group_members(self._process.pid) and time.monotonic() < until:
                 self._pass_on()
                 time.sleep(_POLL)
             self._kill()
@@ -160,7 +164,7 @@ class Supervisor:
         if number in _STOPS and code > 0:  # a rank was stopped before it could save
             return 128 + number
         who = "a rank" if code > 0 else "DeepSpeed's launcher"
-        _say(f"error: {who} was ended by {number.name}{_OOM if number == signal.SIGKILL else ''}")
+        print_to_stderr(f"error: {who} was ended by {number.name}{_OOM if number == signal.SIGKILL else ''}")
         return LOST
 
 
@@ -176,36 +180,9 @@ def _signal_of(code: int) -> signal.Signals | None:
         return None
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _send(pid: int, number: signal.Signals) -> bool:
     try:
         os.kill(pid, number)
     except ProcessLookupError:
         return False
     return True
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            found += map(int, thread.read_text().split())
-        except OSError:
-            continue
-    return found
-
-
-def _group(pgid: int) -> list[int]:
-    """Return the processes of a group that have not ended."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, group, *_ = entry.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(group) == pgid and state not in "ZX":
-            found.append(int(entry.parent.name))
-    return found

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tinygptv_ds.distributed import free_port
 from tinygptv_ds.errors import ConfigError
 
 
@@ -80,13 +81,6 @@ def port_is_taken(port: int) -> bool:
         except OSError as error:
             return error.errno == errno.EADDRINUSE
     return False
-
-
-def free_port() -> int:
-    """Return a port that is free at the moment."""
-    with socket.socket() as ours:
-        ours.bind(("", 0))
-        return int(ours.getsockname()[1])
 
 
 def port_message(port: int) -> str:

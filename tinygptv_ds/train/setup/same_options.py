@@ -12,7 +12,9 @@ from typing import Any
 from tinygptv_ds.distributed import Ranks, gather
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.files import fingerprint_differences
+from tinygptv_ds.processes import command_line, own_processes
 
+_OUTER = ("deepspeed", "deepspeed.launcher.runner")
 _REMEDY = (
     "start the run with 'bash launch/stageN.sh --hostfile FILE' or 'tinygptv-ds train stageN --hostfile FILE', which "
     "protect options from the shells of the other nodes"
@@ -61,16 +63,8 @@ def check_same_options(ranks: Ranks, settings: Mapping[str, Any]) -> None:
 
 def _commands() -> list[list[str]]:
     """Return the command lines of this user's processes that are DeepSpeed's outer launcher."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
-            own = entry.stat().st_uid == os.getuid()
-        except OSError:
-            continue
-        if own and any(Path(word).name in ("deepspeed", "deepspeed.launcher.runner") for word in words[:4]):
-            found.append(words)
-    return found
+    commands = map(command_line, own_processes())
+    return [words for words in commands if any(Path(word).name in _OUTER for word in words[:4])]
 
 
 def _after_script(words: Sequence[str], script: str, port: str) -> list[str] | None:

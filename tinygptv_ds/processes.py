@@ -1,0 +1,85 @@
+"""Processes of this host, as Linux shows them in /proc, and the end of a parent. No torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def command_line(pid: int) -> list[str]:
+    """Return the words of a process's command line; none if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def has_word(pid: int, *words: str) -> bool:
+    """Return whether the command line of a process has one of these words, with or without a folder."""
+    return any(Path(word).name in words for word in command_line(pid))
+
+
+def name_of(pid: int) -> str:
+    """Return the name of a process's program, at most 15 characters; empty if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process exists and has not ended."""
+    return (_stat(pid) or ["X"])[0] not in "ZX"
+
+
+def parent_of(pid: int) -> int:
+    """Return a process's parent; 0 if it is gone."""
+    return int((_stat(pid) or ["X", "0"])[1])
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process has started, those that have ended and are not collected included."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            found += map(int, thread.read_text().split())
+        except OSError:
+            continue
+    return found
+
+
+def group_members(group: int) -> list[int]:
+    """Return the processes of a process group that have not ended."""
+    stats = ((pid, _stat(pid)) for pid in _all())
+    return [pid for pid, fields in stats if fields and int(fields[2]) == group and fields[0] not in "ZX"]
+
+
+def own_processes() -> Iterator[int]:
+    """Return the processes of this user."""
+    for pid in _all():
+        try:
+            if Path(f"/proc/{pid}").stat().st_uid == os.getuid():
+                yield pid
+        except OSError:
+            continue
+
+
+def signal_at_end_of_parent(number: int) -> None:
+    """Ask the kernel to send this process a signal when its parent ends, however that happens."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _all() -> Iterator[int]:
+    return (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat from the state on; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
