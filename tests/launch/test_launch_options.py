@@ -21,7 +21,7 @@ from tinygptv_ds.train.launch import Launch
 from tinygptv_ds.train.launcher import machine
 from tinygptv_ds.train.launcher import options as options_module
 from tinygptv_ds.train.launcher.options import LaunchOptions, parse_options
-from tinygptv_ds.train.launcher.supervisor import LOST
+from tinygptv_ds.train.liveness.launchers import LOST
 from tinygptv_ds.train.setup import same_options
 from tinygptv_ds.train.setup.machine import check_writable, complete_user
 from tinygptv_ds.train.setup.options import decode_options, encode_options

@@ -18,8 +18,8 @@ from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.checkpoint.folders import newest_step
 from tinygptv_ds.train.launcher import machine
 from tinygptv_ds.train.launcher.options import LaunchOptions, parse_options
-from tinygptv_ds.train.launcher.supervisor import LOST, RemoteRanks, Supervisor
-from tinygptv_ds.train.liveness.launchers import LAUNCHER_PID
+from tinygptv_ds.train.launcher.supervisor import RemoteRanks, Supervisor
+from tinygptv_ds.train.liveness.launchers import LAUNCHER_PID, LOST
 from tinygptv_ds.train.setup.job import job_run_dir, parse_job, shown_path, stage_parser
 from tinygptv_ds.train.setup.options import encode_options
 

@@ -12,9 +12,8 @@ from types import FrameType
 
 from tinygptv_ds.console import print_to_stderr
 from tinygptv_ds.processes import children_of, group_members, has_word
-from tinygptv_ds.train.liveness.launchers import PER_NODE
+from tinygptv_ds.train.liveness.launchers import LOST, PER_NODE
 
-LOST = 75  # as the ranks' watchdog: start the same command again
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PATIENCE = 600.0  # seconds that ranks get to save after their launcher has gone
 _POLL = 0.2

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tinygptv_ds.processes import has_word, is_alive, name_of, parent_of
 
+LOST = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 LAUNCHER_PID = "TINYGPTV_LAUNCHER_PID"  # environment variable: the verb `train` that started this rank, on this host
 # By a word of their command lines: the per-node and the outer process of DeepSpeed's launcher, and torch's two forms.
 PER_NODE = "deepspeed.launcher.launch"

@@ -24,11 +24,11 @@ from tinygptv_ds.errors import Stopped, TinyGPTVError, disk_problem
 from tinygptv_ds.log import LOGGER, note
 from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
 from tinygptv_ds.train.liveness.channel import HELLO, Channel, Message
+from tinygptv_ds.train.liveness.launchers import LOST
 from tinygptv_ds.train.liveness.progress import AwakeClock, Progress, RankStatus
 from tinygptv_ds.train.liveness.stacks import Stacks
 from tinygptv_ds.train.setup.job import Job
 
-LOST = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 _TIMES_SLOWER = 5.0  # a step is reported if it takes so many times the median of earlier steps
 _GATHER = 0.1  # seconds: processes that end together are named together
 _OWN_WAY = 5.0  # seconds that a rank gets to find by itself the mistake that another one has reported

@@ -19,6 +19,7 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
 from tinygptv_ds.train.liveness.launchers import Launchers
+from tinygptv_ds.train.liveness.start_up import end_without_launcher
 from tinygptv_ds.train.setup.machine import check_port, check_writable, complete_user, gpus_are_hidden
 from tinygptv_ds.train.setup.options import decode_options
 from tinygptv_ds.train.setup.same_options import check_typed_options
@@ -166,6 +167,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
         ConfigError: anything the user has to fix: recipe, JSON, missing weights or data, a run directory in use.
     """
     launchers = Launchers.above()
+    end_without_launcher(launchers)
     if argv is None:
         check_typed_options(sys.argv[1:])
     given = decode_options(sys.argv[1:] if argv is None else argv)

@@ -25,6 +25,7 @@ from tinygptv_ds.train.checkpoint.run_fingerprint import run_fingerprint
 from tinygptv_ds.train.engine import Engine, init_process_group
 from tinygptv_ds.train.liveness.group_timeout import set_group_timeout
 from tinygptv_ds.train.liveness.progress import first_group_timeout
+from tinygptv_ds.train.liveness.start_up import StartUp
 from tinygptv_ds.train.liveness.watchdog import Watchdog
 from tinygptv_ds.train.recipe_warnings import recipe_warnings
 from tinygptv_ds.train.run import Run
@@ -72,11 +73,13 @@ class Session:
     Args:
         job: what they work on.
         watchdog: running.
+        start_up: watches the launcher until this run can be saved.
     """
 
-    def __init__(self, job: Job, watchdog: Watchdog) -> None:
+    def __init__(self, job: Job, watchdog: Watchdog, start_up: StartUp) -> None:
         self._job = job
         self._watchdog = watchdog
+        self._start_up = start_up
 
     @contextmanager
     def start_engine(self, model: TinyGPTVForConditionalGeneration, stream: OpenStream) -> Iterator[Run]:
@@ -108,6 +111,7 @@ class Session:
         try:
             with Checkpoints(run, fingerprint, began_from) as checkpoints:
                 run.callbacks = [checkpoints]
+                self._start_up.over()
                 yield run
                 if job.dry_run:
                     finish_dry_run(run)
@@ -129,9 +133,10 @@ class Session:
 @contextmanager
 def open_session(job: Job) -> Iterator[Session]:
     """Join the ranks, open the run directory and its log, and watch over what follows. Enter on all ranks."""
-    join_ranks(job)
-    with Watchdog(job, set_group_timeout) as watchdog:
-        if job.ranks.is_main:
-            for warning in recipe_warnings(job.recipe, local_sample_counts(job.recipe)):
-                LOGGER.warning("%s", warning)
-        yield Session(job, watchdog)
+    with StartUp(job.launchers) as start_up:
+        join_ranks(job)
+        with Watchdog(job, set_group_timeout) as watchdog:
+            if job.ranks.is_main:
+                for warning in recipe_warnings(job.recipe, local_sample_counts(job.recipe)):
+                    LOGGER.warning("%s", warning)
+            yield Session(job, watchdog, start_up)
