@@ -64,7 +64,7 @@ def start(run_dir: Path, size: str) -> Engine:
     config = resolve_deepspeed(load_deepspeed_json(path), recipe, 1, str(path))
     job = Job(recipe, config, run_dir, "never", ranks_from_env())
     join_ranks(job)
-    model: Any = Trained(size)  # stands in for the whole model: an engine needs its trained parameters alone
+    model: Any = Trained(size)  # takes the place of the whole model: an engine needs its trained parameters alone
     model.attention, model.vision_is_frozen = "auto", True
     engine = Engine(model, job.deepspeed, recipe.optimizer, job.ranks)
     engine.set_boundary(True)
@@ -90,7 +90,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def work_rate(until: Callable[[], bool]) -> float:
-    """Return the matrix products per second of this thread, which stand for training during the writing."""
+    """Return the matrix products per second of this thread, which represent training during the writing."""
     a = torch.randn(256, 256)
     began, count = time.perf_counter(), 0
     while not until():

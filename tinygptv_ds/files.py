@@ -146,7 +146,7 @@ class FileLock:
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             try:
-                # Closing alone would leave the lock to a process forked meanwhile, which has the same file open.
+                # Closing alone would leave the lock to a process forked in between, which has the same file open.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             finally:
                 os.close(descriptor)
@@ -171,7 +171,7 @@ def lock_file(path: Path, *, wait: bool = False) -> FileLock:
     Raises:
         LockedError: another holder has it, and `wait` is False.
         LockRemovedError: the last holder removed the file after this call had opened it. What that holder finished is
-            there now; to go on, start again from looking for it.
+            there now; to continue, start again from looking for it.
         LocksUnsupportedError: the file system has no locks.
         OSError: the file cannot be created or opened.
     """

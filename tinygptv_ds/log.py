@@ -15,7 +15,7 @@ LOGGER = logging.getLogger("tinygptv_ds")
 
 
 class _ConsoleHandler(logging.Handler):
-    """A console handler that writes above a progress bar, and discards the output once nobody can read it.
+    """A console handler that writes above a progress bar, and discards the output once its reader has ended.
 
     With several nodes the launcher's ssh connections carry the output. They are closed before a stopped run has saved,
     which it must do all the same.
@@ -30,7 +30,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """The log file; on a full disk lines are lost, with one warning, and the run goes on."""
+    """The log file; on a full disk lines are lost, with one warning, and the run continues."""
 
     _warned = False
 

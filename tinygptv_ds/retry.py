@@ -66,7 +66,7 @@ class RetryPolicy:
 
 
 def _storage_may_recover(error: Exception) -> bool:
-    """Return whether an OSError, or the one behind a DataError, is of a kind that may pass."""
+    """Return whether an OSError, or the cause of a DataError, is of a kind that may be temporary."""
     cause = error.__cause__ if isinstance(error, DataError) else error
     return isinstance(cause, OSError) and cause.errno not in _FINAL
 

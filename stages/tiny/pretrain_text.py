@@ -83,7 +83,7 @@ def train_tokenizer(seed: int) -> CodeGenTokenizer:
 
 
 def _tokenizer_corpus(rng: random.Random) -> Iterator[str]:
-    """What shall be few tokens; above all `###` and the numbers of boxes, which are one token each in Phi-2 too."""
+    """Strings of few tokens, above all `###` and the numbers of boxes, which are one token each in Phi-2 too."""
     names = ("empty", "yes", "no", *digits.VALUES, *digits.COLORS, *digits.CELLS)
     for _ in range(100):
         yield from ("###", "###Human: ", " ###Assistant: ", "[INST] ", " [/INST]", "<Img>", "</Img>", "\n")

@@ -58,7 +58,7 @@ class CellTruth:
     box: Tensor
 
     def of(self, cell: Tensor) -> CellTruth:
-        """The truth for M other things, of which each lies in a cell given by its index, int64 `[M]`."""
+        """The truth for M other objects, each in a cell given by its index, int64 `[M]`."""
         return CellTruth(self.value[:, cell], self.color[:, cell], self.box[:, cell])
 
 
@@ -101,7 +101,7 @@ class CellHead(nn.Module):
 
 
 def patch_grid() -> tuple[Tensor, Tensor]:
-    """int64 `[36]` each: the cell in which a patch lies, and which quarter of the cell it is."""
+    """int64 `[36]` each: the cell that contains a patch, and which quarter of the cell it is."""
     patch, per_cell = torch.arange(digits.SIZE // PATCH), digits.CELL // PATCH
     cell = patch[:, None] // per_cell * digits.GRID + patch // per_cell
     quarter = patch[:, None] % per_cell * per_cell + patch % per_cell

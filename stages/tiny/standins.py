@@ -1,7 +1,7 @@
 """Small stand-ins for the pretrained parts, made in minutes on two CPU cores, in the layouts of the released files.
 
 A real run starts from EVA-CLIP's ViT, BLIP-2's Q-Former and Phi-2. The quick start has no such files, so this script
-trains tiny ones of the same structure on digit scenes, each by itself: ViT and Q-Former learn to read a scene
+trains tiny ones of the same structure on digit scenes, each separately: ViT and Q-Former learn to read a scene
 (pretrain_vision.py), Phi learns to answer from a list of what is in it (pretrain_text.py). What is left to the stages
 is what TinyGPT-V's stages do: to carry what the queries say into Phi's embedding space, and to adapt Phi to it.
 

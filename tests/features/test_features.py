@@ -221,7 +221,7 @@ def test_a_torn_shard_is_refused_and_mended(
     torn.write_bytes(whole[: len(whole) // 2])
     assert f"{torn} is torn" in open_error(raw)
     torn.unlink()
-    assert f"{torn} is gone" in open_error(raw)
+    assert f"{torn} is missing" in open_error(raw)
     torn.write_bytes(whole[:100])
     make(raw_recipe(data__datasets=one), tmp_path)
     assert torn.read_bytes() == whole

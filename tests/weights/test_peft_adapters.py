@@ -182,7 +182,7 @@ def test_every_variant_answers_as_in_peft(run: Path, tmp_path: Path, variant: st
     assert torch.allclose(logits(load_model(model, torch.float32, adapter=theirs)[0]), expected, atol=2e-4, rtol=1e-4)
     assert torch.allclose(logits(load_model(theirs, torch.float32)[0]), expected, atol=2e-4, rtol=1e-4)
     report = inspect(theirs)
-    assert report.kind == "LoRA in peft's format, for a model that it goes on"
+    assert report.kind == "LoRA in peft's format, for the model that it belongs to"
     assert report.adapter is not None and report.adapter.endswith(f"on {model}")
     assert report.adapter.startswith("DoRA" if "dora" in variant else "LoRA")
     assert report.incomplete == ""

@@ -120,8 +120,8 @@ class DataSection:
             require(name in names, f"data.only: {name!r} is none of data.datasets{nearest(name, names)}")
         require(self.num_workers >= 0, "data.num_workers must be 0 or more")
         require(self.shuffle_shards > 0, "data.shuffle_shards must be positive")
-        require(0 <= self.max_skipped_share <= 1, "data.max_skipped_share must lie in [0, 1]")
-        require(0 <= self.validation_share < 1, "data.validation_share must lie in [0, 1)")
+        require(0 <= self.max_skipped_share <= 1, "data.max_skipped_share must be in [0, 1]")
+        require(0 <= self.validation_share < 1, "data.validation_share must be in [0, 1)")
         require(
             not (self.validation and self.validation_share),
             "data.validation names datasets, and data.validation_share holds some back for the same use: "

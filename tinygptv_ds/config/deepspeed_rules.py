@@ -111,7 +111,7 @@ def _check_value(value: Any, kind: Any, source: str, where: str) -> None:
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         name = "a section in braces" if isinstance(kind, dict) else _NAMES[kind]
         raise ConfigError(f"{source}: {where} must be {name}, not {json.dumps(value)}")
-    least = -1 if where == "flops_profiler.module_depth" else 0  # there, -1 stands for all
+    least = -1 if where == "flops_profiler.module_depth" else 0  # there, -1 means all
     if isinstance(value, int | float) and kind in (int, float) and not (value >= least and math.isfinite(value)):
         raise ConfigError(f"{source}: {where} is {value}; it must be finite and not negative")
 

@@ -63,7 +63,7 @@ def _check_size(text: str) -> None:
         line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in (anchor for anchor, _ in opened):
-                raise ConfigError(f"line {line}: *{event.anchor} stands within what it names")
+                raise ConfigError(f"line {line}: *{event.anchor} is used within what it names")
             values += sizes.get(event.anchor or "", 1)
         elif isinstance(event, yaml.CollectionStartEvent):
             opened.append((event.anchor, values))

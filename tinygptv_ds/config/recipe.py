@@ -89,10 +89,10 @@ class ModelSection:
         for name in ("eva_vit_depth", "eva_vit_heads", "qformer_heads", "proj_hidden_size"):
             require(getattr(self, name) > 0, f"model.{name} must be positive")
         dropout = self.resid_dropout
-        require(dropout is None or 0 <= dropout < 1, "model.resid_dropout must lie in [0, 1)")
+        require(dropout is None or 0 <= dropout < 1, "model.resid_dropout must be in [0, 1)")
         require(self.image_size > 0, "model.image_size must be positive")
         require(self.lora_r >= 0, "model.lora_r must be 0 (no LoRA) or a positive rank")
-        require(0 <= self.lora_dropout < 1, "model.lora_dropout must lie in [0, 1)")
+        require(0 <= self.lora_dropout < 1, "model.lora_dropout must be in [0, 1)")
         parts = ("llama_proj", "llama_proj2", "norms", "lora")
         odd = [part for part in self.allow_missing if part not in parts]
         require(not odd, f"model.allow_missing: unknown {odd}; the parts that a stage trains are {', '.join(parts)}")
@@ -173,7 +173,7 @@ class Recipe:
     """Changes to the DeepSpeed JSON by its own keys, e.g. {gradient_clipping: 1.0}."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, f"seed must lie between 0 and 2^63 - 1, not {shown(self.seed)}")
+        require(0 <= self.seed < 2**63, f"seed must be between 0 and 2^63 - 1, not {shown(self.seed)}")
         require(self.stage in (1, 2, 3, 4), f"stage must be 1, 2, 3 or 4, not {self.stage}")
         self._check_keep_best()
         require(
@@ -184,7 +184,7 @@ class Recipe:
         read, limit = self.data.read_timeout_seconds, 60 * self.train.step_minutes
         require(
             not limit or read < limit,
-            f"data.read_timeout_seconds ({read:g}) must lie below train.step_minutes ({limit:g} s), so that a "
+            f"data.read_timeout_seconds ({read:g}) must be below train.step_minutes ({limit:g} s), so that a "
             "dataloader worker that hangs is restarted before the run ends",
         )
         steps, o = self.train.steps_per_cycle, self.optimizer

@@ -1,7 +1,7 @@
 """The comments of the recipes: every key gets the documentation of its field, so that it is written only once.
 
 `python -m tinygptv_ds.config.render` rewrites the comment lines of all recipes. Values, their order and the
-remarks behind values stay as they are; a remark says what is particular to a stage (`# published: 17`).
+remarks after values stay as they are; a remark says what is particular to a stage (`# published: 17`).
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ class WorkerPool(ProcessPoolExecutor):
 
 def _start_worker(leash: Connection, initializer: Callable[..., object] | None, initargs: tuple) -> None:
     def follow_parent() -> None:
-        leash.poll(None)  # returns when the parent closes its end, or is gone
+        leash.poll(None)  # returns when the parent closes its end or has ended
         os._exit(0)
 
     threading.Thread(target=follow_parent, daemon=True).start()

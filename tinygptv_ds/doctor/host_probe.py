@@ -24,7 +24,7 @@ from typing import Any
 
 from tinygptv_ds.resources import project_root
 
-MARK = "@tinygptv "  # tells answers from what the login shell prints
+MARK = "@tinygptv "  # separates answers from what the login shell prints
 PACKAGE = Path(__file__).resolve().parents[1]
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"

@@ -76,7 +76,7 @@ def _pdsh() -> CheckResult:
     found = shutil.which("pdsh")
     if found is not None:
         return CheckResult("pdsh", found)
-    remedy = "apt-get install pdsh, or start each host by itself: --no_ssh --node_rank N, torchrun, or SLURM"
+    remedy = "apt-get install pdsh, or start each host separately: --no_ssh --node_rank N, torchrun, or SLURM"
     return CheckResult("pdsh", "not on PATH; deepspeed --hostfile starts the hosts through it", remedy)
 
 

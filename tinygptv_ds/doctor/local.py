@@ -246,7 +246,7 @@ def torch_checks() -> Iterator[CheckResult]:
 
 
 def no_gpu(driver: bool) -> CheckResult:
-    """Report that torch sees no GPU; `driver` is whether the system has one nevertheless."""
+    """Report that torch sees no GPU; `driver` is whether the system itself has one."""
     if driver:
         remedy = "install the torch build for its driver (pytorch.org), or look at CUDA_VISIBLE_DEVICES"
         return CheckResult("accelerator", "the system has a GPU, but torch does not see it", remedy)

@@ -64,7 +64,7 @@ class SentBytes:
         return self.gradients + self.updated + self.gathered
 
     def seconds(self, link: Link) -> float:
-        """Return the seconds of a step that sending takes, without latency, if nothing is computed meanwhile."""
+        """Return the seconds of a step that sending takes, without latency, if nothing is computed at the same time."""
         slower = self.across / link.gigabytes + self.inside / NVLINK.gigabytes + self.pcie / PCIE.gigabytes
         return slower / 1e9
 

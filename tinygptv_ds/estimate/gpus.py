@@ -38,7 +38,7 @@ CARDS = (
 
 
 def cards_named(names: Sequence[str]) -> list[Card]:
-    """Return the cards of these names in any case; "all" stands for every card.
+    """Return the cards of these names in any case; "all" means every card.
 
     Raises:
         ConfigError: a name is unknown.
@@ -70,7 +70,7 @@ LINKS = (NVLINK, Link("400Gb/s", 50.0), PCIE, Link("100Gb/s", 12.5), Link("25Gb/
 
 
 def links_named(names: Sequence[str]) -> list[Link]:
-    """Return the links of these names in any case, or of so many GB/s; "all" stands for every named link.
+    """Return the links of these names in any case, or of so many GB/s; "all" means every named link.
 
     Raises:
         ConfigError: a link is neither a name nor a number above 0.

@@ -88,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser, kind: str) -> None:
             type=int,
             default=100,
             metavar="N",
-            help="the number in a box's answer that stands for the whole width or height (default: 100, as trained)",
+            help="the number in a box's answer that means the whole width or height (default: 100, as trained)",
         )
     parser.add_argument(
         "--instruction",

@@ -126,7 +126,7 @@ def write_features(
         chunks: the samples.
         outs: the tars to write, in the order of those that are read.
         dtype: of matrix products and of the stored features.
-        workers: processes that decode images meanwhile; 0 decodes here.
+        workers: processes that decode images in parallel; 0 decodes in this process.
         done: called with the slots of each written chunk.
     """
     device = vision.query_tokens.device

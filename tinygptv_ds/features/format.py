@@ -30,7 +30,7 @@ HOW = "tinygptv-ds features RECIPE --out DIR"
 
 @dataclass(frozen=True)
 class FeatureShape:
-    """How the features of one image lie in their member.
+    """The layout of one image's features in their member.
 
     Attributes:
         dtype: "fp32", "bf16" or "fp16".
@@ -64,7 +64,7 @@ class FeatureNotes:
 
     @property
     def shape(self) -> FeatureShape:
-        """How the features lie in their members."""
+        """The layout of the features in their members."""
         return FeatureShape(self.made_with["dtype"], self.made_with["queries"], self.made_with["width"])
 
 
@@ -107,12 +107,12 @@ def shards_of(section: DatasetSection, root: str | None, *, allow_pipe: bool = F
     folder = Path(root) / section.name
     notes = read_notes(folder)
     if len(notes.shard_bytes) != len(notes.sources):
-        raise DataError(f"{folder}: the features are unfinished; run the same command again to go on: {HOW}")
+        raise DataError(f"{folder}: the features are unfinished; run the same command again to continue: {HOW}")
     tars = [folder / tar_name(number) for number in range(len(notes.sources))]
     for tar, size in zip(tars, notes.shard_bytes, strict=True):
         found = tar.stat().st_size if tar.is_file() else None
         if found != size:
-            state = "is gone" if found is None else f"is torn ({found:,} bytes instead of {size:,})"
+            state = "is missing" if found is None else f"is torn ({found:,} bytes instead of {size:,})"
             raise DataError(f"{tar} {state}; run the same command again to mend it: {HOW}")
     _same_sources(section, folder, notes, allow_pipe)
     return list(tars)

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base",
         type=Path,
         metavar="DIR",
-        help="the folder of Phi-2, eva_vit_g.pth and BLIP-2's file, for weights that go on them (default: where the "
+        help="the folder of Phi-2, eva_vit_g.pth and BLIP-2's file, for weights that need them (default: where the "
         "weights say, then weights/, then next to the weights)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the fine-tuned model")

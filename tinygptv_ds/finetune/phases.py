@@ -1,6 +1,6 @@
 """Phases that run one after the other, each a verb in a process of its own, noted in a journal when they have ended.
 
-A killed command goes on at the phase that it was in: what a verb has written is complete or not there, and each verb
+A killed command resumes in the phase that it was in: what a verb has written is complete or not there, and each verb
 continues its own unfinished work.
 """
 
@@ -107,7 +107,7 @@ class Progress:
         if code:
             raise TinyGPTVError(
                 f"{phase.argv[0]} ended with exit code {code}; its message is above. After mending it, the same "
-                "command goes on from here"
+                "command resumes from here"
             )
         self.note({"done": phase.name, **phase.identity, "seconds": round(time.monotonic() - start, 1)})
         return True
@@ -150,7 +150,7 @@ def _run_child(phase: Phase, lock: FileLock) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
     if stopped:
-        raise Stopped(stopped[0], f"{phase.argv[0]} was interrupted; the same command goes on from there")
+        raise Stopped(stopped[0], f"{phase.argv[0]} was interrupted; the same command resumes from there")
     return code
 
 

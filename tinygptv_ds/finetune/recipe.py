@@ -1,4 +1,4 @@
-"""The recipe of a fine-tuning: its values from the weights, the data and the devices, with the reason behind each."""
+"""The recipe of a fine-tuning: its values from the weights, the data and the devices, with the reason for each."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def _evaluation(data: Data, schedule: Schedule) -> EvaluationSection:
 
 
 _HEADER = (
-    "Written by `tinygptv-ds finetune`; train with it by hand as shown in docs/finetune.md. What follows a # behind a",
+    "Written by `tinygptv-ds finetune`; train with it by hand as shown in docs/finetune.md. What follows a # after a",
     "value says why it is that value. Every key is listed; the comments above them are those of all recipes",
     "(python -m tinygptv_ds.config.render).",
     "",
@@ -211,7 +211,7 @@ def to_yaml(recipe: Recipe, remarks: dict[str, str], header: Sequence[str]) -> s
 
     Args:
         recipe: the values.
-        remarks: what is said behind a value, by dotted key; "" for nothing.
+        remarks: the remark after a value, by dotted key; "" for nothing.
         header: lines of comment above everything.
     """
     lines = [f"# {line}".rstrip() for line in header]

@@ -86,7 +86,7 @@ def open_start(path: Path, base: Path | None, recipe: Path | None) -> Start:
 
 
 def _exported(path: Path, opened: Opened) -> Start:
-    """Build on an exported folder alone: it stands for the base models, too."""
+    """Build on an exported folder alone: it includes the base models."""
     from tinygptv_ds.models.configuration import TinyGPTVConfig
     from tinygptv_ds.weights.trained import trained_source
 
@@ -143,7 +143,7 @@ def _noted_text(noted: dict[str, Any]) -> TextSection | None:
 
 
 def _trained(path: Path, opened: Opened, base: Path | None, recipe: Path | None) -> Start:
-    """Build on trained weights that go on base weights of their own."""
+    """Build on trained weights that need separate base weights."""
     from tinygptv_ds.weights.resolve import resolve
 
     changes = tuple(f"model.{part}={place}" for part, place in _base_weights(path, opened, base).items())
@@ -203,7 +203,7 @@ def _base_weights(path: Path, opened: Opened, base: Path | None) -> dict[str, Pa
         lines = [f"  - {_PARTS[part][0]}: {HOW_TO_GET_WEIGHTS[part]}" for part in missing]
         places = ", ".join(str(folder) for folder in searched)
         raise WeightsError(
-            f"--from {path} goes on base weights, of which {len(missing)} are not in {places}:\n"
+            f"--from {path} needs base weights, of which {len(missing)} are not in {places}:\n"
             + "\n".join(lines)
             + "\nPut them into one folder and name it with --base"
         )

@@ -69,10 +69,10 @@ def load_model(
         quantize_vision: quantize the linear layers of the ViT, too.
         recipe: for trained weights that do not name their base weights, as in `resolve`.
         overrides: changes to that recipe.
-        adapter: a folder of peft's that goes on the model; its LoRA is merged.
+        adapter: a folder of peft's for the model; its LoRA is merged.
 
     Raises:
-        WeightsError: there is no model at `path`, the adapter does not go on it, or its base weights are not found.
+        WeightsError: there is no model at `path`, the adapter does not belong to it, or its base weights are not found.
         ConfigError: the device, or `bits` with this device or dtype, is not available here.
     """
     path = local_path(path)

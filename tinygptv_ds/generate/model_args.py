@@ -46,9 +46,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="merge LoRA into the weights if it is stored separately; slightly faster",
     )
-    group.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="an adapter of peft that goes on MODEL; its LoRA is merged"
-    )
+    group.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter of peft for MODEL; its LoRA is merged")
     group.add_argument(
         "--recipe", type=Path, metavar="FILE", help="the stage's YAML, if MODEL does not name its base weights"
     )
@@ -59,7 +57,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--background",
         default="white",
         metavar="COLOR",
-        help="images are turned upright by their EXIF orientation and laid on this color where they are transparent; "
+        help="images are turned upright by their EXIF orientation and placed on this color where they are transparent; "
         "none: neither, as in the original (default: %(default)s)",
     )
     group = parser.add_argument_group("prompt")

@@ -1,7 +1,7 @@
 """Causal attention over packed samples: one function, four attention backends.
 
-`varlen_attention` takes samples laid end to end, as flash-attn does. On a GPU it runs FlashAttention 3 (Hopper) or
-flash-attn where they are installed and can be imported, else torch's own variable-length FlashAttention; everywhere
+`varlen_attention` takes samples concatenated end to end, as flash-attn does. On a GPU it runs FlashAttention 3 (Hopper)
+or flash-attn where they are installed and can be imported, else torch's own variable-length FlashAttention; everywhere
 else (and in fp32) SDPA, which pads queries, keys and values to `[samples, longest]` inside this function only.
 """
 
@@ -156,7 +156,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> T
 def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, padded_rows: Tensor, samples: int, longest: int) -> Tensor:
 
     def pad(x: Tensor) -> Tensor:
-        # Zeros after each sample's end are never attended: a causal row sees only what lies before it.
+        # Zeros after each sample's end are never attended: a causal row sees only what precedes it.
         padded = x.new_zeros(samples * longest, *x.shape[1:]).index_copy(0, padded_rows, x)
         return padded.unflatten(0, (samples, longest)).transpose(1, 2)
 

@@ -6,7 +6,7 @@ saved or restored. Rate and scaling are those of `nn.Dropout`.
 
 The hash: a key of 64 bits for each token (of seed, step, sample and position; `data/loader/batch.py`) is mixed with the
 number of each place of dropout into two words of 32 bits. An element is dropped where a multiplicative hash of these
-words and its feature lies below the rate. All arithmetic is int32, which wraps around alike on CPUs and GPUs.
+words and its feature is below the rate. All arithmetic is int32, which wraps around alike on CPUs and GPUs.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ class PhiModel(nn.Module):
         every = int(self.gradient_checkpointing) if self.training else 0
         for number, layer in enumerate(self.layers):
             if every and number % every == 0:
-                # Recomputed, dropout has the same masks by itself.
+                # Recomputed, dropout has the same masks without saved state.
                 x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, context)

@@ -1,7 +1,7 @@
 """Encoded images to uint8 pixels: exactly as the original's transform sees them, or upright and opaque.
 
-RGB, resized to a square bicubically without keeping the aspect ratio. The original goes on to floats and normalises;
-here pixels stay uint8 until they are on the device (`TinyGPTVForConditionalGeneration.normalize`).
+RGB, resized to a square bicubically without keeping the aspect ratio. The original then converts to floats and
+normalizes; here pixels stay uint8 until they are on the device (`TinyGPTVForConditionalGeneration.normalize`).
 
 An image is read in one of two ways, which `background` decides. None: as in the original, which drops alpha and ignores
 the EXIF orientation. A color: turned upright by the orientation, and laid on this color where it is transparent.

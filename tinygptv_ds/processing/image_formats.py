@@ -68,7 +68,7 @@ def foreign_format(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
         return "a video"
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "a TIFF or camera raw file whose pixels are laid out in a way that is not read"
+        return "a TIFF or camera raw file whose pixel layout is not supported"
     start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith(b"<svg") or (start.startswith((b"<?xml", b"<!--", b"<!doctype svg")) and b"<svg" in start):
         return "SVG"
@@ -76,7 +76,7 @@ def foreign_format(data: bytes) -> str | None:
 
 
 def no_image_because(data: bytes) -> str | None:
-    """Return what a file that is no image at all is, where that tells how it came about."""
+    """Return what a file that is not an image is, where that explains how it came about."""
     if not data:
         return "the file is empty"
     start = data[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()

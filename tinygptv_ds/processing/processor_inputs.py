@@ -17,7 +17,7 @@ Images = ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | No
 
 
 def in_order(images: Any, text: Any) -> tuple[Images, list[str]]:
-    """Return images and prompts, whichever of the two was given first; text alone may stand in either place."""
+    """Return images and prompts, whichever of the two was given first; text alone may be in either place."""
     if _is_text(images) and text is not None and not _is_text(text) and not isinstance(text, Path):
         images, text = text if _given(text) else None, images
     return images, [text] if isinstance(text, str) else list(text or ())

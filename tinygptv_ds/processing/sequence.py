@@ -78,7 +78,7 @@ def prompt_text(rendered: Rendered, num_images: int, text: TextSection, draw: Dr
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, num_images: int, image: ImageTokens) -> list[int]:
-    """Return the token ids of a prompt; the text around each placeholder is tokenised by itself, as in the original.
+    """Return the token ids of a prompt; the text around each placeholder is tokenized separately, as in the original.
 
     Raises:
         DataError: the prompt does not hold one placeholder per image.

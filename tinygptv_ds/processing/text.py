@@ -135,7 +135,7 @@ def _conversation(record: dict[str, Any], num_images: int, clean: bool) -> list[
 
 
 def _with_images(instruction: str, record: dict[str, Any], num_images: int) -> str:
-    """Put the image tags in front and a space behind. ``raw`` records and text alone are left as they are."""
+    """Put the image tags first and a space last. ``raw`` records and text alone are left as they are."""
     if record.get("raw") or num_images == 0:
         return instruction
     return f"{IMAGE_TAG * num_images} {instruction} "

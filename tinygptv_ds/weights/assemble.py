@@ -145,7 +145,7 @@ def assemble(
         base: files of "phi", "eva_vit" and "qformer".
         trained: trained weights, checked by `fitting_source`.
         frozen_dtype: of all weights that the published stages keep frozen.
-        trainable: parts that are fp32 nevertheless.
+        trainable: parts that are kept in fp32.
 
     Raises:
         WeightsError: see `build_model`.
@@ -241,7 +241,7 @@ def empty_model(
     Args:
         config: the sizes.
         frozen_dtype: of all weights that the published stages keep frozen.
-        trainable: parts that are fp32 nevertheless.
+        trainable: parts that are kept in fp32.
         device: the device of its memory.
     """
     model = meta_model(config).to(frozen_dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature

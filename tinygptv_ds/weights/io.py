@@ -144,7 +144,7 @@ def _place(path: Path, name: str, entry: dict[str, Any], data: int) -> Stored:
 
 
 def read_values(path: Path, offset: int, dtype: torch.dtype, begin: int, end: int) -> Tensor:
-    """Read the values from index `begin` up to `end` of those that lie at a byte offset of a file, `[end - begin]`.
+    """Read the values from index `begin` up to `end` of those at a byte offset of a file, `[end - begin]`.
 
     Raises:
         WeightsError: the file ends before.

@@ -1,7 +1,7 @@
 """The kind of weights by their names, and the names without what wrappers put around a model.
 
 DistributedDataParallel, FSDP, torch.compile and activation checkpointing add segments anywhere in a name; a larger
-model that the weights are a part of (`visual.`, `model.`) adds a prefix: whatever stands before the known names.
+model that the weights are a part of (`visual.`, `model.`) adds a prefix: whatever precedes the known names.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ KINDS = {
     "projection": "first projection, as of MiniGPT-4",
     "trained": "trained weights of TinyGPT-V",
     "model": "whole TinyGPT-V",
-    "adapter": "LoRA in peft's format, for a model that it goes on",
+    "adapter": "LoRA in peft's format, for the model that it belongs to",
 }
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _FLATTENED = re.compile(r"(^|\.)_?flat_param(_\d+)?$")  # FSDP's shards of many tensors in one
-# Names by which a kind is recognized, wherever in a name they begin; in the order in which kinds are tried.
+# Names by which a kind is recognized, at any position in a name; in the order in which kinds are tried.
 _SIGNS = {
     "trained": re.compile(
         r"(?:^|\.)((?:base_model\.model\.)*(?:llama_model\.|llama_proj2?\."
@@ -41,7 +41,7 @@ _SIGNS = {
 
 
 class Unwrapped(NamedTuple):
-    """Tensors under a model's own names, and the names in the file that lie outside of that model."""
+    """Tensors under a model's own names, and the names in the file that are outside of that model."""
 
     stored: dict[str, Stored]
     outside: list[str]
@@ -113,7 +113,7 @@ def _kind_by_signs(names: Iterable[str]) -> str | None:
 
 
 def _prefix(names: Iterable[str], path: Path, kind: str | None) -> str:
-    """Return what stands before the names of a model of this kind, with its last dot; "" where nothing does."""
+    """Return what precedes the names of a model of this kind, with its last dot; "" where nothing does."""
     if kind is None:
         return ""
     found = {name[: match.start(1)] for name in names if (match := _SIGNS[kind].search(name))}

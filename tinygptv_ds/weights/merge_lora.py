@@ -38,7 +38,7 @@ def merge_lora(weights: Mapping[str, Stored], config: TinyGPTVConfig) -> dict[st
 
 
 def without_lora(weights: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Return the weights without LoRA's A and B: those of the base that LoRA goes on."""
+    """Return the weights without LoRA's A and B: those of the base that LoRA is added to."""
     return {name: stored for name, stored in weights.items() if not lora(name)}
 
 

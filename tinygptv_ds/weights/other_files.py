@@ -69,7 +69,7 @@ def other_text(path: Path) -> str:
 def not_there(path: Path) -> str:
     """Return what to do about a path at which there is nothing."""
     if path.is_symlink():
-        return f"a link to {path.readlink()}, which does not exist; download or copy the file that it stands for"
+        return f"a link to {path.readlink()}, which does not exist; download or copy the file that it points to"
     name = str(path)
     if not path.is_absolute() and name.count("/") == 1 and not path.parent.exists() and not path.suffix:
         return (
@@ -90,7 +90,7 @@ def nothing_in(folder: Path) -> str:
         return "it is a folder of the Hub cache without a snapshot: download the model again with `hf download`"
     broken = sorted(path.name for path in folder.iterdir() if path.is_symlink() and not path.exists())
     if broken:
-        return f"{broken[0]} links to a file that is gone: download the model again with `hf download REPOSITORY`"
+        return f"{broken[0]} links to a file that is missing: download the model again with `hf download REPOSITORY`"
     if partial := unfinished(folder):
         return partial
     if any(folder.glob("*.distcp")):

@@ -1,4 +1,4 @@
-"""Adapters in peft's format, with LoRA in the variants that peft trains, and merged into the weights they go on.
+"""Adapters in peft's format, with LoRA in the variants that peft trains; merging them into their base weights.
 
 | variant | what it adds to a weight W |
 |---|---|
@@ -163,7 +163,7 @@ def merge_adapter(weights: Mapping[str, Stored], adapter: PeftAdapter) -> dict[s
 
     Args:
         weights: all weights of the model by canonical name.
-        adapter: goes on them.
+        adapter: belongs to them.
 
     Raises:
         WeightsError: the adapter has layers or shapes that the model has not.
@@ -172,7 +172,7 @@ def merge_adapter(weights: Mapping[str, Stored], adapter: PeftAdapter) -> dict[s
     unknown = [name for name in adapter.modules if name not in weights]
     unknown += [layer for layer in adapter.layers if f"{layer}.weight" not in weights]
     if unknown:
-        raise WeightsError(f"{adapter.folder}: the model has no {listing(unknown)}; the adapter goes on another model")
+        raise WeightsError(f"{adapter.folder}: the model has no {listing(unknown)}; the adapter is another model's")
     merged = dict(weights)
     for name, stored in adapter.modules.items():
         _check_shape(name, stored.shape, weights[name].shape, adapter.folder)
@@ -234,7 +234,7 @@ def _by_pattern(patterns: Any, layer: str, default: Any) -> Any:
 def _check_shape(name: str, given: tuple[int, ...], expected: tuple[int, ...], folder: Path) -> None:
     if given != expected:
         raise WeightsError(
-            f"{folder}: {name} is {list(given)}, in the model {list(expected)}; the adapter goes on another model"
+            f"{folder}: {name} is {list(given)}, in the model {list(expected)}; the adapter belongs to another model"
         )
 
 

@@ -85,7 +85,7 @@ GOOD = '{"url": "u", "caption": "c"}'
         (f"[{GOOD}, {GOOD[:10]}", r"entry 1 \(at character 31\) is cut or broken .*at character 39"),
         (f"[{GOOD}, {{'url': 1}}]", "entry 1 .*at character 32"),
         (f"[{GOOD} {GOOD}]", "has '{' at character 30 after 1 entries"),
-        (f"[{GOOD}] x", "goes on after the list, at character 31"),
+        (f"[{GOOD}] x", "has more text after the list, at character 31"),
         (f'[{GOOD}, {{"url": "u"}}]', r"entry 1 \(at character 31\) has keys url, the first url, caption"),
         (f'[{GOOD}, {{"url": "u", "caption": "\\ud83d"}}]', "entry 1 .*half a character"),
     ],

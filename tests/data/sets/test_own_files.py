@@ -168,7 +168,7 @@ def test_tsv_knows_no_quoting(root: Path, tmp_path: Path) -> None:
         ["caption\tfile_name", '"two', 'lines"\ta.jpg', "a bat\tb.jpg"],
     ):
         table(root, "c.tsv", header, *lines)
-        with pytest.raises(DataError, match=r"c\.tsv: line 2: .* goes on in the next line.*save it as CSV"):
+        with pytest.raises(DataError, match=r"c\.tsv: line 2: .* continues on the next line.*save it as CSV"):
             prepare("caption-folder", root, tmp_path / "two_lines", annotations=root / "c.tsv")
 
 

@@ -218,7 +218,7 @@ SKIPPED = [
     ({"question": "<image>?", "answer": A}, "bad_record", "1 time.* for 0 image.*; name the image under"),
     ({"image": "a.png", "conversations": [TALK[0], {"from": "gpt", "value": ""}]}, "empty_answer", "answer is empty"),
     ({"image": "a.png", "question": Q, "answer": " "}, "empty_answer", "its answer is empty"),
-    ({"image": "a.png", "caption": "NaN"}, "empty_answer", "stands for no value"),
+    ({"image": "a.png", "caption": "NaN"}, "empty_answer", "means that there is no value"),
     ({"image": "a.png", "caption": math.nan}, "empty_answer", "'caption' is empty"),
     ({"image": "a.png", "question": Q, "answer": f"{A}<|endoftext|> And"}, "special_token", "remove it"),
     ({"image": "a.png", "question": f"{Q}<|endoftext|>", "answer": A}, "special_token", "remove it"),

@@ -333,7 +333,7 @@ def test_other_settings_foreign_and_lost_files_are_refused(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"other settings \(limit\)"):
         write_samples(entries(3), tmp_path / "out", samples_per_shard=1, total=3, settings={"limit": 3})
     (tmp_path / "out/00001.tar").unlink()
-    with pytest.raises(DataError, match=r"00001\.tar is gone"):
+    with pytest.raises(DataError, match=r"00001\.tar was removed"):
         write_samples(entries(2), tmp_path / "out", samples_per_shard=1, total=2, settings={"limit": 2})
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/00000.tar").write_text("mine")

@@ -122,7 +122,7 @@ def test_any_order_of_other_names(order: list[int], image: str, tmp_path: Path) 
 def test_what_a_join_warns_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         load_index(make_tar(tmp_path / "0.tar", members(3, "http.example.com.{}.jpg", "http.example.com.{}.json")))
-    assert "keys hold dots (such as those that begin with 'http.')" in caplog.text
+    assert "keys contain dots (such as those that begin with 'http.')" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         load_index(make_tar(tmp_path / "1.tar", members(3, "jpg/{}.jpg", "json/{}.json")))

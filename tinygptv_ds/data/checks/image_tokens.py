@@ -14,7 +14,7 @@ _LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 
 
 def image_tokens(qformer: str) -> int | None:
-    """Return the number of query tokens in a Q-Former's weights, or in an exported folder that stands for them.
+    """Return the number of query tokens in a Q-Former's weights, or in an exported folder named in their place.
 
     None where the file is not there or holds none that can be read: training would say why.
     """

@@ -29,11 +29,11 @@ class Piece:
 
     Attributes:
         text: what they say.
-        kind: "prompt" (read), "target", "cut" (behind a limit of the recipe), "image" (the rows of one image), or
+        kind: "prompt" (read), "target", "cut" (beyond a limit of the recipe), "image" (the rows of one image), or
             "turn" (no text: a later question begins).
         token: number of the token in the row; pieces of one token share it.
         box: number of the box in `Preview.boxes` that they belong to.
-        image: number of the image that they stand for.
+        image: number of the image that they represent.
     """
 
     text: str
@@ -155,7 +155,7 @@ def _words(ids: list[tuple[int, int]], kind: str, tokens: Tokens) -> Iterator[Pi
 
 
 def _with_boxes(pieces: list[Piece], images: int) -> tuple[list[Piece], list[tuple[int, Box]]]:
-    """The pieces split where boxes begin and end, and these boxes; each lies on the image before it in the row."""
+    """Split the pieces where boxes begin and end; return them and the boxes, each on the image before it in the row."""
     found = find_boxes("".join(piece.text for piece in pieces if piece.kind in _READ)) if images else []
     boxes: list[tuple[int, Box]] = []
     number_of: dict[FoundBox, int] = {}

@@ -132,13 +132,11 @@ def _entries(source: Path, blocks: Iterator[str]) -> Iterator[Captioned]:
         separator = text.next_character()
         if separator not in (",", "]"):
             found = f"has {separator!r} at character {text.position}" if separator else "ends"
-            raise DataError(
-                f"{source}: {found} after {number} entries, where the list goes on or closes; fetch it again"
-            )
+            raise DataError(f"{source}: {found} after {number} entries, instead of a comma or the closing bracket")
         text.at += 1
         closed = separator == "]"
     if text.next_character():
-        raise DataError(f"{source}: goes on after the list, at character {text.position}; fetch it again")
+        raise DataError(f"{source}: has more text after the list, at character {text.position}; fetch it again")
 
 
 def _entry(source: Path, text: _Text, number: int) -> Captioned:

@@ -32,7 +32,7 @@ class Split:
     """A division of samples; build it with `split_by_image`.
 
     `base` is the folder of the images, to which the hashes of their paths are relative. `linked` maps the hash of an
-    image that shares samples with other images to the hash that stands for all of them. `held_out` holds the hashes of
+    image that shares samples with other images to the hash that represents all of them. `held_out` holds the hashes of
     the held-out groups.
     """
 

@@ -30,7 +30,7 @@ def finished(out: Path, settings: dict[str, Any]) -> PrepareReport | None:
     _check_settings(out, report.settings, settings)
     lost = [name for name in report.shards if not (out / name).is_file()]
     if lost:
-        raise DataError(f"{out}: {lost[0]} is gone since it was made; remove the folder to make it again")
+        raise DataError(f"{out}: {lost[0]} was removed after it was made; remove the folder to make it again")
     _tidy(out, report)  # in case it was interrupted just before
     log.info("%s: reused, it was made with the same settings", out)
     report.reused = True
@@ -86,7 +86,7 @@ def _tidy(out: Path, report: PrepareReport) -> None:
 def _part(path: Path) -> ShardReport:
     part = load_part(path)
     if part is None:
-        raise DataError(f"{path}: is gone or damaged since it was written; the same command makes it again")
+        raise DataError(f"{path}: was removed or damaged after it was written; the same command makes it again")
     return part
 
 

@@ -32,7 +32,7 @@ class Dataset:
     whole_folder: bool = False
 
 
-# Files and folders that stand for one of the table's where datasets are kept in another common layout.
+# Files and folders that take the place of one of the table's in another common layout.
 OTHER_LAYOUTS = {
     "*.json*": ("*.ndjson", "*.parquet", "*.csv", "*.tsv"),
     COCO: ("coco/train2017",),

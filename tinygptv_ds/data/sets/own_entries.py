@@ -10,7 +10,7 @@ from tinygptv_ds.data.sets.own_texts import MARK, TEXT_KEYS, Texts, given, read_
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import IMAGE_TAG
 
-_KEPT = ("id", "question_id", "task")  # fields that go on into the record
+_KEPT = ("id", "question_id", "task")  # fields that are copied into the record
 _END = "<|endoftext|>"
 _MAIN_KEYS = ("image", "conversations", "question", "answer", "caption", "system", "history")
 

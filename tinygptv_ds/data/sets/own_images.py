@@ -132,7 +132,7 @@ def resolve_image(value: Any, folder: Path) -> Path | bytes:
 
 
 def _relative(name: str, folder: Path) -> str:
-    """Return an absolute path relative to `folder` if it lies below it, else unchanged."""
+    """Return an absolute path relative to `folder` if it is below it, else unchanged."""
     path = Path(os.path.normpath(name))
     for base in (Path(os.path.normpath(folder.absolute())), Path(os.path.realpath(folder))):
         for below in (path, Path(os.path.realpath(path.parent)) / path.name):

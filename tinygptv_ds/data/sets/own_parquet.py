@@ -34,6 +34,6 @@ def read_parquet(file: Path) -> tuple[Iterator[Row], int]:
                     yield Row(f"{file.name}: row {number}", value)
                     number += 1
         except (ArrowException, OSError) as error:
-            raise DataError(f"{file}: is damaged behind row {number}: {error}") from error
+            raise DataError(f"{file}: is damaged after row {number}: {error}") from error
 
     return rows(), opened.metadata.num_rows

@@ -35,7 +35,7 @@ def read_table(table: Path) -> Iterator[Row]:
         where = f"{table.name}: line {line}"
         opens = is_tsv and cells[-1].startswith('"') and not _in_quotes(cells[-1])
         if len(cells) < len(header) and (opened or opens):
-            raise DataError(f"{table}: line {opened or line}: a cell in quotes goes on in the next line; {advice}")
+            raise DataError(f"{table}: line {opened or line}: a cell in quotes continues on the next line; {advice}")
         opened = line if opens else 0
         if any(cells[len(header) :]):
             yield Row(
@@ -81,7 +81,7 @@ def _comma_separated(table: Path) -> Iterator[tuple[int, list[str]]]:
         if opened is None:
             raise DataError(f"{table}: line {reader.line_num}: {error}") from error
         raise DataError(
-            f"{table}: line {before + 1 + opened}: a quote opens here that is not closed, or has text behind it; "
+            f"{table}: line {before + 1 + opened}: a quote opens here that is not closed, or has text after it; "
             f'write quotes within a cell twice, as in "a ""big"" ball", and the cell in quotes'
         ) from error
 
@@ -95,7 +95,7 @@ def _open_quote(row: str) -> int | None:
 
 
 def _tab_separated(table: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number of each line, and its cells as they stand; a header in quotes says that all cells have them."""
+    """Yield the number of each line, and its cells as they are; a header in quotes says that all cells have them."""
     quoted = False
     for number, line in enumerate(_text_lines(table), 1):
         cells: list[Any] = line.rstrip("\r\n").split("\t")

@@ -154,14 +154,14 @@ def _caption(value: Any) -> Any:
         if not value.strip():
             raise SkipEntry("empty_answer", "its caption is empty")
         if value.strip().lower() in _MISSING:
-            raise SkipEntry("empty_answer", f"its caption is {value.strip()!r}, which stands for no value")
+            raise SkipEntry("empty_answer", f"its caption is {value.strip()!r}, which means that there is no value")
         if _OTHER_MARKS.search(value):
             raise SkipEntry("mark_in_answer", f"its caption holds {MARK}, which would be trained as a word; remove it")
     return value
 
 
 def _read_pair(texts: Texts, asked: list[Any], answer: Any) -> None:
-    """Append a question, whose parts stand on lines of their own, with its answer."""
+    """Append a question, whose parts are on separate lines, with its answer."""
     for part in asked:
         if not isinstance(part, str):
             raise SkipEntry("bad_record", f"a question must be a string, not {type(part).__name__}")

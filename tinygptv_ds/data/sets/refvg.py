@@ -23,7 +23,7 @@ MAX_AREA = 16384  # square pixels; regions from here on are left out
 def refvg(root: Path) -> Iterator[Entry]:
     """Yield every small region of `region_descriptions.json`; `image_data.json` holds the image's folder and name.
 
-    Both folders of images may be merged into the first, or lie in ``images``. The box is relative to the size of the
+    Both folders of images may be merged into the first, or be in ``images``. The box is relative to the size of the
     image itself, not to the one that is listed.
     """
     urls = {_id(image, "image_id"): image.get("url") for image in load_objects(root / FOLDER / "image_data.json")}

@@ -90,7 +90,7 @@ class Reservation:
                 raise CacheFullError(f"{self._what}: the cache is full of other downloads")
 
     def start_again(self) -> None:
-        """Wait for twice the space, holding none meanwhile: two downloads that wait with some could wait forever."""
+        """Wait for twice the space while holding none: two downloads that hold some could wait for each other."""
         wanted = self._next_size(self._size + 1)
         self.release()
         self.wait_for(wanted)
@@ -111,7 +111,7 @@ class Reservation:
             )
         folder = self._file.parent
         with lock_cache_file(folder / "quota.lock"):
-            # Reservations first: a download that ends meanwhile may be counted twice, but not be overlooked.
+            # Reservations first: a download that ends in between may be counted twice, but is never missed.
             reserved = sum(_reserved_bytes(other) for other in folder.glob("*.reserved") if other != self._file)
             tars = {tar: _bytes(tar) for tar in folder.glob("*.tar")}
             free = self._max_bytes - size - reserved - sum(tars.values())

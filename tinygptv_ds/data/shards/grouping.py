@@ -1,9 +1,9 @@
 """Which members of a tar are one sample.
 
 By webdataset's rule, neighbors whose names are the same up to the first dot of the base name. Tars that were made by
-hand break it in three ways, which are undone here: the members of a sample do not stand together (all records, then all
-images; or the order of a folder), keys hold dots (``http.example.com.7.jpg``), or records and images are in folders of
-their own (``json/7.json``, ``jpg/7.jpg``).
+hand break it in three ways, which are undone here: the members of a sample are not adjacent (all records, then all
+images; or the order of a folder), keys contain dots (``http.example.com.7.jpg``), or records and images are in folders
+of their own (``json/7.json``, ``jpg/7.jpg``).
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def is_complete(members: Iterable[Member]) -> bool:
 
 
 def _split_dots(tar: Path, samples: Samples) -> Samples:
-    """Tell samples apart whose keys hold dots: a sample is what has a record."""
+    """Separate samples whose keys contain dots: every record begins a sample."""
     if not any(map(_record_stem, {member.suffix for members in samples.values() for member in members})):
         return samples
     found: Samples = {}
@@ -90,8 +90,8 @@ def _split_dots(tar: Path, samples: Samples) -> Samples:
             found.setdefault(f"{key}.{stem}" if stem else key, []).append(member._replace(suffix=suffix))
     if split:
         log.warning(
-            "%s: keys hold dots (such as those that begin with %r), where webdataset's readers end them; samples are "
-            "separated by their records; rename the members, e.g. with _ in place of the dots",
+            "%s: keys contain dots (such as those that begin with %r), where webdataset's readers end them; samples "
+            "are separated by their records; rename the members, e.g. with _ in place of the dots",
             tar,
             f"{split[0]}.",
         )
@@ -99,7 +99,7 @@ def _split_dots(tar: Path, samples: Samples) -> Samples:
 
 
 def _record_stem(suffix: str) -> str:
-    """Return what stands in front of ``.json`` or ``.txt``; nothing for other members."""
+    """Return the name before ``.json`` or ``.txt``; nothing for other members."""
     stem, dot, last = suffix.rpartition(".")
     return stem if dot and suffix != SKIPPED and last in (RECORD, *TEXTS) else ""
 

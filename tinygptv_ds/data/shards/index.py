@@ -1,4 +1,4 @@
-"""A small index next to each tar, so that any sample of any shard is one read away."""
+"""A small index next to each tar, so that any sample of any shard can be read at once."""
 
 import contextlib
 import errno
@@ -38,7 +38,7 @@ _MANY = 32  # shards to index before it pays to start processes
 
 
 class IndexHeader(NamedTuple):
-    """What the first `HEADER_BYTES` of an index file tell: of which tar (size, time in ns), and how much it holds."""
+    """The first `HEADER_BYTES` of an index file: which tar it describes (size, time in ns), and its counts."""
 
     tar_size: int
     tar_mtime: int
@@ -66,7 +66,7 @@ def header_of(start: bytes) -> IndexHeader | None:
 
 
 class ShardIndex:
-    """Where everything lies in one tar: per sample its key and members, and how long it is.
+    """The contents of one tar: the key, the members and the lengths of every sample.
 
     Held as flat arrays (about 20 bytes a member), since a shard of 10,000 samples has 30,000 members.
 
@@ -145,9 +145,9 @@ class ShardIndex:
     def _has_one_reading(self) -> bool:
         """Return whether every sample has a record and an image under their usual names.
 
-        Indexes of version 2 were written by a reader that lost members of a sample that stood apart, cut keys at dots,
-        and knew fewer names of images. They are trusted where none of this can have happened, so that those of large
-        data sets stay as they are; all others have version 3.
+        Indexes of version 2 were written by a reader that lost members of a sample that were not adjacent, cut keys at
+        dots, and knew fewer names of images. They are trusted where none of this can have happened, so that those of
+        large data sets stay as they are; all others have version 3.
         """
         if any(not _USUAL.fullmatch(suffix) for suffix in self._suffixes if is_image(suffix) or "." in suffix):
             return False
@@ -288,7 +288,7 @@ def measure(tar: Path, samples: Sequence[Sequence[Member]]) -> np.ndarray:
             record: dict[str, Any] = {}
             noted: Any = 0
             with contextlib.suppress(DataError, OSError):
-                # features that stand for nothing keep the number, so that steps are shared out as from images
+                # empty features keep the number of images, so that steps are distributed as from images
                 if not images and any(member.suffix == SKIPPED for member in members):
                     note = next(member for member in members if member.suffix == SKIPPED)
                     noted = parse_record(content(note), "").get("images", 0)
@@ -309,7 +309,7 @@ def _tar_state(tar: Path) -> tuple[int, int]:
 
 
 def _index_paths(tar: Path) -> Iterator[Path]:
-    """Where the index may lie: next to the tar, and else in the user's cache."""
+    """Return where the index may be: next to the tar, or in the user's cache."""
     yield tar.with_name(f"{tar.name}.idx")
     name = hashlib.sha256(os.fsencode(tar.resolve())).hexdigest()[:32]
     yield cache_home() / "index" / f"{name}.idx"

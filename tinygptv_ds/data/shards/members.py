@@ -18,7 +18,7 @@ _VISION = IMAGE_SUFFIXES | UNREAD_SUFFIXES | FEATURE_BYTES.keys()
 
 
 class Member(NamedTuple):
-    """One file inside a tar. `offset` and `size` are in bytes; the content lies there as it is."""
+    """One file inside a tar. `offset` and `size` are in bytes; the content is stored there unchanged."""
 
     suffix: str
     offset: int

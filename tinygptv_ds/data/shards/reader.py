@@ -40,8 +40,8 @@ class ShardReader:
     """Reads samples through the shard indexes, keeping the `max_open` most recently used shards open (two files each).
 
     Remote shards are fetched into `cache` (None: the user's, of 100 GB) when one of their samples is first read.
-    Reading never moves a file's position, so processes may go on with a reader they inherited by a fork; one that is
-    sent to another process opens its own files there.
+    Reading never moves a file's position, so processes may continue to use a reader that they inherited by a fork; one
+    that is sent to another process opens its own files there.
     """
 
     def __init__(self, max_open: int = 256, cache: ShardCache | None = None) -> None:
@@ -71,7 +71,9 @@ class ShardReader:
         except DataError as error:
             raise SampleError("unreadable_shard", str(error)) from error
         if not 0 <= index < len(shard):
-            message = f"{tar}: has {len(shard)} samples, none with number {index}; was it replaced meanwhile?"
+            message = (
+                f"{tar}: has {len(shard)} samples, none with number {index}; was it replaced after the run started?"
+            )
             raise SampleError("unreadable_shard", message)
         key = shard.key(index)
         where = f"{tar}: sample {key}"
@@ -92,7 +94,7 @@ class ShardReader:
     def stored(self, tar: Shard, index: int) -> tuple[str, bytes | None, int]:
         """Return (key, the record as JSON or None, number of images) of a sample.
 
-        The record is the ``json`` member as it is, or the caption that stands for it.
+        The record is the ``json`` member as it is, or the caption that replaces it.
 
         Raises:
             SampleError: the storage failed.
@@ -117,7 +119,7 @@ class ShardReader:
                 raise SampleError(reason if reason in REASONS else "bad_record", str(noted.get("message")))
 
     def _record(self, tar: Shard, members: tuple[Member, ...], where: str) -> dict[str, Any]:
-        """Return the record as it is stored, or the caption that stands for it."""
+        """Return the record as it is stored, or the caption that replaces it."""
         return read_record(members, lambda member: self._read(tar, member, where), where)
 
     def _images(self, tar: Shard, members: tuple[Member, ...], where: str) -> list[Member]:

@@ -67,7 +67,7 @@ def holds_sample(record: Mapping[str, Any]) -> bool:
 
 
 def read_record(members: Sequence[Member], read: Callable[[Member], bytes], where: str) -> dict[str, Any]:
-    """Read the record of a sample as it is stored, with the caption that stands in a text file next to it.
+    """Read the record of a sample as it is stored, with the caption from a text file next to it.
 
     Args:
         members: of the sample.

@@ -1,4 +1,4 @@
-"""The entries of a tar, and where their contents lie. Names are only ever names: nothing is extracted."""
+"""The entries of a tar, and where their contents are. Names are never used as paths: nothing is extracted."""
 
 import contextlib
 import logging
@@ -23,7 +23,7 @@ _LINKS = b"12"
 
 
 class _Header(NamedTuple):
-    """What a tar says of one entry: `plain` for a file whose content lies in one piece at `offset`.
+    """What a tar says of one entry: `plain` for a file whose content is in one piece at `offset`.
 
     `link` is the entry that a link points at, by its name in the tar; empty for others.
     """
@@ -43,7 +43,7 @@ def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
     """(key, members) of every sample of `tar`, in its order (see grouping.py).
 
     A tar that is cut short gives the complete samples before the cut, with a warning. Links, devices and sparse files
-    are no members, except links that are images: they stand for the file in the tar that they point at, or, if there is
+    are no members, except links that are images: they represent the file in the tar that they point to, or, if there is
     none, are members without content, so that their samples are not taken for text alone. Raises DataError if the file
     is no tar at all or cannot be read.
     """
@@ -78,7 +78,7 @@ def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
     if links:
         _follow(tar, links)
     samples = group(tar, runs)
-    if problem and (len(samples) < len(runs) or cut_key in samples):  # members stand apart, so any may be lost
+    if problem and (len(samples) < len(runs) or cut_key in samples):  # members are not adjacent, so any may be lost
         samples = {key: members for key, members in samples.items() if is_complete(members)}
     if problem:
         log.warning("%s: %s; its %d complete samples are used", tar, problem, len(samples))
@@ -86,7 +86,7 @@ def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
 
 
 def _follow(tar: Path, links: list[tuple[list[Member], int, str]]) -> None:
-    """Let links stand for the files that they point at; without one, they stay members without content."""
+    """Resolve links to the files that they point to; without one, they stay members without content."""
     by_path: dict[str, tuple[int, int]] = {}
     with tar.open("rb", buffering=0) as file, contextlib.suppress(_DamageError):
         size = os.fstat(file.fileno()).st_size
@@ -110,7 +110,7 @@ def _no_tar(tar: Path) -> str:
     if start.startswith(b"PK\x03\x04"):
         return "no uncompressed tar file but a ZIP archive; unpack it, then: tar --sort=name -cf SHARD.tar FOLDER"
     if is_lfs_pointer(start):
-        return "no uncompressed tar file but a Git LFS pointer; fetch the file that it stands for: git lfs pull"
+        return "no uncompressed tar file but a Git LFS pointer; fetch the file that it points to: git lfs pull"
     return "no uncompressed tar file (bad header at byte 0); is it the right file? If so, fetch it again"
 
 
@@ -161,7 +161,7 @@ def _headers(file: int, size: int, at: int = 0) -> Iterator[_Header]:
             else:
                 if b"size" in extended:
                     length = _plain_int(extended[b"size"], 10)
-                if kind == b"S":  # GNU's sparse files go on with blocks of their own
+                if kind == b"S":  # GNU's sparse files have further header blocks
                     raise ValueError
                 path = _text(extended[b"path"]) if b"path" in extended else name or _short_name(block)
                 plain = kind in _FILE and not any(key.startswith(b"GNU.sparse") for key in extended)
@@ -188,7 +188,7 @@ def _checked_length(block: bytes) -> int:
 
 
 def _number(field: bytes) -> int:
-    """A number in octal digits, or in base 256 behind a byte of 128."""
+    """Read a number in octal digits, or in base 256 after a byte of 128."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     return _plain_int(field.partition(b"\0")[0].strip() or b"0", 8)

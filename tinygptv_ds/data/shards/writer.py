@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def open_tar(file: BinaryIO) -> TarWriter:
     """Return a writer for `add_sample` whose bytes depend on the samples alone, not on time or user; to be closed."""
-    from webdataset import TarWriter  # it imports torch (2 s), which only those who write shall wait for
+    from webdataset import TarWriter  # it imports torch (2 s), which only writing should wait for
 
     writer = TarWriter(file, user="", group="", mode=0o444, mtime=0, encoder=False, keep_meta=True)
     # Remove when TarWriter hands its argument `format` to tarfile (1.0.2 ignores it): Python's default, pax, stores
@@ -99,7 +99,7 @@ class ShardWriter:
         return f"{self._first + len(self.tars):05d}.tar"
 
     def _temporary(self) -> Path:
-        """Return a path of this process alone: a process whose parent is gone may still be writing the same shard."""
+        """Return a path of this process alone: a process whose parent has ended may still be writing the same shard."""
         return self._out_dir / f".{self._name()}.{os.getpid()}.tmp"
 
     def _abandon(self) -> None:

@@ -1,4 +1,4 @@
-"""Which sample stands where in training: datasets mixed by weight, in exact shares, as a pure function of the step."""
+"""The position of every sample: datasets mixed by weight, in exact shares, as a pure function of the step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ MAX_CYCLE = 1_000_000
 
 @dataclass(frozen=True)
 class SampleRef:
-    """One sample of the stream: `position` counts samples from 0, the rest says where it lies."""
+    """One sample of the stream: `position` counts samples from 0, the other fields locate it."""
 
     position: int
     dataset: str
@@ -150,7 +150,7 @@ class Stream:
         return StepSamples(self._mixture.names, first + np.arange(size), which, *located)
 
     def position_of(self, name: str, k: int) -> int:
-        """Where draw `k` of a dataset stands in the stream."""
+        """Return the position of draw `k` of a dataset in the stream."""
         if not self._homogeneous:
             return self._mixture.position_of(name, k)
         step, place = divmod(k, self._batch_size)

@@ -1,7 +1,7 @@
 """The order of one dataset's samples, as a pure function: draw number -> (epoch, shard, index).
 
 Every epoch visits every sample once. Shards are permuted again in each epoch, and samples are permuted inside windows
-of a few consecutive shards of that order, so that reading stays local while neighbours in a shard come apart.
+of a few consecutive shards of that order, so that reading stays local while neighbors in a shard are separated.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ def stable_hash(*parts: str | int) -> int:
 def permutation(n: int, seed: tuple[str | int, ...]) -> np.ndarray:
     """Return a uniform permutation of range(n), int64 [n], that depends on `n` and `seed` alone.
 
-    Sorted raw generator output: NumPy keeps PCG64's bit stream for ever, but not what `Generator.permutation` makes of
+    Sorted raw generator output: NumPy guarantees PCG64's bit stream, but not what `Generator.permutation` makes of
     it.
     """
     return np.argsort(np.random.PCG64(stable_hash(*seed)).random_raw(n), kind="stable")
@@ -72,7 +72,7 @@ class DatasetOrder:
             raise DataError(f"dataset {name}: its {len(self._counts)} shard(s) hold no sample")
         self._seed = (seed, name)
         self._window = window
-        # Two of each, because the draws around a boundary go to and fro between both sides of it.
+        # Two of each, because draws near a boundary alternate between both sides of it.
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._windows: dict[tuple[int, int], np.ndarray] = {}
 

@@ -1,7 +1,7 @@
-"""How a step's samples fall on ranks and micro-batches: balanced by what they cost, the same on every rank.
+"""How a step's samples are distributed over ranks and micro-batches: balanced by cost, the same on every rank.
 
-The samples of a step are fixed by the stream; here is only decided who computes which. A pure function of the shards'
-indexes, so every rank finds the whole arrangement by itself.
+The stream fixes the samples of a step; this module decides only which rank computes which. A pure function of the
+shards' indexes, so every rank computes the whole arrangement independently.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LengthEstimate:
 
     Attributes:
         text: templates and lengths of the recipe.
-        image_cost: tokens of the language model that the vision path of one image is worth.
+        image_cost: tokens of the language model that take as long as the vision path of one image.
     """
 
     text: TextSection
@@ -102,7 +102,7 @@ def pack(
         tokens: of each sample, float64 `[n]`, for `max_tokens`.
         world_size: ranks.
         micro_batch_size: samples of each micro-batch; fewer in some where n is no multiple of all micro-batches.
-        max_tokens: instead of it: as few micro-batches as hold at most so many tokens. One that is longer by itself
+        max_tokens: instead of it: as few micro-batches as hold at most so many tokens. A sample that is longer
             is alone.
     """
     if micro_batch_size is not None:

@@ -42,7 +42,7 @@ class OpenStream:
         estimate: how long samples are, for packing.
         seed: the recipe's.
         cache: where remote shards are fetched to.
-        features: how features lie in these tars, where they hold them in place of images.
+        features: the format of the features in these tars, where they hold features in place of images.
     """
 
     order: Any
@@ -88,7 +88,7 @@ class StepPlan:
 
 @dataclass
 class Planner:
-    """Plans steps. A pure function but for caches: every rank and dataloader worker computes the same by itself."""
+    """Plans steps, a pure function except for caches: every rank and dataloader worker computes the same."""
 
     stream: OpenStream
     world_size: int

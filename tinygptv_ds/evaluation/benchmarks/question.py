@@ -29,7 +29,7 @@ class Question:
             one comes with them.
         padded: whether the template may put a space after it, as training does; not if it is stored with its images.
         instruction: the words around the stored question, with `{}` for it; None on published benchmarks.
-        bare: whether it stands for a caption without any instruction, which the model asks for in its own way.
+        bare: whether it asks for a caption without any instruction, which the model asks for in its own way.
     """
 
     key: str

@@ -15,7 +15,7 @@ class Periodic(Callback):
         reporter: writes the scalars.
         callbacks: get what was measured.
         every: steps between measurements; 0: only at the end.
-        phase: what the watchdog reports that the rank is doing meanwhile.
+        phase: what the watchdog reports as the rank's work during the call.
     """
 
     def __init__(self, run: Run, reporter: Reporter, callbacks: Callback, *, every: int, phase: str) -> None:

@@ -1,4 +1,4 @@
-"""Micro-batches above `train.max_tokens`, which come about because a step is packed by estimated lengths."""
+"""Micro-batches above `train.max_tokens`, which occur because a step is packed by estimated lengths."""
 
 from __future__ import annotations
 

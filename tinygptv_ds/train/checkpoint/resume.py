@@ -234,10 +234,10 @@ def _read_moment(checkpoint: Checkpoint, moment: str, name: str) -> Tensor:
 
 
 def _finite(tensor: Tensor, checkpoint: Checkpoint, kind: str, name: str) -> Tensor:
-    """Return the tensor; raise CheckpointError where a value is NaN or Inf, from which no training can go on."""
+    """Return the tensor; raise CheckpointError where a value is NaN or Inf, from which no training can continue."""
     if not tensor.isfinite().all():
         raise CheckpointError(
-            f"{checkpoint.folder}: {kind} of {name} holds NaN or Inf, so the training cannot go on from it; name an "
+            f"{checkpoint.folder}: {kind} of {name} holds NaN or Inf, so the training cannot continue from it; name an "
             "earlier checkpoint with --resume PATH"
         )
     return tensor

@@ -15,7 +15,7 @@ from tinygptv_ds.processes import children_of, group_members, has_word
 from tinygptv_ds.train.liveness.launchers import LOST, PER_NODE
 
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_PATIENCE = 600.0  # seconds that ranks get to save after their launcher has gone
+_PATIENCE = 600.0  # seconds that ranks get to save after their launcher has ended
 _POLL = 0.2
 
 

@@ -31,7 +31,7 @@ from tinygptv_ds.train.setup.job import Job
 
 _TIMES_SLOWER = 5.0  # a step is reported if it takes so many times the median of earlier steps
 _GATHER = 0.1  # seconds: processes that end together are named together
-_OWN_WAY = 5.0  # seconds that a rank gets to find by itself the mistake that another one has reported
+_OWN_WAY = 5.0  # seconds that a rank gets to find the error itself that another one has reported
 _LAST_WORD = 5.0  # seconds that a last message may take to be sent,
 _ON_ITS_WAY = 0.3  # and that it is then given to arrive
 _LEFT_OVER = 2.0  # seconds at most that rank 0 stays after it has asked the others to end

@@ -41,11 +41,11 @@ class Job:
         recipe: the checked recipe.
         deepspeed: the JSON for DeepSpeed, complete.
         run_dir: everything the run writes.
-        resume: "auto" goes on from the newest whole checkpoint of the run directory, "never" does not; else the path of
+        resume: "auto" resumes from the newest whole checkpoint of the run directory, "never" does not; else the path of
             a checkpoint.
         ranks: who this process is.
         dry_run: stop after `DRY_STEPS` steps and leave nothing behind.
-        resume_anyway: go on although recipe, data or base weights differ from the checkpoint's.
+        resume_anyway: resume although recipe, data or base weights differ from the checkpoint's.
         scored: what `recipe.evaluation` names, with its questions.
         evaluate_only: measure the weights that the run starts or resumes from, and train nothing.
         launchers: the processes that have started this one.
@@ -129,18 +129,18 @@ def stage_parser(recipe: Path) -> argparse.ArgumentParser:
         "--resume",
         default="auto",
         metavar="auto|PATH|never",
-        help="auto: go on from the run directory's newest whole checkpoint, if any; PATH: from this checkpoint, which "
+        help="auto: resume from the run directory's newest whole checkpoint, if any; PATH: from this checkpoint, which "
         "may be another run's or in DeepSpeed's format; never: refuse a run directory with checkpoints",
     )
     parser.add_argument(
         "--resume-anyway",
         action="store_true",
-        help="go on although recipe, data or base weights differ from the checkpoint's; the log says in what",
+        help="resume although recipe, data or base weights differ from the checkpoint's; the log says in what",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="build everything, run two real steps, save, tell time, memory and what a run would write, and leave "
+        help="build everything, run two real steps, save, report time, memory and what a run would write, and leave "
         "nothing behind",
     )
     parser.add_argument(
@@ -245,7 +245,7 @@ def _check_run_dir(run_dir: Path, resume: str) -> None:
 
 def _check_resume(run_dir: Path, resume: str) -> None:
     if resume == "never" and any((run_dir / "checkpoints").glob("step-*")):
-        raise ConfigError(f"{run_dir} holds checkpoints; choose another --run-dir, or --resume auto to go on from them")
+        raise ConfigError(f"{run_dir} holds checkpoints; choose another --run-dir, or --resume auto to use them")
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise ConfigError(f"--resume {resume}: there is no such folder; give auto, never, or the path of a checkpoint")
 
@@ -259,5 +259,5 @@ def _check_measured(recipe: Recipe) -> None:
 
 
 def shown_path(path: Path) -> Path:
-    """Return a path relative to the working directory where it lies below that."""
+    """Return a path relative to the working directory where it is below that."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -13,7 +13,7 @@ ENCODED = "--encoded-options="
 
 
 def encode_options(options: Sequence[str], folder: str, env: Mapping[str, str]) -> str:
-    """Return one option that stands for others.
+    """Return one option that represents others.
 
     Args:
         options: words of a command line, with whatever characters.

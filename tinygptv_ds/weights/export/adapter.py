@@ -1,4 +1,4 @@
-"""The export of trained weights as an adapter in peft's own format, which goes on an exported base model."""
+"""The export of trained weights as an adapter in peft's own format, which belongs to an exported base model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MODULES_TO_SAVE = (
 )
 _README = """# {name}
 
-LoRA, projections and norms of a TinyGPT-V as an adapter of peft. It goes on the same model without LoRA:
+LoRA, projections and norms of a TinyGPT-V as an adapter of peft. It belongs to the same model without LoRA:
 
 ```bash
 tinygptv-ds export RUN --drop-lora --dtype fp32 --out BASE

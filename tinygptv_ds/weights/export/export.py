@@ -4,7 +4,7 @@
 |---|---|
 | hf | the whole model as a folder that transformers loads |
 | adapter | LoRA, projections and norms as an adapter in peft's format |
-| trained | the trained weights alone, to go on the same base weights again |
+| trained | the trained weights alone, to be loaded on the same base weights |
 | original | a `.pth` that the original's code loads |
 | phi | the language model alone, with LoRA merged |
 """
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lora = parser.add_mutually_exclusive_group()
     lora.add_argument("--keep-lora", action="store_true", help="hf: keep LoRA apart instead of merging it")
     lora.add_argument(
-        "--drop-lora", action="store_true", help="hf: leave LoRA out: the base model that an adapter of peft goes on"
+        "--drop-lora", action="store_true", help="hf: leave LoRA out: the base model that an adapter of peft belongs to"
     )
     parser.add_argument(
         "--layout",

@@ -60,7 +60,7 @@ def _build(config: TinyGPTVConfig, notes: Mapping[str, Any]) -> str:
     vision, text = config.vision_config, config.text_config
     adapted = {
         "merged": "LoRA is merged into it",
-        "kept": f"LoRA of rank {config.lora_r} lies next to it",
+        "kept": f"LoRA of rank {config.lora_r} is next to it",
         "dropped": "its LoRA is left out: it is the base for the adapter of peft from the same weights",
         "none": "it has no LoRA",
     }[notes["lora"]]

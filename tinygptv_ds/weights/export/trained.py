@@ -1,4 +1,4 @@
-"""The export of trained weights alone, which go on the same base weights again."""
+"""The export of trained weights alone, which are loaded on the same base weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinygptv_ds.weights.trained import write_model
 
 
 def export_trained(resolved: Resolved, out: Path, *, dtype: torch.dtype | None) -> None:
-    """Write the files of a run's `model/` folder, with the hashes of the base weights that they go on.
+    """Write the files of a run's `model/` folder, with the hashes of the base weights that they belong to.
 
     Args:
         resolved: the model.

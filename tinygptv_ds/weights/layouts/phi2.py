@@ -230,7 +230,7 @@ def phi_config(folder: Path) -> PhiConfig:
     path = folder / "config.json"
     if is_adapter(folder) and not path.is_file():
         raise WeightsError(
-            f"{folder}: an adapter of peft, not whole weights; merge it into the Phi that it goes on (peft's "
+            f"{folder}: an adapter of peft, not whole weights; merge it into the Phi that it belongs to (peft's "
             "merge_and_unload, then save_pretrained) and name the result"
         )
     return parse_config(dict(text_config_of(read_json(path))), path)
