@@ -78,7 +78,7 @@ def test_low_precision_is_stored_in_fp32(tmp_path: Path, trained: dict[str, Tens
 
 def test_a_failed_write_leaves_the_old_one(run: Path, trained: dict[str, Tensor], fresh: Callable) -> None:
     class Failing(TinyGPTVConfig):
-        def save_pretrained(self, *_: object, **__: object) -> None:
+        def to_json_string(self, *_: object, **__: object) -> str:
             raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"):

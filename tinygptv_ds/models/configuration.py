@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 from transformers import AutoConfig, Blip2QFormerConfig, PhiConfig, PreTrainedConfig
 
+from tinygptv_ds.remote_code import SavedWithCode
+
 _Config = TypeVar("_Config", bound=PreTrainedConfig)
 
 
@@ -57,7 +59,7 @@ PHI_2: dict[str, Any] = {
 }
 
 
-class TinyGPTVConfig(PreTrainedConfig):
+class TinyGPTVConfig(SavedWithCode, PreTrainedConfig):
     """EVA ViT + Q-Former + two linear projections + Phi with q/k and attention-output norms and LoRA.
 
     The defaults are the published model (3.9 B parameters).

@@ -16,9 +16,10 @@ from tinygptv_ds.processing.image import to_pixels
 from tinygptv_ds.processing.processor_inputs import ImageInput, Images, as_image, cut_rows, in_order, padded_length
 from tinygptv_ds.processing.sequence import ImageTokens, check_placeholders, prompt_ids, tokenize, wrap
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
+from tinygptv_ds.remote_code import SavedWithCode
 
 
-class TinyGPTVProcessor(ProcessorMixin):
+class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
     """Turns prompts with `<ImageHere>` and their images into padded inputs for `generate`, and tokens into answers.
 
     It is saved with an exported model, and `AutoProcessor` loads it from there.

@@ -76,7 +76,7 @@ def write_model(
 ) -> None:
     """Write the three files of `save_trained` into an existing folder; `dtype` None keeps each weight's own."""
     write_file(folder / WEIGHTS, weights, dtype=dtype)
-    config.save_pretrained(folder)
+    (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
     write_provenance(folder, {**notes, "sha256": {WEIGHTS: sha256(folder / WEIGHTS)}})
 
 

@@ -144,7 +144,7 @@ def _export_whole(args: argparse.Namespace, dtype: torch.dtype) -> None:
     if args.to == "hf":
         lora: LoRAForm = "kept" if args.keep_lora else "dropped" if args.drop_lora else "merged"
         export_hf(resolved, args.out, dtype=dtype, lora=lora, scores=args.scores)
-        print(f"{args.out}: load it with TinyGPTVForConditionalGeneration.from_pretrained")
+        print(f"{args.out}: load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)")
     else:
         export_phi(resolved, args.out, layout=args.layout, dtype=dtype)
         print(f"{args.out}: name it as model.phi of a recipe; its README.md lists what else can load it")

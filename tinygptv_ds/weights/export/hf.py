@@ -24,17 +24,6 @@ from tinygptv_ds.weights.safetensors_writer import write_weights
 
 LoRAForm = Literal["merged", "kept", "dropped"]
 
-_MODULE = "modeling_tinygptv"
-# For processes that have not imported this package: with trust_remote_code, transformers takes the classes from here.
-_CODE = '''"""Where transformers finds the classes of this model: in tinygptv_ds, which must be installed."""
-
-from tinygptv_ds.models.configuration import TinyGPTVConfig
-from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.processor import TinyGPTVProcessor
-
-__all__ = ["TinyGPTVConfig", "TinyGPTVForConditionalGeneration", "TinyGPTVProcessor"]
-'''
-
 
 def export_hf(
     resolved: Resolved, out: Path, *, dtype: torch.dtype, lora: LoRAForm = "merged", scores: Sequence[Path] = ()
@@ -58,19 +47,12 @@ def export_hf(
         config.lora_r = 0
     config.dtype = dtype
     config.architectures = ["TinyGPTVForConditionalGeneration"]
-    config.auto_map = {
-        "AutoConfig": f"{_MODULE}.TinyGPTVConfig",
-        "AutoModelForImageTextToText": f"{_MODULE}.TinyGPTVForConditionalGeneration",
-    }
     processor = TinyGPTVProcessor.for_model(config, resolved.tokenizer())
-    auto_map = {"AutoProcessor": f"{_MODULE}.TinyGPTVProcessor"}
-    processor.auto_map = auto_map  # type: ignore[attr-defined]  # transformers reads it when it saves
     with whole_folder(out) as partial:
         write_weights(partial, weights, dtype=dtype)
-        config.save_pretrained(partial)
+        config.save_pretrained(partial)  # with the code of the model, as the processor is with its own
         generation_config(config, processor).save_pretrained(partial)
         processor.save_pretrained(partial)
-        (partial / f"{_MODULE}.py").write_text(_CODE, encoding="utf-8")
         notes = {**resolved.shareable_provenance(), "lora": lora if resolved.config.lora_r else "none"}
         write_provenance(partial, notes)
         recipe = yaml.safe_dump(notes["recipe"], sort_keys=False, allow_unicode=True)

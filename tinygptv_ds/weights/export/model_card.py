@@ -11,20 +11,18 @@ from tinygptv_ds.models.configuration import TinyGPTVConfig
 
 _USAGE = """```python
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.processor import TinyGPTVProcessor
-
-model = TinyGPTVForConditionalGeneration.from_pretrained("{folder}")
-processor = TinyGPTVProcessor.from_pretrained("{folder}")
+model = AutoModelForImageTextToText.from_pretrained("{folder}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{folder}", trust_remote_code=True)
 
 inputs = processor(Image.open("image.jpg"), processor.prompt("What is in the image?"), add_bos_token=True)
 new_tokens = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
 print(processor.answers(new_tokens)[0])
 ```
 
-`AutoModelForImageTextToText` and `AutoProcessor` load it too, once `tinygptv_ds.models.tinygptv` is imported, or with
-`trust_remote_code=True` where tinygptv_ds is installed."""
+It needs torch, transformers and timm; the code is in this folder. A process that has imported
+`tinygptv_ds.models.tinygptv` uses the classes of that package instead; the results are the same."""
 
 
 def model_card(
