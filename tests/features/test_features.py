@@ -30,8 +30,8 @@ from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.features import compute as features
 from tinygptv_ds.features import encode
-from tinygptv_ds.features.format import differences, fingerprint, read_notes
-from tinygptv_ds.features.verify import check_features
+from tinygptv_ds.features.format import SIXTEEN_BIT, differences, fingerprint, read_notes
+from tinygptv_ds.features.verify import check_features, vision_fingerprint
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.assemble import build_model, build_vision
 
@@ -187,6 +187,22 @@ def test_other_heads_have_the_same_weights(raw_recipe: Callable[..., dict[str, A
 
 def test_another_precision(raw_recipe: Callable[..., dict[str, Any]], made: Path) -> None:
     assert 'dtype: "fp32" there, "bf16" here' in refused(raw_recipe(data__features=str(made)), "bf16")
+
+
+def test_sixteen_bits_of_an_earlier_version(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """They were computed under autocast, with other roundings on a GPU; fp32's stay as they are."""
+    _, model = model_of(raw_recipe())
+    assert SIXTEEN_BIT not in vision_fingerprint(model, "fp32")
+    out = make(raw_recipe(), tmp_path, "--dtype", "bf16")
+    for path in out.glob("*/features.json"):
+        content = json.loads(path.read_text())
+        del content["made_with"][SIXTEEN_BIT]
+        path.write_text(json.dumps({**content, "fingerprint": fingerprint(content["made_with"])}))
+    recipe = build_recipe(raw_recipe(data__features=str(out)), "test")
+    model = build_model(recipe.model, recipe.text, frozen_dtype=torch.bfloat16).requires_grad_(False)
+    with pytest.raises(DataError, match=r"differ .* in how 16 bits are computed \(an earlier version ran"):
+        check_features(model, recipe.data, "bf16")
+    assert differences({}, {"dtype": "bf16", SIXTEEN_BIT: "so"}) == ['dtype: nothing there, "bf16" here']
 
 
 def test_a_vision_path_that_learns(raw_recipe: Callable[..., dict[str, Any]], made: Path) -> None:

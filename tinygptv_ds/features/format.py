@@ -25,6 +25,7 @@ from tinygptv_ds.files import fingerprint_differences, whole_file
 
 NOTES = "features.json"
 FORMAT = 1
+SIXTEEN_BIT = "sixteen_bit"  # how 16-bit features were computed; those made under autocast have no such entry
 HOW = "tinygptv-ds features RECIPE --out DIR"
 
 
@@ -78,6 +79,13 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     differing = fingerprint_differences(there, here)
     if differing.keys() == {"weights"}:
         return ["the weights of the ViT and the Q-Former"]
+    if SIXTEEN_BIT in differing and "dtype" not in differing:
+        differing[SIXTEEN_BIT] = (
+            "how 16 bits are computed (an earlier version ran the ViT under autocast, with LayerNorms in fp32; now it "
+            "runs in the dtype of its weights)"
+        )
+    elif SIXTEEN_BIT in differing:
+        del differing[SIXTEEN_BIT]  # a consequence of the other dtype
     return [line for name, line in differing.items() if name != "weights"]
 
 

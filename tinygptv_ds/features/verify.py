@@ -12,7 +12,7 @@ from torch import Tensor
 from tinygptv_ds.config.data_section import DataSection
 from tinygptv_ds.data.loader.background import reading_of
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.features.format import refuse_stale
+from tinygptv_ds.features.format import SIXTEEN_BIT, refuse_stale
 from tinygptv_ds.models.parameters import vision
 from tinygptv_ds.models.tinygptv import IMAGE_MEAN, IMAGE_STD, TinyGPTVForConditionalGeneration
 
@@ -48,7 +48,8 @@ def vision_fingerprint(model: TinyGPTVForConditionalGeneration, precision: str) 
         precision: "fp32", "bf16" or "fp16", of matrix products.
     """
     config = model.config
-    return {
+    sixteen_bit = {} if precision == "fp32" else {SIXTEEN_BIT: "ViT outside autocast"}
+    return sixteen_bit | {
         "dtype": precision,
         "image_size": config.vision_config.image_size,
         "decoding": "exact",

@@ -27,6 +27,7 @@ from tinygptv_ds.models.generation import ImageGenerationMixin
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.loss import shifted_loss, token_losses
 from tinygptv_ds.models.phi import PhiForCausalLM, RMSNorm
+from tinygptv_ds.models.precision import compute_dtype, own_autocast, own_dtype
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 
 # CLIP's statistics, which BLIP-2's image processor normalises with.
@@ -136,12 +137,15 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     @property
     def vision_is_frozen(self) -> bool:
         """Whether nothing before the projections is trained."""
-        parts = (self.visual_encoder, self.ln_vision, self.qformer)
-        return not self.query_tokens.requires_grad and not any(p.requires_grad for m in parts for p in m.parameters())
+        return self._vit_is_frozen and self._qformer_is_frozen
 
     @property
-    def _vit_is_trained(self) -> bool:
-        return any(p.requires_grad for p in self.visual_encoder.parameters())
+    def _vit_is_frozen(self) -> bool:
+        return not any(p.requires_grad for m in (self.visual_encoder, self.ln_vision) for p in m.parameters())
+
+    @property
+    def _qformer_is_frozen(self) -> bool:
+        return not self.query_tokens.requires_grad and not any(p.requires_grad for p in self.qformer.parameters())
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
         """Normalise uint8 `[N, 3, S, S]` to fp32; floats are returned as they are."""
@@ -153,19 +157,25 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     def encode_vision(self, pixel_values: Tensor) -> Tensor:
         """Run ViT and Q-Former: `[N, 3, S, S]` (uint8, or normalised floats) to `[N, queries, Q-Former width]`.
 
-        On a CPU in fp32 an image gives the same bits in any batch, with any number of threads (seen for widths that
-        32 divides, 1 to 16 threads).
+        Frozen 16-bit weights compute alike inside autocast and out of it, in training, `features` and generation. On a
+        CPU in fp32 an image gives the same bits in any batch, with any number of threads (seen for widths that 32
+        divides, 1 to 16 threads).
         """
-        count = len(pixel_values)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
-            pixels = self.normalize(pixel_values).to(self.visual_encoder.patch_embed.proj.weight.dtype)
+        count, device = len(pixel_values), pixel_values.device
+        vit_frozen, qformer_frozen = self._vit_is_frozen, self._qformer_is_frozen
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (vit_frozen and qformer_frozen)):
+            dtype = self.visual_encoder.patch_embed.proj.weight.dtype
+            pixels = self.normalize(pixel_values).to(dtype)
             pixels = F.pad(pixels, (0, 0) * 3 + (0, max(0, self._fewest_images() - count)))
             # Only where there is a backward pass through it: it saves the state of the random numbers at every block.
             recompute = self.recompute_vit and self.training and torch.is_grad_enabled()
-            self.visual_encoder.set_grad_checkpointing(recompute and self._vit_is_trained)
-            patches = self.ln_vision(self.visual_encoder.forward_features(pixels))
+            self.visual_encoder.set_grad_checkpointing(recompute and not vit_frozen)
+            with own_dtype(device, dtype, frozen=vit_frozen):
+                patches = self.ln_vision(self.visual_encoder.forward_features(pixels))
             queries = self.query_tokens.expand(len(patches), -1, -1)
-            return self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state[:count]
+            with own_autocast(device, queries.dtype, frozen=qformer_frozen):
+                features = self.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
+            return features[:count].to(queries.dtype)
 
     def _fewest_images(self) -> int:
         """Return how many images give every matrix product `_FEWEST_ROWS` rows: more than one in tiny models."""
@@ -175,7 +185,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
 
     def project(self, features: Tensor) -> Tensor:
         """Project `[N, queries, Q-Former width]` to `[N, queries, LLM width]`, without an activation in between."""
-        return self.llama_proj2(self.llama_proj(features.to(_compute_dtype(self.llama_proj.weight))))
+        return self.llama_proj2(self.llama_proj(features.to(compute_dtype(self.llama_proj.weight))))
 
     def _image_embeds(
         self, pixel_values: Tensor | None, image_features: Tensor | None, device: torch.device
@@ -330,7 +340,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             # The first block's input has a gradient with an image, so without one too: else ZeRO-3 lets that block's
             # weights go at other times on this rank, and from then on the ranks gather different ones together.
             x = x + anchor.to(x.dtype)
-        backend = choose_backend(self.attention, x.device, _compute_dtype(x))
+        backend = choose_backend(self.attention, x.device, compute_dtype(x))
         layout = make_layout(cu_seqlens, max_seqlen, len(input_ids), backend)
         hidden = self.language_model.model(x, position_ids, layout=layout, dropout_keys=dropout_keys)
         logits = self.language_model.lm_head(hidden.index_select(0, target_rows))
@@ -379,12 +389,6 @@ def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 def _with_loss(output: CausalLMOutputWithPast, labels: Tensor, count: Tensor | int | None) -> CausalLMOutputWithPast:
     assert output.logits is not None
     return CausalLMOutputWithPast(shifted_loss(output.logits, labels, count), **output)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that matrix products run in: autocast's inside autocast, else the tensor's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # transformers' Auto classes load an exported folder by these.

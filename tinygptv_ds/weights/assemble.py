@@ -78,7 +78,7 @@ def build_vision(
         weights = {name: stored for name, stored in source.weights.items() if vision(name)}
         copy_weights(dict(model.named_parameters()), weights)
     _zero_buffers(model)
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def model_config(section: ModelSection, text: TextSection) -> TinyGPTVConfig:
