@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "arguments": set(),
     "git_lfs": set(),
     "config": {"errors", "files", "resources"},
-    "log": {"errors"},
+    "log": {"errors", "console"},
     "distributed": {"errors"},
     "files": {"errors"},
     "retry": {"errors"},

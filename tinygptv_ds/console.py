@@ -1,12 +1,37 @@
-"""What commands print on a terminal. Nothing but the standard library."""
+"""What commands print on a terminal, and in which colors. Nothing but the standard library."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+from typing import TextIO
+
+BOLD, RED, GREEN, YELLOW, MAGENTA, CYAN = "1", "31", "32", "33", "35", "36"  # codes of ECMA-48
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether a person watches a stream."""
+    return not stream.closed and stream.isatty()
+
+
+def has_colors(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that shows colors, and nobody has asked for none (https://no-color.org)."""
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def colored(text: str, color: str) -> str:
+    """Return a text in a color, for a stream that shows colors."""
+    return f"\033[{color}m{text}\033[0m" if text else text
 
 
 def print_to_stderr(message: str) -> None:
     """Print to stderr if anything still reads it; an exit code must not depend on that."""
     with contextlib.suppress(BrokenPipeError):
-        print(message, file=sys.stderr, flush=True)
+        print(error_text(message), file=sys.stderr, flush=True)
+
+
+def error_text(message: str) -> str:
+    """Return a message for stderr, with its "error:" in red where that shows colors."""
+    start, error, rest = message.partition("error:")
+    return colored(error, RED) + rest if error and not start and has_colors(sys.stderr) else message

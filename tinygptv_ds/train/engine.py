@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -15,11 +13,13 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
 
 from tinygptv_ds.config.deepspeed import precision, zero_stage
 from tinygptv_ds.config.optimizer_section import OptimizerSection
 from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.dtypes import DTYPES
+from tinygptv_ds.log import held_prints, hold_library_output
 from tinygptv_ds.models.attention import choose_backend
 from tinygptv_ds.models.parameters import weight_decay_groups
 from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
@@ -37,8 +37,8 @@ def init_process_group(ranks: Ranks, timeout: timedelta) -> str:
         ranks: this process among the ranks.
         timeout: how long a collective may wait.
     """
-    for name in ("DeepSpeed", "transformers"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    hold_library_output()
+    disable_progress_bar()
     device = get_accelerator().device_name()
     if device == "cpu":
         # Saves a C++ build at every first run. The op speeds up inference on CPUs; training here reduces over gloo.
@@ -46,19 +46,9 @@ def init_process_group(ranks: Ranks, timeout: timedelta) -> str:
     else:
         torch.cuda.set_device(ranks.local_rank)
     backend = "gloo" if device == "cpu" else get_accelerator().communication_backend_name()
-    with _quiet_stdout(ranks.rank):
+    with held_prints():
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return device
-
-
-@contextlib.contextmanager
-def _quiet_stdout(rank: int) -> Iterator[None]:
-    """Keep what libraries print on ranks other than 0 off the console."""
-    with contextlib.ExitStack() as stack:
-        if rank != 0:
-            devnull = stack.enter_context(Path(os.devnull).open("w"))
-            stack.enter_context(contextlib.redirect_stdout(devnull))
-        yield
 
 
 class Engine:
@@ -101,7 +91,7 @@ class Engine:
         beta1, beta2 = optimizer.betas
         adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=(beta1, beta2), fused=self.device.type == "cuda")
         self.untouched = LeaveUntouched(adamw, self.device)
-        with _quiet_stdout(1):
+        with held_prints():
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
         self.module: TinyGPTVForConditionalGeneration = self.deepspeed.module
         _cast_buffers(self.module)
@@ -198,7 +188,7 @@ class Engine:
 
     def save_deepspeed(self, folder: Path, tag: str, state: dict) -> None:
         """Write DeepSpeed's own checkpoint of what is trained, with `state` inside. Call on all ranks."""
-        with _quiet_stdout(1):
+        with held_prints():
             self.deepspeed.save_checkpoint(
                 str(folder), tag=tag, client_state={"tinygptv_ds": state}, exclude_frozen_parameters=True
             )

@@ -20,7 +20,7 @@ from tinygptv_ds.train.launcher import machine
 from tinygptv_ds.train.launcher.options import LaunchOptions, parse_options
 from tinygptv_ds.train.launcher.supervisor import RemoteRanks, Supervisor
 from tinygptv_ds.train.liveness.launchers import LAUNCHER_PID, LOST
-from tinygptv_ds.train.setup.job import job_run_dir, parse_job, shown_path, stage_parser
+from tinygptv_ds.train.setup.job import has_gpu, job_run_dir, parse_job, shown_path, stage_parser
 from tinygptv_ds.train.setup.options import encode_options
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
@@ -67,6 +67,8 @@ class Launch:
             options.launcher["--hostfile"] = str(Path(hostfile).absolute())
         self._over_pdsh = self._hosts is not None and "--no_ssh" not in options.launcher
         visible = machine.name_gpus(options, self._env)
+        if self._hosts is None and not has_gpu():  # otherwise every process of DeepSpeed warns that it has found none
+            self._env.setdefault("DS_ACCELERATOR", "cpu")
         if "DS_ACCELERATOR" in self._env:
             os.environ["DS_ACCELERATOR"] = self._env["DS_ACCELERATOR"]
         self._recipe = load_recipe(self._args.recipe, self._args.set)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 import torch
 
 from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.console import MAGENTA, is_terminal
 from tinygptv_ds.data.loader.sample import Sample, Tokens, load_sample
 from tinygptv_ds.data.shards.reader import ShardReader
 from tinygptv_ds.data.shards.records import SampleError
@@ -15,7 +17,7 @@ from tinygptv_ds.data.stream.plan import OpenStream, open_stream
 from tinygptv_ds.generate.conversation import Prompt
 from tinygptv_ds.generate.generate import answers
 from tinygptv_ds.generate.settings import Generation
-from tinygptv_ds.log import note
+from tinygptv_ds.log import log_with_head, note
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.processing.sequence import prompt_text
 from tinygptv_ds.processing.text import render
@@ -55,6 +57,7 @@ class SamplePanel(Periodic):
         super().__init__(run, reporter, callbacks, every=train.sample_every, phase="answering the panel")
         self._tokens = tokens
         exact = replace(tokens, decoding="exact")  # as inference will see images
+        self._shown = 0
         self._samples = _choose(_samples_from(run.recipe, stream), exact, train.sample_count)
 
     def measure(self, done: int) -> dict[str, float]:
@@ -67,13 +70,23 @@ class SamplePanel(Periodic):
         for number, (shown, answer) in enumerate(zip(self._samples, answered, strict=True)):
             cells = [cell(text) for text in (shown.prompt, shown.truth, answer)]
             rows.append(f"| {number} | {' | '.join(cells)} |")
-            note(f"sample {number} at step {done}: {shown.prompt!r} -> {answer!r} (true: {shown.truth!r})")
+            self._report(
+                number, f"sample {number} at step {done}:", f" {shown.prompt!r} -> {answer!r} (true: {shown.truth!r})"
+            )
         if board is not None:
             board.add_text("samples/answers", "\n".join(rows), done)
             images = [torch.from_numpy(shown.sample.pixels) for shown in self._samples if len(shown.sample.pixels)]
             if images:
                 board.add_images("samples/images", torch.cat(images), done)
+        self._shown += 1
         return {}
+
+    def _report(self, number: int, head: str, text: str) -> None:
+        """Write an answer to the log file; on a terminal one of them is shown each time, by turns."""
+        if is_terminal(sys.stdout) and number == self._shown % len(self._samples):
+            log_with_head(head, text, MAGENTA)
+        else:
+            note(head + text)
 
     def _answers(self) -> list[str]:
         run, tokens = self._run, self._tokens

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from tinygptv_ds.distributed import free_port
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.log import QUIET
 from tinygptv_ds.train.launcher.options import LaunchOptions
 from tinygptv_ds.train.setup.machine import port_is_taken, port_message
 
@@ -111,4 +112,5 @@ def launch_environment() -> dict[str, str]:
     # If a node dies silently, ssh, and with it the launcher, would otherwise wait for it for a quarter of an hour.
     alive = "-oServerAliveInterval=15 -oServerAliveCountMax=4"
     env["PDSH_SSH_ARGS_APPEND"] = f"{alive} {env.get('PDSH_SSH_ARGS_APPEND', '')}"
+    env.setdefault("PYTHONWARNINGS", QUIET)
     return env

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tinygptv_ds.config.load import recipe_dict
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.files import write_atomically
-from tinygptv_ds.log import LOGGER, note
+from tinygptv_ds.log import LOGGER, log_with_head
 from tinygptv_ds.models.flops import FlopRates, peak_flops, step_flops
 from tinygptv_ds.train.callbacks.callback import LogRecord
 from tinygptv_ds.train.engine import Engine
@@ -63,7 +63,6 @@ class Reporter:
             disable=None if job.ranks.is_main else True,
             dynamic_ncols=True,
         )
-        self._plain_lines = job.ranks.is_main and self._bar.disable
         self._first, self._total = first_step, total_steps
 
     def step_done(self) -> None:
@@ -85,7 +84,6 @@ class Reporter:
         straggler = straggling(totals.ranks, seconds)
         remaining = (self._total - step) * perf["perf/step_seconds"]
         parts = [
-            f"step {step}/{self._total}",
             f"loss {totals.loss:.4f}",
             f"lr {record.metrics['train/lr']:.2e}",
             f"grad norm {record.metrics['train/grad_norm']:.3f}",
@@ -99,7 +97,7 @@ class Reporter:
             *record.remarks,
         ]
         self._bar.set_postfix(loss=f"{totals.loss:.3f}", sps=f"{perf['perf/samples_s']:.0f}", refresh=False)
-        (LOGGER.info if self._plain_lines else note)(" | ".join(parts))
+        log_with_head(f"step {step}/{self._total}", " | ".join(["", *parts]))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write values under their names everywhere; those that are not finite become null in `metrics.jsonl`."""

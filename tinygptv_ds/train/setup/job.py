@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from tinygptv_ds.config.load import load_recipe, recipe_dict
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.distributed import Ranks, ranks_from_env
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.log import hold_library_output
 from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
 from tinygptv_ds.train.liveness.launchers import Launchers
@@ -174,6 +176,8 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     args = stage_parser(shown_path(recipe)).parse_args(hyphenated(given))
     complete_user()
     loaded = load_recipe(args.recipe, args.set)
+    if not has_gpu():  # otherwise every process of DeepSpeed warns that it has found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     ranks = ranks_from_env()
     json_path = args.deepspeed_config or args.deepspeed or default_deepspeed_json()
     resolved = resolve_deepspeed(load_deepspeed_json(json_path), loaded, ranks.world_size, str(json_path))
@@ -186,6 +190,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
         _check_resume(run_dir, args.resume)
     elif not args.dry_run:
         _check_run_dir(run_dir, args.resume)
+    hold_library_output()  # what their import warns of belongs into the log file
     # Imported here because the readers of datasets and benchmarks load numpy: mistakes in the recipe come before.
     from tinygptv_ds.train.metrics.wandb_tracker import check_tracking
     from tinygptv_ds.train.setup.preflight import check_and_open_benchmarks

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from tinygptv_ds.console import GREEN
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.data.stream.sample_counts import local_sample_counts
 from tinygptv_ds.distributed import broadcast_from_rank0, complete_env, cores_per_rank
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import Stopped
-from tinygptv_ds.log import LOGGER, set_up_logging
+from tinygptv_ds.log import LOGGER, log_with_head, set_up_logging
 from tinygptv_ds.models.attention import choose_backend, unusable_backends
 from tinygptv_ds.models.parameters import frozen_trainables
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -120,7 +121,8 @@ class Session:
             raise
         if job.ranks.is_main and (job.run_dir / MODEL).is_dir() and not job.evaluate_only:
             for line in closing_report(run):
-                LOGGER.info("%s", line)
+                head, colon, text = ("", "", line) if line.startswith(" ") else line.partition(":")
+                log_with_head(head + colon, text, GREEN)
         self._part()
 
     def _part(self) -> None:
