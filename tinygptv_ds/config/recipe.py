@@ -14,7 +14,7 @@ from tinygptv_ds.config.optimizer_section import OptimizerSection
 from tinygptv_ds.config.parts import check_parts
 from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.config.train_section import TrainSection
-from tinygptv_ds.errors import require
+from tinygptv_ds.errors import ConfigError, require
 
 WEIGHTS = ("phi", "eva_vit", "qformer", "init_from")  # the fields of `ModelSection` that are paths of weights
 
@@ -75,6 +75,14 @@ class ModelSection:
     resid_dropout: float | None = None
     """Dropout on attention and MLP outputs in training; null: the value of Phi's config.json (Phi-2: 0.1)."""
 
+    frozen_bits: int | None = None
+    """Keep the frozen weights of Phi's linear layers in 4 bit (NF4, double quantization) or 8 bit (scales for blocks of
+    256), for cards of 8 to 12 GB: 4, 8, or null for 16 bit. Needs requirements-quant.txt and ZeRO-1 or 2; what is
+    trained keeps its precision, and exports merge LoRA into the 16-bit weights."""
+
+    quantize_vision: bool = False
+    """With frozen_bits: the linear layers of the ViT, too. Features then have to be computed with the same values."""
+
     attention: str = "auto"
     """Attention backend: auto, flash_attn_3, flash_attn, torch_varlen or sdpa."""
 
@@ -105,8 +113,25 @@ class ModelSection:
         known = {"query_key_value", "dense", "fc1", "fc2"}
         unknown = [t for t in self.lora_targets if t not in known]
         require(not unknown, f"model.lora_targets: unknown {unknown}; a Phi block has {sorted(known)}")
+        self._check_frozen_bits()
         backends = ("auto", "flash_attn_3", "flash_attn", "torch_varlen", "sdpa")
         require(self.attention in backends, f"model.attention: {self.attention!r} is not one of {', '.join(backends)}")
+
+    def _check_frozen_bits(self) -> None:
+        bits = self.frozen_bits
+        require(bits in (None, 4, 8), f"model.frozen_bits must be 4, 8 or null (16 bit), not {shown(bits)}")
+        if bits is None:
+            require(not self.quantize_vision, "model.quantize_vision needs model.frozen_bits, which is null")
+            return
+        trained = set(self.train or ())
+        quantized = {"llm": "Phi", "vit": "the ViT"} if self.quantize_vision else {"llm": "Phi"}
+        for part in trained & quantized.keys():
+            remedy = "model.frozen_bits to null" if part == "llm" else "model.quantize_vision to false"
+            raise ConfigError(
+                f"model.train names {part}, but model.frozen_bits keeps the weights of {quantized[part]} quantized, "
+                f"which no optimizer can move. Leave {part} out of model.train (LoRA trains next to quantized "
+                f"weights), or set {remedy}"
+            )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tinygptv_ds.config.data_section import DataSection, DatasetSection
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
+from tinygptv_ds.config.quantization import check_bitsandbytes
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.loader.background import background_of, reading_of
 from tinygptv_ds.data.shards.cache import count_samples, open_cache
@@ -92,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.set)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, features=None))
     check_files(recipe)
+    if recipe.model.frozen_bits is not None and recipe.model.quantize_vision:
+        check_bitsandbytes(recipe.model.frozen_bits)
     ranks = ranks_from_env()
     set_up_logging(ranks.rank)
     with process_group(ranks):

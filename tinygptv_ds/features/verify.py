@@ -14,6 +14,7 @@ from tinygptv_ds.data.loader.background import reading_of
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.features.format import SIXTEEN_BIT, refuse_stale
 from tinygptv_ds.models.parameters import vision
+from tinygptv_ds.models.quantized_linear import quantized_buffers
 from tinygptv_ds.models.tinygptv import IMAGE_MEAN, IMAGE_STD, TinyGPTVForConditionalGeneration
 
 
@@ -59,8 +60,13 @@ def vision_fingerprint(model: TinyGPTVForConditionalGeneration, precision: str) 
         "qformer_heads": config.qformer_config.num_attention_heads,
         "queries": config.num_query_tokens,
         "width": config.qformer_config.hidden_size,
-        "weights": _hash({name: p for name, p in model.named_parameters() if vision(name)}),
+        "weights": _hash({name: t for name, t in _tensors(model).items() if vision(name)}),
     }
+
+
+def _tensors(model: TinyGPTVForConditionalGeneration) -> dict[str, Tensor]:
+    """Return the weights as they are used: a quantized one has other outputs, so it counts as it is stored."""
+    return dict(model.named_parameters()) | quantized_buffers(model)
 
 
 def _hash(tensors: dict[str, Tensor]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +18,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from tinygptv_ds.config.paths import local_path
+from tinygptv_ds.config.quantization import check_bitsandbytes
 from tinygptv_ds.errors import ConfigError, WeightsError
 from tinygptv_ds.generate.quantize import AdaptedLinear, quantized_linear
 from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.eva_vit import KEY_BIAS
 from tinygptv_ds.models.lora import LoRALinear
+from tinygptv_ds.models.quantized_linear import keep_vit_weights_inside, linear_layers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.weights.assemble import meta_model
@@ -116,11 +118,7 @@ def check_bits(bits: int, device: torch.device, dtype: torch.dtype) -> None:
         raise ConfigError(f"bits must be 16, 8 or 4, not {bits}")
     if bits == 16:
         return
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"{bits} bits need bitsandbytes: pip install -r requirements-quant.txt, "
-            "or pip install 'bitsandbytes>=0.50,<1'"
-        )
+    check_bitsandbytes(bits)
     if bits == 8 and device.type == "cuda" and dtype == torch.float32:
         raise ConfigError("8 bits on a GPU compute in 16 bit; use bf16 or fp16 instead of fp32")
 
@@ -204,17 +202,13 @@ def _quantize(
 ) -> None:
     """Replace each linear layer of the blocks by a quantized one, one after the other."""
     dtype = model.dtype
-    within = ("language_model.model.layers.", "visual_encoder.blocks.") if vision else ("language_model.model.layers.",)
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, nn.Linear) or not name.startswith(within) or name.endswith((".lora_A", ".lora_B")):
-            continue
+    for weight, layer in list(linear_layers(model, vision=vision)):
+        name = weight.removesuffix(".weight")
         bias = None if layer.bias is None else weights[f"{name}.bias"].read().to(device, dtype)
-        made = quantized_linear(weights[f"{name}.weight"].read(), bias, bits, dtype, device)
+        made = quantized_linear(weights[weight].read(), bias, bits, dtype, device)
         model.set_submodule(name, AdaptedLinear(made, layer) if isinstance(layer, LoRALinear) else made)
         _return_freed_memory()
-    for block in model.visual_encoder.blocks if vision else ():
-        # Otherwise timm would take the weight out of the quantized layer. torch types attributes as Tensor | Module.
-        block.attn.qkv_bias_separate = True  # type: ignore[union-attr]
+    keep_vit_weights_inside(model, vision=vision)
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Stored], device: torch.device) -> None:
@@ -227,7 +221,7 @@ def _fill(model: nn.Module, weights: Mapping[str, Stored], device: torch.device)
             _return_freed_memory()
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
-            if not name.endswith(".attn.k_bias"):  # timm's key bias, constantly zero, is the only one that no file has
+            if not name.endswith(KEY_BIAS):
                 raise WeightsError(f"no file has {name}; install the version of timm that requirements.txt names")
             _place(model, name, torch.zeros_like(buffer, device=device))
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from tinygptv_ds.models.configuration import EvaViTConfig
 
+KEY_BIAS = ".attn.k_bias"  # how the names of timm's buffers end: biases of keys, constantly zero, in no file
+
 
 def build_eva_vit(config: EvaViTConfig) -> Eva:
     """Build the ViT: its `forward_features` takes `[images, 3, S, S]` and gives `[images, 1 + patches, width]`.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinygptv_ds.models.dropout import DropoutKeys, TokenDropout
@@ -50,5 +49,5 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor, keys: DropoutKeys | None = None) -> Tensor:
         """Apply the layer: `[..., in_features]` to `[..., out_features]`; `keys` are those of the dropout."""
-        base = F.linear(input, self.weight, self.bias)
+        base = super().forward(input)
         return base + self.lora_B(self.lora_A(self.dropout(input, keys))) * self.scaling

@@ -17,6 +17,10 @@ _NORM_WEIGHTS = re.compile(
     r"language_model\.model\.(layers\.\d+\.(self_attn\.(q|k)_layernorm|input_layernorm|post_layernorm)"
     r"|final_layernorm)\.weight"
 )
+_PHI_LINEAR = re.compile(
+    r"language_model\.model\.layers\.\d+\.(self_attn\.(query_key_value|dense)|mlp\.fc[12])\.weight"
+)
+_VIT_LINEAR = re.compile(r"visual_encoder\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight")
 
 
 def vision(name: str) -> bool:
@@ -57,6 +61,14 @@ def vit(name: str) -> bool:
 def llm(name: str) -> bool:
     """Return whether a parameter is of Phi, its norms included, but not of LoRA."""
     return name.startswith("language_model.") and not lora(name)
+
+
+def quantizable(name: str, *, vision: bool) -> bool:
+    """Return whether a parameter is the weight of a linear layer in a block of Phi, or with `vision` of the ViT.
+
+    These are what `model.frozen_bits` and inference in 8 or 4 bit quantize.
+    """
+    return _PHI_LINEAR.fullmatch(name) is not None or (vision and _VIT_LINEAR.fullmatch(name) is not None)
 
 
 # By their names in a recipe; a parameter of several parts counts for the first.

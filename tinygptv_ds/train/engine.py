@@ -21,6 +21,7 @@ from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.log import held_prints, hold_library_output
 from tinygptv_ds.models.attention import choose_backend
+from tinygptv_ds.models.eva_vit import KEY_BIAS
 from tinygptv_ds.models.parameters import weight_decay_groups
 from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.loss_scale import LossScale
@@ -256,10 +257,11 @@ class Engine:
 
 
 def _cast_buffers(model: TinyGPTVForConditionalGeneration) -> None:
-    """Cast the ViT's buffers to the dtype of its parameters: timm joins a bias that is fixed at zero with trained ones.
+    """Cast the ViT's key biases, fixed at zero, to the dtype of its parameters: timm joins them with trained biases.
 
     DeepSpeed 0.19 casts parameters to bf16 or fp16, but leaves buffers. Remove when it casts them as well.
     """
     dtype = next(model.visual_encoder.parameters()).dtype
-    for buffer in model.visual_encoder.buffers():
-        buffer.data = buffer.data.to(dtype)
+    for name, buffer in model.visual_encoder.named_buffers():
+        if name.endswith(KEY_BIAS):  # the others are quantized weights
+            buffer.data = buffer.data.to(dtype)

@@ -17,8 +17,10 @@ from tinygptv_ds.config.recipe import ModelSection, TextSection
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.eva_vit import KEY_BIAS
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.parameters import PARTS, Part, always_fp32, lora, projections, vision
+from tinygptv_ds.models.quantized_linear import QuantizedLinear, quantize_layers, quantized_buffers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.io import Stored, in_memory, listing
 from tinygptv_ds.weights.layouts.blip2 import blip2_source, qformer_config
@@ -39,7 +41,8 @@ def build_model(
     Args:
         section: the paths of the weights, and what is built around them.
         text: template and end symbol, noted in the model's configuration.
-        frozen_dtype: of all frozen weights; projections, Phi's norms, LoRA and what `section.train` names are fp32.
+        frozen_dtype: of all frozen weights that are not quantized (`section.frozen_bits`); projections, Phi's norms,
+            LoRA and what `section.train` names are fp32.
 
     Raises:
         WeightsError: a file is missing or damaged, or does not fit name for name and shape for shape.
@@ -51,7 +54,10 @@ def build_model(
             meta_model(config), Path(section.init_from), section.allow_missing, base=Path(section.phi)
         )
     parts = [PARTS[name] for name in section.train or ()]
-    model = assemble(config, base_paths(section), trained, frozen_dtype=frozen_dtype, trainable=parts)
+    quantization = section.frozen_bits, section.quantize_vision
+    model = assemble(
+        config, base_paths(section), trained, frozen_dtype=frozen_dtype, trainable=parts, quantization=quantization
+    )
     model.attention = section.attention
     model.language_model.model.gradient_checkpointing = section.gradient_checkpointing
     model.recompute_vit = bool(section.gradient_checkpointing)
@@ -64,7 +70,7 @@ def build_vision(
     """Build ViT and Q-Former alone, for `encode_vision`; nothing else takes memory or is read.
 
     All files are checked as in `build_model`, and the weights are those that it takes: a Q-Former in `init_from`
-    replaces that of the base.
+    replaces that of the base. With `section.quantize_vision` the ViT is quantized as in training.
     """
     config = model_config(section, text)
     model = meta_model(config).to(frozen_dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
@@ -73,10 +79,11 @@ def build_vision(
         trained = fitting_source(model, Path(section.init_from), section.allow_missing, base=Path(section.phi))
     sources = _sources(_shapes(model), config, base_paths(section), trained)
     model.language_model = model.llama_proj = model.llama_proj2 = None
+    bits = section.frozen_bits if section.quantize_vision else None
+    quantized = {} if bits is None else quantize_layers(model, bits, vision=True)
     model.to_empty(device="cpu")
-    for source in sources:
-        weights = {name: stored for name, stored in source.weights.items() if vision(name)}
-        copy_weights(dict(model.named_parameters()), weights)
+    weights = {name: stored for source in sources for name, stored in source.weights.items() if vision(name)}
+    _load(model, quantized, weights)
     _zero_buffers(model)
     return model.requires_grad_(False).eval()
 
@@ -137,6 +144,7 @@ def assemble(
     *,
     frozen_dtype: torch.dtype,
     trainable: Sequence[Part] = (),
+    quantization: tuple[int | None, bool] = (None, False),
 ) -> TinyGPTVForConditionalGeneration:
     """Build a model of these sizes on the CPU with all its weights.
 
@@ -146,16 +154,19 @@ def assemble(
         trained: trained weights, checked by `fitting_source`.
         frozen_dtype: of all weights that the published stages keep frozen.
         trainable: parts that are kept in fp32.
+        quantization: bits of the linear layers of the blocks, None for all of them; and whether the ViT's are included.
 
     Raises:
         WeightsError: see `build_model`.
     """
-    model = empty_model(config, frozen_dtype, trainable)
-    parameters = dict(model.named_parameters())
+    model = typed_meta_model(config, frozen_dtype, trainable)
     sources = _sources(_shapes(model), config, base, trained)
+    bits, quantize_vision = quantization
+    quantized = {} if bits is None else quantize_layers(model, bits, vision=quantize_vision)
+    model.to_empty(device="cpu")
     for source in sources:
-        copy_weights(parameters, source.weights)
         LOGGER.info("%s: %d tensors loaded, %d ignored", source.path, len(source.weights), len(source.ignored))
+    _load(model, quantized, {name: stored for source in sources for name, stored in source.weights.items()})
     _initialize(model, {name for source in sources for name in source.weights})
     if trained is not None:
         model.frozen_updates = {name: trained.weights[name].read() for name in trained.frozen_updates}
@@ -244,11 +255,30 @@ def empty_model(
         trainable: parts that are kept in fp32.
         device: the device of its memory.
     """
+    return typed_meta_model(config, frozen_dtype, trainable).to_empty(device=device)
+
+
+def typed_meta_model(
+    config: TinyGPTVConfig, frozen_dtype: torch.dtype, trainable: Sequence[Part] = ()
+) -> TinyGPTVForConditionalGeneration:
+    """Build a model on the meta device in its final dtypes; see `empty_model`."""
     model = meta_model(config).to(frozen_dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     for name, parameter in model.named_parameters():
         if always_fp32(name) or any(part(name) for part in trainable):
             parameter.data = parameter.data.float()
-    return model.to_empty(device=device)
+    return model
+
+
+def _load(model: nn.Module, quantized: Mapping[str, QuantizedLinear], weights: Mapping[str, Stored]) -> None:
+    """Read all weights one at a time into the model's parameters and its quantized layers."""
+    copy_weights(
+        dict(model.named_parameters()), {name: stored for name, stored in weights.items() if name not in quantized}
+    )
+    for name, layer in quantized.items():
+        layer.store(weights[name].read())
+    if quantized:
+        stored = sum(buffer.nbytes for buffer in quantized_buffers(model).values())
+        LOGGER.info("%d linear layers quantized, in %.3g GB", len(quantized), stored / 1e9)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -316,7 +346,7 @@ def _initialize(model: TinyGPTVForConditionalGeneration, loaded: set[str]) -> No
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     left = parameters.keys() - loaded
     unexplained = {n for n in left if not (projections(n) or lora(n) or ADDED_NORMS.fullmatch(n))}
-    unexplained |= {name for name in buffers if not name.endswith(".attn.k_bias")}
+    unexplained |= {name for name in buffers if not name.endswith(KEY_BIAS)} - quantized_buffers(model).keys()
     if unexplained:
         raise WeightsError(f"no file supplies {listing(unexplained)}; the log lists what each file held")
     with torch.no_grad():
@@ -336,8 +366,9 @@ def _initialize(model: TinyGPTVForConditionalGeneration, loaded: set[str]) -> No
 
 def _zero_buffers(model: nn.Module) -> None:
     """Zero timm's key bias, which is constant and in no file."""
-    for buffer in model.buffers():
-        buffer.zero_()
+    for name, buffer in model.named_buffers():
+        if name.endswith(KEY_BIAS):
+            buffer.zero_()
 
 
 def _initial_norm(name: str, shape: tuple[int, ...]) -> Tensor:

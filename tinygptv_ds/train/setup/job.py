@@ -14,6 +14,7 @@ from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.config.deepspeed import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
 from tinygptv_ds.config.deepspeed_rules import check_machine
 from tinygptv_ds.config.load import load_recipe, recipe_dict
+from tinygptv_ds.config.quantization import check_frozen_bits
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.distributed import Ranks, ranks_from_env
 from tinygptv_ds.errors import ConfigError
@@ -182,6 +183,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     json_path = args.deepspeed_config or args.deepspeed or default_deepspeed_json()
     resolved = resolve_deepspeed(load_deepspeed_json(json_path), loaded, ranks.world_size, str(json_path))
     check_machine(resolved, has_gpu=has_gpu(), source=str(json_path))
+    check_frozen_bits(loaded.model, resolved, str(json_path))
     run_dir = job_run_dir(args, loaded)
     if args.dry_run and args.evaluate_only:
         raise ConfigError("--dry-run is of a training, --evaluate-only of none: choose one")

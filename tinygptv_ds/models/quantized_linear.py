@@ -1,0 +1,184 @@
+"""Linear layers whose frozen weight is kept in 4 or 8 bit while what surrounds it is trained, by bitsandbytes.
+
+The weight is dequantized to the dtype of the computation where a forward or backward pass needs it, one layer at a
+time, and not kept. The gradient passes through to the input; the weight has none (QLoRA, Dettmers et al. 2023, arXiv
+2305.14314).
+
+| bits | stored for each block of weights | bytes per weight | error of normal values (RMS) |
+|---|---|---|---|
+| 4 | 64: NF4 codes, an 8-bit scale; for each 256 scales one in fp32 | 0.516 | 9.2 % |
+| 8 | 256: evenly spaced codes, a scale in fp32 | 1.016 | 0.7 % |
+
+For inference there are faster kernels, with other roundings (generate/quantize.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.models.lora import LoRALinear
+from tinygptv_ds.models.parameters import quantizable
+
+_BLOCK = {4: 64, 8: 256}  # weights that share a scale
+_SCALES = 256  # scales of 4 bit that share a scale of their own
+
+
+def quantize_layers(model: nn.Module, bits: int, *, vision: bool) -> dict[str, QuantizedLinear]:
+    """Let the linear layers of Phi's blocks, and with `vision` of the ViT's, keep their weights in 4 or 8 bit.
+
+    To be called on a model on the meta device. The layers are changed in place and keep their biases and LoRA; each
+    weight disappears from the parameters, and `QuantizedLinear.store` supplies it.
+
+    Args:
+        model: the whole model or its vision path.
+        bits: 4 or 8.
+        vision: whether the ViT is quantized, too.
+
+    Returns:
+        The layers, by the canonical name of the weight.
+
+    Raises:
+        ConfigError: a layer is too small.
+    """
+    found = dict(linear_layers(model, vision=vision))
+    for name, layer in found.items():
+        if layer.weight.numel() % _BLOCK[bits]:
+            raise ConfigError(
+                f"model.frozen_bits: {bits} bits need weights in whole blocks of {_BLOCK[bits]}, and {name} has "
+                f"{layer.weight.numel()} elements; set it to null"
+            )
+        # As torch's own lazy modules do: the layer keeps its place, and with it everything that refers to it.
+        layer.__class__ = QuantizedLoRALinear if isinstance(layer, LoRALinear) else QuantizedLinear
+        assert isinstance(layer, QuantizedLinear)
+        layer.forget_weight(bits)
+    keep_vit_weights_inside(model, vision=vision)
+    return {name: layer for name, layer in found.items() if isinstance(layer, QuantizedLinear)}
+
+
+def linear_layers(model: nn.Module, *, vision: bool) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield what may be quantized, by the canonical name of the weight: see `parameters.quantizable`."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and quantizable(f"{name}.weight", vision=vision):
+            yield f"{name}.weight", layer
+
+
+def keep_vit_weights_inside(model: nn.Module, *, vision: bool) -> None:
+    """Let timm call its qkv layers, whose weights it would otherwise take out; needed where they are quantized."""
+    for block in model.get_submodule("visual_encoder.blocks").children() if vision else ():
+        # torch types attributes as Tensor | Module.
+        block.get_submodule("attn").qkv_bias_separate = True  # type: ignore[assignment]
+
+
+def quantized_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return everything that is stored of quantized weights, by canonical name."""
+    return {
+        f"{name}.{kind}": buffer
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLinear)
+        for kind, buffer in layer.named_buffers(recurse=False)
+    }
+
+
+class QuantizedLinear(nn.Linear):
+    """`x W^T + b` with a frozen W that is stored in 4 or 8 bit; made by `quantize_layers`.
+
+    Everything stored is in non-persistent buffers of bytes, fp32 values included: so no cast of the model to 16 bit
+    changes a scale, and neither checkpoints nor `state_dict` hold frozen weights.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    scales_of_scales: Tensor
+    mean_scale: Tensor
+    table: Tensor
+
+    def forget_weight(self, bits: int) -> None:
+        """Replace the weight by room for its quantized form, on the same device."""
+        count, device = self.weight.numel(), self.weight.device
+        self.bits = bits
+        self.weight = None  # type: ignore[assignment]  # who reads it by mistake gets an error at once
+        blocks = count // _BLOCK[bits]
+        groups = -(-blocks // _SCALES)
+        sizes = {8: {"codes": count, "scales": 4 * blocks, "table": 4 * 256}}
+        sizes[4] = {"codes": count // 2, "scales": blocks, "scales_of_scales": 4 * groups, "mean_scale": 4}
+        sizes[4] |= {"table": 4 * 256}
+        for name, size in sizes[bits].items():
+            self.register_buffer(name, torch.empty(size, dtype=torch.uint8, device=device), persistent=False)
+
+    @torch.no_grad()
+    def store(self, weight: Tensor) -> None:
+        """Quantize a weight `[out, in]` of any floating dtype; it is not kept.
+
+        This always runs on the CPU, so that every machine has the same values.
+        """
+        for name, value in _quantize(weight.detach().to("cpu", torch.float32).flatten(), self.bits).items():
+            getattr(self, name).copy_(value.contiguous().view(torch.uint8).flatten())
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight `[out, in]` in a floating dtype."""
+        shape, table = (self.out_features, self.in_features), self.table.view(torch.float32)
+        ops = torch.ops.bitsandbytes
+        if self.bits == 8:
+            scales = self.scales.view(torch.float32)
+            return ops.dequantize_blockwise(self.codes, scales, table, _BLOCK[8], dtype).view(shape)
+        scales = ops.dequantize_blockwise(
+            self.scales, self.scales_of_scales.view(torch.float32), table, _SCALES, torch.float32
+        )
+        scales = scales + self.mean_scale.view(torch.float32)
+        # As rows of whole blocks, whatever the layer's width: on a CPU the kernel takes no others.
+        rows = [self.codes.numel() * 2 // _BLOCK[4], _BLOCK[4]]
+        return ops.dequantize_4bit(self.codes, scales, _BLOCK[4], "nf4", rows, dtype).view(shape)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer in autocast's dtype, else in the input's."""
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        return _FrozenProduct.apply(input.to(dtype), self)
+
+
+class QuantizedLoRALinear(LoRALinear, QuantizedLinear):
+    """A `LoRALinear` whose base is quantized: its LoRA is trained in its own precision."""
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """`x W^T + b`, which keeps neither x nor W for the backward pass: W is dequantized again there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, layer.dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.layer.dequantize(gradient.dtype), None
+
+
+def _quantize(weight: Tensor, bits: int) -> dict[str, Tensor]:
+    """Return the values of the buffers of `QuantizedLinear` for a weight, flattened, in fp32."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a kernel on a hub
+    from bitsandbytes import functional
+
+    if bits == 8:
+        even = functional.create_linear_map(signed=True, total_bits=8)
+        codes, state = functional.quantize_blockwise(weight, code=even, blocksize=_BLOCK[8])
+        return {"codes": codes, "scales": state.absmax, "table": even}
+    codes, state = functional.quantize_4bit(
+        weight.view(-1, _BLOCK[4]), blocksize=_BLOCK[4], compress_statistics=True, quant_type="nf4"
+    )
+    of_scales = state.state2
+    return {
+        "codes": codes,
+        "scales": state.absmax,
+        "scales_of_scales": of_scales.absmax,
+        "mean_scale": state.offset.reshape(1),
+        "table": of_scales.code,
+    }
