@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.parameters import quantizable
+from tinygptv_ds.models.precision import compute_dtype
 
 _BLOCK = {4: 64, 8: 256}  # weights that share a scale
 _SCALES = 256  # scales of 4 bit that share a scale of their own
@@ -138,9 +139,7 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the layer in autocast's dtype, else in the input's."""
-        kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        return _FrozenProduct.apply(input.to(dtype), self)
+        return _FrozenProduct.apply(input.to(compute_dtype(input)), self)
 
 
 class QuantizedLoRALinear(LoRALinear, QuantizedLinear):
