@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,10 +25,12 @@ from tinygptv_ds.errors import TinyGPTVError
 from tinygptv_ds.evaluation.benchmarks.held_out import read_held_out
 from tinygptv_ds.evaluation.cli import scores
 from tinygptv_ds.evaluation.report import save_json
+from tinygptv_ds.files import whole_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path("runs/quickstart")  # the recipes next to this file name it too
 DATA, WEIGHTS, MODEL = RUN / "data", RUN / "weights", RUN / "model"
+STANDINS = Path(__file__).with_name("pretrained")  # of the pretrained parts: what standins.py made with SEED
 STAGES = (1, 2, 3, 4)
 TEMPLATE = "[INST] {} [/INST]"  # stage 4's, in which every stage is asked
 SEED = 1
@@ -56,7 +59,7 @@ def print_heading(text: str) -> None:
     print(f"\n=== {text}", flush=True)
 
 
-def main() -> None:
+def main(train_standins: bool = False) -> None:
     """Run all parts in order."""
     os.chdir(ROOT)
     RUN.mkdir(parents=True, exist_ok=True)
@@ -64,7 +67,7 @@ def main() -> None:
     print_heading("Data: scenes of handwritten digits")
     timings.run("data", make_data)
     print_heading("Stand-ins for the pretrained parts: ViT, Q-Former, Phi")
-    timings.run("weights", make_weights)
+    timings.run("weights", partial(make_weights, train_standins))
     for stage in STAGES:
         print_heading(f"Stage {stage}")
         timings.run(f"stage{stage}", partial(train_stage, stage))
@@ -90,8 +93,16 @@ def make_data() -> bool:
     return True
 
 
-def make_weights() -> bool:
-    """Tiny pretrained parts in the released files' layouts."""
+def make_weights(train: bool) -> bool:
+    """Copy the stand-ins that come with the project, or train them again; either is reused if it is there."""
+    if not train:
+        if all((WEIGHTS / file.relative_to(STANDINS)).exists() for file in STANDINS.rglob("*")):
+            print(f"{WEIGHTS} is complete: reused")
+            return False
+        with whole_folder(WEIGHTS) as partial_folder:
+            shutil.copytree(STANDINS, partial_folder, dirs_exist_ok=True)
+        print(f"{WEIGHTS}: copied from {STANDINS.relative_to(ROOT)}; --train-standins makes them again")
+        return True
     from stages.tiny.standins import MANIFEST, make_standins
 
     manifest = WEIGHTS / MANIFEST
@@ -257,5 +268,10 @@ def print_table(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    run_command(main)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--train-standins",
+        action="store_true",
+        help="train the stand-ins of ViT, Q-Former and Phi (two minutes more) instead of copying those of the project",
+    )
+    run_command(partial(main, **vars(parser.parse_args())))

@@ -6,6 +6,8 @@ trains tiny ones of the same structure on digit scenes, each separately: ViT and
 is what TinyGPT-V's stages do: to carry what the queries say into Phi's embedding space, and to adapt Phi to it.
 
     python stages/tiny/standins.py --out DIR
+
+`pretrained/` holds what it makes, for the quick start to begin with.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from helpers.forked import fork_context
 from safetensors import safe_open
 from transformers import AutoTokenizer, PhiForCausalLM
 
-from stages.tiny import pretrain_text, pretrain_vision, standins
+from stages.tiny import pretrain_text, pretrain_vision, quickstart, standins
 from tinygptv_ds.config.recipe import ModelSection, TextSection
 from tinygptv_ds.weights.assemble import build_model
 
@@ -105,6 +105,31 @@ def test_complete_ones_are_reused_and_others_made_again(made, monkeypatch, capsy
         standins.make_standins(made, seed=2, steps=2)
     assert not (made / standins.MANIFEST).exists(), "half-made weights must not look complete"
     (made / standins.MANIFEST).write_text(before)
+
+
+def test_the_projects_own_were_made_by_this_code():
+    """The quick start copies them; what they were trained with is what the code would train them with today."""
+    recorded = json.loads((quickstart.STANDINS / standins.MANIFEST).read_text())["settings"]
+    current = standins._settings(quickstart.SEED, None)
+    assert {**recorded, "code": None} == {**current, "code": None}  # comments may have changed since
+    model = build_model(section(quickstart.STANDINS), TextSection(), frozen_dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(quickstart.STANDINS / "phi")
+    assert tokenizer.get_vocab() == pretrain_text.train_tokenizer(quickstart.SEED).get_vocab()
+    teacher = pretrain_text.Teacher(
+        pretrain_text.random.Random("held out"), tokenizer, pretrain_text.ImageTokens(model.config.image_token_id, 9)
+    )
+    with torch.no_grad():
+        loss = pretrain_text.text_loss(model, teacher.texts(50)).item()
+    assert loss < 0.5, "trained, not initial: 0.38 on 200 texts when they were made"
+
+
+def test_the_quick_start_copies_them_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "WEIGHTS", tmp_path / "weights")
+    assert quickstart.make_weights(train=False) and not quickstart.make_weights(train=False)
+    assert "--train-standins" in capsys.readouterr().out
+    for file in quickstart.STANDINS.rglob("*"):
+        copy = tmp_path / "weights" / file.relative_to(quickstart.STANDINS)
+        assert copy.is_dir() if file.is_dir() else copy.read_bytes() == file.read_bytes()
 
 
 def test_cell_words_are_what_is_in_the_scene(made):
