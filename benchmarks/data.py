@@ -43,8 +43,7 @@ from tinygptv_ds.data.shards.reader import ShardReader
 from tinygptv_ds.data.shards.writer import add_sample, open_tar
 from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.features.format import FeatureNotes, FeatureShape, source_of, tar_name, write_notes
-from tinygptv_ds.models.tinygptv import IMAGE_MEAN, IMAGE_STD
-from tinygptv_ds.processing.image import to_pixels
+from tinygptv_ds.processing.image import IMAGE_MEAN, IMAGE_STD, to_pixels
 from tinygptv_ds.processing.sequence import ImageTokens
 
 SOURCES = ((640, 480), (224, 224))

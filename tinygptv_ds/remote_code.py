@@ -135,6 +135,8 @@ class _Module:
     def _add_import(self, node: ast.Import | ast.ImportFrom, *, inside_function: bool) -> None:
         origin = node.module or "" if isinstance(node, ast.ImportFrom) else ""
         if origin.split(".")[0] == _PACKAGE:
+            if any(alias.asname is not None for alias in node.names):
+                raise ValueError(f"line {node.lineno} imports under another name, which a joined file cannot do")
             self.own_imports |= {alias.name: Definition(origin, alias.name) for alias in node.names}
             if inside_function:
                 self.dropped |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))

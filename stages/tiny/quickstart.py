@@ -237,7 +237,7 @@ def show_answer() -> None:
     from tinygptv_ds.generate.generate import answers
     from tinygptv_ds.generate.load import load_model
     from tinygptv_ds.generate.settings import Generation
-    from tinygptv_ds.generate.templates import choose_template
+    from tinygptv_ds.processing.templates import choose_template
 
     question = read_held_out("vqa", str(DATA / "digits_vqa/test"), 1)[0]
     image = RUN / "example.jpg"

@@ -22,7 +22,7 @@ from tinygptv_ds.generate.conversation import Conversation
 from tinygptv_ds.generate.generate import answers
 from tinygptv_ds.generate.load import LoadedModel
 from tinygptv_ds.generate.settings import Generation
-from tinygptv_ds.generate.templates import choose_template
+from tinygptv_ds.processing.templates import choose_template
 
 OPTIONS = ("--dtype", "fp32", "--max-new-tokens", "5")
 

@@ -27,7 +27,7 @@ from tinygptv_ds.generate.answerer import Answerer
 from tinygptv_ds.generate.conversation import Prompt, Turn
 from tinygptv_ds.generate.generate import AnswerStream, answers
 from tinygptv_ds.generate.settings import Generation
-from tinygptv_ds.generate.templates import TEMPLATES, choose_template
+from tinygptv_ds.processing.templates import TEMPLATES, choose_template
 
 NAME, KEY = "tiny", "secret"
 LIMITS = Limits(body_bytes=200_000, new_tokens=50, waiting=2, images=ImageLimits(2, 20_000, 90_000))

@@ -18,7 +18,7 @@ from tinygptv_ds.evaluation.benchmarks.table import PUBLISHED, open_published, o
 from tinygptv_ds.evaluation.cli import scores
 from tinygptv_ds.evaluation.wording import Settings, wording
 from tinygptv_ds.generate.conversation import Conversation
-from tinygptv_ds.generate.templates import TEMPLATES, choose_template
+from tinygptv_ds.processing.templates import TEMPLATES, choose_template
 
 ROOT = Path(__file__).parents[2]
 SHORT = "[vqa] Based on the image, respond to this question with a short answer:"

@@ -107,7 +107,7 @@ def test_tasks_of_local_files(tasks: Path, exported: Path, tmp_path: Path) -> No
     from tinygptv_ds.generate.generate import answers
     from tinygptv_ds.generate.load import load_model
     from tinygptv_ds.generate.settings import Generation
-    from tinygptv_ds.generate.templates import choose_template
+    from tinygptv_ds.processing.templates import choose_template
 
     model, processor = load_model(exported, torch.float32)
     rows = [json.loads(line) for line in (tasks / "data.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ from tinygptv_ds.generate.generate import answers, prompt_tokens, stream
 from tinygptv_ds.generate.load import LoadedModel
 from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.generate.stopping import cut
-from tinygptv_ds.generate.templates import training_template
+from tinygptv_ds.processing.templates import training_template
 from tinygptv_ds.processing.text import IMAGE_TAG
 
 SHORT = Generation(max_new_tokens=8)

@@ -30,7 +30,7 @@ from tinygptv_ds.evaluation.vqa_accuracy import (
     vqa_accuracy,
 )
 from tinygptv_ds.generate.conversation import Conversation
-from tinygptv_ds.generate.templates import PUBLISHED
+from tinygptv_ds.processing.templates import PUBLISHED
 
 
 def read(golden: Path, name: str) -> dict:

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tinygptv_ds.models.tinygptv import IMAGE_MEAN, IMAGE_STD, TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.image import to_pixels
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.processing.image import IMAGE_MEAN, IMAGE_STD, to_pixels
 
 
 def test_images(golden: Path) -> None:

@@ -1,4 +1,4 @@
-"""The names of question templates, as recipes and command lines give them. `generate/templates.py` has the texts."""
+"""The names of question templates, as recipes and command lines give them. `processing/templates.py` has the texts."""
 
 from __future__ import annotations
 

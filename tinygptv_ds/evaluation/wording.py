@@ -12,7 +12,7 @@ from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.evaluation.benchmarks.held_out import CAPTION
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, Task
 from tinygptv_ds.generate.conversation import Prompt, Turn, prompt_of
-from tinygptv_ds.generate.templates import PUBLISHED, Template, choose_template
+from tinygptv_ds.processing.templates import PUBLISHED, Template, choose_template
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, load_prompts
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.features.format import SIXTEEN_BIT, refuse_stale
 from tinygptv_ds.models.parameters import vision
 from tinygptv_ds.models.quantized_linear import quantized_buffers
-from tinygptv_ds.models.tinygptv import IMAGE_MEAN, IMAGE_STD, TinyGPTVForConditionalGeneration
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.processing.image import IMAGE_MEAN, IMAGE_STD
 
 
 def check_features(model: TinyGPTVForConditionalGeneration, data: DataSection, precision: str) -> None:

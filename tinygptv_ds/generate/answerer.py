@@ -9,9 +9,9 @@ from functools import cached_property
 from tinygptv_ds.generate.conversation import Prompt, Turn, prompt_of
 from tinygptv_ds.generate.generate import AnswerStream, answers, describe, prompt_tokens, stream
 from tinygptv_ds.generate.settings import Generation
-from tinygptv_ds.generate.templates import Template
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
+from tinygptv_ds.processing.templates import Template
 
 
 @dataclass(frozen=True)

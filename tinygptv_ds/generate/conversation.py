@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from tinygptv_ds.generate.templates import Template
+from tinygptv_ds.processing.templates import Template
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.template_names import check_template
-from tinygptv_ds.generate.templates import choose_template
+from tinygptv_ds.processing.templates import choose_template
 from tinygptv_ds.weights.paths import require_path
 
 if TYPE_CHECKING:

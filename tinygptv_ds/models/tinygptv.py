@@ -28,11 +28,8 @@ from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.loss import shifted_loss, token_losses
 from tinygptv_ds.models.phi import PhiForCausalLM, RMSNorm
 from tinygptv_ds.models.precision import compute_dtype, own_autocast, own_dtype
+from tinygptv_ds.processing.image import IMAGE_MEAN, IMAGE_STD
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
-
-# CLIP's statistics, which BLIP-2's image processor normalises with.
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # MKL multiplies fewer rows (below 28 with up to 16 threads, measured) by other kernels, which round differently. The
 # published 32 queries are enough.

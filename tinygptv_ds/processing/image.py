@@ -40,6 +40,9 @@ Source = bytes | str | Path | Image.Image  # encoded, a path, or decoded
 Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
 NO_BACKGROUND = "none"
+# CLIP's statistics, which BLIP-2's image processor normalises with, and here the model.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.processing.chat_template import default_chat_template, rendered_parts
 from tinygptv_ds.processing.detokenize import clean_up, cleans_up, decode
-from tinygptv_ds.processing.image import to_pixels
-from tinygptv_ds.processing.processor_inputs import ImageInput, Images, as_image, cut_rows, in_order, padded_length
+from tinygptv_ds.processing.image_processor import TinyGPTVImageProcessor
+from tinygptv_ds.processing.processor_inputs import ImageInput, Images, cut_rows, flat_images, in_order, padded_length
 from tinygptv_ds.processing.sequence import ImageTokens, check_placeholders, prompt_ids, tokenize, wrap
+from tinygptv_ds.processing.templates import choose_template
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
 from tinygptv_ds.remote_code import SavedWithCode
 
@@ -31,7 +33,8 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
         image_token_id: the token id at these rows.
         prompt_template: how a question was wrapped in training, with `{}` for the question; None: no wrap.
         end_sym: the text that ended every answer in training.
-        chat_template: a chat template of transformers; TinyGPT-V has none of its own.
+        chat_template: a chat template of transformers; None: of the wording above, or of the original's demo where
+            training had none.
     """
 
     def __init__(
@@ -44,7 +47,8 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
         end_sym: str = "###",
         chat_template: str | None = None,
     ) -> None:
-        super().__init__(tokenizer, chat_template=chat_template)
+        self._template = choose_template(None, prompt_template, end_sym)
+        super().__init__(tokenizer, chat_template=chat_template or default_chat_template(self._template))
         self.image_size = image_size
         self.num_query_tokens = num_query_tokens
         self.image_token_id = image_token_id
@@ -63,29 +67,48 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
             end_sym=config.end_sym,
         )
 
+    @property
+    def image_processor(self) -> TinyGPTVImageProcessor:
+        """The part that reads images."""
+        return TinyGPTVImageProcessor(self.image_size)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """The names of the model's inputs."""
+        return [*self.tokenizer.model_input_names, *TinyGPTVImageProcessor.model_input_names]
+
     def __call__(
         self,
         images: Images | str | Sequence[str] = None,
         text: str | Sequence[str] | Images = (),
+        videos: None = None,
+        audio: None = None,
         *,
         add_bos_token: bool = False,
+        add_special_tokens: bool = True,
         padding: bool | str = True,
+        padding_side: str = "left",
         truncation: bool = False,
         max_length: int | None = None,
-        return_tensors: str = "pt",
+        return_tensors: str | None = "pt",
     ) -> BatchFeature:
-        """Return left-padded inputs for a batch of prompts.
+        """Return padded inputs for a batch of prompts.
 
         Args:
             images: the images of each prompt; a flat list is distributed by the placeholders. Encoded, a path, a PIL
                 image, or an array or tensor as in `as_image`.
-            text: prompts, each with as many `<ImageHere>` as it has images; see `prompt`. The two may be given in
-                either order.
-            add_bos_token: put the BOS token in front, as in training. The original does not at inference.
+            text: prompts, each with as many `<ImageHere>` as it has images; see `prompt` and `apply_chat_template`. The
+                two may be given in either order.
+            videos: must be None, as `audio`; for callers that give all kinds of inputs.
+            audio: must be None.
+            add_bos_token: put the BOS token in front, as in training. The original does not at inference. A text of the
+                chat template brings its own.
+            add_special_tokens: as callers of transformers pass it; the tokenizer of Phi has none to add.
             padding: True or "longest", "max_length", or False for prompts of one length.
+            padding_side: "left", as generation needs it, or "right".
             truncation: cut prompts at `max_length` tokens.
             max_length: in tokens, those of images included.
-            return_tensors: "pt", the only kind there is.
+            return_tensors: "pt" or None for tensors of torch, "np" for arrays.
 
         Returns:
             `input_ids` and `attention_mask`, int64 `[B, L]`, and `pixel_values`, uint8 `[N, 3, S, S]`, where there is
@@ -95,20 +118,32 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
             DataError: placeholders and images do not match, an image cannot be decoded, or would be cut off.
             ValueError: an option has a value that is not among these.
         """
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' is supported")
+        if videos is not None or audio is not None:
+            raise ValueError("videos and audio: the model reads images and text")
+        if return_tensors not in ("pt", "np", None):
+            raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' and 'np' are supported")
         if truncation and max_length is None:
             raise ValueError("truncation=True needs max_length")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side={padding_side!r}: 'left' or 'right'")
         given, prompts = in_order(images, text)
         dealt = _deal(given, prompts)
         pairs = zip(prompts, dealt, strict=True)
-        rows = [self.row((prompt,), len(group), add_bos_token=add_bos_token) for prompt, group in pairs]
+        rows = [self._prompt_row(prompt, len(group), add_bos_token) for prompt, group in pairs]
         rows = cut_rows(rows, max_length if truncation else None, self.image_token_id)
-        inputs = self.pad(rows, padded_length(rows, padding, max_length))
+        inputs = self.pad(rows, padded_length(rows, padding, max_length), side=padding_side)
         pixels = self.pixels([image for group in dealt for image in group])
         if pixels is not None:
             inputs["pixel_values"] = pixels
-        return BatchFeature(inputs)
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()} if return_tensors == "np" else inputs
+        return BatchFeature(arrays)
+
+    def _prompt_row(self, prompt: str, num_images: int, add_bos_token: bool) -> list[int]:
+        """Return the token ids of one prompt, that of a conversation as training lays it out."""
+        bos = str(self.tokenizer.bos_token)
+        if self._template.in_parts and prompt.startswith(bos):
+            return self.row(rendered_parts(prompt, self._template, bos), num_images, add_bos_token=True)
+        return self.row((prompt,), num_images, add_bos_token=add_bos_token)
 
     def row(self, parts: Sequence[str], num_images: int, *, add_bos_token: bool) -> list[int]:
         """Return the token ids of one prompt, whose parts are tokenised one by one; errors as in `__call__`."""
@@ -119,22 +154,20 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
             ids += prompt_ids(self.tokenizer, part, part.count(IMAGE_PLACEHOLDER), tokens)
         return ids
 
-    def pad(self, rows: Sequence[list[int]], length: int | None = None) -> dict[str, Tensor]:
-        """Pad rows on the left, by default to the longest; returns `input_ids` and `attention_mask` of `__call__`."""
+    def pad(self, rows: Sequence[list[int]], length: int | None = None, *, side: str = "left") -> dict[str, Tensor]:
+        """Pad rows, by default to the longest; returns `input_ids` and `attention_mask` of `__call__`."""
         longest = max(map(len, rows), default=0) if length is None else length
-        pad = self.tokenizer.bos_token_id
-        return {
-            "input_ids": torch.tensor([[pad] * (longest - len(row)) + row for row in rows]),
-            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-        }
+        ids = torch.full((len(rows), longest), self.tokenizer.bos_token_id)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            place = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
+            ids[number, place] = torch.tensor(row, dtype=ids.dtype)
+            mask[number, place] = 1
+        return {"input_ids": ids, "attention_mask": mask}
 
     def pixels(self, images: Sequence[ImageInput]) -> Tensor | None:
         """Return uint8 `[N, 3, S, S]`, None where there is no image; errors as in `__call__`."""
-        if not images:
-            return None
-        size = self.image_size
-        taken = [as_image(image, size) for image in images]
-        return torch.from_numpy(np.stack([p if isinstance(p, np.ndarray) else to_pixels(p, size) for p in taken]))
+        return self.image_processor.pixels(list(images)) if images else None
 
     def prompt(self, question: str, num_images: int = 1) -> str:
         """Return a question as training words it: after its images, inside the template."""
@@ -161,10 +194,17 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
         texts = [text.split(stop)[0] if stop else text for text in texts]
         return [(clean_up(text) if cleans_up(self.tokenizer) else text).strip() for text in texts]
 
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Decode rows as the pipeline of transformers shows them, without the text that ends an answer."""
+        texts = self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+        return [text.removesuffix(self.end_sym) for text in texts]
+
 
 def _deal(images: Images, prompts: Sequence[str]) -> list[list[ImageInput]]:
     """Return the images of each prompt."""
-    given = [] if images is None else [images] if isinstance(images, ImageInput) else list(images)
+    given = flat_images(images) if images is None or isinstance(images, ImageInput) else list(images)
     flat = [each for each in given if isinstance(each, ImageInput)]
     if len(flat) < len(given):
         if len(given) != len(prompts):
@@ -172,6 +212,9 @@ def _deal(images: Images, prompts: Sequence[str]) -> list[list[ImageInput]]:
         return [[each] if isinstance(each, ImageInput) else list(each) for each in given]
     counts = [prompt.count(IMAGE_PLACEHOLDER) for prompt in prompts]
     if sum(counts) != len(flat):
-        raise DataError(f"the prompts hold {sum(counts)} times {IMAGE_PLACEHOLDER}, but there are {len(flat)} images")
+        raise DataError(
+            f"the prompts hold {sum(counts)} times {IMAGE_PLACEHOLDER}, but there are {len(flat)} images; "
+            "processor.prompt(question) and apply_chat_template place them"
+        )
     remaining = iter(flat)
     return [[next(remaining) for _ in range(count)] for count in counts]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import os
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from torch import Tensor
 from tinygptv_ds.errors import DataError
 
 ImageInput = bytes | str | Path | Image.Image | np.ndarray | Tensor  # encoded, a path, decoded, or from `to_pixels`
+_FETCH_SECONDS = 20
+_SHORTEST_BASE64 = 64  # characters; the smallest image files are longer, file names mostly shorter
 Images = ImageInput | Sequence[ImageInput] | Sequence[Sequence[ImageInput]] | None
 
 
@@ -23,15 +28,28 @@ def in_order(images: Any, text: Any) -> tuple[Images, list[str]]:
     return images, [text] if isinstance(text, str) else list(text or ())
 
 
+def flat_images(images: Images) -> list[ImageInput]:
+    """Return the images of an image, a list of images, or lists of them; a tensor `[N, 3, H, W]` is N images."""
+    if images is None:
+        return []
+    if isinstance(images, ImageInput):
+        several = isinstance(images, np.ndarray | Tensor) and images.ndim == 4
+        return list(images) if several else [images]  # type: ignore[arg-type]  # only those have several
+    return [image for each in images for image in flat_images(each)]
+
+
 def as_image(image: ImageInput, size: int) -> bytes | str | Path | Image.Image | np.ndarray:
     """Return an image that `to_pixels` takes, or the pixels `[3, size, size]` that the model takes.
 
+    A text is a path, an http(s) URL, which is fetched, or base64 with or without `data:image/...;base64,` before it.
     Arrays and tensors are `[H, W, 3]`, `[3, H, W]` or, in gray, `[H, W]`: uint8, or floats from 0 to 1. Other floats of
     shape `[3, size, size]` are pixels that are normalised already.
 
     Raises:
-        DataError: an array has another shape or range.
+        DataError: an array has another shape or range, or a URL cannot be fetched.
     """
+    if isinstance(image, str):
+        return _from_text(image)
     if not isinstance(image, np.ndarray | Tensor):
         return image
     array = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
@@ -48,6 +66,23 @@ def as_image(image: ImageInput, size: int) -> bytes | str | Path | Image.Image |
             " in uint8, or floats from 0 to 1"
         )
     return Image.fromarray(np.rint(array * 255).astype(np.uint8) if floats else array)
+
+
+def _from_text(text: str) -> bytes | str:
+    if text.startswith(("http://", "https://")):
+        request = urllib.request.Request(text, headers={"User-Agent": "Mozilla/5.0 (tinygptv)"})
+        try:
+            with urllib.request.urlopen(request, timeout=_FETCH_SECONDS) as answer:
+                return answer.read()
+        except OSError as error:
+            raise DataError(f"{text} cannot be fetched: {error}") from None
+    _, comma, data = text.partition(",") if text.startswith("data:") else ("", "", text)
+    if not comma and (len(text) < _SHORTEST_BASE64 or os.path.exists(text)):  # noqa: PTH110 - too long for a Path
+        return text
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError:
+        return text  # a path that does not exist
 
 
 def cut_rows(rows: list[list[int]], limit: int | None, image_token_id: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ from tinygptv_ds.evaluation.answer_scores import hateful_memes_label
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 from tinygptv_ds.evaluation.benchmarks.vsr import binary_label
-from tinygptv_ds.generate.templates import PUBLISHED
+from tinygptv_ds.processing.templates import PUBLISHED
 
 PLACES = {"questions": "hateful_meme/dev.jsonl", "images": "hateful_meme/hm_images"}
 

@@ -12,7 +12,7 @@ from typing import Any
 from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks, Fields
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file
-from tinygptv_ds.generate.templates import ICONQA
+from tinygptv_ds.processing.templates import ICONQA
 
 PLACES = {
     "questions": "iconvqa/choose_text_val.json",

@@ -9,7 +9,7 @@ from tinygptv_ds.evaluation.answer_scores import SHORT_ANSWER, okvqa_accuracy
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 from tinygptv_ds.evaluation.benchmarks.vizwiz import odd_answers
-from tinygptv_ds.generate.templates import PUBLISHED
+from tinygptv_ds.processing.templates import PUBLISHED
 
 PLACES = {
     "questions": "okvqa/okvqa_test_split.json",

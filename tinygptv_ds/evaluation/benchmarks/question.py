@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tinygptv_ds.generate.templates import Template
+from tinygptv_ds.processing.templates import Template
 
 Answer = Any  # generated text, or the losses of a question's choices
 

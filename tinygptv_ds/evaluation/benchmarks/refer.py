@@ -8,7 +8,7 @@ from pathlib import Path
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks, Fields
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
 from tinygptv_ds.evaluation.box_scores import clean_box_answer, counts_as_hit, is_well_formed
-from tinygptv_ds.generate.templates import PUBLISHED
+from tinygptv_ds.processing.templates import PUBLISHED
 
 LOCATE = "[refer] give me the location of {}"
 _NUMBER = (int, float)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tinygptv_ds.evaluation.answer_scores import clean_answer, vsr_hit, vsr_points
 from tinygptv_ds.evaluation.benchmarks.file_checks import Checks
 from tinygptv_ds.evaluation.benchmarks.question import Benchmark, Question, image_file, strict_and_compat
-from tinygptv_ds.generate.templates import PUBLISHED
+from tinygptv_ds.processing.templates import PUBLISHED
 
 PLACES = {"questions": "vsr/test.jsonl", "images": "vsr/vsr_images"}
 

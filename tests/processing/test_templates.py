@@ -10,9 +10,9 @@ from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.config.template_names import TEMPLATE_NAMES
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.generate.conversation import Conversation
-from tinygptv_ds.generate.templates import TEMPLATES, choose_template
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
+from tinygptv_ds.processing.templates import TEMPLATES, choose_template
 from tinygptv_ds.processing.text import render
 
 IMAGE = "<Img><ImageHere></Img>"
