@@ -90,12 +90,8 @@ def test_a_step(source: str, raw_recipe: Callable[..., dict[str, Any]]) -> None:
     model = TinyGPTVForConditionalGeneration(config)
     train_only(model, projections, norms, lora)
     engine = Engine.__new__(Engine)
-    engine.deepspeed, engine.module, engine.device, engine.scale = (
-        Plain(model),
-        model.train(),
-        torch.device("cpu"),
-        None,
-    )
+    engine.deepspeed, engine.module, engine.device = Plain(model), model.train(), torch.device("cpu")
+    engine.scale = engine.flat = None
     engine.untouched = LeaveUntouched(torch.optim.AdamW(weight_decay_groups(model, 0.05)), engine.device)
     engine.forward_clock = Stopwatch(engine.device)
     engine.ranks = Ranks(0, 0, 1, 1)

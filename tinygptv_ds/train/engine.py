@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tinygptv_ds.models.attention import choose_backend
 from tinygptv_ds.models.eva_vit import KEY_BIAS
 from tinygptv_ds.models.parameters import weight_decay_groups
 from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
+from tinygptv_ds.train.flat_optimizer import FlatOptimizer, gradient_norm
 from tinygptv_ds.train.loss_scale import LossScale
 from tinygptv_ds.train.metrics.stopwatch import Stopwatch
 from tinygptv_ds.train.untouched import LeaveUntouched
@@ -60,6 +62,7 @@ class Engine:
         config: the resolved DeepSpeed JSON.
         optimizer: AdamW's settings.
         ranks: this process among the ranks.
+        keep_zero: keep ZeRO's optimizer on a single rank, too, as DeepSpeed's own checkpoints need it.
 
     Attributes:
         deepspeed: the DeepSpeed engine.
@@ -67,7 +70,8 @@ class Engine:
         device: where this rank computes.
         ranks: as given.
         precision: "bf16", "fp16" or "fp32".
-        zero_stage: 1, 2 or 3.
+        zero_stage: 1, 2 or 3, as configured.
+        flat: the optimizer of a single rank, in place of that of ZeRO-1 or 2; else None.
         attention: the attention backend in use.
         untouched: keeps AdamW from moving what a step has not touched.
         scale: the loss scale under autocast in fp16, else None.
@@ -81,6 +85,8 @@ class Engine:
         config: Mapping[str, Any],
         optimizer: OptimizerSection,
         ranks: Ranks,
+        *,
+        keep_zero: bool = False,
     ) -> None:
         self.ranks = ranks
         self.precision, self.zero_stage = precision(dict(config)), zero_stage(dict(config))
@@ -89,14 +95,28 @@ class Engine:
         model.train()
         self.attention = choose_backend(model.attention, self.device, DTYPES[self.precision])
         groups = weight_decay_groups(model, optimizer.weight_decay, optimizer.lr_scale)
-        beta1, beta2 = optimizer.betas
-        adamw = torch.optim.AdamW(groups, lr=optimizer.lr, betas=(beta1, beta2), fused=self.device.type == "cuda")
+        make = partial(_make_adamw, settings=optimizer, device=self.device)
+        self.flat: FlatOptimizer | None = None
+        if not keep_zero and ranks.world_size == 1 and zero_is_needless(dict(config)):
+            nn.Module.to(model, self.device)  # before the weights become views: DeepSpeed would move each on its own
+            self.flat = FlatOptimizer(groups, make, float(config["gradient_clipping"]))
+            # Stage 0 clips by itself otherwise, and looks at no gradient.
+            config = {**config, "zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
+        adamw = make(groups) if self.flat is None else self.flat.optimizer
         self.untouched = LeaveUntouched(adamw, self.device)
         with held_prints():
-            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=config)
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=adamw if self.flat is None else partial(_given, self.flat), config=config
+            )
         self.module: TinyGPTVForConditionalGeneration = self.deepspeed.module
         _cast_buffers(self.module)
         autocast_fp16 = getattr(self.deepspeed.optimizer, "torch_autocast_gradscaler", None) is not None
+        if self.flat is not None:
+            autocast_fp16 = self.deepspeed.torch_autocast_z0_gradscaler is not None
+            self.deepspeed.torch_autocast_z0_gradscaler = None  # `scale` takes its place
+            self.deepspeed.enable_backward_allreduce = False  # it would copy all gradients twice, for one rank's sum
+        elif self.zero_stage < 3 and not self.deepspeed.optimizer.cpu_offload:
+            _ask_once(self.deepspeed.optimizer)
         self.scale = LossScale(self.deepspeed.optimizer) if autocast_fp16 else None
         self.forward_clock = Stopwatch(self.device)
         self.skipped_before = 0
@@ -132,7 +152,11 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of a scalar loss, which the caller has divided by what it is a mean over."""
-        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        if self.flat is None:
+            self.deepspeed.backward(loss, scale_wrt_gas=False)
+        else:
+            self.deepspeed.backward(loss * self.flat.loss_scale, scale_wrt_gas=False)
+            self.flat.add_gradients()
 
     def step(self) -> None:
         """End a micro-batch; after the last one of a step the optimizer moves the weights, on all ranks or on none."""
@@ -172,10 +196,12 @@ class Engine:
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return whole fp32 copies of the trained weights on rank 0's CPU, nothing elsewhere. Call on all ranks."""
-        return self._gather_on_rank0(safe_get_full_fp32_param)
+        return self._gather_on_rank0(safe_get_full_fp32_param if self.flat is None else lambda parameter: parameter)
 
     def moments(self, moment: str) -> dict[str, Tensor]:
         """Return one of `MOMENTS` as `trained_state` returns the weights. Call on all ranks."""
+        if self.flat is not None:
+            return self._gather_on_rank0(partial(self.flat.moment, name=moment))
         self._link_optimizer_states()
         return self._gather_on_rank0(lambda parameter: safe_get_full_optimizer_state(parameter, moment))
 
@@ -198,7 +224,10 @@ class Engine:
         """Set one of `MOMENTS`, which exist from the first step on; `value` returns it whole, by parameter name."""
         self._link_optimizer_states()
         for name, parameter in self.trained_parameters():
-            safe_set_full_optimizer_state(parameter, value(name), moment)
+            if self.flat is None:
+                safe_set_full_optimizer_state(parameter, value(name), moment)
+            else:
+                self.flat.moment(parameter, moment).copy_(value(name))
 
     @property
     def optimizer_steps(self) -> int:
@@ -254,6 +283,46 @@ class Engine:
                 yield self.module
         finally:
             self.module.train()
+
+
+def zero_is_needless(config: dict[str, Any]) -> bool:
+    """Return whether a single rank can do without ZeRO's optimizer: it partitions, offloads and casts nothing here."""
+    offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    cast = any(config.get(section, {}).get("enabled") for section in ("bf16", "fp16"))
+    return zero_stage(config) < 3 and offload == "none" and not cast
+
+
+def _make_adamw(groups: list[dict[str, Any]], settings: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
+    beta1, beta2 = settings.betas
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(beta1, beta2), fused=device.type == "cuda")
+
+
+def _given(optimizer: FlatOptimizer, parameters: Any) -> FlatOptimizer:
+    """Return an optimizer as DeepSpeed wants one that is not torch's: made by a function of the parameters."""
+    return optimizer
+
+
+def _ask_once(optimizer: Any) -> None:
+    """Let the optimizer of ZeRO-1 and 2 look for gradients that are not finite once a step, and with few operations.
+
+    DeepSpeed 0.19 casts every gradient to fp64 on its own, adds up each group over the ranks on its own, and copies a
+    constant from the host for each group, for which the host waits; with clipping, or a `bf16` section, it waits again.
+    The norm says all of it: it is not finite where a gradient is not. Remove when DeepSpeed's own step waits once.
+    """
+
+    def norm(norm_type: int = 2) -> Tensor:
+        return gradient_norm(map(_sum_of_squares, optimizer.averaged_gradients.values()), add_up)
+
+    def add_up(squares: Tensor) -> Tensor:
+        torch.distributed.all_reduce(squares, group=optimizer.dp_process_group)
+        return squares
+
+    optimizer.check_overflow = lambda partition_gradients=True: None
+    optimizer.scaled_global_norm = norm
+
+
+def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
 
 
 def _cast_buffers(model: TinyGPTVForConditionalGeneration) -> None:

@@ -23,7 +23,7 @@ def optimizer_step(
 ) -> None:
     """Train on this rank's micro-batches of a step. Call on all ranks.
 
-    The host waits for the device once, where ZeRO checks whether a gradient is not finite.
+    The host waits for the device once, where the optimizer checks whether a gradient is not finite.
 
     Args:
         run: the run on this rank.

@@ -101,7 +101,10 @@ class Session:
         if checkpoint is not None:
             resume.load_weights(model, checkpoint)
         model.frozen_updates |= frozen_trainables(model)
-        engine = Engine(model, job.deepspeed, job.recipe.optimizer, job.ranks)
+        keep_zero = job.recipe.train.deepspeed_checkpoints
+        engine = Engine(model, job.deepspeed, job.recipe.optimizer, job.ranks, keep_zero=keep_zero)
+        if engine.flat is not None:
+            LOGGER.info("one rank leaves ZeRO-%d nothing to partition: AdamW moves flat tensors", engine.zero_stage)
         checkpointing = job.recipe.model.gradient_checkpointing
         LOGGER.info("attention: %s, gradient checkpointing: %s", engine.attention, checkpointing)
         first_step = 0 if checkpoint is None else resume.restore_optimizer(engine, checkpoint)
