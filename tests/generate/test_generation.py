@@ -8,8 +8,11 @@ from helpers import tiny
 
 from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.generate.conversation import Conversation, Prompt
-from tinygptv_ds.generate.generate import answers, prompt_tokens, stream
+from tinygptv_ds.generate.generate import answers, stream
+from tinygptv_ds.generate.inputs import prompt_tokens
 from tinygptv_ds.generate.load import LoadedModel
+from tinygptv_ds.generate.row import Row
+from tinygptv_ds.generate.sampling import next_tokens, row_seeds
 from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.generate.stopping import cut
 from tinygptv_ds.processing.templates import training_template
@@ -77,17 +80,13 @@ def test_draws(loaded: LoadedModel, prompts: list[Prompt]) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_draws_follow_the_softmax() -> None:
+def test_draws_follow_the_softmax(loaded: LoadedModel) -> None:
     """4000 draws: frequencies within 4 standard deviations of the probabilities, none of what top-k leaves out."""
-    from tinygptv_ds.generate.sampling import row_seeds, sampling_processors
-
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).repeat(4000, 1)
-    scores = logits
     settings = Generation(temperature=0.5, top_p=1.0, top_k=3)
-    for step in sampling_processors(settings, row_seeds(0, range(4000)), torch.device("cpu")):
-        scores = step(torch.zeros(4000, 0, dtype=torch.long), scores)
+    rows = [Row(loaded[1], Prompt(("a",)), [0], settings, seed) for seed in row_seeds(0, range(4000))]
     expected = torch.tensor([4.0, 2.0, 0.0, -torch.inf]).softmax(0)
-    share = scores.argmax(1).bincount(minlength=4) / 4000
+    share = torch.tensor(next_tokens(logits, rows)).bincount(minlength=4) / 4000
     assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / 4000).sqrt()).all()
 
 
@@ -116,7 +115,6 @@ def test_a_stream_ends_where_asked(loaded: LoadedModel, prompts: list[Prompt]) -
     left = stream(*loaded, prompts[1], Generation(max_new_tokens=180))
     for _piece in left:
         break
-    left.close()
     assert left.finish == "closed" and left.new_tokens < 100
     text = next(iter(answers(*loaded, prompts[1:2], SHORT)))
     stopped = stream(*loaded, prompts[1], replace(SHORT, stop=(text[2:4],)))
@@ -128,7 +126,7 @@ def test_an_error_in_a_stream_comes_out_of_it(
     loaded: LoadedModel, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = stream(*loaded, prompts[0], SHORT)
-    monkeypatch.setattr(loaded[0], "generate", lambda **_: 1 / 0)
+    monkeypatch.setattr(loaded[0].language_model.model, "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(broken)
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.golden_model import read
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from tinygptv_ds.evaluation.answer_scores import as_decoded, cut_turn, okvqa_answer
 from tinygptv_ds.evaluation.box_scores import clean_box_answer
 from tinygptv_ds.generate import generate
+from tinygptv_ds.generate.conversation import Prompt
 from tinygptv_ds.generate.generate import AnswerStream
+from tinygptv_ds.generate.row import Row
 from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.processing.detokenize import clean_up, cleans_up, decode
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
@@ -31,23 +32,44 @@ def tokenizer(golden: Path, known: dict) -> Any:
 
 
 class Written:
-    """What a model would have generated, in place of a batch of prompts."""
+    """What a model would have generated, in place of the decoding loop."""
 
-    def __init__(self, ids: list[int], tokenizer: Any, stops: tuple[str, ...]) -> None:
-        self.processor = SimpleNamespace(tokenizer=tokenizer)
-        self.generation, self.stops, self.lengths = Generation(), [stops], [1]
+    def __init__(self, ids: list[int]) -> None:
         self._ids = ids
 
-    def generate(self, streamer: Any = None, cancel: Any = None) -> Tensor:
-        for token in self._ids if streamer else ():
-            streamer.put(torch.tensor([token]))
-        return torch.tensor([self._ids])
+    def add(self, rows: list[Row]) -> None:
+        rows[0].ids, rows[0].ended = self._ids, True
+
+    def running(self) -> bool:
+        return False
+
+
+class OneByOne(Written):
+    """The same, token by token."""
+
+    def add(self, rows: list[Row]) -> None:
+        self._row, self._left = rows[0], list(self._ids)
+        self.step()
+
+    def step(self) -> None:
+        if self._left:
+            self._row.ids.append(self._left.pop(0))
+        self._row.ended = not self._left
+
+    def clear(self) -> None:
+        pass
+
+
+def row_of(tokenizer: Any, stops: tuple[str, ...]) -> Row:
+    processor = SimpleNamespace(tokenizer=tokenizer, pixels=lambda _: None, end_ids=lambda _: [])
+    return Row(processor, Prompt(("",), stop=stops), [0], Generation(), 0)
 
 
 @pytest.fixture
 def answer(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     def answered(ids: list[int], *stops: str, as_benchmark: bool = False) -> str:
-        monkeypatch.setattr(generate, "_Batch", lambda *args, **given: Written(ids, tokenizer, stops))
+        monkeypatch.setattr(generate, "Decoder", lambda *_, **__: Written(ids))
+        monkeypatch.setattr(generate, "new_row", lambda *_: row_of(tokenizer, stops))
         found = generate.answers(
             None, SimpleNamespace(tokenizer=tokenizer), [None], Generation(), as_benchmark=as_benchmark
         )
@@ -96,6 +118,6 @@ def test_conversations(cases: Iterator[dict], answer: Any, tokenizer: Any) -> No
         text = answer(case["ids"], "###")
         assert cut_turn(text) == case["chat_answer"], case
         assert text == case["decoded"].partition("###")[0].strip(), case
-        assert "".join(AnswerStream(Written(case["ids"], tokenizer, ("###",)))) == text, case
+        assert "".join(AnswerStream(OneByOne(case["ids"]), row_of(tokenizer, ("###",)))) == text, case
         own = SimpleNamespace(tokenizer=tokenizer, end_sym="###")
         assert processor(own, torch.tensor([case["ids"]])) == [text], case

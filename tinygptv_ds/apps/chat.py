@@ -179,7 +179,6 @@ class Chat:
             for piece in answer:
                 text += piece
                 print(piece, end="", flush=True)
-        answer.close()
         print()
         conversation.add_answer(text)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tinygptv_ds.generate.conversation import Prompt, Turn, prompt_of
-from tinygptv_ds.generate.generate import AnswerStream, answers, describe, prompt_tokens, stream
+from tinygptv_ds.generate.generate import AnswerStream, answers, stream
+from tinygptv_ds.generate.inputs import describe, prompt_tokens
 from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.processor import TinyGPTVProcessor

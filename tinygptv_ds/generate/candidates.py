@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.generate.conversation import Prompt
-from tinygptv_ds.generate.generate import vision_inputs
+from tinygptv_ds.generate.inputs import vision_inputs
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.processing.sequence import ImageTokens, TokenRow, build_sequence

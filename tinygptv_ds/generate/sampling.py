@@ -1,15 +1,20 @@
-"""Sampling that depends only on each row's own seed, so that a prompt has the same answer in any batch."""
+"""The next token of each row of a batch, greedy or drawn, by the row's own settings and seed.
+
+What a row gets depends on nothing but its own logits, settings, tokens and seed, so a prompt has the same answer in any
+batch.
+"""
 
 from __future__ import annotations
 
 import secrets
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from tinygptv_ds.generate.settings import Generation
+from tinygptv_ds.generate.row import Row
 
 _SPREAD = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: the seeds of neighboring prompts are far apart
 
@@ -20,25 +25,45 @@ def row_seeds(seed: int | None, numbers: Sequence[int]) -> list[int]:
     return [(base + _SPREAD * (number + 1)) % 2**63 for number in numbers]
 
 
-def sampling_processors(generation: Generation, seeds: Sequence[int], device: torch.device) -> list[LogitsProcessor]:
-    """Return the processors that turn greedy search into sampling: temperature, top-k, top-p, and noise per row."""
-    narrow: list[LogitsProcessor] = [TemperatureLogitsWarper(generation.temperature)]
-    if generation.top_k:
-        narrow.append(TopKLogitsWarper(generation.top_k))
-    if generation.top_p < 1:
-        narrow.append(TopPLogitsWarper(generation.top_p))
-    return [*narrow, _RowNoise(seeds, device)]
+def next_tokens(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    """Return the next token of each row.
+
+    Args:
+        logits: fp32 `[rows, vocabulary]`, changed in place.
+        rows: the rows that they belong to.
+    """
+    drawn: defaultdict[tuple[float, int, float], list[int]] = defaultdict(list)
+    for number, (row, scores) in enumerate(zip(rows, logits, strict=True)):
+        wanted = row.generation
+        if len(row.ids) < wanted.min_new_tokens:
+            scores[row.end_ids] = -torch.inf
+        if wanted.repetition_penalty != 1:
+            _penalize(scores, row.ids, wanted.repetition_penalty)
+        if wanted.samples:
+            drawn[wanted.temperature, wanted.top_k, wanted.top_p].append(number)
+    for settings, numbers in drawn.items():  # together, because sorting for top-p is the same for all
+        logits[numbers] = _narrowed(logits[numbers], *settings) - _noise(logits, [rows[number] for number in numbers])
+    return logits.argmax(-1).tolist()
 
 
-class _RowNoise(LogitsProcessor):
-    """Adds Gumbel noise, with which the largest score is a sample of the softmax (Gumbel-max trick, Gumbel 1954)."""
+def _penalize(scores: Tensor, ids: Sequence[int], penalty: float) -> None:
+    """Make the tokens of the answer less likely; those of the prompt do not count."""
+    taken = scores[list(ids)]
+    scores[list(ids)] = torch.where(taken < 0, taken * penalty, taken / penalty)
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Map scores `[B, vocabulary]` to noisy ones, fp32."""
-        noise = torch.empty_like(scores, dtype=torch.float32)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() - noise.log()
+def _narrowed(scores: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Apply temperature, top-k and top-p to `[rows, vocabulary]`, in this order."""
+    unused = torch.empty(0)  # transformers' processors also take the tokens so far
+    scores = TemperatureLogitsWarper(temperature)(unused, scores)
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(unused, scores)
+    return TopPLogitsWarper(top_p)(unused, scores) if top_p < 1 else scores
+
+
+def _noise(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Return noise; scores minus it are largest where the softmax draws (Gumbel-max trick, Gumbel 1954)."""
+    noise = logits.new_empty(len(rows), logits.shape[1])
+    for row, drawn in zip(rows, noise, strict=True):
+        drawn.exponential_(generator=row.generator(logits.device))
+    return noise.log()

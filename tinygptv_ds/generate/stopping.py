@@ -64,7 +64,7 @@ class StreamedText:
 
 
 class StopAtText(StoppingCriteria):
-    """Ends each row of a batch independently as soon as its new text holds a stop, however that is tokenized.
+    """Ends each row independently as soon as its new text holds a stop, however that is tokenized.
 
     Args:
         tokenizer: the tokenizer of the answers.
@@ -79,21 +79,13 @@ class StopAtText(StoppingCriteria):
         # A token is at least one byte, and the last one may begin anywhere in the stop.
         self._tail = max((len(stop.encode()) for stop in stops), default=0)
 
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Return whether an answer of these new tokens has just come to a stop."""
+        if not self._tail or len(ids) < max(self._min_new_tokens, 1):
+            return False
+        text = decode(self._tokenizer, ids[-self._tail :])
+        return any(stop in text for stop in self._stops)
+
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         """Return bool `[B]`; `input_ids` holds only new tokens, as in generation from embeddings."""
-        if not self._tail or input_ids.shape[1] < max(self._min_new_tokens, 1):
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        tails = [decode(self._tokenizer, row) for row in input_ids[:, -self._tail :].tolist()]
-        found = [any(stop in text for stop in self._stops) for text in tails]
-        return torch.tensor(found, device=input_ids.device)
-
-
-class StopOnRequest(StoppingCriteria):
-    """Ends all rows once `requested` is set, from any thread."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
-        """Return bool `[B]`."""
-        return torch.full((len(input_ids),), self.requested, device=input_ids.device)
+        return torch.tensor([self.ends(row) for row in input_ids.tolist()], device=input_ids.device)

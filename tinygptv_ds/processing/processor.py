@@ -184,6 +184,10 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
         forms = [tokenize(self.tokenizer, form) for form in (stop, f" {stop}")] if stop else []
         return [self.tokenizer.eos_token_id, *(ids[0] for ids in forms if len(ids) == 1)]
 
+    def end_ids(self, stops: Sequence[str]) -> list[int]:
+        """Return all tokens that end generation: the end token, and those of `stop_ids` of each stop."""
+        return sorted({self.tokenizer.eos_token_id}.union(*map(self.stop_ids, stops)))
+
     def answers(self, ids: Tensor, stop: str | None = None) -> list[str]:
         """Decode the answers in new tokens `[B, T]`: cut at the end token and at `stop` (None: `end_sym`), stripped.
 
