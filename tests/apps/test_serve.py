@@ -7,8 +7,9 @@ import json
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import openai
@@ -25,12 +26,14 @@ from tinygptv_ds.apps.serve.request_images import ImageLimits
 from tinygptv_ds.apps.serve.routes import Access, Limits, build_app
 from tinygptv_ds.generate.answerer import Answerer
 from tinygptv_ds.generate.conversation import Prompt, Turn
-from tinygptv_ds.generate.generate import AnswerStream, answers
+from tinygptv_ds.generate.decoding import Decoder
+from tinygptv_ds.generate.generate import answers
+from tinygptv_ds.generate.row import Row
 from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.processing.templates import TEMPLATES, choose_template
 
 NAME, KEY = "tiny", "secret"
-LIMITS = Limits(body_bytes=200_000, new_tokens=50, waiting=2, images=ImageLimits(2, 20_000, 90_000))
+LIMITS = Limits(body_bytes=200_000, new_tokens=50, waiting=2, images=ImageLimits(2, 20_000, 90_000), batch=1)
 DEFAULTS = Generation(max_new_tokens=12)
 
 
@@ -63,9 +66,9 @@ def until(happened: Callable[[], bool]) -> None:
 class Recording(Answerer):
     """A model that keeps what it was asked last."""
 
-    def stream(self, prompt: Prompt, generation: Generation) -> AnswerStream:
+    def row(self, prompt: Prompt, *given: Any) -> Row:
         self.__dict__["asked"] = prompt
-        return super().stream(prompt, generation)
+        return super().row(prompt, *given)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,7 @@ def test_text(client: openai.OpenAI, answerer: Answerer) -> None:
     assert choice.message.content == directly(answerer, [Turn("what colour ?")], DEFAULTS)
     assert choice.finish_reason == "length" and reply.usage.completion_tokens == 12
     prompt = answerer.prompt([Turn("what colour ?")])
-    assert reply.usage.prompt_tokens == answerer.prompt_length(prompt)
+    assert reply.usage.prompt_tokens == len(answerer.prompt_ids(prompt))
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + 12
 
 
@@ -182,7 +185,7 @@ def test_models_and_health(client: openai.OpenAI, address: str) -> None:
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).owned_by == "tinygptv_ds"
     health = httpx.get(f"{address}/health").json()
-    assert (health["status"], health["model"]) == ("ok", NAME)
+    assert (health["status"], health["model"]) == ("ready", NAME)
     with pytest.raises(openai.NotFoundError, match="only model here is 'tiny'"):
         client.models.retrieve("gpt-4")
 
@@ -343,32 +346,43 @@ def test_the_system_message_takes_the_place_of_the_templates(answerer: Answerer)
     assert asked.prompt([Turn("why?")]).text.startswith("Give the following image: <Img>ImageContent</Img>.")
 
 
-class Slow:
-    """A model whose answer goes on until it is closed, once it may begin."""
+class Slow(Decoder):
+    """Answers that go on until they are closed."""
 
-    def __init__(self, answerer: Answerer) -> None:
-        self.real, self.begun, self.closed = answerer, 0, 0
-        self.name, self.processor, self.context = NAME, answerer.processor, 100
-        self.prompt, self.prompt_length = answerer.prompt, answerer.prompt_length
-        self.template, self.max_characters = answerer.template, answerer.max_characters
-        self.finish, self.new_tokens = "stop", 0
+    def __init__(self) -> None:
+        self.rows, self.begun, self.closed = [], 0, 0
 
-    def stream(self, *_: object) -> "Slow":
-        return self
+    def add(self, rows: Sequence[Row]) -> None:
+        self._remove_closed()
+        self.begun += len(rows)
+        self.rows += rows
+        self._go_on()
 
-    def __iter__(self) -> Iterator[str]:
-        self.begun += 1
-        try:
-            while True:
-                time.sleep(0.01)
-                yield "a "
-        finally:
-            self.closed += 1
+    def step(self) -> None:
+        self._remove_closed()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        time.sleep(0.01)
+        for row in self.rows:
+            row.ids += [7, 8]  # never ends
+
+    def _remove_closed(self) -> None:
+        self.closed += sum(row.closed for row in self.rows)
+        self.rows = [row for row in self.rows if not row.closed]
+
+
+class With(Answerer):
+    """A model with another decoder."""
+
+    def __init__(self, answerer: Answerer, decoder: Decoder) -> None:
+        super().__init__(answerer.model, answerer.processor, answerer.template, NAME)
+        self.__dict__["decoder"] = lambda: decoder
 
 
 def test_who_leaves_ends_his_answer_and_who_is_too_many_is_sent_away(answerer: Answerer) -> None:
     """One is answered, two wait, the fourth is refused; then all leave, streaming or not, and nothing goes on."""
-    slow = Slow(answerer)
+    slow = Slow()
     body = {"model": NAME, "messages": HELLO}
 
     async def scenario(address: str) -> None:
@@ -396,10 +410,11 @@ def test_who_leaves_ends_his_answer_and_who_is_too_many_is_sent_away(answerer: A
             asking[1].cancel()
             await asyncio.to_thread(until, lambda: (slow.closed, slow.begun) == (2, 3))
             asking[2].cancel()
-            await asyncio.to_thread(until, lambda: slow.closed == 3)
+            while (await client.get("/health")).json()["in_hand"]:
+                await asyncio.sleep(0.01)
             await asyncio.gather(*asking, return_exceptions=True)
 
-    with serving(build_app(slow, DEFAULTS, LIMITS)) as address:
+    with serving(build_app(With(answerer, slow), DEFAULTS, LIMITS)) as address:
         asyncio.run(scenario(address))
 
 
@@ -407,14 +422,17 @@ def test_a_failure_is_reported(answerer: Answerer) -> None:
     """Before the first piece the error has a status of its own; after it, it comes within the stream."""
 
     class Failing(Slow):
-        def __iter__(self) -> Iterator[str]:
-            if self.begun:
-                yield "a"
-            self.begun = 1
+        def add(self, rows: Sequence[Row]) -> None:
+            if not self.begun:
+                self.begun = 1
+                raise RuntimeError("out of memory")
+            super().add(rows)
+
+        def step(self) -> None:
             raise RuntimeError("out of memory")
 
     with (
-        serving(build_app(Failing(answerer), DEFAULTS, LIMITS)) as address,
+        serving(build_app(With(answerer, Failing()), DEFAULTS, LIMITS)) as address,
         openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0) as client,
     ):
         with pytest.raises(openai.InternalServerError, match="the server failed: RuntimeError"):

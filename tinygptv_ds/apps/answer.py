@@ -236,7 +236,7 @@ def _prepare(question: QuestionRecord, work: BatchAnswering) -> PreparedQuestion
             except DataError as error:
                 raise DataError(f"image {number} of {len(encoded)}: {error}") from None
         prompt = work.answerer.prompt(_turns(question, pixels))
-        work.answerer.prompt_length(prompt, work.generation.max_new_tokens)
+        work.answerer.prompt_ids(prompt, work.generation.max_new_tokens)
     except DataError as error:
         return PreparedQuestion(question, problem=str(error))
     return PreparedQuestion(question, prompt)

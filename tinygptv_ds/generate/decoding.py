@@ -50,6 +50,7 @@ class Decoder:
 
         All must have the same number of beams. After an error the batch is as before.
         """
+        self._remove_ended()
         inputs = {name: each.to(self._model.device) for name, each in self._inputs(rows).items()}
         mask = inputs.pop("attention_mask")
         if rows[0].generation.num_beams > 1:

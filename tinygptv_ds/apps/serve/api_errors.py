@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from starlette.responses import JSONResponse
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}, 503: {"Retry-After": "10"}}
 
 
 class RequestError(Exception):
@@ -19,7 +26,7 @@ class RequestError(Exception):
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.code = status, code
         self.body = {
             "error": {
                 "message": message,
@@ -31,5 +38,4 @@ class RequestError(Exception):
 
     def response(self) -> JSONResponse:
         """Return the response to the client."""
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}}.get(self.status)
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse(self.body, self.status, _HEADERS.get(self.status))

@@ -1,9 +1,8 @@
-"""From a request of OpenAI's API to a prompt with settings, and to an answer in pieces with its finish reason."""
+"""From a request of OpenAI's API to the row of its answer, with prompt, images and settings."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -12,25 +11,8 @@ from tinygptv_ds.apps.serve.request_schema import ChatRequest
 from tinygptv_ds.apps.serve.turns import turns_of
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.generate.answerer import Answerer
-from tinygptv_ds.generate.conversation import Prompt
+from tinygptv_ds.generate.row import Row
 from tinygptv_ds.generate.settings import Generation
-
-
-@dataclass(frozen=True)
-class PreparedRequest:
-    """A checked request: its prompt, settings of generation, and length of the prompt in tokens."""
-
-    prompt: Prompt
-    generation: Generation
-    prompt_tokens: int
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The end of an answer: the reason, "stop" or "length", and the number of its tokens."""
-
-    reason: str
-    tokens: int
 
 
 def prepare(
@@ -41,8 +23,8 @@ def prepare(
     max_tokens: int,
     *,
     strict: bool = False,
-) -> PreparedRequest:
-    """Check that the model can answer a request.
+) -> Row:
+    """Check that the model can answer a request, and return the row of its answer.
 
     Args:
         answerer: the model.
@@ -59,10 +41,11 @@ def prepare(
         has_system = strict or bool(answerer.template.system)  # a template without a place for it raises an error below
         system, turns = turns_of(request.messages, images, has_system=has_system)
         prompt = answerer.prompt(turns, system)
-        length = answerer.prompt_length(prompt)
+        prompt_ids = answerer.prompt_ids(prompt)
     except DataError as error:
         code = "context_length_exceeded" if "exceed" in str(error) else "invalid_value"
         raise RequestError(str(error), param="messages", code=code) from None
+    length = len(prompt_ids)
     available = answerer.context - length
     wanted = request.new_tokens
     if wanted is not None and wanted > min(max_tokens, available):
@@ -82,11 +65,4 @@ def prepare(
             "stop": tuple(dict.fromkeys((*prompt.stop, *request.stop))),
         }
     )
-    return PreparedRequest(prompt, generation, length)
-
-
-def stream_answer(answerer: Answerer, prepared: PreparedRequest) -> Generator[str | Finish]:
-    """Yield the pieces of the answer, then its end; closing this generator ends the generation."""
-    stream = answerer.stream(prepared.prompt, prepared.generation)
-    yield from stream
-    yield Finish(stream.finish, stream.new_tokens)
+    return answerer.row(prompt, generation, prompt_ids)

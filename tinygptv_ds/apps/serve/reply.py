@@ -15,7 +15,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from tinygptv_ds.apps.serve.api_errors import RequestError
-from tinygptv_ds.apps.serve.completion import Finish
+from tinygptv_ds.apps.serve.batch_loop import Finish
 from tinygptv_ds.apps.serve.generation_queue import Place
 
 log = logging.getLogger(__name__)

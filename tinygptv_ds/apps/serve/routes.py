@@ -1,4 +1,4 @@
-"""The server's routes: `/v1/chat/completions`, `/v1/models` and `/health`, in the form of OpenAI's API.
+"""The server's routes: `/v1/chat/completions`, `/v1/models`, `/metrics` and `/health`, in the form of OpenAI's API.
 
 A request passes, in this order: key and host, the sizes of its body and messages, admission to the queue, its images,
 its prompt. What is refused has cost little, and a client that disconnects leaves nothing behind.
@@ -10,9 +10,9 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -21,12 +21,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from tinygptv_ds.apps.serve.api_errors import RequestError
-from tinygptv_ds.apps.serve.completion import prepare, stream_answer
+from tinygptv_ds.apps.serve.batch_loop import BatchLoop, Finish
+from tinygptv_ds.apps.serve.completion import prepare
 from tinygptv_ds.apps.serve.generation_queue import GenerationQueue, Place
+from tinygptv_ds.apps.serve.metrics import CONTENT_TYPE, Gauge, ServerMetrics
 from tinygptv_ds.apps.serve.reply import EventStream, Reply
 from tinygptv_ds.apps.serve.request_body import BodyBudget
 from tinygptv_ds.apps.serve.request_images import ImageLimits, load_images
@@ -49,14 +51,16 @@ class Limits:
         body_bytes: size of the body, including images in `data:` URLs; all bodies that are arriving may together be
             `_BODIES_AT_ONCE` times as large.
         new_tokens: length of an answer.
-        waiting: number of requests that may wait while one is answered.
+        waiting: number of requests that may wait while others are answered.
         images: number and size of the images.
+        batch: number of requests that are answered at a time.
     """
 
     body_bytes: int
     new_tokens: int
     waiting: int
     images: ImageLimits
+    batch: int = 8
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Access:
     """Who may use the server.
 
     Attributes:
-        api_key: required for `/v1/...`, unless it is None.
+        api_key: required for `/v1/...` and `/metrics`, unless it is None.
         hosts: accepted names of the server in the `Host` header, without port; empty: any. A server on the loopback
             interface needs them against DNS rebinding, by which a web page reaches it under a name of its own.
         origins: the web pages whose scripts may use the server, as in `Access-Control-Allow-Origin`.
@@ -87,7 +91,7 @@ def build_app(
         access: who may use the server.
         strict: whether conversations in another form than the training's are refused instead of rearranged.
     """
-    endpoints = _Endpoints(answerer, defaults, limits, strict)
+    endpoints = Endpoints(answerer, defaults, limits, strict)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -97,11 +101,12 @@ def build_app(
     def guarded(endpoint: _Endpoint, *, needs_key: bool = True) -> _Endpoint:
         return _guarded(endpoint, access.hosts, access.api_key if needs_key else None)
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", guarded(endpoints.chat), methods=["POST"]),
             Route("/v1/models", guarded(endpoints.models)),
             Route("/v1/models/{name:path}", guarded(endpoints.model)),
+            Route("/metrics", guarded(endpoints.metrics)),
             Route("/health", guarded(endpoints.health, needs_key=False)),
         ],
         middleware=[_cors(access.origins)] if access.origins else [],
@@ -112,21 +117,54 @@ def build_app(
         },
         lifespan=lifespan,
     )
+    app.state.endpoints = endpoints
+    return app
 
 
-class _Endpoints:
-    """The endpoints of one model. Arguments as of `build_app`."""
+class Endpoints:
+    """The endpoints of one model. Arguments as of `build_app`.
+
+    Attributes:
+        draining: set when no further requests are to be answered.
+    """
 
     def __init__(self, answerer: Answerer, defaults: Generation, limits: Limits, strict: bool) -> None:
         self._answerer, self._defaults, self._limits, self._strict = answerer, defaults, limits, strict
-        self._queue = GenerationQueue(limits.waiting)
+        self.draining = False
+        self._metrics = ServerMetrics()
+        self._loop = BatchLoop(answerer.decoder(), limits.batch, answerer.context, self._metrics)
+        self._queue = GenerationQueue(self._loop, limits.batch + limits.waiting)
         self._bodies = BodyBudget(limits.body_bytes, _BODIES_AT_ONCE * limits.body_bytes)
         self._decoders = ThreadPoolExecutor(_DECODERS, "image")
         self._texts = TextLimits(answerer.context, answerer.max_characters)
         self._created = int(time.time())
 
+    @property
+    def in_hand(self) -> int:
+        """The number of requests that are prepared, wait or are answered."""
+        return self._queue.in_hand
+
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
+        began = time.monotonic()
+        code = "500"
+        try:
+            response = await self._answer(request, began)
+            code = str(response.status_code)
+            return response
+        except RequestError as error:
+            code = str(error.status)
+            self._metrics.refused.add(1, error.code or "invalid_request")
+            raise
+        except (ClientDisconnect, asyncio.CancelledError):
+            code = "499"
+            raise
+        finally:
+            self._metrics.requests.add(1, code)
+
+    async def _answer(self, request: Request, began: float) -> Response:
+        if self.draining:
+            raise RequestError("the server is about to end: ask another one", status=503, code="draining")
         async with self._bodies.receive(request) as body:
             parsed = await asyncio.to_thread(parse_request, body, self._texts, strict=self._strict)
         if parsed.model != self._answerer.name:
@@ -134,20 +172,20 @@ class _Endpoints:
             raise RequestError(message, status=404, param="model", code="model_not_found")
         place = self._queue.admit()
         try:
-            return await self._reply(request, parsed, place)
+            return await self._reply(request, parsed, place, began)
         except BaseException:
             place.leave()
             raise
 
-    async def _reply(self, request: Request, parsed: ChatRequest, place: Place) -> Response:
+    async def _reply(self, request: Request, parsed: ChatRequest, place: Place, began: float) -> Response:
         answerer, limits = self._answerer, self._limits
         loading = load_images(parsed, answerer.processor.image_size, limits.images, self._decoders)
         images = await _unless_disconnected(request, loading)
-        prepared = await asyncio.to_thread(
+        row = await asyncio.to_thread(
             prepare, answerer, parsed, images, self._defaults, limits.new_tokens, strict=self._strict
         )
-        pieces = place.run(lambda: stream_answer(answerer, prepared))
-        reply = Reply(answerer.name, prepared.prompt_tokens)
+        pieces = self._timed(place.run(row), began)
+        reply = Reply(answerer.name, len(row.prompt_ids))
         if not parsed.stream:
             whole = JSONResponse(await _unless_disconnected(request, reply.whole(pieces)))
             place.leave()
@@ -155,6 +193,18 @@ class _Endpoints:
         first = await _unless_disconnected(request, anext(pieces))  # an error before the first piece has its own status
         events = reply.events(first, pieces, usage=parsed.stream_options.include_usage)
         return EventStream(events, place)
+
+    async def _timed(self, pieces: AsyncGenerator[str | Finish], began: float) -> AsyncGenerator[str | Finish]:
+        """Yield the pieces of an answer and measure when they come."""
+        waits = True
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if waits:
+                    self._metrics.first_token.observe(time.monotonic() - began)
+                    waits = False
+                if isinstance(piece, Finish):
+                    self._metrics.duration.observe(time.monotonic() - began)
+                yield piece
 
     async def models(self, request: Request) -> Response:
         """List the only model."""
@@ -167,9 +217,24 @@ class _Endpoints:
             raise RequestError(f"the only model here is {name!r}", status=404, code="model_not_found")
         return JSONResponse(_model(name, self._created))
 
+    async def metrics(self, request: Request) -> Response:
+        """Report the metrics."""
+        gauges = (
+            Gauge(
+                "tinygptv_requests_in_flight", "Requests that are prepared, wait or are answered.", lambda: self.in_hand
+            ),
+            Gauge(
+                "tinygptv_requests_waiting", "Requests that wait for a place in the batch.", lambda: self._loop.waiting
+            ),
+            Gauge("tinygptv_requests_running", "Requests in the batch.", lambda: self._loop.running),
+        )
+        return PlainTextResponse(self._metrics.text(*gauges), headers={"Content-Type": CONTENT_TYPE})
+
     async def health(self, request: Request) -> Response:
-        """Report that the server answers, and how many requests it has in hand."""
-        return JSONResponse({"status": "ok", "model": self._answerer.name, "in_hand": self._queue.in_hand})
+        """Report whether requests are answered, and how many are in hand."""
+        status = "draining" if self.draining else "ready"
+        body = {"status": status, "model": self._answerer.name, "in_hand": self.in_hand}
+        return JSONResponse(body, 503 if self.draining else 200)
 
     def close(self) -> None:
         """End all work."""

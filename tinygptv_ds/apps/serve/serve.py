@@ -6,14 +6,17 @@ import argparse
 import ipaddress
 import os
 import signal
+from typing import TYPE_CHECKING
 
 from tinygptv_ds.apps.server_args import add_serving_arguments, check_serving_arguments, listen
 from tinygptv_ds.errors import require
 from tinygptv_ds.log import set_up_logging
 
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
 KEY_VARIABLE = "TINYGPTV_API_KEY"
 _MB = 1_000_000
-_SHUTDOWN_SECONDS = 30  # for running answers
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -33,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--max-image-mb", 20, "MB of an encoded image"),
         ("--max-megapixels", 40, "million pixels of an image"),
         ("--max-body-mb", 64, "MB of a request"),
-        ("--max-waiting", 16, "requests waiting while one is answered"),
+        ("--max-batch", 8, "requests answered together"),
+        ("--max-waiting", 16, "requests waiting while others are answered"),
     ):
         limits.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: %(default)s)")
     group = parser.add_argument_group("access")
@@ -74,16 +78,14 @@ def run(args: argparse.Namespace) -> None:
         WeightsError: there is no such model.
     """
     defaults = check_serving_arguments(args, "starlette", "uvicorn", "pydantic")
-    for option in ("max_request_tokens", "max_images", "max_image_mb", "max_megapixels", "max_body_mb"):
+    for option in ("max_request_tokens", "max_images", "max_image_mb", "max_megapixels", "max_body_mb", "max_batch"):
         require(getattr(args, option) >= 1, f"--{option.replace('_', '-')} must be at least 1")
     require(args.max_waiting >= 0, "--max-waiting must be at least 0")
     api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     address = listen(args)
     set_up_logging()
 
-    import uvicorn
-
-    from tinygptv_ds.apps.serve.connections import BoundedConnection
+    from tinygptv_ds.apps.serve.readiness import ReadinessServer
     from tinygptv_ds.apps.serve.request_images import ImageLimits
     from tinygptv_ds.apps.serve.routes import Access, Limits, build_app
     from tinygptv_ds.generate.model_args import load_from
@@ -99,21 +101,23 @@ def run(args: argparse.Namespace) -> None:
     )
     hosts = (*_LOOPBACK, args.host, *args.allowed_host) if _is_loopback(args.host) else ()
     access = Access(api_key, frozenset(host.lower() for host in hosts), tuple(args.cors))
-    limits = Limits(args.max_body_mb * _MB, args.max_request_tokens, args.max_waiting, images)
-    answerer = load_from(args, name=args.model_name, show_prompts=args.show_prompt)
-    app = build_app(answerer, defaults, limits, access, strict=args.strict)
-    config = uvicorn.Config(
-        app,
-        http=BoundedConnection,
-        log_level="warning",
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-        server_header=False,
-    )
-    print(f"{answerer.name}, template {answerer.template.name}, at http://{args.host}:{args.port}/v1", flush=True)
-    if api_key is None and not _is_loopback(args.host):
-        print(f"anyone who reaches {args.host} is answered: --api-key or ${KEY_VARIABLE} asks for a key", flush=True)
+    limits = Limits(args.max_body_mb * _MB, args.max_request_tokens, args.max_waiting, images, args.max_batch)
+
+    def build() -> Starlette:
+        answerer = load_from(args, name=args.model_name, show_prompts=args.show_prompt)
+        app = build_app(answerer, defaults, limits, access, strict=args.strict)
+        print(f"{answerer.name}, template {answerer.template.name}, at http://{args.host}:{args.port}/v1", flush=True)
+        if api_key is None and not _is_loopback(args.host):
+            print(
+                f"anyone who reaches {args.host} is answered: --api-key or ${KEY_VARIABLE} asks for a key", flush=True
+            )
+        return app
+
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again after it has shut down
-    uvicorn.Server(config).run([address])
+    server = ReadinessServer(build)
+    server.run([address])
+    if server.error is not None:
+        raise server.error
 
 
 def _is_loopback(host: str) -> bool:
