@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
+_RSS = 21  # the field of resident pages, counted as in `_stat`
 
 
 def command_line(pid: int) -> list[str]:
@@ -56,6 +57,12 @@ def group_members(group: int) -> list[int]:
     """Return the processes of a process group that have not ended."""
     stats = ((pid, _stat(pid)) for pid in _all())
     return [pid for pid, fields in stats if fields and int(fields[2]) == group and fields[0] not in "ZX"]
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process that is resident; 0 where the kernel does not say."""
+    fields = _stat(os.getpid())
+    return int(fields[_RSS]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
 
 
 def own_processes() -> Iterator[int]:

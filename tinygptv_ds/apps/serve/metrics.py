@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from threading import Lock
+
+from tinygptv_ds.processes import resident_bytes
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -100,7 +100,7 @@ class ServerMetrics:
 
     def text(self, *gauges: Gauge) -> str:
         """Return everything in the text format, with numbers that are known elsewhere."""
-        memory = Gauge("process_resident_memory_bytes", "Resident memory.", _resident_bytes)
+        memory = Gauge("process_resident_memory_bytes", "Resident memory.", resident_bytes)
         return "".join(f"{line}\n" for each in (*vars(self).values(), *gauges, memory) for line in each.lines())
 
 
@@ -111,7 +111,3 @@ def _head(name: str, text: str, kind: str) -> Iterator[str]:
 
 def _labels(name: str, value: str) -> str:
     return f'{{{name}="{value}"}}' if name else ""
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -70,7 +70,7 @@ class ReadinessServer(uvicorn.Server):
     def _load(self) -> None:
         try:
             self._app = self._build()
-        except BaseException as error:  # raised again by whoever runs the server
+        except BaseException as error:  # raised again where the server is run
             self.error = error
             self.should_exit = True
 

@@ -11,7 +11,7 @@ from tinygptv_ds.generate.generate import answers, new_row
 from tinygptv_ds.generate.load import LoadedModel
 from tinygptv_ds.generate.row import Row
 from tinygptv_ds.generate.settings import Generation
-from tinygptv_ds.generate.templates import training_template
+from tinygptv_ds.processing.templates import training_template
 
 GREEDY = Generation(max_new_tokens=14, stop=())
 SETTINGS = [
