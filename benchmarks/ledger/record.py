@@ -25,9 +25,16 @@ _READ = "_local_scalar_dense"  # the host reads a value, and waits for the devic
 
 @dataclass(frozen=True)
 class Access:
-    """Bytes of one tensor that an operation reads or writes, and the key of its memory."""
+    """A tensor that an operation reads or writes.
+
+    Attributes:
+        memory: a key of its memory, which its views share.
+        offset: its first element there.
+        bytes: its size; of an expanded tensor, that of its memory.
+    """
 
     memory: int
+    offset: int
     bytes: int
 
 
@@ -127,8 +134,8 @@ class Recorder(TorchDispatchMode):
                 place.part,
                 place.block,
                 place.inner,
-                tuple(Access(_memory(x), int(min(_bytes(x), most))) for x in inputs),
-                tuple(Access(_memory(x), _bytes(x)) for x in outputs),
+                tuple(_access(x, most) for x in inputs),
+                tuple(_access(x) for x in outputs),
                 _flops(name, inputs, outputs, self._squares),
                 frozenset(x.dtype for x in inputs if x.is_floating_point() and x.dim()),
                 frozenset(x.device.type for x in (*inputs, *outputs) if x.dim() or x.device.type != "cpu"),
@@ -203,8 +210,8 @@ def _is_view(func: Any) -> bool:
     return func.is_view or any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _access(tensor: Tensor, most: float = float("inf")) -> Access:
+    return Access(tensor.untyped_storage()._cdata, int(tensor.storage_offset()), int(min(_bytes(tensor), most)))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -1,0 +1,29 @@
+"""Kernels, bytes and operations of a training step of the published size, counted without a GPU.
+
+`python -m benchmarks.ledger` prints the table of the current code and its differences from the committed one, which
+`--write` replaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks.ledger.table import CASES, LEDGER, changes, count_all, markdown, read, write
+
+
+def main() -> None:
+    """Print the table, or write it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help=f"replace {LEDGER.name}")
+    args = parser.parse_args()
+    table = count_all()
+    print("\n".join(markdown(table)))
+    if args.write:
+        write(table)
+    else:
+        different = [line for case in CASES for line in changes(case, read())]
+        print("\n".join(different) or f"as in {LEDGER.name}")
+
+
+if __name__ == "__main__":
+    main()
