@@ -6,9 +6,9 @@ from torch import Tensor
 
 from benchmarks.fake_gpu import DEVICE, backward, fake_gpu
 from benchmarks.gpu.plan import Case
-from benchmarks.ledger.fusion import Kernels, compiled, uncompiled
-from benchmarks.ledger.record import Recorder
-from benchmarks.ledger.table import CASES, REGENERATE, changes, markdown, name_of, read, versions
+from benchmarks.operations.fusion import Kernels, compiled, uncompiled
+from benchmarks.operations.record import Recorder
+from benchmarks.operations.table import CASES, REGENERATE, changes, markdown, name_of, read, versions
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

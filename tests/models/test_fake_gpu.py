@@ -9,8 +9,8 @@ from transformers.cache_utils import DynamicCache
 
 from benchmarks.fake_gpu import DEVICE, backward, fake_gpu, fake_model
 from benchmarks.gpu.plan import Case
-from benchmarks.ledger.record import Operation, Recorder
-from benchmarks.ledger.step import PHI, VISION, RecordedStep, published_config, record_step
+from benchmarks.operations.record import Operation, Recorder
+from benchmarks.operations.step import PHI, VISION, RecordedStep, published_config, record_step
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 

@@ -1,19 +1,24 @@
 """Kernels, bytes and operations of a training step of the published size, counted without a GPU.
 
-`python -m benchmarks.ledger` prints the table of the current code and its differences from the committed one, which
-`--write` replaces.
+Prints the table of the current code and its differences from the committed `ledger.json`, which `--write` replaces.
+
+    python benchmarks/ledger.py [--write]
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
-from benchmarks.ledger.table import CASES, LEDGER, changes, count_all, markdown, read, write
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.operations.table import CASES, LEDGER, changes, count_all, markdown, read, write
 
 
 def main() -> None:
     """Print the table, or write it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="benchmarks/ledger.py", description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help=f"replace {LEDGER.name}")
     args = parser.parse_args()
     table = count_all()

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.ledger.record import Access, Operation
+from benchmarks.operations.record import Access, Operation
 
 _SCATTERS = {"index_put", "index_add", "index_copy", "masked_scatter", "embedding_dense_backward"}
 _CONSTANTS = {"full", "scalar_tensor"}

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.fake_gpu import DEVICE, backward, fake_gpu, fake_model, on_gpu
 from benchmarks.gpu.model import make_batches, model_config, overrides
 from benchmarks.gpu.plan import Case
-from benchmarks.ledger.record import Recorder
+from benchmarks.operations.record import Recorder
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.models import dropout

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.plan import PUBLISHED_BATCH, Case
-from benchmarks.ledger.fusion import Kernels, compiled, uncompiled
-from benchmarks.ledger.step import record_step
+from benchmarks.operations.fusion import Kernels, compiled, uncompiled
+from benchmarks.operations.step import record_step
 
-LEDGER = Path(__file__).parent / "ledger.json"
-REGENERATE = "python -m benchmarks.ledger --write"
+LEDGER = Path(__file__).resolve().parents[1] / "ledger.json"
+REGENERATE = "python benchmarks/ledger.py --write"
 CASES = tuple(
     Case(stage, 2, "bf16", source, batch)
     for stage, batch in ((1, PUBLISHED_BATCH[1]), (4, PUBLISHED_BATCH[4]), (4, 16))
