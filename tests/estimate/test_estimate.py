@@ -23,13 +23,16 @@ from tinygptv_ds.estimate.model_size import (
     parameter_counts,
     parameter_shapes,
     phi_sizes,
+    quantized_weights,
     trained_names,
     trained_parts,
 )
 from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
 from tinygptv_ds.models.flops import FlopRates, PartFlops, flops_by_part
 from tinygptv_ds.models.parameters import PARTS, lora, norms, projections, train_only
+from tinygptv_ds.models.quantized_linear import quantize_layers, quantized_buffers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.weights.assemble import typed_meta_model
 
 ROOT = Path(__file__).parents[2]
 FULL = ROOT / "tests/golden/data/full/trainable_full_size.json"
@@ -175,6 +178,44 @@ def test_optimizer_and_weights_are_what_torch_holds() -> None:
     masters = sum(p.nbytes for p in trainable)
     assert len(trained) == len(trainable)
     assert (found.weights, found.optimizer) == (whole, moments + masters)
+
+
+@pytest.mark.parametrize("vision", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_are_what_torch_holds(bits: int, vision: bool) -> None:
+    """The bytes of a built model, within 1 per cent: a table of 1 KiB in each layer is not counted."""
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 3, "num_attention_heads": 8}
+    config = TinyGPTVConfig(
+        vision_config=EvaViTConfig(28, 14, 512, 3, 2, 2048), text_config=PHI_2 | text, lora_r=8, proj_hidden_size=64
+    )
+    shapes = parameter_shapes(config)
+    model = typed_meta_model(config, torch.bfloat16)
+    quantize_layers(model, bits, vision=vision)
+    train_only(model, projections, norms, lora)
+    held = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in quantized_buffers(model).values())
+    batch = MicroBatchSize(1, MeanSample(1, 10, 5))
+    quantized = quantized_weights(shapes, bits, vision=vision)
+    found = step_memory(config, parameter_counts(shapes), ALL, batch, 1, quantized)
+    assert found["ZeRO-2"].weights == pytest.approx(held, rel=0.01)
+    whole = step_memory(config, parameter_counts(shapes), ALL, batch, 1)["ZeRO-2"]
+    assert found["ZeRO-2"].weights < whole.weights and found["ZeRO-2"].optimizer == whole.optimizer
+    assert set(found) == {"ZeRO-1", "ZeRO-2"}
+
+
+def test_published_weights_in_4_bit(capsys: pytest.CaptureFixture[str]) -> None:
+    call(
+        estimate,
+        str(ROOT / "stages/stage4.yaml"),
+        "--gpus",
+        "2",
+        "--set",
+        "train.batch_size=4",
+        "--set",
+        "model.frozen_bits=4",
+    )
+    text = capsys.readouterr().out
+    assert "2,516,582,400 frozen in 4 bit (0.516 bytes each)" in text
+    assert "ZeRO-2" in text and "ZeRO-3" not in text
 
 
 def test_zero_divides() -> None:

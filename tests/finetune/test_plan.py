@@ -122,7 +122,7 @@ def test_captions_are_asked_for(published: Recipe) -> None:
         (24, 1, "zero2_bf16.json", False),
         (12, 1, "zero2_bf16.json", True),
         (16, 1, "zero2_bf16.json", False),
-        (8, 1, "zero3_offload.json", True),
+        (8, 1, "zero2_bf16.json", True),
         (8, 4, "zero3_bf16.json", True),
     ],
 )
@@ -132,6 +132,26 @@ def test_what_fits(published: Recipe, gib: float, ranks: int, file: str, recompu
     assert (found.deepspeed, found.gradient_checkpointing) == (file, recomputed)
     smaller = fit(recipe, Devices(ranks, gib + 40, "a GPU"))
     assert smaller.micro_batch_size >= found.micro_batch_size
+
+
+def test_frozen_bits_are_the_last_but_one_resort(published: Recipe) -> None:
+    """As few as needed, on one card; where bitsandbytes is not installed, weights go to CPU memory instead."""
+    recipe = composed(published, samples=900)
+    found = {gib: fit(recipe, Devices(1, gib, "a GPU")) for gib in (6, 8, 12)}
+    assert [(f.frozen_bits, f.quantize_vision) for f in found.values()] == [(4, True), (4, False), (None, False)]
+    without = fit(recipe, Devices(1, 8, "a GPU", quantizes=False))
+    assert (without.deepspeed, without.frozen_bits) == ("zero3_offload.json", None)
+    whole = replace(recipe, model=replace(recipe.model, train=["projections", "norms", "llm"]))
+    assert fit(whole, Devices(1, 24, "a GPU")).frozen_bits is None
+    small = composed(published, devices=Devices(1, 8, "a GPU"), samples=900)
+    assert (small.model.frozen_bits, small.model.gradient_checkpointing) == (4, True)
+
+
+def test_bits_of_ones_own(published: Recipe) -> None:
+    null = composed(published, "model.frozen_bits=null", devices=Devices(1, 8, "a GPU"), samples=900)
+    assert null.model.frozen_bits is None
+    eight = composed(published, "model.frozen_bits=8", devices=Devices(1, 80, "a GPU"), samples=900)
+    assert eight.model.frozen_bits == 8
 
 
 def test_older_cards_compute_in_fp16(published: Recipe) -> None:

@@ -28,7 +28,8 @@ def cell(recipe: Recipe, gib: int) -> str:
     except ConfigError:
         return "-"
     how = "offload" if "offload" in found.deepspeed else "recomputed" if found.gradient_checkpointing else ""
-    return f"{found.micro_batch_size} {how}".strip()
+    bits = "" if found.frozen_bits is None else f"{found.frozen_bits} bit{' with ViT' if found.quantize_vision else ''}"
+    return ", ".join(filter(None, [f"{found.micro_batch_size} {how}".strip(), bits]))
 
 
 def table() -> list[str]:

@@ -20,6 +20,7 @@ from tinygptv_ds.estimate.model_size import (
     parameter_counts,
     parameter_shapes,
     phi_sizes,
+    quantized_weights,
     trained_names,
     trained_parts,
 )
@@ -103,19 +104,22 @@ def estimate(recipe: Recipe, cards: list[Card], *, gpus: int, mfu: float, data: 
         recomputed=recomputed,
         from_features=features,
     )
+    quantized = quantized_weights(shapes, recipe.model.frozen_bits, vision=recipe.model.quantize_vision)
+    memory = step_memory(config, counts, trained, batch, gpus, quantized)
     return Estimate(
         sizes_source=source,
         parameters=counts,
         trained=trained,
+        quantized=quantized,
         data=data,
         micro_batch=samples,
         gpus=gpus,
-        memory=step_memory(config, counts, trained, batch, gpus),
+        memory=memory,
         operations=operations,
         recomputed=recomputed,
         mfu=mfu,
         speed={card.name: _speed(card, operations, recipe, gpus * mfu) for card in cards},
-        sent=sent_in_a_step(volume, node),
+        sent={name: sent for name, sent in sent_in_a_step(volume, node).items() if quantized is None or name in memory},
         disk=_disk(
             recipe,
             data,

@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.estimate.data_summary import MeanSample
+from tinygptv_ds.estimate.model_size import QuantizedWeights
 from tinygptv_ds.models.flops import phi_linears
 
 if TYPE_CHECKING:
     from tinygptv_ds.models.configuration import TinyGPTVConfig
 
 SETTINGS = ("ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 + CPU offload")
+WITH_QUANTIZED = ("ZeRO-1", "ZeRO-2")  # those of `SETTINGS` that go with quantized weights
 GIB = 2**30
 _CONTEXT = 1.0 * GIB  # CUDA, cuBLAS and NCCL take 0.6 to 1.2 GiB
 _MARGIN = 0.06  # share of the rest that the allocator cannot use
@@ -60,9 +62,14 @@ class MicroBatchSize:
 
 
 def step_memory(
-    config: TinyGPTVConfig, counts: Mapping[str, int], trained: Collection[str], batch: MicroBatchSize, gpus: int
+    config: TinyGPTVConfig,
+    counts: Mapping[str, int],
+    trained: Collection[str],
+    batch: MicroBatchSize,
+    gpus: int,
+    quantized: QuantizedWeights | None = None,
 ) -> dict[str, Memory]:
-    """Return the peak of a step on one GPU under each of `SETTINGS`.
+    """Return the peak of a step on one GPU under each of `SETTINGS`; quantized weights do not go with ZeRO-3.
 
     Args:
         config: the model's configuration.
@@ -70,12 +77,16 @@ def step_memory(
         trained: trained parts.
         batch: the micro-batch of one GPU.
         gpus: number of GPUs that ZeRO divides its states among.
+        quantized: frozen weights that are kept in fewer than 16 bit.
     """
     trainable = sum(count for part, count in counts.items() if part in trained)
     frozen = sum(counts.values()) - trainable
-    whole = 2 * frozen + 4 * trainable
+    whole = 2.0 * frozen + 4 * trainable
     activations = _activations(config, trained, batch)
     activations += 2 * trainable  # autocast's bf16 copies
+    if quantized is not None:
+        whole -= 2 * quantized.count - quantized.stored
+        activations += 2 * quantized.largest  # one layer at a time is restored to 16 bit
     logits = _PER_LOGIT * batch.samples * batch.sample.targets * config.text_config.vocab_size
     bucket = 4 * 2 * min(_BUCKET, trainable)  # one bucket is filled while another is reduced
     gathered = _gathered(config)
@@ -96,6 +107,7 @@ def step_memory(
             _reserve(weights + optimizer + gradients + activations + logits),
         )
         for name, (weights, optimizer, gradients) in rows.items()
+        if quantized is None or name in WITH_QUANTIZED
     }
 
 

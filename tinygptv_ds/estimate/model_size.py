@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygptv_ds.config.parts import PARTS
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.models.parameters import part_of
+from tinygptv_ds.models.parameters import part_of, quantizable
 
 if TYPE_CHECKING:
     from tinygptv_ds.models.configuration import TinyGPTVConfig
@@ -23,6 +24,29 @@ PUBLISHED_PARTS = {1: ("projections", "norms"), 2: ("projections", "norms", "lor
 _PHI_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # For the order of the forward pass. A parameter of several parts counts for the first of `PARTS`: norms, not llm.
 FORWARD_ORDER = ("vit", "qformer", "projections", "llm", "norms", "lora")
+
+# Bytes of a quantized weight with its share of the scales; see models/quantized_linear.py.
+BYTES_PER_WEIGHT = {4: 1 / 2 + 1 / 64 + 4 / (64 * 256), 8: 1 + 4 / 256}
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """Frozen weights that are kept in 4 or 8 bit.
+
+    Attributes:
+        bits: 4 or 8.
+        count: number of weights.
+        largest: number of weights of the largest layer, which is restored to 16 bit where it is used.
+    """
+
+    bits: int
+    count: int
+    largest: int
+
+    @property
+    def stored(self) -> float:
+        """Return the bytes that they take."""
+        return BYTES_PER_WEIGHT[self.bits] * self.count
 
 
 def trained_parts(recipe: Recipe) -> tuple[str, ...]:
@@ -92,6 +116,16 @@ def parameter_counts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
             raise KeyError(f"{name} belongs to no part of the model")
         counts[part] += math.prod(shape)
     return counts
+
+
+def quantized_weights(
+    shapes: Mapping[str, tuple[int, ...]], bits: int | None, *, vision: bool
+) -> QuantizedWeights | None:
+    """Return what `model.frozen_bits` quantizes, None where it is null; `vision` is `model.quantize_vision`."""
+    if bits is None:
+        return None
+    sizes = [math.prod(shape) for name, shape in shapes.items() if quantizable(name, vision=vision)]
+    return QuantizedWeights(bits, sum(sizes), max(sizes))
 
 
 def trained_names(shapes: Mapping[str, tuple[int, ...]], trained: Collection[str]) -> list[str]:

@@ -37,7 +37,11 @@ def _parameters(result: Estimate) -> list[str]:
         for part, count in result.parameters.items()
     ]
     trainable = sum(result.parameters[part] for part in result.trained)
-    return ["parameters", *lines, f"  {'all':<12} {sum(result.parameters.values()):>15,}, {trainable:,} trained"]
+    total = f"  {'all':<12} {sum(result.parameters.values()):>15,}, {trainable:,} trained"
+    if (quantized := result.quantized) is not None:
+        each = quantized.stored / quantized.count
+        total += f", {quantized.count:,} frozen in {quantized.bits} bit ({each:.3f} bytes each)"
+    return ["parameters", *lines, total]
 
 
 def _memory(result: Estimate, cards: list[Card]) -> list[str]:
@@ -97,7 +101,7 @@ def _shares(result: Estimate, setting: str, computing: float, links: list[Link])
 def _wrong_choices(result: Estimate, cards: list[Card], links: list[Link]) -> list[str]:
     """Return a line for each card where ZeRO-3 would wait for longer than it computes, with the alternative."""
     lines = []
-    for card in cards:
+    for card in cards if "ZeRO-3" in result.sent else ():
         slow = [x.name for x in links if result.sent["ZeRO-3"].seconds(x) > result.speed[card.name].step_seconds]
         if slow:
             zero_2_fits = fits(result.memory["ZeRO-2"], card.gib)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tinygptv_ds.estimate.communication import SentBytes
 from tinygptv_ds.estimate.data_summary import DataSummary
 from tinygptv_ds.estimate.memory import Memory
+from tinygptv_ds.estimate.model_size import QuantizedWeights
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Estimate:
         sizes_source: a phrase that says where the model's sizes come from.
         parameters: number of parameters by part.
         trained: trained parts.
+        quantized: frozen weights in 4 or 8 bit, None where all of them are in 16.
         data: the mean sample, and the datasets' sizes.
         micro_batch: samples of one forward pass on one GPU.
         gpus: number of GPUs.
@@ -81,6 +83,7 @@ class Estimate:
     sizes_source: str
     parameters: dict[str, int]
     trained: tuple[str, ...]
+    quantized: QuantizedWeights | None
     data: DataSummary
     micro_batch: float
     gpus: int

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,6 @@ from tinygptv_ds.finetune.schedule import micro_batch_sizes
 
 if TYPE_CHECKING:
     from tinygptv_ds.config.recipe import Recipe
-    from tinygptv_ds.estimate.memory import Memory
 
 _MOST_SAMPLES = 16  # of a micro-batch; beyond that a card gains little, and single long samples weigh more
 _FEW_SAMPLES = 4  # below that, matrices are too small for a GPU, and recomputing with more samples is no slower
@@ -27,12 +27,14 @@ class Devices:
         gib: memory of the smallest GPU in GiB; None on a CPU.
         name: of the GPU, or "CPU".
         bf16: whether the GPUs compute in bf16.
+        quantizes: whether bitsandbytes is installed, which frozen weights in 8 or 4 bit need.
     """
 
     ranks: int
     gib: float | None
     name: str
     bf16: bool = True
+    quantizes: bool = True
 
     def __str__(self) -> str:
         return self.name if self.gib is None else f"{self.ranks} x {self.name} ({self.gib:.0f} GiB)"
@@ -47,12 +49,16 @@ class Fit:
         gradient_checkpointing: whether Phi's blocks are recomputed in the backward pass.
         deepspeed: the file in ds_configs/.
         reason: why, in a few words.
+        frozen_bits: bits of frozen linear layers; None: 16.
+        quantize_vision: whether those of the ViT are among them.
     """
 
     micro_batch_size: int
     gradient_checkpointing: bool
     deepspeed: str
     reason: str
+    frozen_bits: int | None = None
+    quantize_vision: bool = False
 
 
 def find_devices(wanted: int | None) -> Devices:
@@ -75,18 +81,21 @@ def find_devices(wanted: int | None) -> Devices:
         min(card.total_memory for card in cards) / 2**30,
         cards[0].name.removeprefix("NVIDIA "),
         torch.cuda.is_bf16_supported(including_emulation=False),
+        importlib.util.find_spec("bitsandbytes") is not None,
     )
 
 
-def fit(recipe: Recipe, devices: Devices) -> Fit:
+def fit(recipe: Recipe, devices: Devices, *, keep_bits: bool = False) -> Fit:
     """Return the fastest settings with which a step of this recipe fits into the devices' memory, by `estimate`.
 
     Tried in this order: ZeRO-2 with micro-batches from 16 samples down to 4, then recomputing Phi's blocks, ZeRO-3 over
-    several GPUs, and parameters and optimizer in CPU memory.
+    several GPUs; frozen weights of Phi in 8 bit, in 4 bit, and those of the ViT as well; and parameters and optimizer
+    in CPU memory.
 
     Args:
         recipe: its batch size divides among the ranks; micro-batch and gradient checkpointing are chosen here.
         devices: what there is.
+        keep_bits: leave `model.frozen_bits` and `model.quantize_vision` as the recipe has them.
 
     Raises:
         ConfigError: nothing fits.
@@ -95,20 +104,32 @@ def fit(recipe: Recipe, devices: Devices) -> Fit:
     sizes = [n for n in micro_batch_sizes(train.batch_size, devices.ranks) if n <= _MOST_SAMPLES]
     if devices.gib is None:
         return Fit(sizes[0], False, "cpu.json", "a CPU: fp32, and as many samples at once as the step has, up to 16")
-    needed_by = _memory_of(recipe, devices.ranks)
-    for size, again, setting in _choices(sizes, devices.ranks):
-        needed = needed_by(size, again)[setting].total / 2**30
+    memory_of = _memory_of(recipe, devices.ranks)
+    for choice in _choices(sizes, devices.ranks, _quantizations(recipe, devices, keep_bits=keep_bits)):
+        needed = memory_of(choice) / 2**30
         if needed <= _USED * devices.gib:
-            reason = f"{setting} takes {needed:.1f} of {devices.gib:.0f} GiB by `estimate`"
-            return Fit(size, again, _file(setting, devices.bf16), reason)
+            reason = f"{choice.setting} takes {needed:.1f} of {devices.gib:.0f} GiB by `estimate`"
+            file = _file(choice.setting, devices.bf16)
+            return Fit(choice.size, choice.again, file, reason, choice.bits, choice.vision)
     raise ConfigError(
         f"a step does not fit on {devices}, even with parameters and optimizer in CPU memory; a smaller image size "
         "(--set model.image_size=224) or shorter samples (--set text.max_txt_len=...) take less"
     )
 
 
-def _memory_of(recipe: Recipe, ranks: int) -> Callable[[int, bool], Mapping[str, Memory]]:
-    """Return a function from micro-batch size and gradient checkpointing to the memory by ZeRO setting."""
+@dataclass(frozen=True)
+class _Choice:
+    """Settings to try: micro-batch, gradient checkpointing, ZeRO, bits of frozen weights, whether the ViT's too."""
+
+    size: int
+    again: bool
+    setting: str
+    bits: int | None
+    vision: bool
+
+
+def _memory_of(recipe: Recipe, ranks: int) -> Callable[[_Choice], float]:
+    """Return a function from a choice to the bytes on one GPU."""
     from tinygptv_ds.estimate.data_summary import summarize_data
     from tinygptv_ds.estimate.memory import MicroBatchSize, step_memory
     from tinygptv_ds.estimate.model_size import (
@@ -116,25 +137,43 @@ def _memory_of(recipe: Recipe, ranks: int) -> Callable[[int, bool], Mapping[str,
         parameter_counts,
         parameter_shapes,
         phi_sizes,
+        quantized_weights,
         trained_parts,
     )
 
     sample, features = summarize_data(recipe).sample, recipe.data.features is not None
     config = model_configuration(recipe, phi_sizes(recipe)[0])
-    counts, trained = parameter_counts(parameter_shapes(config)), trained_parts(recipe)
+    shapes, trained = parameter_shapes(config), trained_parts(recipe)
+    counts = parameter_counts(shapes)
 
-    def memory(size: int, again: bool) -> Mapping[str, Memory]:
-        return step_memory(config, counts, trained, MicroBatchSize(size, sample, float(again), features), ranks)
+    def memory(choice: _Choice) -> float:
+        quantized = quantized_weights(shapes, choice.bits, vision=choice.vision)
+        batch = MicroBatchSize(choice.size, sample, float(choice.again), features)
+        return step_memory(config, counts, trained, batch, ranks, quantized)[choice.setting].total
 
     return memory
 
 
-def _choices(sizes: list[int], ranks: int) -> list[tuple[int, bool, str]]:
+def _quantizations(recipe: Recipe, devices: Devices, *, keep_bits: bool) -> list[tuple[int | None, bool]]:
+    """Return values of `model.frozen_bits` and `model.quantize_vision` to try, from those that change least on."""
+    model, trained = recipe.model, recipe.model.train or ()
+    if keep_bits:
+        return [(model.frozen_bits, model.quantize_vision)]
+    if not devices.quantizes or "llm" in trained:
+        return [(None, False)]
+    return [(None, False), (8, False), (4, False), *([] if "vit" in trained else [(4, True)])]
+
+
+def _choices(sizes: list[int], ranks: int, quantizations: Sequence[tuple[int | None, bool]]) -> Iterator[_Choice]:
     enough = [size for size in sizes if size >= min(_FEW_SAMPLES, sizes[0])]
-    choices = [(size, False, "ZeRO-2") for size in enough]
-    choices += [(size, True, "ZeRO-2") for size in sizes]
-    choices += [(size, True, "ZeRO-3") for size in sizes] if ranks > 1 else []
-    return choices + [(size, True, "ZeRO-3 + CPU offload") for size in sizes]
+    for bits, vision in quantizations:
+        yield from (_Choice(size, False, "ZeRO-2", bits, vision) for size in enough)
+        few = bits is None or (bits, vision) == quantizations[-1]  # rather fewer bits than fewer samples
+        yield from (_Choice(size, True, "ZeRO-2", bits, vision) for size in (sizes if few else enough))
+        if bits is None and ranks > 1:
+            yield from (_Choice(size, True, "ZeRO-3", None, False) for size in sizes)
+    if (None, False) in quantizations:
+        yield from (_Choice(size, True, "ZeRO-3 + CPU offload", None, False) for size in sizes)
 
 
 def _file(setting: str, bf16: bool) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.config.load import load_recipe
-from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.config.recipe import ModelSection, Recipe
 from tinygptv_ds.data.prepare.held_out import HELD_OUT, TRAIN
 from tinygptv_ds.data.shards.cache import ShardCache, count_samples
 from tinygptv_ds.data.shards.patterns import expand_shards
@@ -154,9 +154,10 @@ class Job:
         )
         export = ("export", str(self.run_dir), "--out", str(self.out), "--dtype", self.start.dtype)
         quiet = ("--master-port", str(free_port()), "--log-level", "warning")
+        bits = _as_trained(composed.recipe.model)
         template, model = composed.recipe.text.prompt_template, self.run_dir / "model"
-        before = self._eval(data, "before", self.start.path, self._of_start(template))
-        after = self._eval(data, "after", self.out, ())
+        before = self._eval(data, "before", self.start.path, (*self._of_start(template), *bits))
+        after = self._eval(data, "after", self.out, bits)
         return Planned(
             before=(
                 Phase("estimate", "Cost", ("estimate", recipe, "--gpus", str(self.devices.ranks)), depends=digest),
@@ -210,6 +211,13 @@ def can_score_captions() -> bool:
         print(f"note: {error}; without them, captions are scored by their words (f1)")
         return False
     return True
+
+
+def _as_trained(model: ModelSection) -> tuple[str, ...]:
+    """Return the options of `eval` for a card that holds frozen weights in 4 or 8 bit only."""
+    if model.frozen_bits is None:
+        return ()
+    return ("--bits", str(model.frozen_bits), *(["--quantize-vision"] if model.quantize_vision else []))
 
 
 def caption_instruction() -> str:

@@ -22,6 +22,7 @@ from tinygptv_ds.finetune.schedule import LR_SCALE, Given, Schedule, plan_schedu
 
 CAPTION_POOL = "stage3"
 HELD_OUT = "held_out"
+_BITS = ("model.frozen_bits", "model.quantize_vision")
 _SECTIONS = ("stage", "seed", "model", "text", "data", "optimizer", "train", "evaluation", "deepspeed")
 
 
@@ -111,10 +112,11 @@ def compose(
         deepspeed={"gradient_clipping": 1.0},
     )
     recipe = build_recipe(apply_overrides(recipe_dict(first), overrides), "--set")
-    found = fit(recipe, devices)
-    chosen = {"train.micro_batch_size": found.micro_batch_size}
-    chosen |= {"model.gradient_checkpointing": True} if found.gradient_checkpointing else {}
     own = {key for key, _, _ in (text.partition("=") for text in overrides)}
+    found = fit(recipe, devices, keep_bits=not own.isdisjoint(_BITS))
+    chosen: dict[str, Any] = {"train.micro_batch_size": found.micro_batch_size}
+    chosen |= {"model.gradient_checkpointing": True} if found.gradient_checkpointing else {}
+    chosen |= dict(zip(_BITS, (found.frozen_bits, found.quantize_vision), strict=True)) if found.frozen_bits else {}
     changes = [f"{key}={yaml.safe_dump(value).split()[0]}" for key, value in chosen.items() if key not in own]
     if "train.max_tokens" in own:
         changes = [change for change in changes if not change.startswith("train.micro_batch_size")]
@@ -184,6 +186,7 @@ def _remarks(data: Data, devices: Devices, schedule: Schedule, found: Fit) -> di
         "model.lora_r": "as in the weights; enough for thousands of samples",
         "model.lora_dropout": "a small set is seen many times",
         "model.gradient_checkpointing": found.reason if found.gradient_checkpointing else "not needed for the memory",
+        "model.frozen_bits": f"{found.reason}; more do not fit" if found.frozen_bits else "not needed for the memory",
         "text.prompt_template": "as in the weights",
         "text.prompts": "captions have no question of their own" if data.captions else "the data have questions",
         "data.num_workers": "the CPU trains" if devices.gib is None else "",
