@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import re
 import select
 import sys
 import time
@@ -86,18 +87,31 @@ def test_mistakes_do_not_end_it(say: Say, tmp_path: Path, image: Path) -> None:
     (tmp_path / "torn.png").write_bytes(image.read_bytes()[:60])
     lines = (
         f"/image {tmp_path}/none.png", f"/image {tmp_path}/torn.png", "/image", "/image http://127.0.0.1/x.png",
-        "/imagine", "<ImageHere> ?", "the bus " * 2500, "/help", "the bus",
+        "/imagine", "half a \udcff character", "the bus " * 2500, "/help", "the bus",
     )  # fmt: skip
     out, err = say("\n".join(lines))
     for message in (
         "none.png: no such image", "torn.png: the image cannot be decoded", "needs a path or a URL",
-        "not on the public internet", "no command /imagine; /help lists them", "1 times <ImageHere>",
+        "not on the public internet", "no command /imagine; /help lists them", "holds half a character",
         "exceed the model",
     ):  # fmt: skip
         assert message in err, message
     assert err.count("error: ") == 7
     alone, _ = say("the bus")
     assert out.endswith(alone) and "/image PATH|URL" in out
+
+
+def test_typed_tokens_are_words(say: Say, image: Path) -> None:
+    """Unless asked for: then they are tokens, and images have their place where they are written."""
+    typed = "is <ImageHere> a<|endoftext|> ?"
+    out, err = say(f"{typed}\n/prompt\n", "--image", image)
+    words = re.search(r"prompt: (\d+) tokens, 3 of them for 1 image", out)
+    assert "error" not in err and f"[INST] <Img><ImageHere></Img> {typed}  [/INST]" in out
+    out, err = say(f"{typed}\n/prompt\n", "--image", image, "--raw")
+    raw = re.search(r"prompt: (\d+) tokens, 3 of them for 1 image", out)
+    assert "error" not in err and f"[INST] {typed} [/INST]" in out
+    assert int(words[1]) > int(raw[1]) + 20  # each letter of `<|endoftext|>` and `<ImageHere>`
+    assert "1 times <ImageHere>" in say(f"{typed}\n", "--raw")[1]
 
 
 def test_mistakes_before_it_begins(exported: Path, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def _fingerprint(args: argparse.Namespace, generation: Generation) -> dict[str, 
     folder = path / "model" if (path / "model").is_dir() else path  # of a run directory
     files = [path] if path.is_file() else sorted(file for kind in _WEIGHTS for file in folder.glob(f"*{kind}"))
     options = ["bits", "quantize_vision", "dtype", "device", "merge_lora"]
-    options += ["template", "add_bos_token", "set", "background"]
+    options += ["template", "add_bos_token", "raw", "set", "background"]
     return {
         "input": sha256(args.input),
         "model": str(path),

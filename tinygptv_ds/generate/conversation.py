@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from tinygptv_ds.processing.templates import Template
-from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER
+from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, split_plain_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +35,8 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """All parts joined."""
-        return "".join(self.parts)
+        """All parts joined, as they are shown."""
+        return "".join(split_plain_text("".join(self.parts)))
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,10 @@ class Conversation:
         return Prompt(template.parts(self.turns), tuple(self.images), template.add_bos_token, template.stop)
 
     def add_answer(self, answer: str) -> None:
-        """Add the answer to the history, without any image placeholders that the model may have written."""
+        """Add the answer to the history; an image placeholder that the model may have written places nothing."""
         question, _ = self.turns[-1]
-        self.turns[-1] = (question, answer.replace(IMAGE_PLACEHOLDER, ""))
+        typed = self.template.as_typed(answer)
+        self.turns[-1] = (question, typed.replace(IMAGE_PLACEHOLDER, ""))
 
     def remove_unanswered(self) -> None:
         """Remove the last question with its images, if it was not answered."""

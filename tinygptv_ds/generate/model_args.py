@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.template_names import check_template
 from tinygptv_ds.processing.templates import choose_template
+from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER
 from tinygptv_ds.weights.paths import require_path
 
 if TYPE_CHECKING:
@@ -73,6 +74,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="start prompts with the BOS token (default: with the training's template and with texts)",
     )
+    group.add_argument(
+        "--raw",
+        action="store_true",
+        help="<ImageHere> in a question places an image, and special tokens such as <|endoftext|> become tokens; by "
+        "default all of them are words",
+    )
     group.add_argument("--show-prompt", action="store_true", help="print the exact text of each prompt, and its length")
 
 
@@ -126,4 +133,6 @@ def load_from(
     template = choose_template(args.template, processor.prompt_template, processor.end_sym)
     if args.add_bos_token is not None:
         template = replace(template, add_bos_token=args.add_bos_token)
+    if not args.raw:
+        template = replace(template, plain=(IMAGE_PLACEHOLDER, *processor.tokenizer.all_special_tokens))
     return Answerer(model, processor, template, name or args.model.resolve().name, show_prompts)

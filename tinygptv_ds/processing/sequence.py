@@ -15,7 +15,15 @@ import numpy as np
 
 from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Draw, Rendered, load_prompts, wrap
+from tinygptv_ds.processing.text import (
+    IMAGE_PLACEHOLDER,
+    IMAGE_TAG,
+    Draw,
+    Rendered,
+    load_prompts,
+    split_plain_text,
+    wrap,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +62,13 @@ class TokenRow:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return token ids without special tokens; an empty text has none."""
+    """Return token ids without special tokens in front; an empty text has none.
+
+    A special token that the text holds becomes that token, unless `as_plain_text` has made it words.
+    """
+    parts = split_plain_text(text)
+    if len(parts) > 1:
+        return [number for part in parts for number in tokenize(tokenizer, part)]
     if not text:
         return []
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -99,8 +113,9 @@ def check_placeholders(prompt: str, num_images: int) -> None:
     """
     found = prompt.count(IMAGE_PLACEHOLDER)
     if found != num_images:
+        shown = "".join(split_plain_text(prompt))[:200]
         raise DataError(
-            f"the prompt holds {found} times {IMAGE_PLACEHOLDER}, but there are {num_images} image(s): {prompt[:200]!r}"
+            f"the prompt holds {found} times {IMAGE_PLACEHOLDER}, but there are {num_images} image(s): {shown!r}"
         )
 
 

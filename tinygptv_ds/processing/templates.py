@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from tinygptv_ds.config.template_names import BENCHMARK, TRAINING, check_template
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
+from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, as_plain_text
 
 _SYSTEM = (
     "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
@@ -31,6 +31,8 @@ class Template:
         add_bos_token: whether the prompt starts with the BOS token.
         stop: texts that end an answer.
         padded: whether a question of a conversation with images has a space after it, as in training.
+        plain: texts without a meaning in questions, answers of the history and system messages: `<ImageHere>` and
+            special tokens such as `<|endoftext|>`. Those that are not listed place images, or become tokens.
         in_parts: whether every question and answer is tokenized separately, as in training; the original tokenizes its
             conversations as one text between images.
     """
@@ -44,6 +46,7 @@ class Template:
     stop: tuple[str, ...] = ("###",)
     padded: bool = False
     in_parts: bool = False
+    plain: tuple[str, ...] = ()
 
     @property
     def text(self) -> str | None:
@@ -59,7 +62,15 @@ class Template:
         """
         if not self.system:
             raise DataError(f"template {self.name} has no place for a system message; write it in the first question")
-        return replace(self, system=message)
+        return replace(self, system=self.as_typed(message))
+
+    def as_typed(self, text: str) -> str:
+        """Return a text that somebody typed or the model wrote, in which nothing of `plain` has a meaning.
+
+        Raises:
+            DataError: it holds half a character.
+        """
+        return as_plain_text(text, self.plain) if self.plain else text
 
     def parts(self, turns: Sequence[tuple[str, str | None]]) -> tuple[str, ...]:
         """Return the texts of a prompt, each of which is tokenized separately.
@@ -87,6 +98,7 @@ class Template:
         Raises:
             DataError: the question holds another number of `<ImageHere>`.
         """
+        question = self.as_typed(question)
         placed = question.count(IMAGE_PLACEHOLDER)
         if placed not in (0, images):
             raise DataError(

@@ -8,7 +8,7 @@ A record has one of three shapes, recognised by the key it holds:
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -20,6 +20,9 @@ from tinygptv_ds.errors import DataError
 
 IMAGE_PLACEHOLDER = "<ImageHere>"
 IMAGE_TAG = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
+
+# Half a character, which no text may hold: inside a typed `<ImageHere>` or special token it takes that its meaning.
+_BREAK = "\udbff"
 
 # Draws a uniform integer in [0, n). data/stream/mixture.py has the one that makes a stream reproducible.
 Draw = Callable[[int], int]
@@ -57,6 +60,25 @@ def load_prompts() -> Prompts:
 def wrap(template: str | None, question: str) -> str:
     """Return the question inside the template; braces of the question stay as they are."""
     return question if template is None else template.replace("{}", question, 1)
+
+
+def as_plain_text(text: str, meaningful: Collection[str]) -> str:
+    """Return a text in which none of `meaningful` means anything any more, but is read letter by letter.
+
+    `split_plain_text` has the text as it was.
+
+    Raises:
+        DataError: the text holds half a character, which no tokenizer takes.
+    """
+    _check_whole_characters(text, "the text")
+    for token in sorted(meaningful, key=len, reverse=True):  # the longest first, since one may be part of another
+        text = text.replace(token, token[:1] + _BREAK + token[1:])
+    return text
+
+
+def split_plain_text(text: str) -> list[str]:
+    """Return a text of `as_plain_text` in parts, in none of which anything is meaningful; other texts are one part."""
+    return text.split(_BREAK)
 
 
 def clean_caption(text: str, max_words: int = 50) -> str:
@@ -167,9 +189,13 @@ def _choose(value: object, field: str, draw: Draw) -> str:
 def _string(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"field {field!r} must be a string, not {type(value).__name__}")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"field {field!r} holds half a character (a lone surrogate), which no tokenizer takes")
+    _check_whole_characters(value, f"field {field!r}")
     return value
+
+
+def _check_whole_characters(text: str, where: str) -> None:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where} holds half a character (a lone surrogate), which no tokenizer takes")
 
 
 def _list(value: object, field: str, *, length: int | None = None, allow_empty: bool = False) -> list[Any]:

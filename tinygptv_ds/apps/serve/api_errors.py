@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from starlette.responses import JSONResponse
 
 _TYPES = {
@@ -11,6 +13,7 @@ _TYPES = {
     500: "server_error",
     503: "server_error",
 }
+_LONGEST = 1000  # characters of a message, which may repeat a part of the request
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}, 503: {"Retry-After": "10"}}
 
 
@@ -25,6 +28,7 @@ class RequestError(Exception):
     """
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        message, param = _short(message), None if param is None else _short(param)
         super().__init__(message)
         self.status, self.code = status, code
         self.body = {
@@ -36,6 +40,10 @@ class RequestError(Exception):
             }
         }
 
-    def response(self) -> JSONResponse:
-        """Return the response to the client."""
-        return JSONResponse(self.body, self.status, _HEADERS.get(self.status))
+    def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        """Return the response to the client, with these headers in addition to its own."""
+        return JSONResponse(self.body, self.status, {**_HEADERS.get(self.status, {}), **(headers or {})})
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -96,8 +96,11 @@ async def _encoded(url: str, limits: ImageLimits) -> bytes:
 def _from_data_url(url: str, limits: ImageLimits) -> bytes:
     """Decode a data URL; white space, missing padding and the URL-safe alphabet are read as clients write them."""
     head, comma, data = url.partition(",")
-    if not comma or not head.strip().lower().endswith(";base64"):
+    kind, *options = head[5:].lower().replace(" ", "").split(";")
+    if not comma or "base64" not in options:
         raise DataError("a data URL must look like data:image/jpeg;base64,...")
+    if not (kind in ("", "application/octet-stream") or kind.startswith("image/")):
+        raise DataError(f"the data URL says that it is {kind[:50]!r}; an image's begins with data:image/")
     if len(data) // 4 * 3 > limits.bytes * 1.1 + 2:  # line breaks add up to 3 %
         raise DataError(f"the image is larger than {limits.bytes:,} bytes")
     compact = unquote(data).translate(_BASE64_SPELLINGS).rstrip("=")

@@ -6,15 +6,15 @@ A field that changes nothing is accepted (`n: 1`, `tools: []`, null); one that c
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tinygptv_ds.apps.serve.api_errors import RequestError
+from tinygptv_ds.apps.serve.request_json import Path, field_name, read_json
 
-_Path: TypeAlias = tuple[int | str, ...]
 MAX_STOPS = 16
 SYSTEM_ROLES = ("system", "developer")
 
@@ -182,6 +182,11 @@ class TextLimits:
     parts: int
     characters: int
 
+    @property
+    def values(self) -> int:
+        """The number of commas and brackets that a request may have, in texts or around values."""
+        return self.characters + 20 * self.parts + 10_000
+
 
 def parse_request(body: bytes, limits: TextLimits, *, strict: bool = False) -> ChatRequest:
     """Parse and check a request.
@@ -194,7 +199,7 @@ def parse_request(body: bytes, limits: TextLimits, *, strict: bool = False) -> C
     Raises:
         RequestError: the body is wrong; names the first wrong field.
     """
-    decoded = _decode(body)
+    decoded = read_json(body, limits.values)
     _check_size(decoded.get("messages"), limits)
     try:
         request = ChatRequest.model_validate(decoded)
@@ -208,48 +213,6 @@ def parse_request(body: bytes, limits: TextLimits, *, strict: bool = False) -> C
     if strict:
         _check_alternation(request.messages)
     return request
-
-
-def _decode(body: bytes) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
-
-    try:
-        decoded = json.loads(body, parse_constant=refuse)
-        half = next((path for path, text in _texts(decoded) if not _is_unicode(text)), None)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise RequestError(f"the body is not JSON: {reason}", code="invalid_json") from None
-    if half is not None:
-        raise RequestError(
-            f"{_name(half)} contains half a character, a lone surrogate such as \\ud800: remove it",
-            param=_name(half),
-            code="invalid_value",
-        )
-    if not isinstance(decoded, dict):
-        raise RequestError("the body must be a JSON object", code="invalid_json")
-    return decoded
-
-
-def _texts(value: Any, path: _Path = ()) -> Iterator[tuple[_Path, str]]:
-    """Yield all texts of a JSON value with their places; the place of a key is its object's."""
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            yield path, key
-            yield from _texts(each, (*path, key))
-    elif isinstance(value, list):
-        for number, each in enumerate(value):
-            yield from _texts(each, (*path, number))
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_size(messages: Any, limits: TextLimits) -> None:
@@ -274,7 +237,7 @@ def _check_size(messages: Any, limits: TextLimits) -> None:
 
 def _refusal(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False, include_context=False)[0]
-    param = _name(_without_tags(first["loc"]))
+    param = field_name(_without_tags(first["loc"]))
     if first["type"] == "extra_forbidden":
         neutral = ChatRequest.neutral.get(param, ())
         only = f"; only {' or '.join(map(json.dumps, neutral))} is accepted" if neutral else ""
@@ -286,21 +249,13 @@ def _refusal(error: ValidationError) -> RequestError:
     return RequestError(f"{param}: {first['msg']}{had}", param=param, code="invalid_value")
 
 
-def _without_tags(path: _Path) -> _Path:
+def _without_tags(path: Path) -> Path:
     """Remove pydantic's tag of a message's part, which follows its number, from the place of an error."""
     return tuple(
         step
         for at, step in enumerate(path)
         if not (at >= 2 and path[at - 2] == "content" and isinstance(path[at - 1], int))
     )
-
-
-def _name(path: _Path) -> str:
-    """Return a field's name, e.g. `messages[0].content[1].image_url.url`."""
-    name = ""
-    for step in path:
-        name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
-    return name or "the body"
 
 
 def _check_messages(messages: list[Message]) -> None:

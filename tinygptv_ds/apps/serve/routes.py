@@ -319,4 +319,6 @@ def _request_error(request: Request, error: Exception) -> Response:
 def _http_error(request: Request, error: Exception) -> Response:
     """Answer a request for an unknown path, or with a wrong method."""
     assert isinstance(error, HTTPException)
-    return RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code).response()
+    return RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code).response(
+        error.headers
+    )
