@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinygptv_ds"
 BASE = {"errors", "config", "log", "distributed", "files", "retry", "dtypes", "resources", "arguments", "git_lfs"}
-BASE |= {"console", "processes", "remote_code"}
+BASE |= {"console", "processes", "remote_code", "plain_pickle"}
 MIDDLE = BASE | {"processing", "features.format", "data", "models"}
 # What each part of the package may import apart from itself; `__init__` (the version) is open to all.
 MAY_IMPORT = {
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "resources": set(),
     "console": set(),  # what every verb prints with, `cli` before it has imported anything else
     "processes": set(),  # /proc and the end of a parent: the loader, the launcher and finetune ask for them
+    "plain_pickle": {"errors"},
     "arguments": set(),
     "git_lfs": set(),
     "config": {"errors", "files", "resources"},
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "features.format": BASE | {"data"},  # the file format, read by the loader; computing the features comes later
     "train.schedule": BASE,  # pure functions of the recipe, as are the warnings about it
     "train.recipe_warnings": BASE | {"train.schedule"},
+    "train.liveness.stack_files": set(),  # names of files that a run writes and `doctor` reads
     "data": BASE | {"processing", "features.format", "train.recipe_warnings"},
     "models": BASE | {"processing"},
     "weights": MIDDLE,
@@ -40,10 +42,11 @@ MAY_IMPORT = {
     "evaluation": MIDDLE | {"weights", "generate"},
     "features": MIDDLE | {"weights"},
     # Scores while training; evaluation knows nothing of train.
-    "train": MIDDLE | {"weights", "generate", "evaluation", "train.schedule", "train.recipe_warnings"},
+    "train": MIDDLE
+    | {"weights", "generate", "evaluation", "train.schedule", "train.recipe_warnings", "train.liveness.stack_files"},
     "estimate": MIDDLE | {"train.recipe_warnings"},
     "apps": MIDDLE | {"weights", "generate", "evaluation"},
-    "doctor": MIDDLE,
+    "doctor": MIDDLE | {"train.liveness.stack_files"},
     "finetune": MIDDLE | {"weights", "evaluation", "estimate"},  # the verbs themselves run in processes of their own
     "cli": MIDDLE
     | {"train", "weights", "generate", "evaluation", "features", "estimate", "apps", "doctor", "finetune"},

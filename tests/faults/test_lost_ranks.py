@@ -15,6 +15,9 @@ from helpers.forked import Ranks, started
 from helpers.patience import PATIENCE
 from rank_hangs import hanging, in_step
 
+from tinygptv_ds.doctor.run_report import run_report
+from tinygptv_ds.plain_pickle import load_plain
+
 LOST = 75
 
 
@@ -135,7 +138,11 @@ def test_a_rank_that_hangs(recipe: Callable[..., Path], tmp_path: Path) -> None:
         assert len(re.findall(rf"^== \S+ \S+ rank 1 .*; process {process.pid}$", written, flags=re.M)) == 2
         assert len(re.findall(r"^== \S+ \S+ rank 1 .*; dataloader worker \d+, state S", written, flags=re.M)) == 2
         assert bool(re.search(r'rank_hangs.py", line \d+ in <lambda>', written)) == (rank == 1)
+        assert load_plain((run.folder / f"stacks/collectives_rank_{rank}").read_bytes())["entries"]
         assert re.search(r'stage4.py", line \d+ in main', written)
+    report = "\n".join(run_report(run.folder))
+    assert re.search(rf"rank-0.txt: \S+ \S+ {re.escape(who)} waiting .* process {run.processes[0].pid}\n", report)
+    assert "The others wait for rank 1, which has not reached the next collective: read its stacks.\n" in report
 
 
 def test_alone(recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -29,7 +29,14 @@ _IMPORTED = ("torch", "torchvision", "timm", "transformers", "deepspeed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options: without any, this machine is checked; with a hostfile, its hosts."""
+    """Add the options: without any, this machine is checked; with a hostfile, its hosts; with a run, what it left."""
+    parser.add_argument(
+        "run_directory",
+        type=Path,
+        nargs="?",
+        metavar="RUN",
+        help="a run that has hung or lost a rank: report the stacks and collectives that it has left, explained",
+    )
     parser.add_argument(
         "--hostfile",
         type=Path,
@@ -58,6 +65,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: training is impossible without something that is missing, or the options exclude each other.
     """
+    if args.run_directory is not None:
+        from tinygptv_ds.doctor.run_report import run_report
+
+        print("\n".join(run_report(args.run_directory)))
+        return
     results, where = _requested_checks(args)
     missing: dict[str, None] = {}
     for result in results:

@@ -3,10 +3,6 @@
 Training references from REFER's own files, and the evaluation files of MiniGPT-v2.
 """
 
-import io
-import pickle
-import pickletools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from tinygptv_ds.data.sets.common import (
     turn,
 )
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.plain_pickle import load_plain
 
 
 def refcoco(root: Path, name: str, split_by: str, *, inverse: bool = False) -> Iterator[Entry]:
@@ -81,11 +78,10 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        _check_memo(data)
         try:
-            refs = _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+            refs = load_plain(data)
         except UnicodeDecodeError:  # Python 2 byte strings in the platform's encoding of then
-            refs = _PlainUnpickler(io.BytesIO(data), encoding="latin-1").load()
+            refs = load_plain(data, "latin-1")
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:  # a torn pickle can raise nearly anything
@@ -93,22 +89,3 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
     if not isinstance(refs, list):
         raise DataError(f"{path}: holds a {type(refs).__name__}, not the list of references")
     return refs
-
-
-def _check_memo(data: bytes) -> None:
-    """Refuse a pickle that numbers a value beyond its own length: the unpickler takes 16 bytes for each below.
-
-    Seven bytes could thus take 64 GB. A text may look like such a number; only then is every opcode looked at.
-    """
-    binary = re.finditer(rb"r(?=(.{4}))", data, re.DOTALL)  # LONG_BINPUT; the number of PUT is written out
-    suspicious = any(int.from_bytes(match[1], "little") > len(data) for match in binary)
-    if not suspicious and not re.search(rb"p\d{%d}" % len(str(len(data))), data):
-        return
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name in ("LONG_BINPUT", "PUT") and argument is not None and argument > len(data):
-            raise DataError(f"refused: it numbers a value {argument}, more than its {len(data)} bytes can hold")
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        raise DataError(f"refused: a list of references has no business with {module_name}.{global_name}")

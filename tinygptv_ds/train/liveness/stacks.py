@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-FOLDER = "stacks"
+from tinygptv_ds.train.liveness.flight_recorder import write_flight_record
+from tinygptv_ds.train.liveness.stack_files import COLLECTIVES, FOLDER, STACKS
+
 SIGNAL = signal.SIGUSR2
 _PER_PROCESS = 0.1  # seconds for one process to write before the next gets the signal
 
@@ -24,17 +26,19 @@ class Stacks:
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
-        self.path = run_dir / FOLDER / f"rank-{rank}.txt"
+        self.path = run_dir / FOLDER / f"{STACKS}{rank}.txt"
+        self._collectives = self.path.with_name(f"{COLLECTIVES}{rank}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
         # Processes that are forked later inherit it, e.g. dataloader workers.
         faulthandler.register(SIGNAL, self._file, all_threads=True)
 
     def dump(self, why: str) -> None:
-        """Add the stacks of this process's threads, then those of its dataloader workers."""
+        """Add the stacks of this process's threads, then those of its dataloader workers, and write the collectives."""
         self._write(f"{why}; process {os.getpid()}")
         faulthandler.dump_traceback(self._file, all_threads=True)
         self.dump_workers(multiprocessing.active_children(), why)
+        write_flight_record(self._collectives)
 
     def dump_workers(self, workers: Iterable[BaseProcess], why: str) -> None:
         """Add the stacks of dataloader workers."""

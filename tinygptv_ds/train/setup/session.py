@@ -24,6 +24,7 @@ from tinygptv_ds.train.checkpoint import resume
 from tinygptv_ds.train.checkpoint.result import MODEL
 from tinygptv_ds.train.checkpoint.run_fingerprint import run_fingerprint
 from tinygptv_ds.train.engine import Engine, init_process_group
+from tinygptv_ds.train.liveness.flight_recorder import enable_flight_recorder
 from tinygptv_ds.train.liveness.group_timeout import set_group_timeout
 from tinygptv_ds.train.liveness.progress import first_group_timeout
 from tinygptv_ds.train.liveness.start_up import StartUp
@@ -47,6 +48,7 @@ def join_ranks(job: Job) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(cores_per_rank(job.ranks))
+    enable_flight_recorder(job.run_dir)
     device = init_process_group(job.ranks, first_group_timeout(job.recipe.train))
     check_same_options(job.ranks, job.settings())
     log_file = broadcast_from_rank0(job.ranks, lambda: str(start_run_dir(job)))
