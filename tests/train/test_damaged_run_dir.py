@@ -2,14 +2,17 @@
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tinygptv_ds.errors import CheckpointError, ConfigError, disk_problem
 from tinygptv_ds.files import sha256, whole_file, whole_folder
 from tinygptv_ds.log import LOGGER, set_up_logging
-from tinygptv_ds.train.checkpoint.resume import open_checkpoint
+from tinygptv_ds.train.checkpoint.content_check import check_state, check_tensors
 from tinygptv_ds.train.checkpoint.storage import STATE, SUMS, TENSORS, read_state
 from tinygptv_ds.train.metrics.board import open_board
 from tinygptv_ds.train.metrics.reporter import forget_after
@@ -77,7 +80,6 @@ def test_the_id_of_the_tracker(content: str, tmp_path: Path) -> None:
     [
         (STATE, b"{", "is no JSON"),
         (STATE, b"[]", "another version"),
-        (STATE, b'{"step": "x", "optimizer_steps": 1, "loss_scale": null, "must_match": {}}', "another version"),
         (TENSORS, b"\0" * 100, "is no safetensors file"),
     ],
 )
@@ -88,7 +90,64 @@ def test_damage_with_a_hash_that_fits(name: str, content: bytes, message: str, t
     (tmp_path / SUMS).write_text("".join(f"{sha256(tmp_path / each)}  {each}\n" for each in (TENSORS, STATE)))
     with pytest.raises(CheckpointError, match=message):
         read_state(tmp_path)
-        open_checkpoint(tmp_path)
+        check_tensors(tmp_path / TENSORS)
+
+
+GOOD = {"step": 9, "optimizer_steps": 8, "image_steps": 7, "skipped_steps": 1, "loss_scale": [1.0, 3], "must_match": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": -9}, "step is -9, not a whole number from 1 on"),
+        ({"step": "9"}, "step is '9', not"),
+        ({"step": True}, "step is True, not"),
+        ({"step": 10**12}, "step is 1000000000000, but the folder is named step-00000009"),
+        ({"optimizer_steps": None}, "optimizer_steps is None, not a whole number from 0 to 9"),
+        ({"optimizer_steps": 10}, "optimizer_steps is 10, not"),
+        ({"image_steps": -1}, "image_steps is -1, not"),
+        ({"skipped_steps": 1.5}, "skipped_steps is 1.5, not"),
+        ({"loss_scale": [0, 0]}, r"loss_scale is \[0, 0\], not null"),
+        ({"loss_scale": [float("nan"), 0]}, r"loss_scale is \[nan, 0\], not null"),
+        ({"loss_scale": 65536.0}, "loss_scale is 65536.0, not null"),
+        ({"must_match": [1]}, "must_match is a list, not"),
+    ],
+)
+def test_a_state_that_makes_no_sense(change: dict, message: str) -> None:
+    folder = Path("step-00000009")
+    check_state(folder, GOOD)
+    check_state(folder, {key: GOOD[key] for key in GOOD if key not in ("image_steps", "skipped_steps")})  # version 0.1
+    with pytest.raises(CheckpointError, match=message):
+        check_state(folder, GOOD | change)
+
+
+def negative(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["exp_avg_sq/a"][0, 0] = -1e-9
+
+
+TENSOR_DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    r"weight/a holds NaN or Inf": lambda t: t["weight/a"].fill_(float("nan")),
+    r"exp_avg/a holds NaN or Inf": lambda t: t["exp_avg/a"].fill_(float("inf")),
+    r"exp_avg_sq/a holds negative values": negative,
+    r"exp_avg/a is \[3, 2\], its weight \[2, 3\]": lambda t: t.update({"exp_avg/a": torch.zeros(3, 2)}),
+    r"exp_avg_sq/a is torch.bfloat16, not": lambda t: t.update({"exp_avg_sq/a": torch.zeros(2, 3).bfloat16()}),
+    r"weight/a is torch.int64, not": lambda t: t.update({"weight/a": torch.zeros(2, 3).long()}),
+    r"lacks \['exp_avg/a'\]": lambda t: t.pop("exp_avg/a"),
+    r"lacks \['weight/a'\]": lambda t: t.pop("weight/a"),
+    r"holds \['momentum/a'\], which is no part": lambda t: t.update({"momentum/a": torch.zeros(1)}),
+}
+
+
+@pytest.mark.parametrize("message", TENSOR_DAMAGE)
+def test_tensors_that_no_run_can_resume_from(message: str, tmp_path: Path) -> None:
+    """Damage with a hash that fits: another program has written the checkpoint anew."""
+    tensors = {f"{kind}/a": torch.zeros(2, 3) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    save_file(tensors, tmp_path / TENSORS)
+    check_tensors(tmp_path / TENSORS)
+    TENSOR_DAMAGE[message](tensors)
+    save_file(tensors, tmp_path / TENSORS)
+    with pytest.raises(CheckpointError, match=message):
+        check_tensors(tmp_path / TENSORS)
 
 
 def test_a_full_disk_costs_events_and_lines_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,8 @@ def facts(job: Job) -> dict[str, Any]:
 
 
 def write(job: Job, step: int, began_from: str | None = None) -> Path:
-    tensors = {"weight/a": torch.full((2, 3), float(step)), "exp_avg/a": torch.zeros(2, 3)}
+    tensors = {"weight/a": torch.full((2, 3), float(step))}
+    tensors |= {f"{moment}/a": torch.zeros(2, 3) for moment in ("exp_avg", "exp_avg_sq")}
     state = {"step": step, "optimizer_steps": step, "loss_scale": None, "must_match": facts(job)}
     return write_checkpoint(job.run_dir / "checkpoints", Snapshot(tensors, state | {"began_from": began_from}))
 

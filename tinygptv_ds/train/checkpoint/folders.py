@@ -10,9 +10,12 @@ FOLDER = "checkpoints"
 
 def complete_ones(checkpoints: Path) -> list[Path]:
     """Return the checkpoints of a run, the oldest first, without those whose writing was interrupted."""
-    return sorted(
-        path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()
-    )
+    return sorted(path for path in checkpoints.glob("step-*") if is_complete(path) and path.is_dir())
+
+
+def is_complete(path: Path) -> bool:
+    """Return whether a path has the name of a complete checkpoint."""
+    return re.fullmatch(r"step-\d{8,}", path.name) is not None
 
 
 def step_of(folder: Path) -> int:

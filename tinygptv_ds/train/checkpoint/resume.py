@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from tinygptv_ds.errors import CheckpointError, WeightsError
 from tinygptv_ds.files import fingerprint_differences, remove
 from tinygptv_ds.log import LOGGER
+from tinygptv_ds.train.checkpoint.content_check import check_state, check_tensors
 from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones, step_of
 from tinygptv_ds.train.checkpoint.storage import STATE, SUMS, TENSORS, read_state
 from tinygptv_ds.train.engine import MOMENTS, Engine
@@ -66,11 +67,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     ranks_folder = step_folder(folder)
     if ranks_folder is not None:
         return _open_deepspeed(folder, ranks_folder)
-    try:
-        opened = safe_open(folder / TENSORS, framework="pt")
-    except (OSError, SafetensorError) as error:  # its hash is right, so it was written like this
-        raise CheckpointError(f"{folder / TENSORS} is no safetensors file: {error}") from None
-    with opened as file:
+    with safe_open(folder / TENSORS, framework="pt") as file:
         names = {key.removeprefix("weight/") for key in file.keys() if key.startswith("weight/")}  # noqa: SIM118
     return Checkpoint(
         folder,
@@ -132,7 +129,7 @@ def _newest_complete(checkpoints: Path) -> Path | None:
     folders = complete_ones(checkpoints)
     for folder in reversed(folders):
         try:
-            read_state(folder)
+            _verify(folder)
         except CheckpointError as error:
             LOGGER.warning("%s; trying the checkpoint before", error)
             continue
@@ -181,8 +178,14 @@ def _is_checkpoint(path: Path) -> Path:
         inside = complete_ones(path / FOLDER)
         hint = f"; name one of its checkpoints, such as {inside[-1]}" if inside else ""
         raise CheckpointError(f"{path} is no checkpoint, neither of a run nor of DeepSpeed's format{hint}")
-    read_state(path)
+    _verify(path)
     return path
+
+
+def _verify(folder: Path) -> None:
+    """Raise CheckpointError where a checkpoint of ours is damaged, or holds what no run can resume from."""
+    check_state(folder, read_state(folder))
+    check_tensors(folder / TENSORS)
 
 
 def _state_of(folder: Path) -> dict[str, Any]:
@@ -221,6 +224,7 @@ def _open_deepspeed(folder: Path, ranks_folder: Path) -> Checkpoint:
         "loss_scale": noted.get("loss_scale"),
         "must_match": noted.get("must_match"),
     }
+    check_state(folder, state)
     return Checkpoint(folder, state, frozenset(found.weights), lambda kind, name: stored[kind][name].read())
 
 

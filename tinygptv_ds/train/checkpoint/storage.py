@@ -82,7 +82,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE} is no JSON ({error}); name another checkpoint") from None
-    if not isinstance(state, dict) or not state.keys() >= _NEEDED or not isinstance(state["step"], int):
+    if not isinstance(state, dict) or not state.keys() >= _NEEDED:
         raise CheckpointError(f"{folder / STATE} is of another version of this program")
     return state
 
