@@ -140,7 +140,7 @@ TENSOR_DAMAGE: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 
 @pytest.mark.parametrize("message", TENSOR_DAMAGE)
 def test_tensors_that_no_run_can_resume_from(message: str, tmp_path: Path) -> None:
-    """Damage with a hash that fits: another program has written the checkpoint anew."""
+    """Damage with a hash that fits: another program has rewritten the checkpoint."""
     tensors = {f"{kind}/a": torch.zeros(2, 3) for kind in ("weight", "exp_avg", "exp_avg_sq")}
     save_file(tensors, tmp_path / TENSORS)
     check_tensors(tmp_path / TENSORS)

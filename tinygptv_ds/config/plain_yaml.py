@@ -16,6 +16,7 @@ _DEEPEST = 40
 _SHOWN = 60  # characters of a value in a message
 _PLAIN = (type(None), bool, int, float, str)
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # what no file, tokenizer or console can hold
 _OCTAL = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*")
 
 
@@ -95,7 +96,8 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, where: str) -> dic
     own = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge" and isinstance(key.value, str)]
     twice = sorted({key for key in own if own.count(key) > 1}) if len(set(own)) < len(own) else []
     if twice:
-        raise ConfigError(f"line {node.start_mark.line + 1}: {', '.join(map(_within(where), twice))} is given twice")
+        last = [key for key, _ in node.value if key.value == twice[0]][-1]
+        raise ConfigError(f"line {last.start_mark.line + 1}: {', '.join(map(_within(where), twice))} is given twice")
     if merged:
         loader.flatten_mapping(node)
     values = {}
@@ -121,6 +123,8 @@ def _scalar(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
         raise ConfigError(f"{_line(node, where)}: {short!r} is no valid {kind} of YAML; quote text") from None
     if not isinstance(value, _PLAIN):
         raise ConfigError(f"{_line(node, where)}: YAML reads {short!r} as a {kind}, which no key takes; quote text")
+    if isinstance(value, str) and _HALF_CHARACTER.search(value):
+        raise ConfigError(f"{_line(node, where)}: {short!r} holds half a character (a surrogate); write the whole one")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{_line(node, where)}: {short} is no finite number")
     if kind in ("int", "float") and _BASE_60.fullmatch(written):
