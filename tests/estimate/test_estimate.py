@@ -253,12 +253,37 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         "512",
         "--targets",
         256,
+        "--launch-us",
+        0,
     )
     found = json.loads(capsys.readouterr().out)
     assert found["sample_operations"] / 1e12 == pytest.approx(7.80, rel=0.01)
-    assert found["speed"]["H100-80GB"]["samples_per_second"] == pytest.approx(2 * 0.4 * 989 / 7.80, rel=0.01)
+    assert found["speed"]["H100-80GB"]["own"]["samples_per_second"] == pytest.approx(2 * 0.4 * 989 / 7.80, rel=0.01)
     assert "RTX-3090" in found["memory"]["ZeRO-2"]["fits"]
     assert found["disk"]["checkpoint"] == 12 * 45_266_944
+
+
+def test_a_batch_too_small_for_the_card(capsys: pytest.CaptureFixture[str]) -> None:
+    """Stage 4 as published leaves an H100 idle and keeps an RTX 3090 busy; larger micro-batches help."""
+    recipe, cards = str(ROOT / "stages/stage4.yaml"), ["--gpu", "RTX-3090", "H100-80GB"]
+    call(estimate, recipe, *cards)
+    text = capsys.readouterr().out
+    (remedy,) = [line for line in text.splitlines() if "the GPU waits for the host" in line]
+    assert "(H100-80GB)" in remedy and "train.micro_batch_size" in remedy and "data.features" in remedy
+    call(estimate, recipe, "--json", *cards)
+    plain = json.loads(capsys.readouterr().out)
+    small, large = plain["speed"]["RTX-3090"], plain["speed"]["H100-80GB"]
+    assert not small["own"]["launch_bound"] and small["own"]["mfu"] == pytest.approx(0.4)
+    launching = 12e-6 * (plain["launches"]["kernels"] + plain["launches"]["optimizer"])
+    assert large["own"]["launch_bound"] and large["step_seconds"] == pytest.approx(launching)
+    assert large["own"]["samples_per_second"] == pytest.approx(2 / launching)
+    computing = 2 * 3.63 / (0.4 * 989)
+    assert large["own"]["mfu"] == pytest.approx(0.4 * computing / launching, rel=0.01)
+    full = large["full"]
+    assert full["micro_batch"] == pytest.approx(2 * launching / computing, abs=1) and large["full_fits"]
+    assert full["mfu"] == pytest.approx(0.4) and not full["launch_bound"]
+    call(estimate, recipe, "--gpu", "RTX-3090", "--launch-us", "1000")
+    assert "which do not fit: " in capsys.readouterr().out
 
 
 def test_communication(capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,6 +337,7 @@ def test_a_damaged_config_of_phi(damage: str, tmp_path: Path) -> None:
         (["--gpus", "3"], "does not divide into micro-batches of 2 on 3 rank"),
         (["--mfu", "1.2"], "--mfu above 0"),
         (["--node", "0"], "--gpus and --node must be at least 1"),
+        (["--launch-us", "-1"], "--launch-us must be at least 0"),
         (["--link", "NVLnk"], "neither a number of GB/s nor one of NVLink, "),
         (["--link", "-1"], "--link -1: neither"),
         (["--targets", "500"], "targets are some of the tokens"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
@@ -25,8 +26,10 @@ from tinygptv_ds.estimate.model_size import (
     trained_parts,
 )
 from tinygptv_ds.estimate.report import report
-from tinygptv_ds.estimate.result import Disk, Estimate, Operations, Speed
+from tinygptv_ds.estimate.result import Disk, Estimate, Launches, Operations
+from tinygptv_ds.estimate.speed import StepWork, card_speed
 from tinygptv_ds.models.flops import flops_by_part
+from tinygptv_ds.models.launches import LAUNCH_SECONDS, optimizer_kernels, pass_kernels
 from tinygptv_ds.train.recipe_warnings import recipe_warnings
 
 
@@ -46,7 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.4,
         metavar="SHARE",
-        help="share of a card's peak that is reached (default: %(default)s)",
+        help="share of a card's peak that is reached where the GPU is busy (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--launch-us",
+        type=float,
+        default=1e6 * LAUNCH_SECONDS,
+        metavar="N",
+        help="microseconds of the host for each kernel that it launches (default: %(default)g)",
     )
     parser.add_argument(
         "--link",
@@ -65,9 +75,12 @@ def run(args: argparse.Namespace) -> None:
     """Carry out `estimate`."""
     if args.gpus < 1 or args.node < 1 or not 0 < args.mfu <= 1:
         raise ConfigError("--gpus and --node must be at least 1, and --mfu above 0 and at most 1")
+    if not 0 <= args.launch_us < 1e6:
+        raise ConfigError("--launch-us must be at least 0 and below a second")
     recipe, cards, links = load_recipe(args.recipe, args.set), cards_named(args.gpu), links_named(args.link)
     data = _with_given_lengths(summarize_data(recipe), args)
-    result = estimate(recipe, cards, gpus=args.gpus, mfu=args.mfu, data=data, node=args.node)
+    rates = {"mfu": args.mfu, "launch_seconds": args.launch_us / 1e6}
+    result = estimate(recipe, cards, gpus=args.gpus, data=data, node=args.node, **rates)
     if args.json:
         print(json.dumps(as_plain(result, cards, links), indent=1))
     else:
@@ -76,8 +89,26 @@ def run(args: argparse.Namespace) -> None:
             print(f"\nwarning: {warning}")
 
 
-def estimate(recipe: Recipe, cards: list[Card], *, gpus: int, mfu: float, data: DataSummary, node: int = 8) -> Estimate:
+def estimate(
+    recipe: Recipe,
+    cards: list[Card],
+    *,
+    gpus: int,
+    mfu: float,
+    data: DataSummary,
+    node: int = 8,
+    launch_seconds: float = LAUNCH_SECONDS,
+) -> Estimate:
     """Return the estimate of a recipe on `gpus` of each of these cards, `node` of them in a machine.
+
+    Args:
+        recipe: the recipe.
+        cards: kinds of GPU.
+        gpus: number of GPUs.
+        mfu: share of a card's peak that is reached where the GPU is busy.
+        data: the mean sample, and the datasets' sizes.
+        node: GPUs of one node.
+        launch_seconds: time of the host for each kernel.
 
     Raises:
         ConfigError: the batch does not divide among the GPUs, or Phi's config.json lacks its sizes.
@@ -95,6 +126,15 @@ def estimate(recipe: Recipe, cards: list[Card], *, gpus: int, mfu: float, data: 
     operations = {part: Operations(of.forward.of(sample), of.backward.of(sample)) for part, of in flops.items()}
     samples = _micro_batch_samples(recipe, data)
     batch = MicroBatchSize(samples, data.sample, recomputed, features)
+    launches = Launches(
+        kernels=pass_kernels(config, trained, from_features=features, recomputed=recomputed),
+        optimizer=optimizer_kernels(len(trained_names(shapes, trained)), gpus),
+        seconds=launch_seconds,
+        compiled=False,
+        from_features=features,
+    )
+    of_sample = sum(part.total for part in operations.values())
+    work = StepWork(of_sample, train.batch_size, samples, gpus, mfu, launches, train.total_steps)
     volume = step_volume(
         config,
         counts,
@@ -106,6 +146,11 @@ def estimate(recipe: Recipe, cards: list[Card], *, gpus: int, mfu: float, data: 
     )
     quantized = quantized_weights(shapes, recipe.model.frozen_bits, vision=recipe.model.quantize_vision)
     memory = step_memory(config, counts, trained, batch, gpus, quantized)
+
+    def has_room(card: Card, micro_batch: float) -> bool:
+        larger = replace(batch, samples=micro_batch)
+        return fits(step_memory(config, counts, trained, larger, gpus, quantized)["ZeRO-2"], card.gib)
+
     return Estimate(
         sizes_source=source,
         parameters=counts,
@@ -118,7 +163,8 @@ def estimate(recipe: Recipe, cards: list[Card], *, gpus: int, mfu: float, data: 
         operations=operations,
         recomputed=recomputed,
         mfu=mfu,
-        speed={card.name: _speed(card, operations, recipe, gpus * mfu) for card in cards},
+        launches=launches,
+        speed={card.name: card_speed(card, work, partial(has_room, card)) for card in cards},
         sent={name: sent for name, sent in sent_in_a_step(volume, node).items() if quantized is None or name in memory},
         disk=_disk(
             recipe,
@@ -158,12 +204,6 @@ def _micro_batch_samples(recipe: Recipe, data: DataSummary) -> float:
         return train.micro_batch_size
     assert train.max_tokens is not None  # a recipe has one of the two
     return train.max_tokens / data.sample.tokens
-
-
-def _speed(card: Card, operations: dict[str, Operations], recipe: Recipe, effective_gpus: float) -> Speed:
-    per_second = card.teraflops * 1e12 * effective_gpus / sum(part.total for part in operations.values())
-    step_seconds = recipe.train.batch_size / per_second
-    return Speed(per_second, recipe.train.total_steps * step_seconds / 3600, step_seconds)
 
 
 def _disk(recipe: Recipe, data: DataSummary, *, feature_bytes: int, trainable: int) -> Disk:

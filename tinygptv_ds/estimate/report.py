@@ -6,7 +6,8 @@ from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.estimate.communication import efficiency
 from tinygptv_ds.estimate.gpus import Card, Link
 from tinygptv_ds.estimate.memory import GIB, fits
-from tinygptv_ds.estimate.result import Estimate
+from tinygptv_ds.estimate.result import CardSpeed, Estimate
+from tinygptv_ds.models.launches import WAITS_FOR_HOST, remedy
 
 _COLUMNS = ("weights", "optimizer", "gradients", "activations", "logits", "context_and_margin", "total")
 
@@ -64,14 +65,36 @@ def _time(result: Estimate, recipe: Recipe, cards: list[Card]) -> list[str]:
     train = recipe.train
     parts = ", ".join(f"{part} {ops.total / 1e9:.0f}" for part, ops in result.operations.items() if ops.total)
     again = f", {result.recomputed:.0%} of Phi's blocks computed twice" if result.recomputed else ""
-    head = f"{result.sample_operations / 1e12:.2f} TFLOP a sample{again}: {parts} GFLOP"
-    lines = [
-        f"  {card.name:<12} {result.speed[card.name].samples_per_second:>9.0f} samples/s "
-        f"{_duration(result.speed[card.name].hours):>15}"
-        for card in cards
+    launches = result.launches
+    head = [
+        f"{result.sample_operations / 1e12:.2f} TFLOP a sample{again}: {parts} GFLOP",
+        f"{launches.kernels:,.0f} kernels a micro-batch, launched in {1e6 * launches.seconds:.3g} us each",
+        f"at {result.mfu:.0%} of the peak where the GPU is busy, {train.total_steps:,} steps of {train.batch_size} "
+        "samples:",
     ]
-    steps = f"at {result.mfu:.0%} of the peak, {train.total_steps:,} steps of {train.batch_size} samples:"
-    return [head, steps, *lines]
+    return [*head, *(_card_line(card, result.speed[card.name]) for card in cards), *_launch_bound(result, cards)]
+
+
+def _card_line(card: Card, speed: CardSpeed) -> str:
+    own = speed.own
+    line = (
+        f"  {card.name:<12} {own.samples_per_second:>9.0f} samples/s {own.mfu:>5.0%} MFU {_duration(speed.hours):>15}"
+    )
+    if not own.launch_bound:
+        return line
+    full = speed.full
+    room = "" if speed.full_fits else ", which do not fit"
+    return (
+        f"{line}  launch-bound; with micro-batches of {full.micro_batch:.0f}{room}: "
+        f"{full.samples_per_second:.0f} samples/s, {full.mfu:.0%}"
+    )
+
+
+def _launch_bound(result: Estimate, cards: list[Card]) -> list[str]:
+    """Return a line with what helps, where a card waits for the host."""
+    bound = [card.name for card in cards if result.speed[card.name].own.launch_bound]
+    ways = remedy(from_features=result.launches.from_features)
+    return [f"  {WAITS_FOR_HOST} ({', '.join(bound)}); what helps: {ways}"] if bound else []
 
 
 def _communication(result: Estimate, cards: list[Card], links: list[Link]) -> list[str]:

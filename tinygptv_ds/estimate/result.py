@@ -1,4 +1,4 @@
-"""The result of an estimate: parameters, memory, operations, speed, communication and disk."""
+"""The result of an estimate: parameters, memory, operations, launches, speed, communication and disk."""
 
 from __future__ import annotations
 
@@ -25,17 +25,61 @@ class Operations:
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of a card at the given share of its peak, without communication.
+    """The speed of a card with micro-batches of some size, without communication.
 
     Attributes:
+        micro_batch: samples of one forward pass on one GPU.
         samples_per_second: samples per second of all GPUs together.
+        mfu: share of the peak that is reached.
+        launch_bound: whether the GPU waits for the host, which takes longer to launch kernels than the GPU to run them.
+    """
+
+    micro_batch: float
+    samples_per_second: float
+    mfu: float
+    launch_bound: bool
+
+
+@dataclass(frozen=True)
+class CardSpeed:
+    """The speed of a card.
+
+    Attributes:
+        own: with the recipe's micro-batches.
+        full: with the smallest micro-batches that keep the GPU busy.
+        full_fits: whether the card's memory suffices for those, under ZeRO-2.
         hours: duration of the run.
         step_seconds: duration of one optimizer step.
     """
 
-    samples_per_second: float
+    own: Speed
+    full: Speed
+    full_fits: bool
     hours: float
     step_seconds: float
+
+
+@dataclass(frozen=True)
+class Launches:
+    """The work of the host in a step.
+
+    Attributes:
+        kernels: kernels of the forward and backward pass of a micro-batch.
+        optimizer: kernels of an optimizer step.
+        seconds: time of the host for one kernel.
+        compiled: whether the blocks are compiled.
+        from_features: whether images come as the Q-Former's outputs.
+    """
+
+    kernels: float
+    optimizer: float
+    seconds: float
+    compiled: bool
+    from_features: bool
+
+    def of(self, micro_batches: float) -> float:
+        """Return the seconds of the host in a step of so many micro-batches."""
+        return self.seconds * (self.kernels * micro_batches + self.optimizer)
 
 
 @dataclass(frozen=True)
@@ -74,7 +118,8 @@ class Estimate:
         memory: memory of one GPU, by ZeRO setting.
         operations: operations of one sample, by part.
         recomputed: share of Phi's blocks that run forward twice.
-        mfu: share of the cards' peak that is reached.
+        mfu: share of the cards' peak that is reached where the GPU is busy.
+        launches: the work of the host.
         speed: speed by card.
         sent: bytes that each GPU sends in a step, by ZeRO setting.
         disk: bytes on disk.
@@ -91,7 +136,8 @@ class Estimate:
     operations: dict[str, Operations]
     recomputed: float
     mfu: float
-    speed: dict[str, Speed]
+    launches: Launches
+    speed: dict[str, CardSpeed]
     sent: dict[str, SentBytes]
     disk: Disk
 

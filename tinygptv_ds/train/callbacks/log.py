@@ -15,8 +15,9 @@ class Log(Callback):
 
     Settings: `train.log_every`, `train.wandb`. Metrics: `train/loss`, `train/loss_DATASET`, `train/lr`,
     `train/grad_norm`, `train/loss_scale`, `train/skipped_steps`, `data/skipped`, `data/skipped_REASON`,
-    `data/mix_DATASET`, `data/with_image_DATASET`, `data/text_only_DATASET`, and `perf/`: see `rates` and `memory_gib`
-    of `train/metrics/reporter.py`.
+    `data/mix_DATASET`, `data/with_image_DATASET`, `data/text_only_DATASET`, `perf/host_pct` (the host's time for this
+    rank's forward passes, in per cent of the device's), and `perf/`: see `rates` and `memory_gib` of
+    `train/metrics/reporter.py`.
 
     Args:
         run: the run on this rank.
@@ -40,12 +41,14 @@ class Log(Callback):
         self._reporter.step_done()
         done, engine = step + 1, self._run.engine
         if self._reporter.is_due(done):
-            totals = self._accumulator.read(RankTimes(self._data_wait.read(), engine.forward_clock.read()))
+            forward, launching = engine.forward_clock.read_both()
+            totals = self._accumulator.read(RankTimes(self._data_wait.read(), forward))
             metrics = {
                 "train/lr": learning_rate_of_step(step, self._run.recipe),
                 "train/grad_norm": engine.grad_norm(),
                 "train/loss_scale": engine.loss_scale(),
                 "train/skipped_steps": engine.skipped_steps,
+                "perf/host_pct": 100 * launching / forward if forward else 0.0,
             }
             record = LogRecord(done, totals, metrics)
             self._callbacks.on_log(record)

@@ -20,6 +20,7 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.files import write_atomically
 from tinygptv_ds.log import LOGGER, log_with_head
 from tinygptv_ds.models.flops import FlopRates, peak_flops, step_flops
+from tinygptv_ds.models.launches import WAITS_FOR_HOST, remedy
 from tinygptv_ds.train.callbacks.callback import LogRecord
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.metrics.accumulator import RankTimes, Totals
@@ -28,6 +29,9 @@ from tinygptv_ds.train.metrics.wandb_tracker import WandbTracker
 from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.setup.job import Job
 
+# Per cent of the GPU's time for forward passes from which on the host sets the pace. A host that runs ahead of the GPU
+# needs less: it has launched all of a pass when the GPU is in the middle of it.
+_WAITING = 90.0
 _LAG = 0.1  # of the time of a step: what the others may lose to one rank before it is named
 
 
@@ -47,6 +51,8 @@ class Reporter:
         self._device = run.engine.device
         self._costs, self._peak = _costs(run), _peak(run.engine)
         self.board: SummaryWriter | None = None
+        self._from_features = run.recipe.data.features is not None
+        self._has_waited = False  # the GPU for the host: reported once
         self._torn = False  # the last line of metrics.jsonl may not be whole
         if job.ranks.is_main and not job.evaluate_only:
             forget_after(job.run_dir / "metrics.jsonl", first_step)
@@ -82,6 +88,7 @@ class Reporter:
         perf = rates(totals, seconds, self._costs, self._peak) | {"perf/mem_gib": memory_gib(self._device)}
         self.scalars(step, training_scalars(totals) | record.metrics | perf)
         straggler = straggling(totals.ranks, seconds)
+        self._report_waiting_gpu(record)
         remaining = (self._total - step) * perf["perf/step_seconds"]
         parts = [
             f"loss {totals.loss:.4f}",
@@ -98,6 +105,19 @@ class Reporter:
         ]
         self._bar.set_postfix(loss=f"{totals.loss:.3f}", sps=f"{perf['perf/samples_s']:.0f}", refresh=False)
         log_with_head(f"step {step}/{self._total}", " | ".join(["", *parts]))
+
+    def _report_waiting_gpu(self, record: LogRecord) -> None:
+        """Report once that the GPU waits for the host, with what helps; the first step, a warm-up, is no sign of it."""
+        launching = record.metrics["perf/host_pct"]
+        if self._device.type != "cuda" or self._has_waited or record.step <= self._first + 1 or launching < _WAITING:
+            return
+        self._has_waited = True
+        LOGGER.warning(
+            "%s, which takes %.0f %% of the GPU's time for the forward passes to launch them; what helps: %s",
+            WAITS_FOR_HOST,
+            launching,
+            remedy(from_features=self._from_features),
+        )
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write values under their names everywhere; those that are not finite become null in `metrics.jsonl`."""
