@@ -27,20 +27,16 @@ class Definition(NamedTuple):
     name: str
 
 
-# The files: the title of each, and the class that it is for. A file imports what the modules of earlier classes define.
+# The files: the title of each, a module, and its classes that the file is for. A file imports what the modules of
+# earlier files define.
 _FILES = {
-    "configuration_tinygptv": (
-        "Configuration of TinyGPT-V",
-        Definition(f"{_PACKAGE}.models.configuration", "TinyGPTVConfig"),
-    ),
+    "configuration_tinygptv": ("Configuration of TinyGPT-V", "models.configuration", ("TinyGPTVConfig",)),
     "modeling_tinygptv": (
         "Model of TinyGPT-V",
-        Definition(f"{_PACKAGE}.models.tinygptv", "TinyGPTVForConditionalGeneration"),
+        "models.tinygptv",
+        ("TinyGPTVForConditionalGeneration", "NoSuchAutoModel"),
     ),
-    "processing_tinygptv": (
-        "Processor of TinyGPT-V",
-        Definition(f"{_PACKAGE}.processing.processor", "TinyGPTVProcessor"),
-    ),
+    "processing_tinygptv": ("Processor of TinyGPT-V", "processing.processor", ("TinyGPTVProcessor",)),
 }
 # Outside of this package Pillow alone reads images, without simplejpeg and numba: slower, and the same pixels.
 _REPLACED = {
@@ -54,6 +50,9 @@ AUTO_MAPS = {
     "TinyGPTVConfig": {
         "AutoConfig": "configuration_tinygptv.TinyGPTVConfig",
         "AutoModelForImageTextToText": "modeling_tinygptv.TinyGPTVForConditionalGeneration",
+        "AutoModelForMultimodalLM": "modeling_tinygptv.TinyGPTVForConditionalGeneration",
+        "AutoModel": "modeling_tinygptv.NoSuchAutoModel",
+        "AutoModelForCausalLM": "modeling_tinygptv.NoSuchAutoModel",
     },
     "TinyGPTVProcessor": {"AutoProcessor": "processing_tinygptv.TinyGPTVProcessor"},
 }
@@ -83,11 +82,12 @@ def generated_code() -> dict[str, str]:
     modules: dict[str, _Module] = {}
     earlier: dict[Definition, str] = {}
     texts = {}
-    for name, (title, wanted) in _FILES.items():
+    for name, (title, module, classes) in _FILES.items():
         collector = _Collector(modules, dict(earlier))
-        collector.add(wanted)
+        for wanted in classes:
+            collector.add(Definition(f"{_PACKAGE}.{module}", wanted))
         texts[f"{name}.py"] = collector.text(title)
-        earlier |= dict.fromkeys(collector.of_module(wanted.module), name)
+        earlier |= dict.fromkeys(collector.of_module(f"{_PACKAGE}.{module}"), name)
     return texts
 
 

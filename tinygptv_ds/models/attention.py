@@ -1,4 +1,4 @@
-"""Causal attention over packed samples: one function, four attention backends.
+"""Causal attention: over packed samples by four attention backends, over padded rows by those of transformers.
 
 `varlen_attention` takes samples concatenated end to end, as flash-attn does. On a GPU it runs FlashAttention 3 (Hopper)
 or flash-attn where they are installed and can be imported, else torch's own variable-length FlashAttention; everywhere
@@ -14,7 +14,12 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tinygptv_ds.errors import ConfigError
 
@@ -164,26 +169,70 @@ def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, padded_rows: Tensor, samples: 
     return out.transpose(1, 2).flatten(0, 1).index_select(0, padded_rows)
 
 
-def padded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attend in padded rows, for generation with a cache.
+def padded_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, implementation: str
+) -> tuple[Tensor, Tensor | None]:
+    """Attend in padded rows, for generation with a cache, by one of transformers' implementations.
 
     Args:
+        module: the attention layer, which transformers asks for its `config`.
         q: `[batch, heads, queries, head_dim]`.
         k: `[batch, heads, keys, head_dim]`.
         v: as `k`.
-        mask: bool `[batch, 1, queries, keys]`, true where a query may attend; None: everywhere.
+        mask: from `padded_mask`; None: everywhere.
+        implementation: as `attn_implementation` of transformers.
+
+    Returns:
+        `[batch, queries, heads, head_dim]`, and the attention weights `[batch, heads, queries, keys]` if it is "eager".
     """
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if implementation == "sdpa":
+        assert mask is None or isinstance(mask, Tensor)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2), None
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager_attention)
+    return attend(module, q, k, v, mask, dropout=0.0, scaling=q.shape[-1] ** -0.5)
 
 
-def causal_mask(attention_mask: Tensor, queries: int) -> Tensor:
+def _eager_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float, scaling: float
+) -> tuple[Tensor, Tensor]:
+    weights = q @ k.transpose(2, 3) * scaling
+    weights = (weights if mask is None else weights + mask).softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2), weights
+
+
+def padded_mask(
+    config: PreTrainedConfig,
+    implementation: str,
+    embeds: Tensor,
+    attention_mask: Tensor,
+    cache: Cache | None,
+    position_ids: Tensor,
+) -> Tensor | BlockMask | None:
+    """Return the causal mask of padded rows in the form that an implementation of attention takes.
+
+    Args:
+        config: of the language model.
+        implementation: as in `padded_attention`.
+        embeds: `[batch, queries, width]`.
+        attention_mask: `[batch, keys]`, 1 for real positions.
+        cache: earlier keys; None: there are none.
+        position_ids: `[batch, queries]`.
+    """
+    queries = embeds.shape[1]
+    if implementation == "sdpa":
+        return causal_mask(attention_mask, queries, None if cache is None else cache.get_mask_sizes(queries, 0)[0])
+    return create_causal_mask(config, embeds, attention_mask, cache, position_ids)
+
+
+def causal_mask(attention_mask: Tensor, queries: int, keys: int | None = None) -> Tensor:
     """Return the causal mask of the last `queries` positions, bool `[batch, 1, queries, keys]`.
 
-    `attention_mask` is `[batch, keys]`, 1 for real positions. A padding position attends to itself, since a softmax
-    over nothing gives NaN.
+    `attention_mask` is `[batch, positions]`, 1 for real positions; a static cache has more `keys`, not filled yet. A
+    padding position attends to itself, since a softmax over nothing gives NaN.
     """
-    keys = attention_mask.shape[1]
-    position = torch.arange(keys, device=attention_mask.device)
-    query = position[-queries:, None]
-    allowed = (position[None, :] <= query) & attention_mask[:, None, :].bool()
+    filled = attention_mask.shape[1]
+    real = F.pad(attention_mask, (0, (keys or filled) - filled)).bool()
+    position = torch.arange(real.shape[1], device=attention_mask.device)
+    query = position[filled - queries : filled, None]
+    allowed = (position[None, :] <= query) & real[:, None, :]
     return (allowed | (position[None, :] == query))[:, None]

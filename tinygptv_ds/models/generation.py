@@ -50,8 +50,9 @@ class ImageGenerationMixin(GenerationMixin):  # transformers looks for "Generati
 
         transformers takes `kwargs` by its name to mean all that `forward` takes.
         """
-        past = cache.get_seq_length() if cache is not None else 0
+        past = int(cache.get_seq_length()) if cache is not None else 0
         step: dict[str, Any] = {"cache": cache, "attention_mask": attention_mask}
+        step |= {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
         if past == 0 and inputs_embeds is not None:
             step["inputs_embeds"] = inputs_embeds
         else:

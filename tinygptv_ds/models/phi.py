@@ -9,16 +9,17 @@ Shapes: T tokens of a packed row, or B x L padded ones; H heads of D dimensions;
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 from transformers import PhiConfig
 from transformers.cache_utils import Cache
 
-from tinygptv_ds.models.attention import PackedLayout, padded_attention, varlen_attention
+from tinygptv_ds.models.attention import PackedLayout, padded_attention, padded_mask, varlen_attention
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.dropout import DropoutKeys, TokenDropout, make_keys
 from tinygptv_ds.models.lora import LoRALinear
@@ -36,7 +37,9 @@ class AttentionContext:
         cos: cosines of the rotary embedding, fp32 `[..., rotary dims]` of each position.
         sin: sines, as `cos`.
         layout: set for packed rows.
-        mask: bool `[B, 1, L, keys]`, set for padded rows.
+        mask: set for padded rows, from `padded_mask`; bool `[B, 1, L, keys]` for SDPA.
+        implementation: of attention in padded rows, as transformers names it.
+        weights: gets the attention weights of each layer, where they are asked for.
         cache: keys and values of earlier tokens, for generation with padded rows.
         dropout: the keys of dropout, in training.
     """
@@ -44,7 +47,9 @@ class AttentionContext:
     cos: Tensor
     sin: Tensor
     layout: PackedLayout | None = None
-    mask: Tensor | None = None
+    mask: Tensor | BlockMask | None = None
+    implementation: str = "sdpa"
+    weights: list[Tensor | None] | None = None
     cache: Cache | None = None
     dropout: DropoutKeys | None = None
 
@@ -114,7 +119,9 @@ class PhiAttention(nn.Module):
     def __init__(self, config: TinyGPTVConfig, layer: int) -> None:
         super().__init__()
         text = config.text_config
-        self.layer = layer
+        self.layer = self.layer_idx = layer
+        self.config = text  # with `is_causal` and `layer_idx`, what transformers' attention functions look at
+        self.is_causal = True
         self.heads = text.num_attention_heads
         self.head_dim = text.hidden_size // self.heads
         self.query_key_value = _linear(config, layer, "query_key_value", text.hidden_size, 3 * text.hidden_size)
@@ -133,7 +140,10 @@ class PhiAttention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer)
-        return _apply(self.dense, padded_attention(q, k, v, context.mask).transpose(1, 2).flatten(-2), context)
+        out, weights = padded_attention(self, q, k, v, context.mask, context.implementation)
+        if context.weights is not None:
+            context.weights.append(weights)
+        return _apply(self.dense, out.flatten(-2), context)
 
 
 class PhiMLP(nn.Module):
@@ -170,6 +180,20 @@ class PhiBlock(nn.Module):
         return x + attention.to(x.dtype) + self.mlp_dropout(self.mlp(h, context), context.dropout).to(x.dtype)
 
 
+class PaddedStates(NamedTuple):
+    """What `PhiModel.padded` returns.
+
+    Attributes:
+        last: `[B, L, W]`, after the final norm.
+        all: the inputs of all blocks and `last`, if they were asked for.
+        weights: the attention weights of each layer `[B, H, L, keys]`, if they were asked for.
+    """
+
+    last: Tensor
+    all: tuple[Tensor, ...] | None
+    weights: tuple[Tensor | None, ...] | None
+
+
 class PhiModel(nn.Module):
     """Embeddings, blocks and the final norm."""
 
@@ -190,7 +214,9 @@ class PhiModel(nn.Module):
         position_ids: Tensor,
         *,
         layout: PackedLayout | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
+        implementation: str = "sdpa",
+        weights: list[Tensor | None] | None = None,
         cache: Cache | None = None,
         dropout_keys: Tensor | None = None,
     ) -> Tensor:
@@ -200,12 +226,15 @@ class PhiModel(nn.Module):
             inputs_embeds: `[T, W]` with `layout`, or `[B, L, W]` with `mask`.
             position_ids: int64, `[T]` or `[B, L]`.
             layout: the boundaries of packed samples.
-            mask: bool `[B, 1, L, keys]`.
+            mask: from `padded_mask`; bool `[B, 1, L, keys]` for SDPA.
+            implementation: of attention in padded rows.
+            weights: a list that gets the attention weights of each layer; None with others than "eager".
             cache: earlier keys and values; the new ones are appended.
             dropout_keys: int64, shape of `position_ids`, a key of each token; None: drawn from torch's generator.
         """
         cos, sin = rotary_tables(position_ids, self.text_config, self.rotary_dtype)
-        context = AttentionContext(cos, sin, layout, mask, cache, self._dropout(dropout_keys, position_ids))
+        dropout = self._dropout(dropout_keys, position_ids)
+        context = AttentionContext(cos, sin, layout, mask, implementation, weights, cache, dropout)
         x = inputs_embeds
         every = int(self.gradient_checkpointing) if self.training else 0
         for number, layer in enumerate(self.layers):
@@ -215,6 +244,55 @@ class PhiModel(nn.Module):
             else:
                 x = layer(x, context)
         return self.final_layernorm(x).to(x.dtype)
+
+    def padded(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        dropout_keys: Tensor | None,
+        *,
+        output_hidden_states: bool,
+        output_attentions: bool,
+    ) -> PaddedStates:
+        """Run padded rows `[B, L, W]`; the arguments are those of the whole model's `forward`.
+
+        Raises:
+            ValueError: attention weights are asked for, which only the "eager" implementation computes.
+        """
+        implementation = self.text_config._attn_implementation or "sdpa"
+        if output_attentions and implementation != "eager":
+            raise ValueError(
+                f"output_attentions: {implementation!r} computes no attention weights; load the model with "
+                'attn_implementation="eager", or call set_attn_implementation("eager")'
+            )
+        batch, length = inputs_embeds.shape[:2]
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=inputs_embeds.device)
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        mask = padded_mask(self.text_config, implementation, inputs_embeds, attention_mask, cache, position_ids)
+        seen: list[Tensor] = []
+        weights: list[Tensor | None] | None = [] if output_attentions else None
+        watched = self.layers if output_hidden_states else ()
+        hooks = [block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for block in watched]
+        try:
+            hidden = self(
+                inputs_embeds,
+                position_ids,
+                mask=mask,
+                implementation=implementation,
+                weights=weights,
+                cache=cache,
+                dropout_keys=dropout_keys,
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        states = (*seen, hidden) if output_hidden_states else None
+        return PaddedStates(hidden, states, None if weights is None else tuple(weights))
 
     def _dropout(self, token_keys: Tensor | None, position_ids: Tensor) -> DropoutKeys | None:
         if not self.training or not self._drops:

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     Blip2QFormerModel,
     PreTrainedModel,
@@ -20,7 +23,8 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tinygptv_ds.models.attention import causal_mask, choose_backend, make_layout
+from tinygptv_ds.models.attention import choose_backend, make_layout
+from tinygptv_ds.models.auto_classes import NoSuchAutoModel
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.eva_vit import build_eva_vit
 from tinygptv_ds.models.generation import ImageGenerationMixin
@@ -61,12 +65,16 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _no_split_modules = ["PhiBlock", "EvaBlock", "Blip2QFormerLayer"]  # noqa: RUF012 - read by transformers
 
     def __init__(self, config: TinyGPTVConfig) -> None:
         super().__init__(config)
         vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
+        if qformer._attn_implementation not in (None, "eager"):
+            qformer._attn_implementation = (
+                "sdpa"  # whatever Phi takes; the Q-Former of transformers has no FlashAttention
+            )
         self.visual_encoder = build_eva_vit(vision)
         self.ln_vision = nn.LayerNorm(vision.hidden_size, eps=1e-5)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, qformer.hidden_size))
@@ -223,6 +231,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         embed_only: bool = False,
@@ -249,18 +258,19 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             attention_mask: `[B, keys]`, 1 for real positions.
             inputs_embeds: `[B, L, W]` instead of `input_ids`.
             cache: keys and values of earlier tokens.
+            past_key_values: the older name of `cache`.
             use_cache: keep keys and values for the next call.
             logits_to_keep: logits of the last n positions only; 0 for all.
             embed_only: padded only: end with the embeddings `[B, L, W]`; see `embed`.
             labels: int64 `[B, L]`, padded only: the output gets a `loss`; -100 where none is wanted.
             num_items_in_batch: what that loss is divided by instead of the number of its tokens.
             output_hidden_states: padded only: also return the inputs of all blocks and the final hidden states.
-            output_attentions: must be false: attention weights are never computed.
+            output_attentions: padded only: also return the attention weights of all blocks, as "eager" computes them.
             return_dict: padded only: false for a tuple.
 
         Raises:
-            ValueError: an input is missing, attention weights are asked for, or padded `input_ids` have positions for
-                another number of images.
+            ValueError: an input is missing, attention weights are asked for that are not computed, or padded
+                `input_ids` have positions for another number of images.
         """
         if cu_seqlens is not None:
             if input_ids is None:
@@ -279,12 +289,10 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             inputs_embeds = self._embeds(input_ids, pixel_values, image_features)
         if embed_only:
             return inputs_embeds
-        if output_attentions:
-            raise ValueError("output_attentions: the attention weights are never computed; leave it out")
-        kept = (cache, use_cache, logits_to_keep)
-        output = self._forward_padded(
-            inputs_embeds, attention_mask, position_ids, *kept, dropout_keys, output_hidden_states
-        )
+        kept = (past_key_values if cache is None else cache, use_cache, logits_to_keep)
+        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        states = {name: bool(getattr(self.config, name) if given is None else given) for name, given in wanted.items()}
+        output = self._forward_padded(inputs_embeds, attention_mask, position_ids, *kept, dropout_keys, states)
         output = output if labels is None else _with_loss(output, labels, num_items_in_batch)
         return output.to_tuple() if return_dict is False else output
 
@@ -353,29 +361,19 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         use_cache: bool | None,
         logits_to_keep: int,
         dropout_keys: Tensor | None,
-        output_hidden_states: bool | None,
+        states: dict[str, bool],
     ) -> CausalLMOutputWithPast:
-        batch, length = inputs_embeds.shape[:2]
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config.text_config)
-        past = cache.get_seq_length() if cache is not None else 0
-        if attention_mask is None:
-            attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=inputs_embeds.device)
-        if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        mask = causal_mask(attention_mask, length)
         phi = self.language_model.model
-        seen: list[Tensor] = []
-        watched = phi.layers if output_hidden_states else ()
-        hooks = [block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for block in watched]
-        try:
-            hidden = phi(inputs_embeds, position_ids, mask=mask, cache=cache, dropout_keys=dropout_keys)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        logits = self.language_model.lm_head(hidden[:, -logits_to_keep:])
-        states = (*seen, hidden) if output_hidden_states else None
-        return CausalLMOutputWithPast(logits=logits.float(), cache=cache, hidden_states=states)
+        hidden = phi.padded(inputs_embeds, attention_mask, position_ids, cache, dropout_keys, **states)
+        logits = self.language_model.lm_head(hidden.last[:, -logits_to_keep:])
+        return CausalLMOutputWithPast(
+            logits=logits.float(),
+            cache=cache,
+            hidden_states=hidden.all,
+            attentions=hidden.weights,  # type: ignore[arg-type]  # "eager", which it needs, has them all
+        )
 
 
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
@@ -390,4 +388,7 @@ def _with_loss(output: CausalLMOutputWithPast, labels: Tensor, count: Tensor | i
 
 # transformers' Auto classes load an exported folder by these.
 AutoModelForImageTextToText.register(TinyGPTVConfig, TinyGPTVForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(TinyGPTVConfig, TinyGPTVForConditionalGeneration, exist_ok=True)
+AutoModel.register(TinyGPTVConfig, NoSuchAutoModel, exist_ok=True)
+AutoModelForCausalLM.register(TinyGPTVConfig, NoSuchAutoModel, exist_ok=True)
 AutoProcessor.register(TinyGPTVConfig, TinyGPTVProcessor, exist_ok=True)
