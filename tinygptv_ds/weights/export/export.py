@@ -69,8 +69,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="hf: results that evaluation has written with --json, for the model card",
+        help="hf: results that evaluation has written with --json, for the model card (default: those that the run "
+        "has written after its last step)",
     )
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="hf: the license of the weights in the model card, as the Hub names it (default: bsd-3-clause, as the "
+        "published TinyGPT-V has)",
+    )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        help="hf: also upload the folder to this repository of the Hugging Face Hub, e.g. USER/NAME, with the token of "
+        "HF_TOKEN or hf auth login",
+    )
+    parser.add_argument("--private", action="store_true", help="create that repository as a private one")
     parser.add_argument(
         "--recipe",
         type=Path,
@@ -94,6 +108,11 @@ def run(args: argparse.Namespace) -> None:
     _check_options(args)
     if args.recipe is not None:
         load_recipe(args.recipe, args.set)  # reports mistakes in it before torch is loaded
+
+    if args.push_to_hub:
+        from tinygptv_ds.weights.export.hub import check_upload
+
+        check_upload(args.push_to_hub)
 
     from tinygptv_ds.dtypes import DTYPES
 
@@ -143,8 +162,13 @@ def _export_whole(args: argparse.Namespace, dtype: torch.dtype) -> None:
     resolved = resolve(args.trained, args.recipe, args.set)
     if args.to == "hf":
         lora: LoRAForm = "kept" if args.keep_lora else "dropped" if args.drop_lora else "merged"
-        export_hf(resolved, args.out, dtype=dtype, lora=lora, scores=args.scores)
+        card = {} if args.license is None else {"license_id": args.license}
+        export_hf(resolved, args.out, dtype=dtype, lora=lora, scores=args.scores, **card)
         print(f"{args.out}: load it with AutoModelForImageTextToText.from_pretrained(..., trust_remote_code=True)")
+        if args.push_to_hub:
+            from tinygptv_ds.weights.export.hub import push_to_hub
+
+            print(f"{push_to_hub(args.out, args.push_to_hub, private=args.private)}: uploaded")
     else:
         export_phi(resolved, args.out, layout=args.layout, dtype=dtype)
         print(f"{args.out}: name it as model.phi of a recipe; its README.md lists what else can load it")
@@ -156,11 +180,15 @@ def _check_options(args: argparse.Namespace) -> None:
         "--keep-lora": (args.keep_lora, "hf"),
         "--drop-lora": (args.drop_lora, "hf"),
         "--scores": (args.scores, "hf"),
+        "--license": (args.license, "hf"),
+        "--push-to-hub": (args.push_to_hub, "hf"),
     }
     only["--layout fused"] = (args.layout == "fused", "phi")
     for option, (given, form) in only.items():
         if given and args.to != form:
             raise ConfigError(f"{option} is for --to {form}; leave it out with --to {args.to}")
+    if args.private and not args.push_to_hub:
+        raise ConfigError("--private is for --push-to-hub REPO; leave it out")
     missing = [str(path) for path in args.scores if not path.is_file()]
     if missing:
         raise ConfigError(f"--scores: no such file: {', '.join(missing)}; evaluation writes one with --json FILE")

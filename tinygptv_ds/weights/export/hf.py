@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import yaml
 from transformers import GenerationConfig
 
-from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.files import whole_folder
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
-from tinygptv_ds.weights.export.model_card import model_card
+from tinygptv_ds.weights.export.model_card import LICENSE, model_card
+from tinygptv_ds.weights.export.scores import read_scores, scores_of_run
 from tinygptv_ds.weights.merge_lora import merge_lora, without_lora
 from tinygptv_ds.weights.provenance import write_provenance
 from tinygptv_ds.weights.resolve import Resolved
@@ -26,7 +25,13 @@ LoRAForm = Literal["merged", "kept", "dropped"]
 
 
 def export_hf(
-    resolved: Resolved, out: Path, *, dtype: torch.dtype, lora: LoRAForm = "merged", scores: Sequence[Path] = ()
+    resolved: Resolved,
+    out: Path,
+    *,
+    dtype: torch.dtype,
+    lora: LoRAForm = "merged",
+    scores: Sequence[Path] = (),
+    license_id: str = LICENSE,
 ) -> None:
     """Write weights, configuration, processor, generation settings and model card, completely or not at all.
 
@@ -35,12 +40,13 @@ def export_hf(
         out: the folder.
         dtype: of all weights.
         lora: "merged" into the weights that it adapts, "kept" apart, or "dropped": the base of `export_adapter`.
-        scores: files of evaluation results for the model card.
+        scores: files of evaluation results for the model card; without any, those of the run's last step.
+        license_id: of the weights, as the Hub names it.
 
     Raises:
         WeightsError: weights are missing or do not fit, or a value does not fit into `dtype`.
     """
-    results = {path.stem: _read_scores(path) for path in scores}
+    results = read_scores(scores or scores_of_run(resolved.opened.path, resolved.recipe))
     weights, config = resolved.weights(), copy.deepcopy(resolved.config)
     if config.lora_r and lora != "kept":
         weights = merge_lora(weights, config) if lora == "merged" else without_lora(weights)
@@ -57,7 +63,7 @@ def export_hf(
         write_provenance(partial, notes)
         recipe = yaml.safe_dump(notes["recipe"], sort_keys=False, allow_unicode=True)
         (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
-        card = model_card(out.name, resolved.recipe, config, notes, results)
+        card = model_card(out.name, resolved.recipe, config, notes, results, license_id)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -70,13 +76,3 @@ def generation_config(config: TinyGPTVConfig, processor: TinyGPTVProcessor) -> G
         do_sample=False,
         max_new_tokens=300,
     )
-
-
-def _read_scores(path: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"--scores {path}: {error}; evaluation writes such a file with --json FILE") from None
-    if not isinstance(result, dict):
-        raise WeightsError(f"--scores {path}: not an evaluation result, which is a JSON object")
-    return result

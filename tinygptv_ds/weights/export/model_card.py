@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from tinygptv_ds import __version__
 from tinygptv_ds.config.recipe import Recipe
-from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.configuration import PHI_2, TinyGPTVConfig
+from tinygptv_ds.weights.export.scores import measures
+
+LICENSE = "bsd-3-clause"  # of the published TinyGPT-V
 
 _USAGE = """```python
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{folder}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{folder}", trust_remote_code=True)
 
-inputs = processor(Image.open("image.jpg"), processor.prompt("What is in the image?"), add_bos_token=True)
+image = {"type": "image", "path": "image.jpg"}  # or "image": a PIL image, or "url"
+messages = [{"role": "user", "content": [image, {"type": "text", "text": "What is in the image?"}]}]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
 new_tokens = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
 print(processor.answers(new_tokens)[0])
 ```
@@ -26,7 +32,12 @@ It needs torch, transformers and timm; the code is in this folder. A process tha
 
 
 def model_card(
-    folder: str, recipe: Recipe, config: TinyGPTVConfig, notes: Mapping[str, Any], scores: Mapping[str, dict]
+    folder: str,
+    recipe: Recipe,
+    config: TinyGPTVConfig,
+    notes: Mapping[str, Any],
+    scores: Mapping[str, dict],
+    license_id: str = LICENSE,
 ) -> str:
     """Return the Markdown text with the header that model hubs read.
 
@@ -36,9 +47,11 @@ def model_card(
         config: the model's.
         notes: its provenance, with the hashes.
         scores: evaluation results by name.
+        license_id: of the weights, as the Hub names it.
     """
+    header = yaml.safe_dump(_metadata(folder, recipe, config, scores, license_id), sort_keys=False, allow_unicode=True)
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [tinygptv]\n---",
+        f"---\n{header}---",
         f"# {folder}",
         f"TinyGPT-V ([arXiv 2312.16862](https://arxiv.org/abs/2312.16862)) after stage {recipe.stage} of its training, "
         f"exported by tinygptv_ds {__version__}. {_build(config, notes)}",
@@ -52,6 +65,44 @@ def model_card(
         _scores(scores),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _metadata(
+    folder: str, recipe: Recipe, config: TinyGPTVConfig, scores: Mapping[str, dict], license_id: str
+) -> dict[str, Any]:
+    """Return the header of the card in the terms of the Hub."""
+    metadata: dict[str, Any] = {
+        "license": license_id,
+        "language": ["en"],
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["tinygptv", "vision-language-model", "custom_code"],
+        "base_model": _base_models(config),
+        "datasets": list(dict.fromkeys(dataset.name for dataset in recipe.data.used)),
+    }
+    results = [_result(name, result) for name, result in scores.items() if measures(result)]
+    if results:
+        metadata["metrics"] = sorted({metric["type"] for result in results for metric in result["metrics"]})
+        metadata["model-index"] = [{"name": folder, "results": results}]
+    return {key: value for key, value in metadata.items() if value}
+
+
+def _base_models(config: TinyGPTVConfig) -> list[str]:
+    """Return the Hub's names of the published base models, by the sizes that they alone have here."""
+    text, vision = config.text_config, config.vision_config
+    phi = all(getattr(text, name) == PHI_2[name] for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    eva = (vision.hidden_size, vision.num_hidden_layers) == (1408, 39)
+    return ["microsoft/phi-2"] * phi + ["Salesforce/blip2-flan-t5-xxl"] * eva
+
+
+def _result(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    benchmark = str(result.get("benchmark", name))
+    task = "image-text-to-text" if benchmark.startswith("ref") else "visual-question-answering"
+    return {
+        "task": {"type": task},
+        "dataset": {"name": name, "type": benchmark},
+        "metrics": [{"type": measure, "value": value} for measure, value in measures(result).items()],
+    }
 
 
 def _build(config: TinyGPTVConfig, notes: Mapping[str, Any]) -> str:
@@ -96,8 +147,7 @@ def _scores(scores: Mapping[str, dict]) -> str:
     rows = [
         (name, measure, f"{value:.4g}")
         for name, result in scores.items()
-        for measure, value in result.items()
-        if isinstance(value, int | float)
+        for measure, value in measures(result).items()
     ]
     return _table(("result", "measure", "value"), rows) if rows else "None were given."
 
