@@ -27,11 +27,12 @@ from tinygptv_ds.train.checkpoint.writer import CheckpointWriter
 from tinygptv_ds.weights import safetensors_writer
 
 TRAIN = SimpleNamespace(keep_checkpoints=2, keep_every=0)
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 
 
 def snapshot(step: int, size: int = 1000) -> Snapshot:
-    tensors = {f"{kind}/{name}": torch.full((size,), step / 7) for kind in ("weight", "exp_avg") for name in "ab"}
+    tensors = {f"{kind}/{name}": torch.full((size,), step / 7) for kind in KINDS for name in "ab"}
     state = {"step": step, "optimizer_steps": step, "loss_scale": None, "must_match": None, "began_from": None}
     return Snapshot(tensors, state)
 
