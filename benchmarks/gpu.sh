@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Measures attention, and training steps of the published size with random weights, on this machine's GPUs, in under ten
-# minutes.
-#   bash benchmarks/gpu.sh [--wheels DIR] [--out DIR] [--minutes M] [--gpus N] [--only WORDS ...] [--tiny]
+# Measures attention, and training steps of the published size with random weights next to the original's procedure, on this
+# machine's GPUs, in at most eight minutes.
+#   bash benchmarks/gpu.sh [--wheels DIR] [--out DIR] [--minutes M] [--gpus N] [--only WORDS ...] [--all] [--dry-run]
 # --wheels names a folder of wheels (gpu_wheels.sh); those of packages that are not installed here are used for
 # this run only. PYTHON chooses the interpreter; by default it is the first with torch that sees a GPU. Exit code 0:
 # everything ran and agreed; 1: something did not.

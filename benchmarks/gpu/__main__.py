@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             name = CHECKS if part is None else part.name
             if args.only and not any(word.lower() in name.lower() for word in args.only):
                 continue
+            if part is not None and not (args.only or args.all or part.by_default):
+                continue
             if not launch.has_time():
                 report.left_out(name, f"{launch.left:.0f} s were left of {args.minutes:g} minutes")
                 continue
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             own = Path(folder) / str(number)
             own.mkdir()
             if part is None:
-                run_checks(launch, size, own / "checks.jsonl", report)
+                run_checks(launch, size, report.running_file(), report)
             else:
                 run_group(launch, part, options, own, report)
     report.write()
@@ -87,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes",
         type=float,
-        default=9.0,
+        default=8.0,
         help="time limit; parts that do not fit are left out and reported (default: %(default)g)",
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="number of GPUs for the steps (default: all)")
@@ -98,8 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WORDS",
         help=f"parts with these words in their names, e.g. {CHECKS} or 'ZeRO-3, bf16' (default: all)",
     )
+    parser.add_argument("--all", action="store_true", help="ZeRO-3 and fp16, too")
     parser.add_argument(
-        "--tiny", action="store_true", help="use a tiny model, to see that every part runs (the default without a GPU)"
+        "--tiny",
+        "--dry-run",
+        action="store_true",
+        help="use a tiny model, to see that every part runs (the default without a GPU)",
     )
     return parser
 

@@ -16,9 +16,10 @@ from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.estimate.data_summary import ASSUMED, MeanSample
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.parameters import lora, norms, projections, train_only
+from tinygptv_ds.models.quantized_linear import quantize_layers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.sequence import IGNORE, TokenRow
-from tinygptv_ds.weights.assemble import empty_model
+from tinygptv_ds.weights.assemble import typed_meta_model
 
 DATASET = "made up"
 _TINY = {"model.proj_hidden_size=24", "model.lora_alpha=4"}
@@ -48,15 +49,20 @@ def model_config(recipe: Recipe, size: str) -> TinyGPTVConfig:
     )
 
 
-def build(config: TinyGPTVConfig, frozen: torch.dtype, device: torch.device) -> TinyGPTVForConditionalGeneration:
+def build(
+    config: TinyGPTVConfig, frozen: torch.dtype, device: torch.device, bits: int | None = None
+) -> TinyGPTVForConditionalGeneration:
     """Create the model with random weights on the device; it trains the parts of its stage.
 
     Args:
         config: the model's configuration; LoRA is trained if the model has it.
         frozen: dtype of the frozen weights; the trained ones are in fp32.
         device: the device.
+        bits: of the frozen weights of Phi's linear layers; None: as `frozen`.
     """
-    model = empty_model(config, frozen, device=device)
+    model = typed_meta_model(config, frozen)
+    quantized = {} if bits is None else quantize_layers(model, bits, vision=False)
+    model.to_empty(device=device)
     random = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -70,6 +76,8 @@ def build(config: TinyGPTVConfig, frozen: torch.dtype, device: torch.device) -> 
                 parameter.fill_(1.0 if name.endswith(".weight") else 0.0)  # norms and biases
         for buffer in model.buffers():
             buffer.zero_()
+    for layer in quantized.values():
+        layer.store(torch.randn(layer.out_features, layer.in_features) * layer.in_features**-0.5)
     train_only(model, projections, norms, *([lora] if config.lora_r else []))
     return model
 

@@ -45,6 +45,12 @@ class Report:
                 self._found[line["kind"]] = line["value"]
         self.write()
 
+    def running_file(self) -> Path:
+        """Return the file for the results of the process that is started next: they survive whatever is cut off."""
+        path = self._out / "running.jsonl"
+        path.unlink(missing_ok=True)
+        return path
+
     def failed(self, what: str, why: str) -> None:
         """Add a part that crashed or hung."""
         self._failed.append({"what": what, "why": why})
@@ -80,8 +86,13 @@ class Report:
 
     def text(self) -> str:
         """Return the report in Markdown."""
-        parts = [self._machine(), *attention_table(self._lists["attention"]), "", *step_table(self._lists["steps"])]
-        parts += ["", *map(_saving, self._lists["save"])]
+        parts = [
+            self._machine(),
+            *attention_table(self._lists["attention"]),
+            "",
+            *step_table(self._lists["steps"], self._found.get("gpus") or 1),
+        ]
+        parts += ["", *map(_saving, self._lists["save"]), *longest_kernels(self._lists["steps"])]
         checks = self.checks
         parts += ["", f"{sum(each['passed'] for each in checks)} of {len(checks)} checks passed"]
         parts += [f"- FAILED: {c['name']}: {c['value']:.3g}, allowed {c['limit']:g}" for c in checks if not c["passed"]]
@@ -117,6 +128,8 @@ def step_checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             case = Case(**row["case"])
             bad = sum(not _is_finite(loss) for loss in row["losses"])
             found.append(check(f"{case}: losses that are not finite", bad, 0))
+            if case.original:
+                continue
             found.append(check(f"{case}: skipped steps", row["skipped_steps"], MAX_SKIPPED[case.precision]))
             twins.setdefault((case.twin, row["steps_before"]), []).append((case, row["losses"]))
             if not row["steps_before"]:
@@ -155,29 +168,66 @@ def attention_table(rows: list[dict[str, Any]]) -> list[str]:
     return [*head, *lines]
 
 
-def step_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return a Markdown table with a row for every case: rates, memory, and milliseconds of a step by part."""
-    columns = ["case", "samples/s", "target tokens/s", "MFU", "GiB", "held", "in use", "estimated", "ms a step"]
+def step_table(rows: list[dict[str, Any]], gpus: int = 1) -> list[str]:
+    """Return a Markdown table with a row for every case: rates, their ratio to the original's, memory, and times.
+
+    `x original` is the rate of one GPU divided by that of the original's procedure with the same stage and batch, the
+    mean of its measurements before and after. `host` is the host's time for the forward passes in per cent of the
+    device's.
+    """
+    columns = ["case", "samples/s", "x original", "target tokens/s", "MFU", "GiB", "held", "in use", "estimated"]
+    columns += ["ms a step", "host", "kernels", "busy"]
     head = ["| " + " | ".join([*columns, *PARTS, "first loss"]) + " |", f"|{'-|' * (len(columns) + len(PARTS) + 1)}"]
-    return [*head, *(_step_row(row) for row in rows)]
+    baselines = original_rates(rows)
+    return [*head, *(_step_row(row, baselines, len(columns) + len(PARTS), gpus) for row in rows)]
 
 
-def _step_row(row: dict[str, Any]) -> str:
+def original_rates(rows: list[dict[str, Any]]) -> dict[tuple[int, int], float]:
+    """Return the original's samples/s by stage and batch, the mean of its measurements."""
+    found: dict[tuple[int, int], list[float]] = {}
+    for row in rows:
+        case = Case(**row["case"])
+        if case.original and row["status"] == MEASURED:
+            found.setdefault(case.baseline, []).append(row["rates"]["samples_s"])
+    return {key: sum(rates) / len(rates) for key, rates in found.items()}
+
+
+def _step_row(row: dict[str, Any], baselines: dict[tuple[int, int], float], cells_after: int, gpus: int) -> str:
     case = Case(**row["case"])
+    ranks = 1 if case.original else gpus
     if row["status"] != MEASURED:
-        return f"| {case} | {row['status']} |{' |' * (len(PARTS) + 8)}"
-    rates, memory = row["rates"], row["memory_gib"]
+        return f"| {case} | {row['status']} |{' |' * (cells_after - 1)}"
+    rates, memory, profile = row["rates"], row["memory_gib"], row.get("profile")
+    original = baselines.get(case.baseline)
+    parts = row.get("seconds_by_part", {})
     cells = [
         f"{rates['samples_s']:.4g}",
+        f"{rates['samples_s'] / ranks / original:.2f}" if original else "-",
         f"{rates['target_tokens_s']:.4g}",
         f"{rates['mfu']:.1f} %" if "mfu" in rates else "-",
         *(f"{memory[name]:.1f}" if name in memory else "-" for name in ("allocated", "reserved", "in_use")),
-        f"{row['estimated_gib']:.1f}",
+        f"{row['estimated_gib']:.1f}" if "estimated_gib" in row else "-",
         f"{1000 * rates['step_seconds']:.1f}",
-        *(f"{1000 * row['seconds_by_part'][part]:.1f}" for part in PARTS),
+        f"{row['host_pct']:.0f} %" if "host_pct" in row else "-",
+        *((f"{profile['kernels']:,.0f}", f"{profile['busy_pct']:.0f} %") if profile else ("-", "-")),
+        *(f"{1000 * parts[part]:.1f}" if part in parts else "-" for part in PARTS),
         f"{row['losses'][0]:.4f}" if _is_finite(row["losses"][0]) else str(row["losses"][0]),
     ]
     return f"| {case} | {' | '.join(cells)} |"
+
+
+def longest_kernels(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a Markdown table of the kernels that take longest in the first case of each stage that was profiled."""
+    lines, seen = [], set()
+    for row in rows:
+        case = Case(**row["case"])
+        if "profile" in row and case.stage not in seen:
+            seen.add(case.stage)
+            lines += ["", f"| ms a step | times | kernels of {case} |", "|-|-|-|"]
+            lines += [
+                f"| {each['ms']:.3f} | {each['count']:g} | {each['name'][:90]} |" for each in row["profile"]["top"]
+            ]
+    return lines
 
 
 def _saving(save: dict[str, Any]) -> str:

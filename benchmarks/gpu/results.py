@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ MEASURED, OUT_OF_MEMORY = "measured", "out of memory"  # status of a case
 
 
 def add(path: Path, kind: str, value: Any) -> None:
-    """Append one result."""
+    """Append one result; it is on disk afterwards, since a run on a lent machine may be cut off at any time."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"kind": kind, "value": value}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def add_check(path: Path, name: str, value: float, limit: float) -> None:

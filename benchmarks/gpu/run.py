@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.gpu.plan import CHECKS, Group
+from benchmarks.gpu.plan import CHECKS, Group, obstacle
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.results import OUT_OF_MEMORY, read
 
@@ -115,6 +115,7 @@ def run_checks(launch: Callable[..., ProcessEnd], size: str, lines: Path, report
     """Run the checking process."""
     ended = launch("checks", ["--size", size, "--out", str(lines)], ranks=1)
     report.take(read(lines))
+    lines.unlink(missing_ok=True)
     if ended.by_budget:
         report.left_out(CHECKS, ended.why)
     elif ended.code != 0:
@@ -130,22 +131,33 @@ def run_group(
         launch: runs a module.
         group: the cases.
         options: options for size and number of steps.
-        folder: folder for run directories and results.
+        folder: folder for run directories.
         report: takes the results.
     """
-    left, attempt = list(group.cases), 0
+    left, attempt = [], 0
+    for case in group.cases:
+        why = obstacle(case, options[options.index("--size") + 1] if "--size" in options else "published")
+        if why is None:
+            left.append(case)
+        else:
+            report.left_out(str(case), why)
     while left:
         attempt += 1
-        lines = folder / f"{attempt}.jsonl"
+        lines = report.running_file()
         arguments = [
             "--cases",
             json.dumps([asdict(case) for case in left]),
             *options,
             *(["--save"] if group.save else []),
         ]
-        ended = launch("steps", [*arguments, "--run-dir", str(folder / f"run-{attempt}"), "--out", str(lines)])
+        ended = launch(
+            group.module,
+            [*arguments, "--run-dir", str(folder / f"run-{attempt}"), "--out", str(lines)],
+            *_ranks_of(group),
+        )
         found = _once_each(read(lines))
         report.take(found)
+        lines.unlink(missing_ok=True)
         rows = [line["value"] for line in found if line["kind"] == "steps"]
         ahead = left[len(rows) :]
         if rows and rows[-1]["status"] == OUT_OF_MEMORY:
@@ -159,6 +171,11 @@ def run_group(
             if ended.code != 0:
                 report.failed(str(ahead[0]) if ahead else f"{group.name}: the checkpoint after its cases", ended.why)
             left = ahead[1:]
+
+
+def _ranks_of(group: Group) -> tuple[int, ...]:
+    """Return the number of ranks where it is not that of all GPUs: the original's procedure runs in one process."""
+    return (1,) if group.module == "original" else ()
 
 
 def _once_each(lines: list[dict]) -> list[dict]:

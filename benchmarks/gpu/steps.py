@@ -15,7 +15,8 @@ import torch
 from benchmarks.gpu.machine import wait
 from benchmarks.gpu.model import DATASET, Batches, build, make_batches, model_config, overrides
 from benchmarks.gpu.parts import parts_of
-from benchmarks.gpu.plan import SIZES, Case
+from benchmarks.gpu.plan import QUANTIZED, SIZES, Case
+from benchmarks.gpu.profile import profiled
 from benchmarks.gpu.results import MEASURED, OUT_OF_MEMORY, add
 from benchmarks.gpu.saving import save_times
 from tinygptv_ds.cli import run_command
@@ -24,7 +25,7 @@ from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.estimate.memory import GIB, MicroBatchSize, step_memory
-from tinygptv_ds.estimate.model_size import parameter_counts, parameter_shapes, trained_parts
+from tinygptv_ds.estimate.model_size import parameter_counts, parameter_shapes, quantized_weights, trained_parts
 from tinygptv_ds.models.flops import peak_flops, step_flops
 from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
@@ -39,7 +40,7 @@ from tinygptv_ds.train.setup.session import join_ranks
 from tinygptv_ds.train.step import optimizer_step
 from tinygptv_ds.train.transfer import Transfer
 
-WARM_UP, BY_PART = 3, 3  # numbers of steps; those by part come after the timed ones
+WARM_UP, BY_PART, PROFILED = 3, 3, 2  # numbers of steps; those by part and those profiled come after the timed ones
 
 
 def make_job(case: Case, size: str, run_dir: Path) -> Job:
@@ -85,6 +86,7 @@ class Bench:
         timed = self.run(batches, self._timed)
         memory = self._memory()
         by_part = parts_of(engine, lambda: self.run(batches, BY_PART), BY_PART)
+        kernels = profiled(lambda: self.run(batches, PROFILED), PROFILED, engine.device)
         figures = timed["rates"](self._costs(case), self._peak())
         return {
             "case": asdict(case),
@@ -94,7 +96,9 @@ class Bench:
             "losses": warm["losses"] + timed["losses"],
             "skipped_steps": warm["skipped"] + timed["skipped"],
             "rates": {name.removeprefix("perf/"): value for name, value in figures.items()},
+            "host_pct": timed["host_pct"],
             "seconds_by_part": by_part,
+            "profile": kernels,
             "memory_gib": memory,
             "estimated_gib": self._estimated(case, batches) / GIB,
             "tokens_a_sample": batches.mean.tokens,
@@ -120,11 +124,13 @@ class Bench:
         wait(engine.device)
         seconds = time.perf_counter() - began
         self._done += count
-        totals = self._accumulator.read(RankTimes(0.0, engine.forward_clock.read()))
+        forward, launching = engine.forward_clock.read_both()
+        totals = self._accumulator.read(RankTimes(0.0, forward))
         return {
             "seconds": seconds,
             "losses": [loss for _, loss, _ in totals.steps],
             "skipped": engine.skipped_steps - skipped,
+            "host_pct": 100 * launching / forward,
             "rates": lambda costs, peak: rates(totals, seconds, costs, peak),
         }
 
@@ -150,9 +156,15 @@ class Bench:
         job = self._run.job
         batch = MicroBatchSize(case.batch, batches.mean, float(case.recompute), case.source == "features")
         config = self._engine.module.config
-        counts = parameter_counts(parameter_shapes(config))
-        memory = step_memory(config, counts, trained_parts(job.recipe), batch, job.ranks.world_size)
+        shapes = parameter_shapes(config)
+        quantized = quantized_weights(shapes, _bits(case), vision=False)
+        parts, ranks = trained_parts(job.recipe), job.ranks.world_size
+        memory = step_memory(config, parameter_counts(shapes), parts, batch, ranks, quantized)
         return memory[f"ZeRO-{case.zero}"].total
+
+
+def _bits(case: Case) -> int | None:
+    return 4 if case.lever == QUANTIZED else None
 
 
 def main() -> None:
@@ -172,7 +184,7 @@ def main() -> None:
     device = torch.device("cuda", job.ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     case = cases[0]
     try:
-        model = build(model_config(job.recipe, args.size), DTYPES[job.precision], device)
+        model = build(model_config(job.recipe, args.size), DTYPES[job.precision], device, _bits(case))
         engine = Engine(model, job.deepspeed, job.recipe.optimizer, job.ranks)
         run = Run(job, engine, Progress(job.ranks.rank, job.recipe.train, set_group_timeout))
         print(f"model and engine: {time.perf_counter() - began:.1f} s", flush=True)

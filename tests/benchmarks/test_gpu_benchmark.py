@@ -8,14 +8,19 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks.gpu import attention, install
-from benchmarks.gpu.plan import Case, Group, groups
-from benchmarks.gpu.report import MAX_SKIPPED, PARTS, Report, step_checks
+from benchmarks.gpu.model import build, make_batches, model_config, overrides
+from benchmarks.gpu.plan import LEVERS, QUANTIZED, Case, Group, groups, obstacle
+from benchmarks.gpu.profile import busy_share
+from benchmarks.gpu.report import MAX_SKIPPED, PARTS, Report, original_rates, step_checks, step_table
 from benchmarks.gpu.results import MEASURED, OUT_OF_MEMORY, add, check, read
 from benchmarks.gpu.run import Launcher, ProcessEnd, run_checks, run_group
+from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.train.transfer import model_inputs
 
 ROOT = Path(__file__).parents[2]
 PIXELS = Case(4, 2, "bf16", "pixels", 2)
@@ -69,7 +74,7 @@ def written(folder: Path) -> dict:
 def test_the_whole_command(tmp_path: Path) -> None:
     """Machine, attention, packed against padded; under ZeRO-3 in fp16 steps of stage 4 and a checkpoint."""
     env = {**os.environ, "PYTHON": sys.executable}
-    options = ["--tiny", "--steps", "2", "--out", str(tmp_path), "--only", "checks", "ZeRO-3, fp16, stage 4"]
+    options = ["--dry-run", "--steps", "2", "--out", str(tmp_path), "--only", "checks", "ZeRO-3, fp16, stage 4"]
     command = ["bash", str(ROOT / "benchmarks/gpu.sh"), *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
@@ -83,6 +88,8 @@ def test_the_whole_command(tmp_path: Path) -> None:
         assert len(row["losses"]) == 5 and row["rates"]["samples_s"] > 0 and row["estimated_gib"] > 1
         parts = row["seconds_by_part"]
         assert set(parts) == set(PARTS) and all(parts[part] > 0 for part in ("phi", "backward", "optimizer", "head"))
+        assert row["host_pct"] == 100 and 0 < row["profile"]["busy_pct"] <= 100
+        assert row["profile"]["kernels"] > 100 and len(row["profile"]["top"]) == 20
     assert pixels["seconds_by_part"]["vision"] > 0 == features["seconds_by_part"]["vision"]
     (save,) = found["save"]
     assert save["gb"] > 0 and all(value > 0 for name, value in save.items() if name.endswith("seconds"))
@@ -92,13 +99,95 @@ def test_the_whole_command(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "log.txt", "table.md"]
 
 
+def test_the_original_before_and_after_ours(tmp_path: Path) -> None:
+    """Its first loss is ours on the same weights and samples; every row of ours has its ratio, or a reason."""
+    env = {**os.environ, "PYTHON": sys.executable}
+    words = ["original's procedure, stage 4, 2 samples", "ZeRO-2, bf16, stage 4"]
+    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), "--dry-run", "--steps", "2", "--out", str(tmp_path), "--only"]
+    done = subprocess.run([*command, *words], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
+    found = written(tmp_path)
+    cases = [Case(**row["case"]) for row in found["steps"]]
+    assert cases[0].original and cases[-1] == cases[0] and not any(case.original for case in cases[1:-1])
+    plain = [(case.source, case.batch) for case in cases[1:-1] if not case.recompute]
+    assert plain == [("pixels", 2), ("features", 2), ("pixels", 16), ("features", 16)] and len(cases) == 7
+    same = [each for each in found["checks"] if "difference of the loss from ours" in each["name"]]
+    assert len(same) == 2 and all(each["passed"] for each in same)
+    assert len(found["steps"][0]["losses"]) == 5
+    ours = next(
+        line for line in done.stdout.splitlines() if line.startswith("| ZeRO-2, bf16, stage 4, pixels, 2 samples |")
+    )
+    ratio = found["steps"][1]["rates"]["samples_s"] / original_rates(found["steps"])[4, 2]
+    assert f"| {ratio:.2f} |" in ours
+    reasons = {each["what"].split(", ")[3]: each["why"] for each in found["left_out"]}
+    assert set(reasons) == set(LEVERS) and "not built" in reasons["fp8"]
+    assert "kernels of ZeRO-2, bf16, stage 4" in done.stdout
+
+
 def test_every_case_that_matters_is_planned() -> None:
-    planned = {(case.stage, case.zero, case.precision, case.source) for group in groups() for case in group.cases}
+    ours = [case for group in groups() for case in group.cases if not case.original and not case.lever]
+    planned = {(case.stage, case.zero, case.precision, case.source) for case in ours}
     assert planned == {
         (s, z, p, f) for s in (1, 4) for z in (2, 3) for p in ("bf16", "fp16") for f in ("pixels", "features")
     }
     assert {case.group for group in groups() for case in group.cases} == {group.name for group in groups()}
     assert [group.name for group in groups() if group.save] == ["ZeRO-2, bf16, stage 4", "ZeRO-3, fp16, stage 4"]
+    by_default = [group for group in groups() if group.by_default]
+    assert {(case.zero, case.precision) for group in by_default for case in group.cases} == {(0, "fp16"), (2, "bf16")}
+    assert [group.module for group in by_default[:3]] == ["original", "steps", "original"]
+    assert {case.lever for group in by_default for case in group.cases} == {"", *LEVERS}
+
+
+def test_levers() -> None:
+    quantized = Case(4, 2, "bf16", "pixels", 2, lever=QUANTIZED)
+    assert obstacle(PIXELS, "tiny") is None and "block" in obstacle(quantized, "tiny")
+    assert obstacle(Case(4, 2, "bf16", "pixels", 2, lever="fp8"), "published") == "fp8 is not built"
+
+
+def test_busy_share() -> None:
+    """Kernels next to each other on two streams count once, gaps do not."""
+    spans = [(0, 10), (5, 12), (20, 30), (22, 25)]
+    events = [SimpleNamespace(time_range=SimpleNamespace(start=start, end=end)) for start, end in spans]
+    assert busy_share(events) == pytest.approx(22 / 30) and busy_share([]) == 0
+
+
+def test_quantized_weights_on_the_device() -> None:
+    """The case of 4 bit trains what the others train."""
+    pytest.importorskip("bitsandbytes")
+    import torch
+
+    config = model_config(load_recipe(ROOT / "stages/stage4.yaml", overrides(4, "tiny")), "tiny")
+    config.text_config.hidden_size, config.text_config.intermediate_size = 64, 128
+    plain, quantized = (build(config, torch.bfloat16, torch.device("cpu"), bits) for bits in (None, 4))
+    trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (plain, quantized)]
+    assert trained[0] == trained[1] and any("codes" in name for name, _ in quantized.named_buffers())
+    batch = make_batches(config, PIXELS, 0, pinned=False).loaded[0].batch
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quantized(**model_inputs(batch)).token_losses.isfinite().all()
+
+
+def test_results_are_on_disk_while_the_process_runs(tmp_path: Path, report: Report) -> None:
+    """If all is cut off there, what was measured is in the output folder."""
+
+    def cut_off(module: str, arguments: list[str]) -> ProcessEnd:
+        options = dict(itertools.pairwise(arguments))
+        add(Path(options["--out"]), "steps", figures(PIXELS))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_group(cut_off, Group((PIXELS, FEATURES)), [], tmp_path / "elsewhere", report)
+    (line,) = read(tmp_path / "running.jsonl")
+    assert line["value"]["case"] == asdict(PIXELS)
+
+
+def test_ratios(report: Report) -> None:
+    """Of one GPU to the original's mean before and after; the original's own, too."""
+    original = Case(4, 0, "fp16", "pixels", 2, original=True)
+    rows = [figures(original), figures(PIXELS), figures(original)]
+    rows[0]["rates"]["samples_s"], rows[2]["rates"]["samples_s"], rows[1]["rates"]["samples_s"] = 4.0, 6.0, 20.0
+    assert original_rates(rows) == {(4, 2): 5.0}
+    ratios = [line.split(" | ")[2] for line in step_table(rows, gpus=2)[2:]]
+    assert ratios == ["0.80", "2.00", "1.20"]
 
 
 def test_without_memory_half_the_batch(tmp_path: Path, report: Report) -> None:
