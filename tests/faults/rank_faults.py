@@ -2,14 +2,19 @@
 
 import json
 import os
+import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from helpers.patience import PATIENCE
 
 from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.train import loop
+from tinygptv_ds.train.liveness.channel import Channel
 from tinygptv_ds.train.run import Run
+from tinygptv_ds.weights import assemble
 
 
 def watched(at: int = -1, number: int = 0, rank: int = 0, after: str = "", pause: str = "") -> None:
@@ -38,6 +43,23 @@ def watched(at: int = -1, number: int = 0, rank: int = 0, after: str = "", pause
                 os.kill(os.getpid(), number)
 
     loop.optimizer_step = noted
+
+
+def interrupted(rank: int) -> None:
+    """Let Ctrl-C reach one rank, and no other, when it begins to load and is connected to the others."""
+    build_model, add, connected = assemble.build_model, Channel._add, threading.Event()
+
+    def adding(*args: Any) -> None:
+        add(*args)
+        connected.set()
+
+    def interrupting(*args: object, **more: object) -> object:
+        if int(os.environ["RANK"]) == rank:
+            assert connected.wait(PATIENCE)
+            os.kill(os.getpid(), signal.SIGINT)
+        return build_model(*args, **more)
+
+    assemble.build_model, Channel._add = interrupting, adding
 
 
 def wait_for(path: Path) -> None:

@@ -4,13 +4,16 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import tiny
 from helpers.forked import Ranks, ended, started
-from rank_faults import fed, watched
+from rank_faults import fed, interrupted, watched
+from safetensors.torch import load_file
 
 from tinygptv_ds.train.checkpoint.folders import complete_ones
 
@@ -86,6 +89,30 @@ def test_stopped_by_signals_and_resumed_on_other_ranks(recipe: Callable[..., Pat
     assert last.metrics[0]["train/loss"] != last.metrics[-1]["train/loss"]
     for ours, theirs in zip(last.metrics, whole.metrics, strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-6), ours["step"]
+
+
+def test_resumed_under_zero_3_where_parameters_do_not_divide(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Of 32 weights three ranks hold eleven each, the last one with a gap; moments come back whole, too."""
+    path = recipe(train__steps_per_epoch=6, train__batch_size=12, train__micro_batch_size=1)
+    whole = ended(path, tmp_path / "whole", "--set=train.checkpoint_every=2", "--set=train.keep_checkpoints=9")
+    run = tmp_path / "run"
+    shutil.copytree(whole.folder / "checkpoints/step-00000002", run / "checkpoints/step-00000002")
+    divided = "--set=deepspeed.zero_optimization.stage3_param_persistence_threshold=0"
+    three = ended(path, run, ZERO_3, divided, "--set=train.checkpoint_every=1", ranks=3)
+    for ours, theirs in zip(three.metrics, whole.metrics[2:], strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-6), ours["step"]
+    saved = [load_file(each / "checkpoints/step-00000006/state.safetensors") for each in (run, whole.folder)]
+    for name, tensor in saved[1].items():
+        torch.testing.assert_close(
+            saved[0][name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_at_one_rank_that_loads(rank: int, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Before the ranks share signals, the others learn from its last message why it has gone."""
+    run = ended(recipe(), tmp_path / "run", ranks=2, fault=partial(interrupted, rank), code=130)
+    assert "interrupted by Ctrl-C" in run.output and "Traceback" not in run.output
 
 
 def test_by_the_clock_of_rank_0(recipe: Callable[..., Path], tmp_path: Path) -> None:

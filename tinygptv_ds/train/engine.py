@@ -224,10 +224,11 @@ class Engine:
         """Set one of `MOMENTS`, which exist from the first step on; `value` returns it whole, by parameter name."""
         self._link_optimizer_states()
         for name, parameter in self.trained_parameters():
-            if self.flat is None:
-                safe_set_full_optimizer_state(parameter, value(name), moment)
-            else:
+            if self.flat is not None:
                 self.flat.moment(parameter, moment).copy_(value(name))
+                continue
+            with _padded(parameter, value(name), self.ranks.world_size) as whole:
+                safe_set_full_optimizer_state(parameter, whole, moment)
 
     @property
     def optimizer_steps(self) -> int:
@@ -323,6 +324,25 @@ def _ask_once(optimizer: Any) -> None:
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
+
+
+@contextlib.contextmanager
+def _padded(parameter: Any, value: Tensor, ranks: int) -> Iterator[Tensor]:
+    """Yield a value with as many elements as all ranks together hold of a parameter under ZeRO-3, zeros at its end.
+
+    Parameters are divided into equal parts, whatever their size, but DeepSpeed 0.19 takes values of their exact size
+    only, and fails on the last rank where that does not divide. Remove when it pads values itself.
+    """
+    size = getattr(parameter, "ds_numel", None)
+    if size is None:
+        yield value
+        return
+    missing = parameter.ds_tensor.ds_numel * ranks - size
+    parameter.ds_numel = size + missing
+    try:
+        yield nn.functional.pad(value.flatten(), (0, missing))
+    finally:
+        parameter.ds_numel = size
 
 
 def _cast_buffers(model: TinyGPTVForConditionalGeneration) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -101,10 +102,7 @@ class Watchdog:
         """Report an error of this rank to the others."""
         if is_of_collectives(error):  # it follows from what the thread is about to find out and report itself
             time.sleep(self._lost_after + 10 * self._interval)
-        of_disk = disk_problem(error)
-        code = 2 if isinstance(error, TinyGPTVError) or of_disk else 1
-        text = of_disk or str(error) if code == 2 else f"{type(error).__name__}: {error}"
-        if self._send({"left": {"error": text, "code": code}}):
+        if self._send({"left": _in_our_terms(error)}):
             sent = threading.Event()
             self._loop.call_soon_threadsafe(sent.set)
             sent.wait(_LAST_WORD)
@@ -228,7 +226,7 @@ class Watchdog:
 
     def _follow(self, rank: int, left: Message) -> None:
         """End after another rank's error; this rank would have found the same by now if it had it too."""
-        above = "" if left["code"] == 2 else "; its traceback is above"
+        above = "; its traceback is above" if left["code"] == 1 else ""
         message = f"{left['error']} (on rank {rank}, {_in_step(self.progress.status().step)}{above})"
         self._end_all(message, left["code"])
 
@@ -258,6 +256,16 @@ class Watchdog:
             self._loop.call_later(0.02, self._leave_at, until, code)
         else:
             os._exit(code)
+
+
+def _in_our_terms(error: BaseException) -> Message:
+    """Return what the other ranks are to print about an error of this one, and the exit code of all of them."""
+    if isinstance(error, KeyboardInterrupt):
+        return {"error": "interrupted by Ctrl-C", "code": 128 + signal.SIGINT}
+    of_disk = disk_problem(error)
+    if of_disk is not None or isinstance(error, TinyGPTVError):
+        return {"error": of_disk or str(error), "code": 2}
+    return {"error": f"{type(error).__name__}: {error}", "code": 1}
 
 
 def _in_step(step: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.log import LOGGER
 
+_PROBE = 8192  # bytes; the first records of a file take less
+
 
 class _Guarded:
-    """TensorBoard's event writer; once it fails, which it does in a thread of its own, events are dropped.
+    """TensorBoard's record writer, which a thread of its own uses; once it fails, records are dropped.
 
     Args:
         writer: TensorBoard's own.
@@ -23,13 +27,9 @@ class _Guarded:
         self._writer, self._folder = writer, folder
         self._failed = False
 
-    def add_event(self, event: Any) -> None:
-        """Write an event, unless writing has failed before."""
-        self._try(lambda: self._writer.add_event(event))
-
-    def get_logdir(self) -> str:
-        """Return the folder of the events."""
-        return str(self._folder)
+    def write(self, data: bytes) -> None:
+        """Write a record, unless writing has failed before."""
+        self._try(lambda: self._writer.write(data))
 
     def flush(self) -> None:
         """Write what is waiting."""
@@ -39,7 +39,7 @@ class _Guarded:
         """Write what is waiting, and close the file."""
         self._try(self._writer.close)
 
-    def _try(self, call: Any) -> None:
+    def _try(self, call: Callable[[], object]) -> None:
         if self._failed:
             return
         try:
@@ -54,15 +54,20 @@ def open_board(folder: Path, purge_step: int | None) -> SummaryWriter:
 
     Args:
         folder: gets a file of events.
-        purge_step: TensorBoard ignores what earlier files contain from this step on.
+        purge_step: TensorBoard shall forget what earlier files hold from this step on.
 
     Raises:
         ConfigError: the folder cannot be made, or written to at all.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:  # TensorBoard's thread would end in a traceback
+            probe.write(bytes(_PROBE))
         board = SummaryWriter(folder, purge_step=purge_step)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}); make room, or move it away") from None
+    # Errors are caught where the thread meets them. Remove when tensorboard no longer prints them as tracebacks.
     writer: Any = board.file_writer  # torch annotates it as None
-    writer.event_writer = _Guarded(writer.event_writer, folder)
+    queue = writer.event_writer._async_writer
+    queue._writer = queue._worker._record_writer = _Guarded(queue._writer, folder)
     return board
