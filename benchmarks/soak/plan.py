@@ -16,8 +16,8 @@ FULL, FULL_A_WHILE = "disk full", "disk full for a while"
 _SAVING = ("save", MID_FILE, MID_FILE, "state", "rename", "prune", "removal")
 _STOPS = {TERM: 15, INT: 2, USR1: 10}
 _VICTIMS = {
-    FORKED: (RANK, RANK, WORKER),
-    TRAIN: (RANK, RANK, WORKER, NODE, NODE, OUTER, FRONT, FRONT),
+    FORKED: (RANK, RANK, RANK, RANK, WORKER),
+    TRAIN: (RANK, RANK, RANK, WORKER, NODE, NODE, OUTER, FRONT, FRONT),
     RESTARTED: (RANK, NODE),
     DEEPSPEED: (RANK, NODE, OUTER),
 }
@@ -117,7 +117,7 @@ def draw(rng: Random, *, exact: bool, launched: float) -> Injection:
         exact: keep the number of ranks and the ZeRO stage, so that every bit must stay the same.
         launched: share of attempts that real launchers start; ranks are forked in the others.
     """
-    others = [TRAIN, TRAIN, RESTARTED, DEEPSPEED]
+    others = [TRAIN, TRAIN, TRAIN, RESTARTED, DEEPSPEED, DEEPSPEED]
     form = rng.choice(others) if rng.random() < launched else FORKED
     ranks = 2 if exact else rng.choice((1, 2, 2, 3))
     setup = Setup(
