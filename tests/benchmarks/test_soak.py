@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.soak import plan
-from benchmarks.soak.__main__ import judge
-from benchmarks.soak.attempt import Outcome
-from benchmarks.soak.compare import Reference, compare, leftovers, read_fed, unsound
-from benchmarks.soak.damage import DAMAGES, damage
-from benchmarks.soak.inside import POINTS
-from benchmarks.soak.plan import Injection, draw
-from benchmarks.soak.report import Result, Soaked
+from benchmarks.soak import judge
+from benchmarks.soaking import plan
+from benchmarks.soaking.attempt import Outcome
+from benchmarks.soaking.compare import Reference, compare, leftovers, read_fed, unsound
+from benchmarks.soaking.damage import DAMAGES, damage
+from benchmarks.soaking.inside import POINTS
+from benchmarks.soaking.plan import Injection, draw
+from benchmarks.soaking.report import Result, Soaked
 from tinygptv_ds.train.checkpoint.storage import Snapshot, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ STEPS, RANKS = 4, 2
 
 def test_three_injections(tmp_path: Path) -> None:
     """With forked ranks; nothing is lost, and the figures are written."""
-    command = [sys.executable, "-m", "benchmarks.soak", "--seed", "3", "--minutes", "9", "--launched", "0"]
+    command = [sys.executable, "benchmarks/soak.py", "--seed", "3", "--minutes", "9", "--launched", "0"]
     command += ["--injections", "3", "--work", str(tmp_path / "soak")]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.soak.compare import Comparison
-from benchmarks.soak.plan import Injection
+from benchmarks.soaking.compare import Comparison
+from benchmarks.soaking.plan import Injection
 
 _HEAD = "| injected | times | launched | exit codes | longest until all was gone | longest recovery | problems |"
 

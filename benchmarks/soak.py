@@ -1,7 +1,7 @@
 """Interrupts runs of a tiny recipe again and again, and compares each with a run that was left alone.
 
 Processes are killed, stopped and frozen at chosen points of start-up, step and save; ranks, ZeRO stage and dataloader
-workers change between attempts; disks fill and clear; run directories are damaged. `python -m benchmarks.soak --minutes
+workers change between attempts; disks fill and clear; run directories are damaged. `python benchmarks/soak.py --minutes
 60 --seed 1`, from the root. Exit code 1: something was lost, left over, or not as docs/resume.md has it.
 """
 
@@ -20,15 +20,17 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.soak.attempt import Outcome, Place, run_attempt
-from benchmarks.soak.compare import Reference, compare, unsound
-from benchmarks.soak.damage import damage
-from benchmarks.soak.disk import Disk
-from benchmarks.soak.plan import FULL, FULL_A_WHILE, Injection, draw
-from benchmarks.soak.processes import MARK
-from benchmarks.soak.report import Result, Soaked
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.soaking.attempt import Outcome, Place, run_attempt
+from benchmarks.soaking.compare import Reference, compare, unsound
+from benchmarks.soaking.damage import damage
+from benchmarks.soaking.disk import Disk
+from benchmarks.soaking.plan import FULL, FULL_A_WHILE, Injection, draw
+from benchmarks.soaking.processes import MARK
+from benchmarks.soaking.report import Result, Soaked
+
+ROOT = Path(__file__).resolve().parents[1]
 _PLAIN = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 KINDS = {"vqa": 30, "text": 30, "chat": 20, "pair": 15}
 STEPS, SAVED_EVERY, BATCH = 24, 3, 12
@@ -183,7 +185,7 @@ class Soak:
     def _report(self, number: int, when: str, problem: str) -> None:
         print(
             f"PROBLEM in run {number}, {when}: {problem}\n  records and output: {self._work / f'episode-{number}'}; "
-            f"again: python -m benchmarks.soak --seed {self._seed} --episode {number}",
+            f"again: python benchmarks/soak.py --seed {self._seed} --episode {number}",
             flush=True,
         )
 
@@ -208,7 +210,7 @@ def judge(injection: Injection, outcome: Outcome, run_dir: Path) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python benchmarks/soak.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=60.0, help="how long (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of what is injected (default: %(default)s)")
     parser.add_argument("--episode", type=int, metavar="N", help="this run alone, to repeat it")

@@ -4,6 +4,6 @@ import os
 import sys
 
 if "RANK" in os.environ and any("stage4" in word for word in sys.orig_argv):
-    from benchmarks.soak.inside import install
+    from benchmarks.soaking.inside import install
 
     install()

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from benchmarks.soak.inside import FULL
+from benchmarks.soaking.inside import FULL
 
 _SIZE = "96m"
 

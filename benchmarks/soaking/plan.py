@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from benchmarks.soak.damage import DAMAGES
-from benchmarks.soak.inside import LOAD, MID_FILE, START, STEP
+from benchmarks.soaking.damage import DAMAGES
+from benchmarks.soaking.inside import LOAD, MID_FILE, START, STEP
 
 FORKED, TRAIN, RESTARTED, DEEPSPEED = "forked", "train", "train --restarts", "deepspeed"
 RANK, WORKER, NODE, OUTER, FRONT = "rank", "worker", "per-node launcher", "outer launcher", "verb train"

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.soak import plan, processes
-from benchmarks.soak.disk import Disk
-from benchmarks.soak.inside import REACHED, RELEASED, Orders, install
-from benchmarks.soak.plan import Injection
+from benchmarks.soaking import plan, processes
+from benchmarks.soaking.disk import Disk
+from benchmarks.soaking.inside import REACHED, RELEASED, Orders, install
+from benchmarks.soaking.plan import Injection
 from tinygptv_ds.processes import children_of, command_line
 from tinygptv_ds.train.liveness.launchers import PER_NODE
 
