@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinygptv_ds"
 BASE = {"errors", "config", "log", "distributed", "files", "retry", "dtypes", "resources", "arguments", "git_lfs"}
-BASE |= {"console", "processes", "remote_code", "plain_pickle"}
+BASE |= {"console", "processes", "remote_code", "plain_pickle", "object_storage"}
 MIDDLE = BASE | {"processing", "features.format", "data", "models"}
 # What each part of the package may import apart from itself; `__init__` (the version) is open to all.
 MAY_IMPORT = {
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "distributed": {"errors"},
     "files": {"errors"},
     "retry": {"errors"},
+    "object_storage": {"errors", "files", "retry"},
     "dtypes": set(),
     "remote_code": {"resources"},  # reads the source of other modules, imports none
     "processing": BASE,

@@ -31,6 +31,10 @@ class CheckpointError(TinyGPTVError):
     """A training checkpoint that is incomplete, altered, or of another run."""
 
 
+class ObjectStorageError(TinyGPTVError):
+    """A URL that cannot be read or written, or a folder there that is damaged."""
+
+
 class Stopped(Exception):
     """The end of a run that a signal has stopped, and that can be resumed from what it has saved.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from tinygptv_ds.config.limits import MOST_STEPS, check_limits
@@ -84,6 +85,10 @@ class TrainSection:
     deepspeed_checkpoints: bool = False
     """Write each checkpoint in DeepSpeed's own format as well, while training waits."""
 
+    mirror: str | None = None
+    """URL in object storage, e.g. s3://bucket/runs/stage3, that checkpoints and `model/` are copied to in the
+    background; a start on another machine, with an empty run directory, resumes from there. null: none."""
+
     startup_minutes: float = 60.0
     """Time limit in minutes for loading and the first step, and later for a save, a validation or a panel."""
 
@@ -120,6 +125,10 @@ class TrainSection:
         known = ("step_mean", "micro_batch_mean")
         require(self.loss_reduction in known, f"train.loss_reduction must be one of {', '.join(known)}")
         require(self.result in ("last", "best"), "train.result must be last or best")
+        require(
+            self.mirror is None or re.match(r"[a-z][a-z0-9+.-]*://.", self.mirror) is not None,
+            f"train.mirror {self.mirror!r} is no URL; give e.g. s3://bucket/runs/stage3, gs://..., file:///...",
+        )
         if self.keep_best is None:
             require(self.result == "last", "train.result is best, but train.keep_best names no metric, e.g. val/loss")
             require(not self.patience, "train.patience is set, but train.keep_best names no metric, e.g. val/loss")

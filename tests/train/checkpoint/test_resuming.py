@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,7 +243,7 @@ def test_old_ones_go(keep: int, keep_every: int, left: list[int] | None, tmp_pat
     steps = list(range(5, 40, 5))
     for step in steps:
         (tmp_path / f"step-{step:08d}").mkdir()
-    remove_old(complete_ones(tmp_path), keep, keep_every)
+    remove_old(complete_ones(tmp_path), SimpleNamespace(keep_checkpoints=keep, keep_every=keep_every))
     assert [step_of(folder) for folder in complete_ones(tmp_path)] == (left or steps)
     assert len(list(tmp_path.iterdir())) == len(left or steps)
 

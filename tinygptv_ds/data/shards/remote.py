@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import errno
-import logging
 import posixpath
-import re
 import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TypeVar
 
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.retry import RetryPolicy
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
+from tinygptv_ds.object_storage import NETWORK, explain_failure, hide_password, open_url, wants_credentials
 
 PIPE = "pipe:"
-_CONNECT_SECONDS, _SILENT_SECONDS = 30, 60  # a server that sends nothing for so long has failed
-_TRY_AGAIN = (408, 425, 429)  # those of HTTP's 4xx errors that may pass
 _BLOCK = 1 << 20
 _Result = TypeVar("_Result")
 
@@ -33,7 +26,7 @@ class RemoteShard:
     url: str
 
     def __str__(self) -> str:
-        return re.sub(r"://[^/@]*@", "://***@", self.url)  # no password in a log
+        return hide_password(self.url)
 
     @property
     def is_pipe(self) -> bool:
@@ -59,7 +52,7 @@ def list_shards(url: str) -> list[RemoteShard]:
     shard = RemoteShard(pattern)
 
     def find() -> list[RemoteShard]:
-        files, path = _open(pattern)
+        files, path = open_url(pattern)
         return [RemoteShard(files.unstrip_protocol(name)) for name in sorted(files.glob(path))]
 
     found = _retry(shard, find)
@@ -78,7 +71,7 @@ def remote_size(shard: RemoteShard) -> int | None:
         return None
 
     def ask() -> int | None:
-        files, path = _open(shard.url)
+        files, path = open_url(shard.url)
         return files.size(path)
 
     return _retry(shard, ask)
@@ -91,7 +84,7 @@ def adjacent_index(shard: RemoteShard, length: int | None = None) -> bytes:
     path, mark, query = shard.url.partition("?")
 
     def read() -> bytes:
-        files, index = _open(f"{path}.idx{mark}{query}")
+        files, index = open_url(f"{path}.idx{mark}{query}")
         try:
             return files.cat_file(index, start=length and 0, end=length)[:length]  # a server may ignore ranges
         except (FileNotFoundError, PermissionError):  # S3 refuses missing files if listing is not allowed
@@ -132,7 +125,7 @@ def download(shard: RemoteShard, to: Path, size: int | None, arrived: Callable[[
 def _get(url: str, to: Path, size: int | None, arrived: Callable[[int], None]) -> None:
     from fsspec.callbacks import Callback
 
-    files, path = _open(url)
+    files, path = open_url(url)
     if size is None:
         with files.open(path, "rb") as source:
             _copy(source, to, arrived)
@@ -168,20 +161,6 @@ def _run(command: str, to: Path, arrived: Callable[[int], None]) -> None:
             raise OSError(f"the command ended with exit code {process.returncode}: {tail or 'no message'}")
 
 
-def _open(url: str) -> tuple[AbstractFileSystem, str]:
-    """Return (file system, path in it); fsspec keeps one file system per process."""
-    from fsspec.core import url_to_fs
-
-    options: dict[str, Any] = {}
-    if url.startswith(("http://", "https://")):
-        import aiohttp
-
-        # The default limit is 5 minutes for a whole file.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
-        options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
-    return url_to_fs(url, **options)
-
-
 def _retry(shard: RemoteShard, action: Callable[[], _Result]) -> _Result:
     """Return what `action` returns, repeated where the failure may pass.
 
@@ -196,46 +175,11 @@ def _retry(shard: RemoteShard, action: Callable[[], _Result]) -> _Result:
         raise DataError(f"{shard}: {_explained(shard, error)}") from error
 
 
-def _may_pass(error: Exception) -> bool:
-    status = getattr(error, "status", None)
-    if isinstance(status, int):
-        return not 400 <= status < 500 or status in _TRY_AGAIN
-    final = (
-        *(DataError, ImportError, ValueError),
-        *(FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError),
-    )
-    full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    return not (isinstance(error, final) or full or _wants_credentials(error))
-
-
-NETWORK = RetryPolicy(delays=(1.0, 4.0, 16.0), may_pass=_may_pass, log_level=logging.INFO)
-"""For servers and object storage: four attempts in about 20 seconds."""
-
-
-def _wants_credentials(error: Exception) -> bool:
-    refused = isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
-    return refused or "Credentials" in type(error).__name__  # botocore's and google's
-
-
 def _explained(shard: RemoteShard, error: Exception) -> str:
     """Return what went wrong, with the remedy."""
-    protocol = shard.url.partition("://")[0]
-    if isinstance(error, ImportError):
-        return f"{error}; {protocol}:// needs a package: pip install {_package(protocol)}"
     if isinstance(error, FileNotFoundError):
         return "not found; check the URL (that of a folder ends in /), or narrow the pattern to existing files"
-    if _wants_credentials(error):
-        return (
-            f"access refused ({error}); give the credentials as this storage's own tools take them, or by "
-            f"FSSPEC_{protocol.upper()}_... variables and ~/.config/fsspec"
-        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk of the cache is full; lower data.cache_gb, or set data.cache_dir to another disk"
-    return f"cannot be fetched: {type(error).__name__}: {error}"
-
-
-def _package(protocol: str) -> str:
-    from fsspec.registry import known_implementations
-
-    package = known_implementations.get(protocol, {"class": ""})["class"].partition(".")[0]
-    return "'fsspec[http]'" if package == "fsspec" else package or f"fsspec[{protocol}]"
+    known = isinstance(error, ImportError) or wants_credentials(error)
+    return explain_failure(shard.url, error) if known else f"cannot be fetched: {explain_failure(shard.url, error)}"

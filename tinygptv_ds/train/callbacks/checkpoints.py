@@ -11,8 +11,10 @@ from typing import Any
 from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.errors import CheckpointError, Stopped
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.train.callbacks.callback import Callback
+from tinygptv_ds.train.callbacks.callback import Callback, LogRecord
 from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
+from tinygptv_ds.train.checkpoint.mirror import Mirror
+from tinygptv_ds.train.checkpoint.result import MODEL
 from tinygptv_ds.train.checkpoint.snapshot import take_snapshot
 from tinygptv_ds.train.checkpoint.storage import Snapshot, remove_old
 from tinygptv_ds.train.checkpoint.writer import CheckpointWriter
@@ -20,13 +22,27 @@ from tinygptv_ds.train.liveness.stop_signals import SIGNALS, StopSignals, Votes
 from tinygptv_ds.train.run import Run
 
 DEEPSPEED_FOLDER = "deepspeed"
+_MIRROR_AT_END, _MIRROR_AT_STOP = 600.0, 60.0  # seconds to wait for it; schedulers kill a minute or so after a SIGTERM
+
+
+def _open_mirror(run: Run) -> Mirror | None:
+    """Return the mirror of a run on rank 0, where the recipe names one; it gets the checkpoint that is resumed from."""
+    url = run.recipe.train.mirror
+    if url is None or not run.ranks.is_main or run.job.dry_run or run.job.evaluate_only:
+        return None
+    mirror = Mirror(url, run.job.run_dir, run.recipe.train, run.first_step)
+    resumed = run.job.run_dir / FOLDER / f"step-{run.first_step:08d}"
+    if resumed.is_dir():
+        mirror.add(resumed)
+    return mirror
 
 
 class Checkpoints(Callback):
     """Saves the run every N steps or minutes, at its end, and when a signal tells any rank to stop.
 
     Settings: `train.checkpoint_every`, `train.checkpoint_minutes`, `train.keep_checkpoints`, `train.keep_every`,
-    `train.deepspeed_checkpoints`. Metrics: none.
+    `train.deepspeed_checkpoints`, `train.mirror`. Metrics: with a mirror `mirror/step`, the newest step that is there,
+    and `mirror/failures`.
 
     A context manager that all ranks enter; leaving it waits for what is still being written, whatever the reason.
 
@@ -42,7 +58,8 @@ class Checkpoints(Callback):
         self._began_from = began_from
         self._train = run.recipe.train
         self._saved = run.first_step
-        self._writer = CheckpointWriter(run.job.run_dir / FOLDER, self._train)
+        self._mirror = _open_mirror(run)
+        self._writer = CheckpointWriter(run.job.run_dir / FOLDER, self._train, self._mirror)
         self._signals = StopSignals(run.job.launchers)
         self._votes = Votes(run.engine, len(SIGNALS) + 2)
         self._last_time = time.monotonic()
@@ -58,6 +75,8 @@ class Checkpoints(Callback):
         if error is None:
             self._signals.restore()
         self._writer.close()
+        if self._mirror is not None:
+            self._finish_mirror(self._mirror, error)
 
     def on_batch(self, step: int, micro_batches: Sequence[MicroBatch]) -> None:
         """Share with the other ranks what this one has noticed: the sum is ready once the step is computed."""
@@ -72,6 +91,21 @@ class Checkpoints(Callback):
         """
         with self._run.clock.pause():
             self._save_or_stop(step + 1)
+
+    def on_log(self, record: LogRecord) -> None:
+        """Add how far the mirror is."""
+        if self._mirror is not None:
+            record.metrics |= {"mirror/step": self._mirror.newest, "mirror/failures": self._mirror.failures}
+
+    def _finish_mirror(self, mirror: Mirror, error: BaseException | None) -> None:
+        """Copy what is left: at the end of a run `model/`, too; when it is stopped, as far as the time allows."""
+        if error is None:
+            model = self._run.job.run_dir / MODEL
+            if model.is_dir():
+                mirror.add(model)
+            mirror.finish(_MIRROR_AT_END)
+        elif isinstance(error, Stopped):
+            mirror.finish(_MIRROR_AT_STOP)
 
     def _save_or_stop(self, done: int) -> None:
         *signals, is_time, has_failed = self._votes.count()
@@ -117,7 +151,9 @@ class Checkpoints(Callback):
         folder: Path = self._run.job.run_dir / DEEPSPEED_FOLDER
         self._run.engine.save_deepspeed(folder, snapshot.name, dict(snapshot.state))
         if self._run.ranks.is_main:
-            remove_old(complete_ones(folder), self._train.keep_checkpoints, self._train.keep_every)
+            if self._mirror is not None:
+                self._mirror.add(folder / snapshot.name)
+            remove_old(complete_ones(folder), self._train, self._mirror.holds if self._mirror else None)
 
     def _stop(self, number: int, done: int) -> None:
         self._writer.wait()

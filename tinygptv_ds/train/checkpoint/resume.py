@@ -57,7 +57,7 @@ def choose_checkpoint(job: Job, fingerprint: dict[str, Any]) -> str | None:
         return None
     folder = _newest_complete(own) if job.resume == "auto" else _named(job, Path(job.resume))
     if folder is not None:
-        _check_fingerprint(job, folder, _state_of(folder), fingerprint)
+        check_fingerprint(job, folder, _state_of(folder)["must_match"], fingerprint)
         LOGGER.info("resuming from %s", folder)
     return None if folder is None else str(folder)
 
@@ -192,11 +192,24 @@ def _state_of(folder: Path) -> dict[str, Any]:
     return open_checkpoint(folder).state
 
 
-def _check_fingerprint(job: Job, folder: Path, state: dict[str, Any], fingerprint: dict[str, Any]) -> None:
-    if state["must_match"] is None:
+def check_fingerprint(
+    job: Job, folder: Path | str, recorded: dict[str, Any] | None, fingerprint: dict[str, Any]
+) -> None:
+    """Compare the fingerprint that a checkpoint recorded with this run's.
+
+    Args:
+        job: says whether differences are meant.
+        folder: the checkpoint, for messages.
+        recorded: None where it was not recorded.
+        fingerprint: this run's.
+
+    Raises:
+        CheckpointError: they differ; each difference is named.
+    """
+    if recorded is None:
         LOGGER.warning("%s holds no fingerprint of recipe, data and base weights: nothing could be compared", folder)
         return
-    differing = fingerprint_differences(state["must_match"], fingerprint, recorded_in="in the checkpoint").values()
+    differing = fingerprint_differences(recorded, fingerprint, recorded_in="in the checkpoint").values()
     if not differing:
         return
     listed = "\n".join(f"  - {line}" for line in differing)

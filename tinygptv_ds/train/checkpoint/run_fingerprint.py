@@ -47,6 +47,7 @@ LEFT_OUT = {
         "patience",
         "result",
         "deepspeed_checkpoints",
+        "mirror",
         "startup_minutes",
         "step_minutes",
         "slow_step_seconds",

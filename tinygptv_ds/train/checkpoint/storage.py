@@ -12,13 +12,14 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import CheckpointError
 from tinygptv_ds.files import sha256, whole_folder
 from tinygptv_ds.train.checkpoint.folders import step_of
@@ -99,16 +100,17 @@ def _sums(folder: Path) -> dict[str, str]:
     return {TENSORS: lines[1], STATE: lines[2]}
 
 
-def remove_old(folders: list[Path], keep: int, keep_every: int) -> None:
-    """Remove all checkpoints but the last `keep` and those at multiples of `keep_every` (0: none).
+def remove_old(folders: list[Path], train: TrainSection, held: Callable[[Path], bool] | None = None) -> None:
+    """Remove all checkpoints but those that the recipe keeps: the newest, and those at multiples of `keep_every`.
 
     Args:
         folders: the oldest first.
-        keep: how many of the newest are kept.
-        keep_every: in steps.
+        train: how many are kept.
+        held: whether one has to stay for the moment; it is removed the next time.
     """
-    for old in folders[:-keep]:
-        if not keep_every or step_of(old) % keep_every:
+    for old in folders[: -train.keep_checkpoints]:
+        kept = train.keep_every and step_of(old) % train.keep_every == 0
+        if not kept and not (held is not None and held(old)):
             # Under its name a checkpoint is complete at any time, also while it is being removed.
             going = old.rename(old.with_name(old.name + ".old"))
             shutil.rmtree(going)

@@ -9,6 +9,7 @@ from pathlib import Path
 from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.checkpoint.folders import complete_ones
+from tinygptv_ds.train.checkpoint.mirror import Mirror
 from tinygptv_ds.train.checkpoint.storage import Snapshot, remove_old, write_checkpoint
 
 _FAILURES_ALLOWED = 1  # in a row
@@ -20,14 +21,15 @@ class CheckpointWriter:
     Args:
         checkpoints: the folder that gets a folder for each snapshot.
         train: how many checkpoints are kept.
+        mirror: gets each of them, too; None: there is none.
 
     Attributes:
         reason: why the last one could not be written; None: it could.
     """
 
-    def __init__(self, checkpoints: Path, train: TrainSection) -> None:
+    def __init__(self, checkpoints: Path, train: TrainSection, mirror: Mirror | None = None) -> None:
         self._checkpoints = checkpoints
-        self._train = train
+        self._train, self._mirror = train, mirror
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._failures = 0
@@ -66,4 +68,6 @@ class CheckpointWriter:
         began = time.perf_counter()
         folder = write_checkpoint(self._checkpoints, snapshot)
         LOGGER.info("wrote %s in %.2f s in the background", folder, time.perf_counter() - began)
-        remove_old(complete_ones(self._checkpoints), self._train.keep_checkpoints, self._train.keep_every)
+        if self._mirror is not None:
+            self._mirror.add(folder)
+        remove_old(complete_ones(self._checkpoints), self._train, self._mirror.holds if self._mirror else None)

@@ -195,13 +195,15 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     hold_library_output()  # what their import warns of belongs into the log file
     # Imported here because the readers of datasets and benchmarks load numpy: mistakes in the recipe come before.
     from tinygptv_ds.train.metrics.wandb_tracker import check_tracking
-    from tinygptv_ds.train.setup.preflight import check_and_open_benchmarks
+    from tinygptv_ds.train.setup.preflight import check_and_open_benchmarks, check_mirror
 
     scored = check_and_open_benchmarks(loaded)
     check_tracking(loaded)
     if ranks.is_main:
         check_writable(run_dir)
         check_port()
+        if not args.evaluate_only:
+            check_mirror(loaded)
     resume = "never" if args.dry_run else args.resume
     return Job(
         recipe=loaded,

@@ -5,11 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.config.recipe import Recipe
-from tinygptv_ds.errors import ConfigError, DataError
+from tinygptv_ds.errors import ConfigError, DataError, ObjectStorageError
+from tinygptv_ds.object_storage import RemoteFolders
 from tinygptv_ds.weights.recipe_files import check_files
 
 if TYPE_CHECKING:
     from tinygptv_ds.evaluation.benchmarks.question import Task
+
+
+def check_mirror(recipe: Recipe) -> None:
+    """Check that the mirror can be written to, with one small object.
+
+    Raises:
+        ConfigError: it cannot; names the URL and the remedy.
+    """
+    if recipe.train.mirror is None:
+        return
+    try:
+        RemoteFolders(recipe.train.mirror).check_writable()
+    except ObjectStorageError as error:
+        raise ConfigError(f"train.mirror: {error}") from None
 
 
 def check_and_open_benchmarks(recipe: Recipe) -> list[Task]:

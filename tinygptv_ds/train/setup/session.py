@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from tinygptv_ds.models.parameters import frozen_trainables
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
 from tinygptv_ds.train.checkpoint import resume
+from tinygptv_ds.train.checkpoint.fetch import fetch_newer_checkpoint
 from tinygptv_ds.train.checkpoint.result import MODEL
 from tinygptv_ds.train.checkpoint.run_fingerprint import run_fingerprint
 from tinygptv_ds.train.engine import Engine, init_process_group
@@ -96,7 +98,7 @@ class Session:
         """
         job = self._job
         fingerprint = run_fingerprint(job.recipe, stream) if job.ranks.is_main else {}
-        chosen = broadcast_from_rank0(job.ranks, lambda: resume.choose_checkpoint(job, fingerprint))
+        chosen = broadcast_from_rank0(job.ranks, lambda: _find_checkpoint(job, fingerprint))
         if job.ranks.is_main and not job.evaluate_only:
             note_run(job)
         checkpoint = None if chosen is None else resume.open_checkpoint(Path(chosen))
@@ -135,6 +137,12 @@ class Session:
         self._watchdog.leave()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _find_checkpoint(job: Job, fingerprint: dict[str, Any]) -> str | None:
+    """Return the folder that the run resumes from, fetched from the mirror where that has a newer one."""
+    fetch_newer_checkpoint(job, fingerprint)
+    return resume.choose_checkpoint(job, fingerprint)
 
 
 @contextmanager
