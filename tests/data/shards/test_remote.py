@@ -12,6 +12,7 @@ import pytest
 from helpers.patience import PATIENCE
 from helpers.tar_server import TarServer
 
+from tinygptv_ds import object_storage
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.data.loader.sample import load_sample
 from tinygptv_ds.data.shards import remote as remote_module
@@ -256,7 +257,7 @@ def test_a_page_instead_of_a_tar(server: TarServer, cache: ShardCache) -> None:
 
 def test_a_server_that_falls_silent(server: TarServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.filesystem("http").clear_instance_cache()
-    monkeypatch.setattr(remote_module, "_SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(object_storage, "_SILENT_SECONDS", 0.1)
     server.pause = 1.0
     start = time.monotonic()
     with pytest.raises(DataError, match=r"cannot be fetched: .*Timeout"):
