@@ -37,6 +37,8 @@ def open_url(url: str) -> tuple[AbstractFileSystem, str]:
         # The default limit is 5 minutes for a whole file.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_SILENT_SECONDS)
         options = {"client_kwargs": {"timeout": timeout}, "headers": {"Accept-Encoding": "identity"}}
+    if url.startswith("file://"):  # other stores have no folders, and asked for one, they may make a bucket
+        options = {"auto_mkdir": True}
     return url_to_fs(url, **options)
 
 
@@ -113,7 +115,6 @@ class RemoteFolders:
 
         def probe() -> None:
             files, root = open_url(self.url)
-            files.makedirs(root, exist_ok=True)
             path = posixpath.join(root, name)
             files.pipe_file(path, b"tinygptv")
             files.rm_file(path)
@@ -221,7 +222,6 @@ class RemoteFolders:
         def put() -> None:
             files, root = open_url(self.url)
             path = posixpath.join(root, name)
-            files.makedirs(posixpath.dirname(path), exist_ok=True)
             files.put_file(str(local), path)
             files.invalidate_cache()
             written = files.size(path)
