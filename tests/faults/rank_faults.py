@@ -62,6 +62,18 @@ def interrupted(rank: int) -> None:
     assemble.build_model, Channel._add = interrupting, adding
 
 
+def killed_before_its_first_word(rank: int) -> None:
+    """Let one rank die of SIGKILL when it is connected to rank 0 and its watchdog has not begun."""
+    start = Channel.start
+
+    async def dying(channel: Channel) -> None:
+        if int(os.environ["RANK"]) == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        await start(channel)
+
+    Channel.start = dying
+
+
 def wait_for(path: Path) -> None:
     until = time.monotonic() + PATIENCE
     while not path.exists():

@@ -13,6 +13,7 @@ import pytest
 from helpers import tiny
 from helpers.forked import Ranks, started
 from helpers.patience import PATIENCE
+from rank_faults import killed_before_its_first_word
 from rank_hangs import hanging, in_step
 
 from tinygptv_ds.doctor.run_report import run_report
@@ -48,6 +49,15 @@ def gone(pids: list[int]) -> bool:
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < until:
         time.sleep(0.02)
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_before_the_watchdog_of_that_rank_begins(rank: int, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Its connection, which is there by then, says who it was; the other one does not wait for anything more."""
+    with started(recipe(), tmp_path / "run", ranks=2, fault=killed_before_its_first_word, rank=rank) as run:
+        codes = run.end()
+    assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == LOST
+    assert re.match(rf"rank {rank} .* was lost while the run was starting up \(its process is gone\)", error_of(run))
 
 
 def test_one_of_four_is_killed(recipe: Callable[..., Path], tmp_path: Path) -> None:

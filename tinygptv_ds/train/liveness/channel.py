@@ -55,6 +55,8 @@ class Channel:
                     "as well; --set train.lost_after_seconds=0 does without this connection, and then a lost rank "
                     "is noticed by time-outs only"
                 ) from error
+            # Now, not in the event loop: whatever ends this process from here on, rank 0 knows whose connection closes.
+            self._socket.sendall(json.dumps({"token": self._token, "rank": self._ranks.rank}).encode() + b"\n")
             self._socket.setblocking(False)
 
     def _listen(self, host: str) -> Message:
@@ -68,7 +70,6 @@ class Channel:
             self._server = await asyncio.start_server(self._accept, sock=self._socket)
             return
         reader, writer = await asyncio.open_connection(sock=self._socket)
-        writer.write(json.dumps({"token": self._token, "rank": self._ranks.rank}).encode() + b"\n")
         self._add(0, reader, writer)
 
     def send(self, message: Message, to: int | None = None) -> None:

@@ -126,6 +126,8 @@ class Watchdog:
 
     async def _watch(self) -> None:
         if self._channel is not None:
+            peers = range(1, self._job.ranks.world_size) if self._rank == 0 else (0,)
+            self._received_at = dict.fromkeys(peers, self._clock.now())
             await self._channel.start()
         while not self._over.is_set() or self._ending:
             if not self._ending:
