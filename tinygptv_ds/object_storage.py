@@ -53,7 +53,7 @@ def _may_pass(error: Exception) -> bool:
         return not 400 <= status < 500 or status in _TRY_AGAIN
     final = (
         *(DataError, ImportError, ValueError),
-        *(FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError),
+        *(FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError),
     )
     full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     return not (isinstance(error, final) or full or wants_credentials(error))
