@@ -1,6 +1,8 @@
 """From a run, an adapter or an exported folder, whole or quantized: the same model, and nothing of it twice."""
 
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -201,3 +203,40 @@ def test_no_model_there(tmp_path: Path, exported: Path) -> None:
     (torn / "config.json").write_text("{")
     with pytest.raises(WeightsError, match="a damaged exported folder"):
         load_model(torn)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        (
+            "config.json",
+            {"text_config": {"num_hidden_layers": 10**9}},
+            "text_config.num_hidden_layers of ",
+        ),
+        ("config.json", {"vision_config": {"num_hidden_layers": 10**9}}, "vision_config.num_hidden_layers"),
+        ("config.json", {"qformer_config": {"hidden_size": 10**9}}, "qformer_config.hidden_size"),
+        ("config.json", {"text_config": {"num_attention_heads": 0}}, "text_config.num_attention_heads of .* is 0"),
+        ("config.json", {"text_config": {"num_attention_heads": -4}}, "is -4"),
+        ("config.json", {"vision_config": {"patch_size": 0}}, "vision_config.patch_size"),
+        ("config.json", {"text_config": {"vocab_size": "many"}}, "vocab_size"),
+        ("config.json", {"text_config": [1]}, "damaged exported folder"),
+        ("config.json", {"num_query_tokens": 10**9}, "query_tokens"),
+        ("generation_config.json", [1], "damaged exported folder"),
+        ("generation_config.json", None, "damaged exported folder .*recursion"),
+        ("tokenizer.json", {}, "damaged exported folder"),
+    ],
+)
+def test_damaged_json_of_a_folder(exported: Path, tmp_path: Path, file: str, change: object, words: str) -> None:
+    """Whatever a folder's JSON claims: one line, and no model of that size is built."""
+    shutil.copytree(exported, tmp_path / "model")
+    path = tmp_path / "model" / file
+    content = json.loads(path.read_text())
+    if file == "config.json":
+        for name, value in change.items():
+            content[name] = content[name] | value if isinstance(value, dict) else value
+    else:
+        content = change
+    path.write_text("[" * 100_000 if content is None else json.dumps(content))
+    with pytest.raises(WeightsError, match=words) as raised:
+        load_model(tmp_path / "model")
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 800

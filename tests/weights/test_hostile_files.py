@@ -129,6 +129,24 @@ def test_json(text: str, tmp_path: Path) -> None:
         open_any(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ([f"s{i}.safetensors" for i in range(10_001)], "names 10,001 shards"),
+        (["a" * 5000], "must be in the same folder"),
+        (["a\0b"], "must be in the same folder"),
+        ([".."], "are missing"),
+        ([["a.safetensors"]], "are missing"),
+    ],
+)
+def test_indexes(shards: list, message: str, tmp_path: Path) -> None:
+    index = {"weight_map": {f"w{number}": shard for number, shard in enumerate(shards)}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=message) as raised:
+        open_weights(tmp_path)
+    assert len(str(raised.value)) < 6000
+
+
 def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     save_file({"../../x\n\x1b[31mRED": zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(WeightsError, match=r"holds \.\./\.\./x\\n\\x1b\[31mRED") as raised:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ from tinygptv_ds.models.eva_vit import KEY_BIAS
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.quantized_linear import keep_vit_weights_inside, linear_layers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.processes import return_freed_memory
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.weights.assemble import meta_model
 from tinygptv_ds.weights.detect import PROVENANCE, open_any
@@ -37,6 +37,12 @@ from tinygptv_ds.weights.peft_adapter import ADAPTER_CONFIG, PeftAdapter, is_ada
 from tinygptv_ds.weights.resolve import resolve
 from tinygptv_ds.weights.safetensors_writer import convert_tensor
 from tinygptv_ds.weights.source import Source, check_weights
+
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("vocab_size", "image_size", "patch_size"),
+)
+_LARGEST = 1_000_000
 
 
 class LoadedModel(NamedTuple):
@@ -97,7 +103,8 @@ def load_model(
         _quantize(model, weights, bits, target, quantize_vision)
     _fill(model, weights, target)
     if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        with _named(path):
+            model.generation_config = GenerationConfig.from_pretrained(path)
     return LoadedModel(model.eval(), processor)
 
 
@@ -149,16 +156,37 @@ def _open(
         return found.weights(), found.config, TinyGPTVProcessor.for_model(found.config, found.tokenizer())
     if recipe is not None or overrides:
         raise ConfigError(f"{path} is an exported folder, which needs neither a recipe nor --set: leave them out")
-    try:
+    weights = open_model_weights(path, "trained").stored
+    with _named(path):
         config = TinyGPTVConfig.from_pretrained(path)
         processor = TinyGPTVProcessor.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise WeightsError(f"{path}: a damaged exported folder ({reason}); export or copy it again") from None
-    weights = open_model_weights(path, "trained").stored
-    shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
+        _check_sizes(config, len(weights))
+        shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
     check_weights(shapes, Source(path, weights, []), "The folder is of another version or damaged: export it again")
     return weights, config, processor
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong with a folder's JSON files into one line; transformers raises errors of any kind."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise WeightsError(f"{folder}: a damaged exported folder ({reason}); export or copy it again") from None
+
+
+def _check_sizes(config: TinyGPTVConfig, tensors: int) -> None:
+    """Check the numbers that modules are built by, before shapes can be compared: a layer has at least one tensor.
+
+    Raises:
+        ValueError: one is no size, or far too large.
+    """
+    for part in ("vision_config", "qformer_config", "text_config"):
+        for name in _SIZES:
+            size = getattr(getattr(config, part), name, 1)
+            if not (isinstance(size, int) and 1 <= size <= (tensors if name == "num_hidden_layers" else _LARGEST)):
+                raise ValueError(f"{part}.{name} of config.json is {size!r}")
 
 
 def _base_of(adapter: Path) -> Path:
@@ -207,7 +235,7 @@ def _quantize(
         bias = None if layer.bias is None else weights[f"{name}.bias"].read().to(device, dtype)
         made = quantized_linear(weights[weight].read(), bias, bits, dtype, device)
         model.set_submodule(name, AdaptedLinear(made, layer) if isinstance(layer, LoRALinear) else made)
-        _return_freed_memory()
+        return_freed_memory()
     keep_vit_weights_inside(model, vision=vision)
 
 
@@ -218,18 +246,12 @@ def _fill(model: nn.Module, weights: Mapping[str, Stored], device: torch.device)
             value = convert_tensor(name, weights[name].read(), parameter.dtype)
             _place(model, name, nn.Parameter(value.to(device), requires_grad=False))
             del value
-            _return_freed_memory()
+            return_freed_memory()
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             if not name.endswith(KEY_BIAS):
                 raise WeightsError(f"no file has {name}; install the version of timm that requirements.txt names")
             _place(model, name, torch.zeros_like(buffer, device=device))
-
-
-def _return_freed_memory() -> None:
-    """Return freed memory to the system: glibc keeps blocks of up to 32 MB for reuse, which rarely fit these sizes."""
-    with contextlib.suppress(AttributeError, OSError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _place(model: nn.Module, name: str, value: Tensor) -> None:

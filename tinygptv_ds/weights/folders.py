@@ -12,6 +12,9 @@ from tinygptv_ds.weights.other_files import not_there, nothing_in, other_file, u
 from tinygptv_ds.weights.state_dict import find_state
 from tinygptv_ds.weights.torch_file import open_torch
 
+_MOST_SHARDS = 10_000
+_LONGEST_NAME = 255  # of a file
+
 
 def open_weights(path: Path) -> dict[str, Stored]:
     """Open all tensors of a file, or of a folder's file or shards, under the names there, without reading them.
@@ -70,7 +73,9 @@ def _shards(index: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index}: no weight_map, which lists the shard of each tensor; name the weight file itself")
     names = sorted({str(name) for name in weight_map.values()})
-    outside = [name for name in names if Path(name).name != name or "\0" in name]
+    if len(names) > _MOST_SHARDS:
+        raise WeightsError(f"{index}: names {len(names):,} shards, more than any model has; download it again")
+    outside = [name for name in names if Path(name).name != name or "\0" in name or len(name) > _LONGEST_NAME]
     if outside:
         raise WeightsError(f"{index}: shards must be in the same folder, not at {listing(outside)}")
     missing = [name for name in names if not (index.parent / name).is_file()]

@@ -15,8 +15,10 @@ from tinygptv_ds.apps.fetch_image import fetch_image, is_url
 from tinygptv_ds.apps.serve.api_errors import RequestError
 from tinygptv_ds.apps.serve.request_schema import ChatRequest
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.processes import return_freed_memory
 from tinygptv_ds.processing.image import WHITE, Color, read_image_size, to_pixels
 
+_LARGE = 4_000_000  # pixels of an image whose memory is worth returning
 _BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n")
 
 
@@ -78,7 +80,11 @@ def _decode(encoded: bytes, side: int, limits: ImageLimits) -> Image.Image:
     width, height = read_image_size(encoded)
     if width * height > limits.pixels:
         raise DataError(f"an image of {width} x {height} pixels is above the limit of {limits.pixels:,}")
-    return Image.fromarray(to_pixels(encoded, side, background=limits.background).transpose(1, 2, 0))
+    try:
+        return Image.fromarray(to_pixels(encoded, side, background=limits.background).transpose(1, 2, 0))
+    finally:
+        if width * height > _LARGE:
+            return_freed_memory()
 
 
 async def _encoded(url: str, limits: ImageLimits) -> bytes:
