@@ -156,10 +156,11 @@ def _open(
         return found.weights(), found.config, TinyGPTVProcessor.for_model(found.config, found.tokenizer())
     if recipe is not None or overrides:
         raise ConfigError(f"{path} is an exported folder, which needs neither a recipe nor --set: leave them out")
-    weights = open_model_weights(path, "trained").stored
     with _named(path):
         config = TinyGPTVConfig.from_pretrained(path)
         processor = TinyGPTVProcessor.from_pretrained(path, trust_remote_code=False)
+    weights = open_model_weights(path, "trained").stored
+    with _named(path):
         _check_sizes(config, len(weights))
         shapes = {name: tuple(p.shape) for name, p in meta_model(config).named_parameters()}
     check_weights(shapes, Source(path, weights, []), "The folder is of another version or damaged: export it again")
