@@ -5,9 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.weight_layouts import tiny_config
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 from tinygptv_ds.models.attention import causal_mask
 from tinygptv_ds.models.parameters import norms, projections, train_only
@@ -208,3 +216,37 @@ def test_ways_to_load(model: TinyGPTVForConditionalGeneration, tmp_path: Path, o
     assert torch.equal(generated(again, ONE)[:, :8], ONE["input_ids"])
     if again.dtype == torch.float32:
         assert torch.equal(generated(again, ONE), generated(model, ONE))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes(model: TinyGPTVForConditionalGeneration, tmp_path: Path, bits: int) -> None:
+    """Every linear layer but the head is quantized, those that timm would look into and the projections included."""
+    pytest.importorskip("bitsandbytes")
+    model.save_pretrained(tmp_path)
+    options = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
+    small = TinyGPTVForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**options)
+    )
+    assert not small.visual_encoder.blocks[0].attn.qkv.weight.is_floating_point()
+    assert not small.llama_proj.weight.is_floating_point()
+    with torch.no_grad():
+        expected, found = model(**ONE).logits, small(**ONE).logits
+    assert torch.corrcoef(torch.stack([expected.flatten(), found.flatten()]))[0, 1] > (0.99 if bits == 8 else 0.8)
+    assert generated(small, ONE).shape == generated(model, ONE).shape
+
+
+def test_lora_of_peft_on_the_vit(model: TinyGPTVForConditionalGeneration) -> None:
+    """An adapter on layers whose weights timm would take out has its effect."""
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["attn.qkv"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        adapted = wrapped(**ONE).logits
+        with wrapped.disable_adapter():
+            plain = wrapped(**ONE).logits
+    assert not torch.allclose(adapted, plain)
+
+
+def test_image_features(model: TinyGPTVForConditionalGeneration) -> None:
+    with torch.no_grad():
+        features = model.get_image_features(ONE["pixel_values"])
+        embeds = model.embed(ONE["input_ids"], ONE["pixel_values"])
+    assert torch.equal(embeds[0, 1:4], features[0])

@@ -196,4 +196,6 @@ def test_the_image_processor(tokenizer: PreTrainedTokenizerBase) -> None:
     assert ours.image_processor([[images[0]], images[1:]], return_tensors="pt")["pixel_values"].equal(expected)
     assert ours.image_processor(expected)["pixel_values"].equal(expected)
     assert (ours.image_processor(images, return_tensors="np")["pixel_values"] == expected.numpy()).all()
+    alone = ours(images=images)
+    assert list(alone) == ["pixel_values"] and alone["pixel_values"].equal(expected)
     assert ours.image_processor.size == {"height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}

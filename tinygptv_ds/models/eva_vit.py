@@ -32,6 +32,17 @@ def build_eva_vit(config: EvaViTConfig) -> Eva:
     return vit
 
 
+def call_replaced_layers(vit: Eva) -> None:
+    """Let timm call qkv layers that are no plain linear ones any more, because they are quantized or adapted.
+
+    It would take the weights out of them.
+    """
+    for block in vit.blocks:
+        attention = block.get_submodule("attn")
+        if type(attention.get_submodule("qkv")) is not nn.Linear:
+            attention.qkv_bias_separate = True  # type: ignore[assignment]  # torch types attributes as Tensor | Module
+
+
 def interpolate_pos_embed(pos_embed: Tensor, patches: int) -> Tensor:
     """Resize position embeddings to another image size, as the original does when it loads a checkpoint.
 

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tinygptv_ds.models.attention import choose_backend, make_layout
 from tinygptv_ds.models.auto_classes import NoSuchAutoModel
 from tinygptv_ds.models.configuration import TinyGPTVConfig
-from tinygptv_ds.models.eva_vit import build_eva_vit
+from tinygptv_ds.models.eva_vit import build_eva_vit, call_replaced_layers
 from tinygptv_ds.models.generation import ImageGenerationMixin
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.loss import shifted_loss, token_losses
@@ -166,6 +166,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         CPU in fp32 an image gives the same bits in any batch, with any number of threads (seen for widths that 32
         divides, 1 to 16 threads).
         """
+        call_replaced_layers(self.visual_encoder)
         count, device = len(pixel_values), pixel_values.device
         vit_frozen, qformer_frozen = self._vit_is_frozen, self._qformer_is_frozen
         with torch.set_grad_enabled(torch.is_grad_enabled() and not (vit_frozen and qformer_frozen)):
@@ -190,7 +191,11 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
 
     def project(self, features: Tensor) -> Tensor:
         """Project `[N, queries, Q-Former width]` to `[N, queries, LLM width]`, without an activation in between."""
-        return self.llama_proj2(self.llama_proj(features.to(compute_dtype(self.llama_proj.weight))))
+        return self.llama_proj2(self.llama_proj(features.to(compute_dtype(self.llama_proj.bias))))
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Return what the language model sees of images: `[N, 3, S, S]` to `[N, queries, LLM width]`."""
+        return self.project(self.encode_vision(pixel_values))
 
     def _image_embeds(
         self, pixel_values: Tensor | None, image_features: Tensor | None, device: torch.device

@@ -111,8 +111,8 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
             return_tensors: "pt" or None for tensors of torch, "np" for arrays.
 
         Returns:
-            `input_ids` and `attention_mask`, int64 `[B, L]`, and `pixel_values`, uint8 `[N, 3, S, S]`, where there is
-            any image.
+            `input_ids` and `attention_mask`, int64 `[B, L]`, where there is text, and `pixel_values`, uint8
+            `[N, 3, S, S]`, where there is any image.
 
         Raises:
             DataError: placeholders and images do not match, an image cannot be decoded, or would be cut off.
@@ -127,6 +127,8 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side={padding_side!r}: 'left' or 'right'")
         given, prompts = in_order(images, text)
+        if not prompts and given is not None:
+            return self.image_processor.preprocess(given, return_tensors or "pt")
         dealt = _deal(given, prompts)
         pairs = zip(prompts, dealt, strict=True)
         rows = [self._prompt_row(prompt, len(group), add_bos_token) for prompt, group in pairs]

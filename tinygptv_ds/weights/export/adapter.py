@@ -40,10 +40,10 @@ tinygptv-ds export RUN --drop-lora --dtype fp32 --out BASE
 
 ```python
 from peft import PeftModel
+from transformers import AutoModelForImageTextToText
 
-from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-
-model = PeftModel.from_pretrained(TinyGPTVForConditionalGeneration.from_pretrained("BASE"), "{name}")
+base = AutoModelForImageTextToText.from_pretrained("BASE", trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "{name}")
 ```
 
 The verbs of tinygptv_ds and `model.init_from` of a recipe read this folder, too.
