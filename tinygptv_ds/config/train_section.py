@@ -23,6 +23,10 @@ class TrainSection:
     """Instead of micro_batch_size: as many samples as have about this many tokens together, image tokens included. A
     longer sample is skipped and counted."""
 
+    cuda_graph_tokens: int = 0
+    """Micro-batches of at most this many tokens (image tokens included) run as CUDA graphs, padded to a few sizes: for
+    batches that leave the GPU waiting for the host, on one GPU, with a frozen ViT and Q-Former. 0: none."""
+
     cycles: int = 1
     """Runs in a row, each from the weights of the previous one with a fresh optimizer and schedule; the samples
     continue. The published stage 1 was run 17 times."""
@@ -106,6 +110,7 @@ class TrainSection:
 
     def __post_init__(self) -> None:
         check_limits("train", self, batch_size=10_000_000, micro_batch_size=10_000_000, max_tokens=100_000_000)
+        check_limits("train", self, cuda_graph_tokens=1_000_000)
         check_limits("train", self, checkpoint_minutes=1e6, startup_minutes=1e6, step_minutes=1e6)
         check_limits("train", self, slow_step_seconds=1e8, lost_after_seconds=1e8, sample_count=1000)
         check_limits("train", self, validation_samples=MOST_STEPS, total_steps=MOST_STEPS)
@@ -118,7 +123,14 @@ class TrainSection:
             "give either train.micro_batch_size (samples) or train.max_tokens, and null for the other",
         )
         require(sizes[0] > 0, "train.micro_batch_size and train.max_tokens must be positive")
-        steps = ("sample_every", "sample_count", "validate_every", "checkpoint_every", "keep_every")
+        steps = (
+            "cuda_graph_tokens",
+            "sample_every",
+            "sample_count",
+            "validate_every",
+            "checkpoint_every",
+            "keep_every",
+        )
         limits = ("step_minutes", "slow_step_seconds", "lost_after_seconds")
         for name in (*steps, *limits, "checkpoint_minutes", "patience"):
             require(getattr(self, name) >= 0, f"train.{name} must be 0 or more")

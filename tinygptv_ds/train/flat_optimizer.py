@@ -31,6 +31,7 @@ class FlatOptimizer:
         optimizer: torch's optimizer.
         overflow: whether the last step was skipped; DeepSpeed reads it.
         loss_scale: the factor on the loss that the gradients come with.
+        gradients: the flat gradients of the groups; they stay where they are.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class FlatOptimizer:
         self._place: dict[Tensor, tuple[Tensor, int]] = {}  # flat tensor and offset of each parameter
         self._flat = [self._flatten(group["params"]) for group in groups]
         self.optimizer = make([{**group, "params": [flat]} for group, flat in zip(groups, self._flat, strict=True)])
-        self._gradients = {parameter: self._view(flat.grad, parameter) for parameter, (flat, _) in self._place.items()}
+        self.gradients: list[Tensor] = [flat.grad for flat in self._flat if flat.grad is not None]
+        self._views = {parameter: self._view(flat.grad, parameter) for parameter, (flat, _) in self._place.items()}
         self.overflow = False
         self.loss_scale = 1.0
         self._global_grad_norm = torch.zeros(())  # under the name that DeepSpeed looks for
@@ -70,12 +72,21 @@ class FlatOptimizer:
         """The groups of torch's optimizer."""
         return self.optimizer.param_groups
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The model's parameters of all groups."""
+        return list(self._views)
+
     @torch.no_grad()
+    def add(self, gradients: Iterable[Tensor | None]) -> None:
+        """Add gradients, in the order of `parameters`, to those of the step; None adds nothing."""
+        found = [(view, grad) for view, grad in zip(self._views.values(), gradients, strict=True) if grad is not None]
+        torch._foreach_add_([view for view, _ in found], [grad for _, grad in found])
+
     def add_gradients(self) -> None:
         """Add the gradients of a backward pass to those of the step; the parameters then have none of their own."""
-        found = [(view, parameter.grad) for parameter, view in self._gradients.items() if parameter.grad is not None]
-        torch._foreach_add_([view for view, _ in found], [gradient for _, gradient in found])
-        for parameter in self._gradients:
+        self.add(parameter.grad for parameter in self._views)
+        for parameter in self._views:
             parameter.grad = None
 
     @torch.no_grad()
@@ -84,24 +95,23 @@ class FlatOptimizer:
 
         The host waits for the device here, and nowhere else in a step.
         """
-        gradients = [flat.grad for flat in self._flat if flat.grad is not None]
-        norm = gradient_norm(torch.linalg.vector_norm(gradient, dtype=torch.float64).square() for gradient in gradients)
+        norm = gradient_norm(torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in self.gradients)
         self.overflow = not math.isfinite(norm)
         self._global_grad_norm = torch.full((), math.inf) if self.overflow else norm / self.loss_scale
         if not self.overflow:
-            self._unscale(gradients, norm)
+            self._unscale(norm)
             self.optimizer.step()
-        for gradient in gradients:
+        for gradient in self.gradients:
             gradient.zero_()
 
-    def _unscale(self, gradients: Iterable[Tensor], norm: Tensor) -> None:
+    def _unscale(self, norm: Tensor) -> None:
         if not self._clipping and self.loss_scale == 1.0:
             return
         scale = torch.full((), self.loss_scale)  # all of this is on the CPU
         if self._clipping:
             scale = scale * (((norm / self.loss_scale) + 1e-6) / self._clipping).clamp(min=1.0)  # as ZeRO does
         factor = 1.0 / scale
-        for gradient in gradients:
+        for gradient in self.gradients:
             gradient.mul_(factor)
 
     def override_loss_scale(self, loss_scale: float) -> None:

@@ -10,6 +10,7 @@ from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.loader.workers import OnHang
 from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.train.callbacks.callback import Callback
+from tinygptv_ds.train.cuda_graphs import MicroBatchGraphs
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.liveness.progress import Progress
 from tinygptv_ds.train.metrics.stopwatch import TrainingClock
@@ -29,6 +30,7 @@ class Run:
         callbacks: live as long as the run and are called after those of the training loop.
         clock: seconds of training, without those of validation, saving and the like.
         began: when this attempt was ready to train, by the monotonic clock.
+        graphs: run small micro-batches as CUDA graphs; None: none does.
         ends_at: optimizer steps after which the run ends before the job's last one; None: it does not.
     """
 
@@ -40,6 +42,7 @@ class Run:
     callbacks: Sequence[Callback] = ()
     clock: TrainingClock = field(default_factory=TrainingClock)
     began: float = field(default_factory=time.monotonic)
+    graphs: MicroBatchGraphs | None = None
     ends_at: int | None = None
 
     @property

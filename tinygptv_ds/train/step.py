@@ -44,12 +44,14 @@ def optimizer_step(
     # Only a trained Q-Former draws its dropout: by step and rank, so that a resumed run draws what an unbroken one has.
     torch.manual_seed(dropout_seed(recipe.seed, step, run.ranks.rank))
     for number, (micro_batch, batch) in enumerate(zip(micro_batches, batches, strict=True)):
-        output = micro_step(run, model_inputs(batch), divisor, number=number, count=len(batches))
-        accumulator.add(step, micro_batch, batch, output.token_losses)
+        token_losses = micro_step(run, model_inputs(batch), divisor, number=number, count=len(batches))
+        accumulator.add(step, micro_batch, batch, token_losses)
 
 
-def micro_step(run: Run, inputs: Mapping[str, Any], divisor: Tensor | None, *, number: int, count: int) -> PackedOutput:
+def micro_step(run: Run, inputs: Mapping[str, Any], divisor: Tensor | None, *, number: int, count: int) -> Tensor:
     """Run forward and backward passes and, after the last micro-batch, move the weights, on all ranks or on none.
+
+    Returns the token losses, fp32 `[K]`.
 
     Args:
         run: the run on this rank.
@@ -61,12 +63,18 @@ def micro_step(run: Run, inputs: Mapping[str, Any], divisor: Tensor | None, *, n
     engine = run.engine
     engine.set_boundary(number + 1 == count)
     run.progress.enter(FORWARD)
-    output = engine.forward(inputs)
-    loss = micro_batch_loss(output, divisor, count=count, world_size=engine.ranks.world_size)
-    run.progress.enter(BACKWARD)
-    engine.backward(loss)
+    token_losses = None
+    if run.graphs is not None:
+        of_mean = float(max(len(inputs["targets"]), 1) * count)
+        token_losses = run.graphs(inputs, torch.full((), of_mean, device=engine.device) if divisor is None else divisor)
+    if token_losses is None:
+        output = engine.forward(inputs)
+        token_losses = output.token_losses
+        loss = micro_batch_loss(output, divisor, count=count, world_size=engine.ranks.world_size)
+        run.progress.enter(BACKWARD)
+        engine.backward(loss)
     engine.step()
-    return output
+    return token_losses
 
 
 def micro_batch_loss(output: PackedOutput, divisor: Tensor | None, *, count: int, world_size: int) -> Tensor:

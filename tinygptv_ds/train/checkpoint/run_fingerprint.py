@@ -32,6 +32,7 @@ LEFT_OUT = {
     "train": (
         "micro_batch_size",
         "max_tokens",
+        "cuda_graph_tokens",
         "log_every",
         "sample_every",
         "sample_count",

@@ -25,6 +25,7 @@ from tinygptv_ds.train.checkpoint import resume
 from tinygptv_ds.train.checkpoint.fetch import fetch_newer_checkpoint
 from tinygptv_ds.train.checkpoint.result import MODEL
 from tinygptv_ds.train.checkpoint.run_fingerprint import run_fingerprint
+from tinygptv_ds.train.cuda_graphs import start_graphs
 from tinygptv_ds.train.engine import Engine, init_process_group
 from tinygptv_ds.train.liveness.flight_recorder import enable_flight_recorder
 from tinygptv_ds.train.liveness.group_timeout import set_group_timeout
@@ -114,6 +115,7 @@ class Session:
         first_step = 0 if checkpoint is None else resume.restore_optimizer(engine, checkpoint)
         began_from = None if checkpoint is None else resume.began_from(job, checkpoint.folder)
         run = Run(job, engine, self._watchdog.progress, first_step, self._watchdog.stacks.dump_workers)
+        run.graphs = start_graphs(engine, job.recipe.train.cuda_graph_tokens)
         if job.evaluate_only:
             run.ends_at = first_step
         try:
