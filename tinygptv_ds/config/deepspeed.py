@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.config.deepspeed_keys import KNOWN
-from tinygptv_ds.config.deepspeed_rules import check_combinations, check_section
+from tinygptv_ds.config.deepspeed_rules import COMPILED_ZERO_3, check_combinations, check_section
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.resources import find_project_file
@@ -53,6 +53,10 @@ def resolve_deepspeed(raw: dict[str, Any], recipe: Recipe, world_size: int, sour
     config = _merge(raw, recipe.deepspeed)
     check_section(config, KNOWN, source)
     check_combinations(config, source, world_size)
+    if recipe.model.compile is True and zero_stage(config) == 3:
+        raise ConfigError(
+            f"{source}: model.compile is true, but {COMPILED_ZERO_3}. Set it to auto or false, or take ZeRO-2"
+        )
     accumulation = recipe.train.accumulation(world_size)
     owned = {
         "train_batch_size": (recipe.train.batch_size, "train.batch_size"),

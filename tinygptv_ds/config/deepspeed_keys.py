@@ -107,7 +107,7 @@ REFUSED = {
     "comet": _BOARD,
     "activation_checkpointing": "it acts on DeepSpeed's own checkpointing, which is not used here; the recipe's "
     "model.gradient_checkpointing is",
-    "compile": "the engine is never compiled here, so it would do nothing",
+    "compile": "model.compile has the model's blocks compiled",
     "gradient_allreduce_op": "the loss is already divided by all target tokens of the step, which needs the mean over "
     "ranks that DeepSpeed takes by default",
     "managed_gradient_accumulation": "the recipe's packing determines where a step ends",

@@ -14,6 +14,7 @@ from tinygptv_ds.errors import ConfigError
 _PRECISIONS = ("bf16", "fp16", "torch_autocast")
 _QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 _OFFLOADS = ("offload_param", "offload_optimizer")
+COMPILED_ZERO_3 = "ZeRO-3 gathers each layer's weights in a hook, and a compiled block would take the hooks in"
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list"}
 
 

@@ -139,6 +139,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             return None
         if bool in options and int in options:
             return _number_or_switch(value, where)
+        if bool in options and str in options:
+            return _word_or_switch(value, where)
         (kind,) = [option for option in options if option is not type(None)]
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _build(kind, value, where)
@@ -168,6 +170,12 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
 def _number_or_switch(value: Any, where: str) -> bool | int:
     if not isinstance(value, int):
         raise ConfigError(f"{where} must be true, false or a whole number, not {_describe(value)}")
+    return value
+
+
+def _word_or_switch(value: Any, where: str) -> bool | str:
+    if not isinstance(value, bool | str):
+        raise ConfigError(f"{where} must be true, false or a word, not {_describe(value)}")
     return value
 
 

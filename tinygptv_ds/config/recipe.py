@@ -86,6 +86,10 @@ class ModelSection:
     attention: str = "auto"
     """Attention backend: auto, flash_attn_3, flash_attn, torch_varlen or sdpa."""
 
+    compile: bool | str = "auto"
+    """Compile the blocks of Phi, ViT and Q-Former with torch.compile: true, false, or auto, which does so on a GPU
+    where there is a compiler, except under ZeRO-3."""
+
     gradient_checkpointing: bool | int = False
     """Recompute Phi's blocks in the backward pass, which takes less memory and up to a third more time: true for every
     block, N for every N-th one. Either recomputes all blocks of a ViT that is trained, too."""
@@ -114,6 +118,7 @@ class ModelSection:
         unknown = [t for t in self.lora_targets if t not in known]
         require(not unknown, f"model.lora_targets: unknown {unknown}; a Phi block has {sorted(known)}")
         self._check_frozen_bits()
+        require(self.compile in (True, False, "auto"), "model.compile must be auto, true or false")
         backends = ("auto", "flash_attn_3", "flash_attn", "torch_varlen", "sdpa")
         require(self.attention in backends, f"model.attention: {self.attention!r} is not one of {', '.join(backends)}")
 

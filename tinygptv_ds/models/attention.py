@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
@@ -31,6 +33,8 @@ _FUNCTIONS = {
     "torch_varlen": ("torch.nn.attention.varlen", "varlen_attn"),
 }
 BACKENDS = (*_FUNCTIONS, "sdpa")
+# Of SDPA, in its own order; flash needs 16 bits and a GPU as new as `_OLDEST`, the next one neither.
+_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 _OLDEST = (8, 0)  # compute capability that FlashAttention 2 needs, flash-attn's and torch's own: Ampere
 _HOPPER = 9  # major compute capability that FlashAttention 3 is written for
 
@@ -222,6 +226,21 @@ def padded_mask(
     if implementation == "sdpa":
         return causal_mask(attention_mask, queries, None if cache is None else cache.get_mask_sizes(queries, 0)[0])
     return create_causal_mask(config, embeds, attention_mask, cache, position_ids)
+
+
+def fused_sdpa(device: torch.device, head_dim: int) -> AbstractContextManager[object]:
+    """Return a context in which SDPA on a GPU runs a fused kernel or fails, for attention without a mask.
+
+    Where no fused kernel fits, SDPA would write all scores to memory, several times slower, without a word.
+
+    Args:
+        device: where it runs.
+        head_dim: dimensions of a head; fused kernels take multiples of 8.
+    """
+    # Fake CUDA tensors on a machine without a GPU have no kernels at all.
+    if device.type != "cuda" or head_dim % 8 or not torch.cuda.is_available():
+        return nullcontext()
+    return sdpa_kernel(_FUSED)
 
 
 def causal_mask(attention_mask: Tensor, queries: int, keys: int | None = None) -> Tensor:

@@ -11,18 +11,15 @@ words and its feature is below the rate. All arithmetic is int32, which wraps ar
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tinygptv_ds.models.compiler import missing_compiler
 
 
 def _int32(bits: int) -> int:
@@ -50,6 +47,10 @@ class DropoutKeys:
     second: Tensor
     features: Tensor
 
+    def at(self, sites: slice) -> DropoutKeys:
+        """Return the keys of some of the places, which are then numbered from 0."""
+        return DropoutKeys(self.first[sites], self.second[sites], self.features)
+
 
 @torch.no_grad()
 def make_keys(token_keys: Tensor, sites: int, width: int) -> DropoutKeys:
@@ -73,12 +74,13 @@ class TokenDropout(nn.Module):
 
     Args:
         p: the rate.
-        site: the number of the place, below `sites` of `make_keys`.
+        site: the number of the place among those of the keys.
     """
 
     def __init__(self, p: float, site: int = 0) -> None:
         super().__init__()
         self.p, self.site = p, site
+        self._drop = _drop_at(p)
 
     def forward(self, x: Tensor, keys: DropoutKeys | None) -> Tensor:
         """Drop elements of `[*tokens, width]` in training; without keys the masks come from torch's generator."""
@@ -86,7 +88,8 @@ class TokenDropout(nn.Module):
             return x
         if keys is None:
             return F.dropout(x, self.p)
-        drop = kernel(self.p, x.device.type)
+        # In a region that is compiled as a whole, its operations are fused with those around them.
+        drop = self._drop if torch.compiler.is_compiling() else kernel(self.p, x.device.type)
         return drop(x, keys.first[self.site], keys.second[self.site], keys.features[: x.shape[-1]])
 
     def extra_repr(self) -> str:
@@ -101,7 +104,7 @@ def kernel(p: float, device: str) -> Drop:
     The function takes x `[*tokens, width]`, the two words `[*tokens]` and those of the features `[width]`.
     """
     drop = _drop_at(p)
-    return torch.compile(drop, dynamic=True) if device == "cuda" and _can_compile() else drop
+    return torch.compile(drop, dynamic=True) if device == "cuda" and missing_compiler(device) is None else drop
 
 
 def _drop_at(p: float) -> Drop:
@@ -126,10 +129,3 @@ def _mixed(word: Tensor) -> Tensor:
     word = (word ^ ((word >> 16) & 0xFFFF)) * _FIRST
     word = (word ^ ((word >> 15) & 0x1FFFF)) * _SECOND
     return word ^ ((word >> 16) & 0xFFFF)
-
-
-def _can_compile() -> bool:
-    """Return whether Triton can build kernels here: it needs a C compiler and Python's headers."""
-    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return find_spec("triton") is not None and any(map(shutil.which, compilers)) and headers.is_file()

@@ -22,7 +22,7 @@ class LoRALinear(nn.Linear):
         lora_r: rank of A `[r, in]` and B `[out, r]`.
         lora_alpha: the update is scaled by `alpha / r`.
         lora_dropout: dropout on the input of A, in training only.
-        dropout_site: the number of that dropout in the model.
+        dropout_site: the number of that dropout's place among those of the keys.
     """
 
     def __init__(

@@ -3,12 +3,16 @@
 Block (parallel attention and MLP on one shared norm, TinyGPT-V, arXiv 2312.16862):
 `h = input_layernorm(x); x + dropout(post_layernorm(attention(h))) + dropout(mlp(h))`.
 
+A block is two functions around its attention, `before_attention` and `after_attention`; each can be compiled as
+one graph (compiled.py). What lies between them depends on attention backend, number of samples and cache.
+
 Shapes: T tokens of a packed row, or B x L padded ones; H heads of D dimensions; W = H * D the width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +45,7 @@ class AttentionContext:
         implementation: of attention in padded rows, as transformers names it.
         weights: gets the attention weights of each layer, where they are asked for.
         cache: keys and values of earlier tokens, for generation with padded rows.
-        dropout: the keys of dropout, in training.
+        dropout: the keys of dropout, in training; a block sees those of its own places.
     """
 
     cos: Tensor
@@ -92,11 +96,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
 
 
-def _site(layer: int, name: str) -> int:
-    return layer * len(_SITES) + _SITES.index(name)
-
-
-def _linear(config: TinyGPTVConfig, layer: int, name: str, width_in: int, width_out: int) -> nn.Linear:
+def _linear(config: TinyGPTVConfig, name: str, width_in: int, width_out: int) -> nn.Linear:
     if config.lora_r and name in config.lora_targets:
         return LoRALinear(
             width_in,
@@ -104,13 +104,13 @@ def _linear(config: TinyGPTVConfig, layer: int, name: str, width_in: int, width_
             lora_r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            dropout_site=_site(layer, name),
+            dropout_site=_SITES.index(name),
         )
     return nn.Linear(width_in, width_out)
 
 
-def _apply(linear: nn.Module, x: Tensor, context: AttentionContext) -> Tensor:
-    return linear(x, context.dropout) if isinstance(linear, LoRALinear) else linear(x)
+def _apply(linear: nn.Module, x: Tensor, keys: DropoutKeys | None) -> Tensor:
+    return linear(x, keys) if isinstance(linear, LoRALinear) else linear(x)
 
 
 class PhiAttention(nn.Module):
@@ -124,60 +124,94 @@ class PhiAttention(nn.Module):
         self.is_causal = True
         self.heads = text.num_attention_heads
         self.head_dim = text.hidden_size // self.heads
-        self.query_key_value = _linear(config, layer, "query_key_value", text.hidden_size, 3 * text.hidden_size)
-        self.dense = _linear(config, layer, "dense", text.hidden_size, text.hidden_size)
+        self.query_key_value = _linear(config, "query_key_value", text.hidden_size, 3 * text.hidden_size)
+        self.dense = _linear(config, "dense", text.hidden_size, text.hidden_size)
         self.q_layernorm = nn.LayerNorm(self.head_dim, eps=text.layer_norm_eps)
         self.k_layernorm = nn.LayerNorm(self.head_dim, eps=text.layer_norm_eps)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """Attend: `[T, W]` packed or `[B, L, W]` padded, to the same shape."""
-        qkv = _apply(self.query_key_value, x, context).unflatten(-1, (self.heads, 3, self.head_dim))
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, keys: DropoutKeys | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries, rotated keys, and values, each `[..., H, D]`, of normalised `[..., W]`."""
+        qkv = _apply(self.query_key_value, x, keys).unflatten(-1, (self.heads, 3, self.head_dim))
         q, k, v = qkv.unbind(-2)
-        q = rotate(self.q_layernorm(q).to(v.dtype), context.cos, context.sin)
-        k = rotate(self.k_layernorm(k).to(v.dtype), context.cos, context.sin)
+        return rotate(self.q_layernorm(q).to(v.dtype), cos, sin), rotate(self.k_layernorm(k).to(v.dtype), cos, sin), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Attend: `[T, H, D]` packed or `[B, L, H, D]` padded, to `[..., W]`."""
         if context.layout is not None:
-            return _apply(self.dense, varlen_attention(q, k, v, context.layout).flatten(-2), context)
+            return varlen_attention(q, k, v, context.layout).flatten(-2)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer)
         out, weights = padded_attention(self, q, k, v, context.mask, context.implementation)
         if context.weights is not None:
             context.weights.append(weights)
-        return _apply(self.dense, out.flatten(-2), context)
+        return out.flatten(-2)
 
 
 class PhiMLP(nn.Module):
     """Two linear layers around a tanh-approximated GELU ("gelu_new")."""
 
-    def __init__(self, config: TinyGPTVConfig, layer: int) -> None:
+    def __init__(self, config: TinyGPTVConfig) -> None:
         super().__init__()
         text = config.text_config
-        self.fc1 = _linear(config, layer, "fc1", text.hidden_size, text.intermediate_size)
-        self.fc2 = _linear(config, layer, "fc2", text.intermediate_size, text.hidden_size)
+        self.fc1 = _linear(config, "fc1", text.hidden_size, text.intermediate_size)
+        self.fc2 = _linear(config, "fc2", text.intermediate_size, text.hidden_size)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, keys: DropoutKeys | None) -> Tensor:
         """Apply both layers: `[..., W]` to the same shape."""
-        return _apply(self.fc2, F.gelu(_apply(self.fc1, x, context), approximate="tanh"), context)
+        return _apply(self.fc2, F.gelu(_apply(self.fc1, x, keys), approximate="tanh"), keys)
 
 
 class PhiBlock(nn.Module):
-    """One layer: attention and MLP in parallel, on one shared LayerNorm."""
+    """One layer: attention and MLP in parallel, on one shared LayerNorm.
+
+    Attributes:
+        regions: what runs before and after the attention of packed rows: the two functions below, or compiled ones.
+    """
 
     def __init__(self, config: TinyGPTVConfig, layer: int) -> None:
         super().__init__()
         text = config.text_config
         self.self_attn = PhiAttention(config, layer)
-        self.mlp = PhiMLP(config, layer)
+        self.mlp = PhiMLP(config)
         self.input_layernorm = nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps)
         self.post_layernorm = RMSNorm(text.hidden_size)
-        self.attention_dropout = TokenDropout(text.resid_pdrop, _site(layer, "attention"))
-        self.mlp_dropout = TokenDropout(text.resid_pdrop, _site(layer, "mlp"))
+        self.attention_dropout = TokenDropout(text.resid_pdrop, _SITES.index("attention"))
+        self.mlp_dropout = TokenDropout(text.resid_pdrop, _SITES.index("mlp"))
+        self.regions: tuple[Callable[..., tuple[Tensor, ...]], Callable[..., Tensor]] = _REGIONS
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """Apply the block: `[..., W]` to the same shape."""
-        h = self.input_layernorm(x).to(x.dtype)
-        attention = self.attention_dropout(self.post_layernorm(self.self_attn(h, context)), context.dropout)
-        return x + attention.to(x.dtype) + self.mlp_dropout(self.mlp(h, context), context.dropout).to(x.dtype)
+        # Padded rows grow token by token, each batch of them in other shapes.
+        before, after = _REGIONS if context.layout is None else self.regions
+        h, q, k, v = before(self, x, context.cos, context.sin, context.dropout)
+        return after(self, x, h, self.self_attn.attend(q, k, v, context), context.dropout)
+
+
+def before_attention(
+    block: PhiBlock, x: Tensor, cos: Tensor, sin: Tensor, keys: DropoutKeys | None
+) -> tuple[Tensor, ...]:
+    """Return a block's normalised input `[..., W]`, rotated queries and keys, and values, `[..., H, D]`."""
+    h = block.input_layernorm(x).to(x.dtype)
+    return h, *block.self_attn.project(h, cos, sin, keys)
+
+
+def after_attention(block: PhiBlock, x: Tensor, h: Tensor, attended: Tensor, keys: DropoutKeys | None) -> Tensor:
+    """Return a block's output `[..., W]`.
+
+    Args:
+        block: the block.
+        x: its input, `[..., W]`.
+        h: its normalised input.
+        attended: the attention's output.
+        keys: those of the block's dropout, in training.
+    """
+    attention = block.post_layernorm(_apply(block.self_attn.dense, attended, keys))
+    attention = block.attention_dropout(attention, keys)
+    return x + attention.to(x.dtype) + block.mlp_dropout(block.mlp(h, keys), keys).to(x.dtype)
+
+
+_REGIONS = (before_attention, after_attention)
 
 
 class PaddedStates(NamedTuple):
@@ -233,11 +267,13 @@ class PhiModel(nn.Module):
             dropout_keys: int64, shape of `position_ids`, a key of each token; None: drawn from torch's generator.
         """
         cos, sin = rotary_tables(position_ids, self.text_config, self.rotary_dtype)
-        dropout = self._dropout(dropout_keys, position_ids)
-        context = AttentionContext(cos, sin, layout, mask, implementation, weights, cache, dropout)
+        keys = self._dropout(dropout_keys, position_ids)
+        context = AttentionContext(cos, sin, layout, mask, implementation, weights, cache, keys)
         x = inputs_embeds
         every = int(self.gradient_checkpointing) if self.training else 0
         for number, layer in enumerate(self.layers):
+            if keys is not None:
+                context = replace(context, dropout=keys.at(slice(number * len(_SITES), (number + 1) * len(_SITES))))
             if every and number % every == 0:
                 # Recomputed, dropout has the same masks without saved state.
                 x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)

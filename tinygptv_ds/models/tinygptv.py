@@ -23,7 +23,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tinygptv_ds.models.attention import choose_backend, make_layout
+from tinygptv_ds.models.attention import choose_backend, fused_sdpa, make_layout
 from tinygptv_ds.models.auto_classes import NoSuchAutoModel
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.eva_vit import build_eva_vit, call_replaced_layers
@@ -176,7 +176,9 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             # Only where there is a backward pass through it: it saves the state of the random numbers at every block.
             recompute = self.recompute_vit and self.training and torch.is_grad_enabled()
             self.visual_encoder.set_grad_checkpointing(recompute and not vit_frozen)
-            with own_dtype(device, dtype, frozen=vit_frozen):
+            vision = self.config.vision_config
+            head_dim = vision.hidden_size // vision.num_attention_heads
+            with own_dtype(device, dtype, frozen=vit_frozen), fused_sdpa(device, head_dim):
                 patches = self.ln_vision(self.visual_encoder.forward_features(pixels))
             queries = self.query_tokens.expand(len(patches), -1, -1)
             with own_autocast(device, queries.dtype, frozen=qformer_frozen):

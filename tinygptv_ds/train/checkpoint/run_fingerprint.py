@@ -17,7 +17,7 @@ from tinygptv_ds.features.format import read_notes
 
 # What changes no number of a run: how it is computed, reported and kept. Not paths are compared but their contents.
 LEFT_OUT = {
-    "model": ("phi", "eva_vit", "qformer", "init_from", "attention", "gradient_checkpointing"),
+    "model": ("phi", "eva_vit", "qformer", "init_from", "attention", "compile", "gradient_checkpointing"),
     "data": (
         "only",
         "num_workers",

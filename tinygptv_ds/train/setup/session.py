@@ -19,6 +19,7 @@ from tinygptv_ds.errors import Stopped
 from tinygptv_ds.log import LOGGER, log_with_head, set_up_logging
 from tinygptv_ds.models.attention import choose_backend, unusable_backends
 from tinygptv_ds.models.parameters import frozen_trainables
+from tinygptv_ds.models.regions import CompileChoice, choose_compile, compile_blocks
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
 from tinygptv_ds.train.checkpoint import resume
@@ -71,6 +72,14 @@ def join_ranks(job: Job) -> None:
     chosen = choose_backend(wanted, device, dtype)  # before anything is loaded
     for name, reason in unusable_backends(device, dtype).items():
         LOGGER.warning("attention backend %s is installed but cannot be imported (%s): using %s", name, reason, chosen)
+    compiling = compile_choice(job, device)
+    if compiling.obstacle is not None:
+        LOGGER.warning("model.compile is auto, and no block is compiled: %s", compiling.obstacle)
+
+
+def compile_choice(job: Job, device: str) -> CompileChoice:
+    """Return whether blocks are compiled; see `choose_compile`."""
+    return choose_compile(job.recipe.model.compile, device, job.zero_stage, job.recipe.model.frozen_bits)
 
 
 class Session:
@@ -112,6 +121,9 @@ class Session:
             LOGGER.info("one rank leaves ZeRO-%d nothing to partition: AdamW moves flat tensors", engine.zero_stage)
         checkpointing = job.recipe.model.gradient_checkpointing
         LOGGER.info("attention: %s, gradient checkpointing: %s", engine.attention, checkpointing)
+        if compile_choice(job, engine.device.type).on:
+            compile_blocks(engine.module)
+            LOGGER.info("the blocks of Phi, ViT and Q-Former are compiled at their first call")
         first_step = 0 if checkpoint is None else resume.restore_optimizer(engine, checkpoint)
         began_from = None if checkpoint is None else resume.began_from(job, checkpoint.folder)
         run = Run(job, engine, self._watchdog.progress, first_step, self._watchdog.stacks.dump_workers)
