@@ -11,8 +11,8 @@ from tinygptv_ds.errors import CheckpointError, ObjectStorageError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.object_storage import RemoteFolders
 from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones, is_complete, step_of
-from tinygptv_ds.train.checkpoint.resume import check_fingerprint
-from tinygptv_ds.train.checkpoint.storage import STATE, read_state
+from tinygptv_ds.train.checkpoint.resume import check_fingerprint, verify
+from tinygptv_ds.train.checkpoint.storage import STATE
 from tinygptv_ds.train.setup.job import Job
 
 
@@ -63,10 +63,10 @@ def _fetch(remote: RemoteFolders, name: str, own: Path, job: Job, fingerprint: d
 
 
 def _newest_intact(checkpoints: Path) -> int:
-    """Return the step of the newest checkpoint whose hashes are right; -1: there is none."""
+    """Return the step of the newest checkpoint that can be resumed from; -1: there is none."""
     for folder in reversed(complete_ones(checkpoints)):
         try:
-            read_state(folder)
+            verify(folder)
         except CheckpointError:  # `choose_checkpoint` names it
             continue
         return step_of(folder)

@@ -129,7 +129,7 @@ def _newest_complete(checkpoints: Path) -> Path | None:
     folders = complete_ones(checkpoints)
     for folder in reversed(folders):
         try:
-            _verify(folder)
+            verify(folder)
         except CheckpointError as error:
             LOGGER.warning("%s; trying the checkpoint before", error)
             continue
@@ -178,11 +178,11 @@ def _is_checkpoint(path: Path) -> Path:
         inside = complete_ones(path / FOLDER)
         hint = f"; name one of its checkpoints, such as {inside[-1]}" if inside else ""
         raise CheckpointError(f"{path} is no checkpoint, neither of a run nor of DeepSpeed's format{hint}")
-    _verify(path)
+    verify(path)
     return path
 
 
-def _verify(folder: Path) -> None:
+def verify(folder: Path) -> None:
     """Raise CheckpointError where a checkpoint of ours is damaged, or holds what no run can resume from."""
     check_state(folder, read_state(folder))
     check_tensors(folder / TENSORS)
