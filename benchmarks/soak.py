@@ -26,7 +26,7 @@ from benchmarks.soaking.attempt import Outcome, Place, run_attempt
 from benchmarks.soaking.compare import Reference, compare, unsound
 from benchmarks.soaking.damage import damage
 from benchmarks.soaking.disk import Disk
-from benchmarks.soaking.plan import FULL, FULL_A_WHILE, Injection, draw
+from benchmarks.soaking.plan import DEEPSPEED, FULL, FULL_A_WHILE, INT, Injection, draw
 from benchmarks.soaking.processes import MARK
 from benchmarks.soaking.report import Result, Soaked
 
@@ -204,7 +204,8 @@ def judge(injection: Injection, outcome: Outcome, run_dir: Path) -> list[str]:
         problems.append("exit code 0, and there is no model/")
     if outcome.left:
         problems.append(f"processes were left: {outcome.left}")
-    if "Traceback" in outcome.output:
+    of_deepspeed = injection.form == DEEPSPEED and injection.act == INT  # its launcher ends in one
+    if "Traceback" in outcome.output and not of_deepspeed:
         problems.append("its output holds a traceback")
     return problems
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,6 +83,13 @@ def test_a_wrong_recipe_is_reported_before_numpy_is_imported() -> None:
         "train.batchsize=3",
     )
     assert "did you mean batch_size?" in one_error(done)
+
+
+def test_ctrl_c_while_modules_are_imported() -> None:
+    """One line, and the exit code of a process that SIGINT has ended."""
+    code = "import tinygptv_ds.cli; raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "stopped: interrupted by Ctrl-C\n")
 
 
 @pytest.mark.parametrize("script", ["tinygptv_ds", "stages/stage1.py", "eval/vqa.py"])

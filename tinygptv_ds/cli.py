@@ -140,6 +140,10 @@ def _end_with_error(message: str) -> NoReturn:
 
 def _explain_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Replace the traceback of a missing third-party package by one line: the wrong Python is in use."""
+    if isinstance(error, KeyboardInterrupt):  # while modules were still being imported
+        if int(os.environ.get("RANK", 0)) == 0:
+            print_to_stderr("stopped: interrupted by Ctrl-C")
+        return
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if not missing or missing == "tinygptv_ds":
         sys.__excepthook__(kind, error, trace)
