@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks.gpu.plan import CHECKS, groups
+from benchmarks.gpu.plan import CHECKS, groups, obstacle
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.run import Launcher, run_checks, run_group
 from tinygptv_ds.cli import run_command
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 continue
             if part is not None and not (args.only or args.all or part.by_default):
                 continue
-            if not launch.has_time():
+            possible = part is None or any(obstacle(case, size) is None for case in part.cases)
+            if possible and not launch.has_time():
                 report.left_out(name, f"{launch.left:.0f} s were left of {args.minutes:g} minutes")
                 continue
             print(f"{name} ...", flush=True)

@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu.machine import wait
 from benchmarks.gpu.model import DATASET, Batches, build, make_batches, model_config, overrides
 from benchmarks.gpu.parts import parts_of
-from benchmarks.gpu.plan import QUANTIZED, SIZES, Case
+from benchmarks.gpu.plan import COMPILED, GRAPHS, QUANTIZED, SIZES, Case
 from benchmarks.gpu.profile import profiled
 from benchmarks.gpu.results import MEASURED, OUT_OF_MEMORY, add
 from benchmarks.gpu.saving import save_times
@@ -24,11 +24,14 @@ from tinygptv_ds.config.deepspeed import load_deepspeed_json, resolve_deepspeed
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.distributed import ranks_from_env
 from tinygptv_ds.dtypes import DTYPES
+from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.estimate.memory import GIB, MicroBatchSize, step_memory
 from tinygptv_ds.estimate.model_size import parameter_counts, parameter_shapes, quantized_weights, trained_parts
 from tinygptv_ds.models.flops import peak_flops, step_flops
+from tinygptv_ds.models.regions import compile_blocks
 from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.callbacks.checkpoints import Checkpoints
+from tinygptv_ds.train.cuda_graphs import start_graphs
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.liveness.group_timeout import set_group_timeout
 from tinygptv_ds.train.liveness.progress import Progress
@@ -40,6 +43,8 @@ from tinygptv_ds.train.setup.session import join_ranks
 from tinygptv_ds.train.step import optimizer_step
 from tinygptv_ds.train.transfer import Transfer
 
+CAPTURING = 12  # steps until every batch has come twice and its graph is captured
+GRAPH_TOKENS = 4096  # more than 16 samples of stage 4 have
 WARM_UP, BY_PART, PROFILED = 3, 3, 2  # numbers of steps; those by part and those profiled come after the timed ones
 
 
@@ -82,7 +87,7 @@ class Bench:
         if engine.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(engine.device)
-        warm = self.run(batches, WARM_UP)
+        warm = self.run(batches, CAPTURING if case.lever == GRAPHS else WARM_UP)
         timed = self.run(batches, self._timed)
         memory = self._memory()
         by_part = parts_of(engine, lambda: self.run(batches, BY_PART), BY_PART)
@@ -187,6 +192,12 @@ def main() -> None:
         model = build(model_config(job.recipe, args.size), DTYPES[job.precision], device, _bits(case))
         engine = Engine(model, job.deepspeed, job.recipe.optimizer, job.ranks)
         run = Run(job, engine, Progress(job.ranks.rank, job.recipe.train, set_group_timeout))
+        if case.lever == COMPILED:  # the tiny model shows that it runs, without a compiler
+            compile_blocks(model, **({"backend": "aot_eager"} if args.size == "tiny" else {}))
+        if case.lever == GRAPHS:
+            run.graphs = start_graphs(engine, GRAPH_TOKENS)
+            if run.graphs is None:
+                raise ConfigError("no CUDA graphs here; log.txt has the reason")
         print(f"model and engine: {time.perf_counter() - began:.1f} s", flush=True)
         with Checkpoints(run, {}) as checkpoints:
             bench = Bench(run, checkpoints, args.steps)

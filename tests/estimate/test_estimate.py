@@ -282,7 +282,7 @@ def test_a_batch_too_small_for_the_card(capsys: pytest.CaptureFixture[str]) -> N
     full = large["full"]
     assert full["micro_batch"] == pytest.approx(2 * launching / computing, abs=1) and large["full_fits"]
     assert full["mfu"] == pytest.approx(0.4) and not full["launch_bound"]
-    call(estimate, recipe, "--gpu", "RTX-3090", "--launch-us", "1000")
+    call(estimate, recipe, "--gpu", "RTX-3090", "--launch-us", "4000")
     assert "which do not fit: " in capsys.readouterr().out
 
 

@@ -42,4 +42,7 @@ def test_what_is_trained_launches_more() -> None:
 
 
 def test_remedies_are_what_is_left_to_do() -> None:
-    assert "data.features" in remedy(from_features=False) and "data.features" not in remedy(from_features=True)
+    assert "data.features" in remedy(from_features=False, compiled=True)
+    assert "data.features" not in remedy(from_features=True, compiled=True)
+    assert "model.compile" in remedy(from_features=True, compiled=False)
+    assert "model.compile" not in remedy(from_features=True, compiled=True)

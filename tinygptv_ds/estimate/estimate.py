@@ -127,10 +127,12 @@ def estimate(
     samples = _micro_batch_samples(recipe, data)
     batch = MicroBatchSize(samples, data.sample, recomputed, features)
     launches = Launches(
-        kernels=pass_kernels(config, trained, from_features=features, recomputed=recomputed),
+        kernels=pass_kernels(
+            config, trained, from_features=features, recomputed=recomputed, compiled=recipe.model.compile is not False
+        ),
         optimizer=optimizer_kernels(len(trained_names(shapes, trained)), gpus),
         seconds=launch_seconds,
-        compiled=False,
+        compiled=recipe.model.compile is not False,
         from_features=features,
     )
     of_sample = sum(part.total for part in operations.values())

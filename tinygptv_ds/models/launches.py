@@ -17,11 +17,14 @@ LAUNCH_SECONDS = 12e-6
 WAITS_FOR_HOST = "launch-bound: the GPU waits for the host"
 
 
-def remedy(*, from_features: bool) -> str:
+def remedy(*, from_features: bool, compiled: bool) -> str:
     """Return what helps where a GPU waits for the host, by the keys of a recipe."""
     ways = ["a larger micro-batch (train.micro_batch_size)"]
     if not from_features:
         ways.append("features in place of images (data.features)")
+    if not compiled:
+        ways.append("compiled blocks (model.compile)")
+    ways.append("CUDA graphs on one GPU (train.cuda_graph_tokens)")
     return ", ".join(ways)
 
 

@@ -66,7 +66,7 @@ def log_of(device: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Log, Stopwatch
     totals = Totals(1.0, {}, [(0, 1.0, 1)], {"a": 1}, {}, BatchCounts(), [RankTimes(0.0, 1.0)], [])
     reporter = Reporter.__new__(Reporter)
     reporter._device, reporter._first, reporter._total = torch.device(device), 0, 10
-    reporter._has_waited = reporter._from_features = False
+    reporter._has_waited = reporter._from_features = reporter._compiled = False
     reporter._costs, reporter._peak = FlopRates(), None
     reporter._clock = SimpleNamespace(read=lambda: 1.0)
     reporter._bar = SimpleNamespace(update=lambda: None, set_postfix=lambda **_: None)

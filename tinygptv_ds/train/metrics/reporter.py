@@ -52,6 +52,7 @@ class Reporter:
         self._costs, self._peak = _costs(run), _peak(run.engine)
         self.board: SummaryWriter | None = None
         self._from_features = run.recipe.data.features is not None
+        self._compiled = run.recipe.model.compile is not False
         self._has_waited = False  # the GPU for the host: reported once
         self._torn = False  # the last line of metrics.jsonl may not be whole
         if job.ranks.is_main and not job.evaluate_only:
@@ -116,7 +117,7 @@ class Reporter:
             "%s, which takes %.0f %% of the GPU's time for the forward passes to launch them; what helps: %s",
             WAITS_FOR_HOST,
             launching,
-            remedy(from_features=self._from_features),
+            remedy(from_features=self._from_features, compiled=self._compiled),
         )
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
