@@ -233,7 +233,7 @@ def test_a_run_directory_in_use(recipe_file: Callable[..., Path], tmp_path: Path
         stage(4, *given, "--resume=nowhere")
     )
     (run / "model").mkdir()
-    assert "holds a finished run" in one_error(stage(4, *given))
+    assert "holds a finished run (its model/ is there" in one_error(stage(4, *given))
 
 
 def test_verbs(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import NoReturn
 from tinygptv_ds import __version__
 from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.console import print_to_stderr
-from tinygptv_ds.errors import Stopped, TinyGPTVError, disk_problem
+from tinygptv_ds.errors import Finished, Stopped, TinyGPTVError, disk_problem
 from tinygptv_ds.resources import is_clone, project_root
 
 USER_ERROR = 2
@@ -109,10 +109,14 @@ def run_command(command: Callable[[], None]) -> None:
         command()
     except TinyGPTVError as error:
         _end_with_error(str(error))
+    except Finished as finished:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(finished, flush=True)
     except Stopped as stop:
         if int(os.environ.get("RANK", 0)) == 0:
             print_to_stderr(f"stopped: {stop}")
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(stop.code)
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:

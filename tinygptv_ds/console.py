@@ -26,8 +26,8 @@ def colored(text: str, color: str) -> str:
 
 
 def print_to_stderr(message: str) -> None:
-    """Print to stderr if anything still reads it; an exit code must not depend on that."""
-    with contextlib.suppress(BrokenPipeError):
+    """Print to stderr if it can be written; an exit code must not depend on that."""
+    with contextlib.suppress(OSError):
         print(error_text(message), file=sys.stderr, flush=True)
 
 

@@ -47,6 +47,10 @@ class Stopped(Exception):
         self.code = 128 + number
 
 
+class Finished(Exception):
+    """The end of a command whose result is there already; exit code 0."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError with `message` unless the condition holds."""
     if not condition:

@@ -75,7 +75,7 @@ class _Held(logging.Handler):
 
 
 class _ConsoleHandler(logging.Handler):
-    """A console handler that writes above a progress bar, and discards the output once its reader has ended.
+    """A console handler that writes above a progress bar, and discards the output once it cannot be written.
 
     With several nodes the launcher's ssh connections carry the output. They are closed before a stopped run has saved,
     which it must do all the same.
@@ -85,7 +85,7 @@ class _ConsoleHandler(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError:  # the reader of a pipe has ended, or the disk of a file is full
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.forked import ended
+from helpers.small_disk import small_disk
 
 from tinygptv_ds.errors import CheckpointError
 from tinygptv_ds.train.checkpoint import resume
@@ -158,40 +159,19 @@ def test_the_tensors_are_as_the_library_reads_them(tmp_path: Path) -> None:
 # ---- a full disk -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
-    """Return a function that mounts a tmpfs of so many bytes on a folder."""
-    mounted: list[Path] = []
-
-    def mount(folder: Path, size: int) -> None:
-        folder.mkdir(parents=True)
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
-        )
-        if done.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-        mounted.append(folder)
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_a_full_disk(
-    raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path, small_disk: Callable[[Path, int], None]
-) -> None:
+def test_a_full_disk(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """There is room for one checkpoint: when the second fails, training continues; when the third fails, it stops."""
     steps = {"train__steps_per_epoch": 40, "train__checkpoint_every": 10, "train__sample_count": 0}
     recipe, run = tiny.write_recipe(tmp_path / "recipe.yaml", raw_recipe(**steps)), tmp_path / "run"
     ended(recipe, tmp_path / "roomy", "--set=train.epochs=1")
     size = sum(file.stat().st_size for file in (tmp_path / "roomy/checkpoints/step-00000040").iterdir())
-    small_disk(run / "checkpoints", size * 3 // 2)
-    done = ended(recipe, run, code=2, ranks=2)
-    assert done.output.count("a checkpoint could not be written ([Errno 28] No space left on device") == 2
-    assert 30 <= done.metrics[-1]["step"] < 40
-    assert "error: two checkpoints in a row could not be written" in done.output and "Traceback" not in done.output
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
-    assert read_state(run / "checkpoints/step-00000010")["step"] == 10
+    with small_disk(run / "checkpoints", size * 3 // 2):
+        done = ended(recipe, run, code=2, ranks=2)
+        assert done.output.count("a checkpoint could not be written ([Errno 28] No space left on device") == 2
+        assert 30 <= done.metrics[-1]["step"] < 40
+        assert "error: two checkpoints in a row could not be written" in done.output and "Traceback" not in done.output
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
+        assert read_state(run / "checkpoints/step-00000010")["step"] == 10
 
 
 def test_a_failure_that_passes_is_forgiven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

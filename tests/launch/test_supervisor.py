@@ -1,6 +1,7 @@
 """Exit codes and signals of one start, with stand-ins for launcher and ranks: each row of the table of exit codes."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ import pytest
 from helpers.patience import PATIENCE
 
 from tinygptv_ds.train.launcher.supervisor import Supervisor
+from tinygptv_ds.train.liveness.launchers import LOST
 
 # The outer process starts the per-node one, known by the word in its command line, and exits with its code.
 OUTER = """
@@ -120,3 +122,14 @@ def test_a_rank_that_a_signal_has_ended(number: int, code: int, tmp_path: Path) 
     """DeepSpeed's launcher exits with 256 - N."""
     made = Supervisor([sys.executable, "-S", "-c", f"import sys; sys.exit({256 - number})"], os.environ, str(tmp_path))
     assert made.run() == code
+
+
+def test_the_table_of_exit_codes() -> None:
+    """The tests above have each code of the table in docs/resume.md; 1 and 2 are never followed by a restart."""
+    text = (Path(__file__).parents[2] / "docs/resume.md").read_text()
+    table = text[text.index("| exit code |") :].split("\n\n")[0]
+    rows = {int(code): again for code, again in re.findall(r"^\| (\d+) \|.*\| *(\w*) *\|$", table, flags=re.M)}
+    ends = ((test_a_signal_reaches_the_ranks_which_save, 1), (test_codes_of_the_ranks, 1))
+    tested = {values[place] for test, place in ends for mark in test.pytestmark for values in mark.args[1]}
+    assert rows.keys() == tested == {0, 1, 2, 75, 130, 138, 143}
+    assert [code for code, again in rows.items() if again == "yes"] == [LOST]

@@ -73,6 +73,17 @@ def test_a_console_that_has_gone_stops_nothing(tmp_path: Path) -> None:
     assert lines == ["step 1", "saving", "saved"]
 
 
+def test_a_console_on_a_full_disk_stops_nothing(tmp_path: Path) -> None:
+    """As with `> run.log`: the log file has the lines, and the exit code is that of the run."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    for script, code in ((STOPPED, 143), (STOPPED.replace("    raise Stopped", "    return\n    raise Stopped"), 0)):
+        with Path(os.devnull).with_name("full").open("w") as full:
+            command = [sys.executable, "-c", script, str(tmp_path / f"log-{code}.txt")]
+            done = subprocess.run(command, stdout=full, stderr=full, env=env, check=False, timeout=PATIENCE)
+        assert done.returncode == code
+        assert (tmp_path / f"log-{code}.txt").read_text().endswith("WARNING saved\n")
+
+
 def test_repeated_stop_signals(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     """Further signals, even after saving, do not change the exit code of the first."""
     raw = raw_recipe(train__steps_per_epoch=100_000, train__sample_count=0)

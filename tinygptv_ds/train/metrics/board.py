@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.log import LOGGER
 
+FLUSH_SECONDS = 120.0  # as SummaryWriter's own default
 _PROBE = 8192  # bytes; the first records of a file take less
 
 
@@ -26,13 +28,17 @@ class _Guarded:
     def __init__(self, writer: Any, folder: Path) -> None:
         self._writer, self._folder = writer, folder
         self._failed = False
+        self._flushed = time.monotonic()
 
     def write(self, data: bytes) -> None:
         """Write a record, unless writing has failed before."""
         self._try(lambda: self._writer.write(data))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:  # TensorBoard's thread goes by the time of the day
+            self.flush()
 
     def flush(self) -> None:
         """Write what is waiting."""
+        self._flushed = time.monotonic()
         self._try(self._writer.flush)
 
     def close(self) -> None:

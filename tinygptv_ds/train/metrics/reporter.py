@@ -70,6 +70,7 @@ class Reporter:
             disable=None if job.ranks.is_main else True,
             dynamic_ncols=True,
         )
+        _use_monotonic_clock(self._bar)
         self._first, self._total = first_step, total_steps
 
     def step_done(self) -> None:
@@ -148,6 +149,12 @@ class Reporter:
         if self.board is not None:
             self.board.close()
             self._tracker.close()
+
+
+def _use_monotonic_clock(bar: Any) -> None:
+    """Let a progress bar not stop when the clock is set back. Remove when tqdm does without the time of the day."""
+    bar._time = time.monotonic
+    bar.start_t = bar.last_print_t = time.monotonic()
 
 
 def training_scalars(totals: Totals) -> dict[str, float]:

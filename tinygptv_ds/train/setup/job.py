@@ -20,9 +20,9 @@ from tinygptv_ds.distributed import Ranks, ranks_from_env
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.log import hold_library_output
 from tinygptv_ds.resources import project_root
-from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
 from tinygptv_ds.train.liveness.launchers import Launchers
 from tinygptv_ds.train.liveness.start_up import end_without_launcher
+from tinygptv_ds.train.setup.finished import check_finished
 from tinygptv_ds.train.setup.machine import check_port, check_writable, complete_user, gpus_are_hidden
 from tinygptv_ds.train.setup.options import decode_options
 from tinygptv_ds.train.setup.same_options import check_typed_options
@@ -167,6 +167,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
 
     Raises:
         SystemExit: with `--help`.
+        Finished: the run directory holds a finished run of this recipe.
         ConfigError: anything the user has to fix: recipe, JSON, missing weights or data, a run directory in use.
     """
     launchers = Launchers.above()
@@ -191,7 +192,8 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
         _check_measured(loaded)
         _check_resume(run_dir, args.resume)
     elif not args.dry_run:
-        _check_run_dir(run_dir, args.resume)
+        check_finished(run_dir, loaded, args.resume)
+        _check_resume(run_dir, args.resume)
     hold_library_output()  # what their import warns of belongs into the log file
     # Imported here because the readers of datasets and benchmarks load numpy: mistakes in the recipe come before.
     from tinygptv_ds.train.metrics.wandb_tracker import check_tracking
@@ -235,21 +237,6 @@ def has_gpu() -> bool:
     if gpus_are_hidden():
         return False
     return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
-
-
-def _check_run_dir(run_dir: Path, resume: str) -> None:
-    if (run_dir / "model").exists():
-        found = complete_ones(run_dir / FOLDER)
-        longer = (
-            f"; to train it for longer, --run-dir ANOTHER --resume {found[-1]} --resume-anyway with more train.epochs"
-            if found
-            else ""
-        )
-        raise ConfigError(
-            f"{run_dir} holds a finished run (its model/ is there, for model.init_from of the next stage); choose "
-            f"another --run-dir or remove it{longer}"
-        )
-    _check_resume(run_dir, resume)
 
 
 def _check_resume(run_dir: Path, resume: str) -> None:

@@ -1,0 +1,69 @@
+"""A run directory whose training is finished: reused by the same command, refused by another. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tinygptv_ds.config.load import load_recipe, recipe_dict
+from tinygptv_ds.config.recipe import Recipe
+from tinygptv_ds.errors import ConfigError, Finished
+from tinygptv_ds.files import fingerprint_differences
+from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
+
+_MODEL, _RECIPE, _PROVENANCE = "model", "recipe.yaml", "provenance.json"
+
+
+def check_finished(run_dir: Path, recipe: Recipe, resume: str) -> None:
+    """Check whether a run directory holds a finished run.
+
+    Raises:
+        Finished: it does, of the same recipe, so that a script over several stages can be run again.
+        ConfigError: it does, of another recipe, or it began from weights that have been trained again since.
+    """
+    if not (run_dir / _MODEL).exists():
+        return
+    found = complete_ones(run_dir / FOLDER)
+    longer = (
+        f"; to train it for longer, --run-dir ANOTHER --resume {found[-1]} --resume-anyway with more train.epochs"
+        if found
+        else ""
+    )
+    reason = _why_not_reused(run_dir, recipe, resume)
+    if reason is None:
+        raise Finished(f"{run_dir} is complete: reused. To train it again, remove it{longer}")
+    raise ConfigError(
+        f"{run_dir} holds a finished run (its model/ is there, for model.init_from of the next stage), {reason}; "
+        f"choose another --run-dir or remove it{longer}"
+    )
+
+
+def _why_not_reused(run_dir: Path, recipe: Recipe, resume: str) -> str | None:
+    """Return why a finished run is not what this command asks for; None: it is."""
+    if resume != "auto":
+        return f"which --resume {resume} does not go on from"
+    try:
+        trained = _flat(load_recipe(run_dir / _RECIPE))
+    except ConfigError as error:
+        return f"whose recipe cannot be compared ({error})"
+    differing = list(fingerprint_differences(trained, _flat(recipe), recorded_in="there").values())
+    if differing:
+        return f"of another recipe ({'; '.join(differing[:3])}{', ...' if len(differing) > 3 else ''})"
+    start = recipe.model.init_from
+    if start is not None and _written(Path(start)) > _written(run_dir):
+        return f"but {start}, which it began from, has been written since"
+    return None
+
+
+def _flat(recipe: Recipe) -> dict[str, object]:
+    plain = recipe_dict(recipe)
+    sections = {name: values for name, values in plain.items() if isinstance(values, dict)}
+    single = {name: value for name, value in plain.items() if name not in sections}
+    return single | {f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()}
+
+
+def _written(run: Path) -> int:
+    """Return when the weights of a run, or of a file, were written, in nanoseconds; 0: they are not there."""
+    for path in (run / _MODEL / _PROVENANCE, run / _PROVENANCE, run):
+        if path.is_file():
+            return path.stat().st_mtime_ns
+    return 0
