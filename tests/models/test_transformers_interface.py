@@ -245,6 +245,15 @@ def test_lora_of_peft_on_the_vit(model: TinyGPTVForConditionalGeneration) -> Non
     assert not torch.allclose(adapted, plain)
 
 
+def test_what_trl_takes(model: TinyGPTVForConditionalGeneration) -> None:
+    """SFTTrainer applies the head itself to what `base_model` returns."""
+    with torch.no_grad():
+        output = model.base_model(**ROWS, output_hidden_states=True, use_cache=False)
+        assert torch.equal(output.last_hidden_state, output.hidden_states[-1])
+        assert torch.equal(model.get_output_embeddings()(output.last_hidden_state), output.logits)
+    assert "last_hidden_state" not in output
+
+
 def test_image_features(model: TinyGPTVForConditionalGeneration) -> None:
     with torch.no_grad():
         features = model.get_image_features(ONE["pixel_values"])

@@ -116,6 +116,11 @@ def test_a_batch_of_conversations(tokenizer: PreTrainedTokenizerBase) -> None:
     ]
     ours = processor(tokenizer, TEMPLATES[0])
     inputs = ours.apply_chat_template(batch, tokenize=True, return_dict=True)
+    rounded = ours.apply_chat_template(
+        batch, tokenize=True, return_dict=True, processor_kwargs={"pad_to_multiple_of": 64, "padding_side": "right"}
+    )
+    assert rounded["input_ids"].shape[1] == 64
+    assert rounded["attention_mask"].sum(1).equal(inputs["attention_mask"].sum(1))
     for number, messages in enumerate(batch):
         mask = inputs["attention_mask"][number].bool()
         alone = ours.apply_chat_template(messages, tokenize=True)

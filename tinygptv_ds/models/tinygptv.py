@@ -375,12 +375,13 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         phi = self.language_model.model
         hidden = phi.padded(inputs_embeds, attention_mask, position_ids, cache, dropout_keys, **states)
         logits = self.language_model.lm_head(hidden.last[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(
-            logits=logits.float(),
-            cache=cache,
-            hidden_states=hidden.all,
-            attentions=hidden.weights,  # type: ignore[arg-type]  # "eager", which it needs, has them all
+        attentions: Any = hidden.weights  # none of them is None
+        output = CausalLMOutputWithPast(
+            logits=logits.float(), cache=cache, hidden_states=hidden.all, attentions=attentions
         )
+        # An attribute, not a field: TRL takes it from `base_model`, which is the model itself, and applies the head.
+        output.last_hidden_state = hidden.last
+        return output
 
 
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:

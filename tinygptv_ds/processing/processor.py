@@ -88,6 +88,7 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
         add_special_tokens: bool = True,
         padding: bool | str = True,
         padding_side: str = "left",
+        pad_to_multiple_of: int | None = None,
         truncation: bool = False,
         max_length: int | None = None,
         return_tensors: str | None = "pt",
@@ -106,6 +107,7 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
             add_special_tokens: as callers of transformers pass it; the tokenizer of Phi has none to add.
             padding: True or "longest", "max_length", or False for prompts of one length.
             padding_side: "left", as generation needs it, or "right".
+            pad_to_multiple_of: pad to a multiple of this many tokens.
             truncation: cut prompts at `max_length` tokens.
             max_length: in tokens, those of images included.
             return_tensors: "pt" or None for tensors of torch, "np" for arrays.
@@ -133,7 +135,7 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
         pairs = zip(prompts, dealt, strict=True)
         rows = [self._prompt_row(prompt, len(group), add_bos_token) for prompt, group in pairs]
         rows = cut_rows(rows, max_length if truncation else None, self.image_token_id)
-        inputs = self.pad(rows, padded_length(rows, padding, max_length), side=padding_side)
+        inputs = self.pad(rows, padded_length(rows, padding, max_length, pad_to_multiple_of), side=padding_side)
         pixels = self.pixels([image for group in dealt for image in group])
         if pixels is not None:
             inputs["pixel_values"] = pixels

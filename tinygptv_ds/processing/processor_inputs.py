@@ -98,19 +98,22 @@ def cut_rows(rows: list[list[int]], limit: int | None, image_token_id: int) -> l
     return [row[:limit] for row in rows]
 
 
-def padded_length(rows: list[list[int]], padding: bool | str, max_length: int | None) -> int:
-    """Return the length that rows are padded to.
+def padded_length(
+    rows: list[list[int]], padding: bool | str, max_length: int | None, multiple_of: int | None = None
+) -> int:
+    """Return the length that rows are padded to, a multiple of `multiple_of` where they are padded.
 
     Raises:
         ValueError: `padding` is unknown, or rows of unequal lengths are not to be padded.
     """
     longest = max(map(len, rows), default=0)
+    step = multiple_of or 1
     if padding in (True, "longest"):
-        return longest
+        return -(-longest // step) * step
     if padding == "max_length":
         if max_length is None:
             raise ValueError("padding='max_length' needs max_length")
-        return max(max_length, longest)
+        return -(-max(max_length, longest) // step) * step
     if padding not in (False, "do_not_pad"):
         raise ValueError(f"padding={padding!r}: True, 'longest', 'max_length' or False")
     if any(len(row) != longest for row in rows):
