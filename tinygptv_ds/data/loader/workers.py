@@ -72,7 +72,8 @@ class Workers:
         # Remove when DataLoader replaces lost workers, or at least gives access to its processes.
         self._processes: list[BaseProcess] = list(getattr(self._batches, "_workers", ()))
         # At Python's exit they would be sent SIGTERM, which they ignore, and be waited for.
-        Finalize(None, _kill, (self._processes,), exitpriority=0)
+        # Bound to this object: the registry would otherwise keep every pool's processes, and their files, to the end.
+        Finalize(self, _kill, (self._processes,), exitpriority=0)
         # torch's handler would raise the loss of a process anywhere in the main thread, in a collective for example.
         # Remove when DataLoader reports a lost worker only where its batch is awaited.
         if threading.current_thread() is threading.main_thread():
