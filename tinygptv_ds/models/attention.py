@@ -2,16 +2,19 @@
 
 `varlen_attention` takes samples concatenated end to end, as flash-attn does. On a GPU it runs FlashAttention 3 (Hopper)
 or flash-attn where they are installed and can be imported, else torch's own variable-length FlashAttention; everywhere
-else (and in fp32) SDPA, which pads queries, keys and values to `[samples, longest]` inside this function only.
+else (and in fp32) SDPA, which pads queries, keys and values to `[samples, longest]` inside this function only. On a CPU
+samples of more than a few tokens attend one after the other instead, without padding or copies.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +39,7 @@ BACKENDS = (*_FUNCTIONS, "sdpa")
 # Of SDPA, in its own order; flash needs 16 bits and a GPU as new as `_OLDEST`, the next one neither.
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 _OLDEST = (8, 0)  # compute capability that FlashAttention 2 needs, flash-attn's and torch's own: Ampere
+_SHORT = 64  # tokens; on a CPU shorter samples are padded, which costs less than a call for each
 _HOPPER = 9  # major compute capability that FlashAttention 3 is written for
 
 
@@ -48,12 +52,14 @@ class PackedLayout:
         max_seqlen: length of the longest sample, a plain int so that no layer has to ask the device.
         backend: one of `BACKENDS`.
         padded_rows: int64 `[tokens]`, the row of each token when padded to `[samples * max_seqlen]` (SDPA only).
+        lengths: the length of each sample, where they attend one after the other (SDPA on a CPU only).
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     backend: str
     padded_rows: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
 
 def available_backends(device: torch.device | str, dtype: torch.dtype) -> list[str]:
@@ -132,7 +138,14 @@ def make_layout(cu_seqlens: Tensor, max_seqlen: int, tokens: int, backend: str) 
     lengths = cu_seqlens.diff().long()
     sample = torch.arange(len(starts), device=starts.device).repeat_interleave(lengths, output_size=tokens)
     offset = torch.arange(tokens, device=starts.device) - starts[sample]
-    return PackedLayout(cu_seqlens, max_seqlen, backend, sample * max_seqlen + offset)
+    one_by_one = lengths.device.type == "cpu" and max_seqlen > _SHORT
+    return PackedLayout(
+        cu_seqlens,
+        max_seqlen,
+        backend,
+        padded_rows=sample * max_seqlen + offset,
+        lengths=tuple(lengths.tolist()) if one_by_one else None,
+    )
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
@@ -148,6 +161,9 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> T
         `[tokens, heads, head_dim]` in the dtype of `v`.
     """
     cu, longest = layout.cu_seqlens, layout.max_seqlen
+    # Compiled, the padded form is one graph for any lengths.
+    if not torch.compiler.is_compiling() and layout.lengths is not None:
+        return _one_by_one(q, k, v, layout.lengths)
     if layout.padded_rows is not None:
         return _padded_sdpa(q, k, v, layout.padded_rows, len(cu) - 1, longest)
     if layout.backend in ("flash_attn", "flash_attn_3"):
@@ -160,6 +176,17 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> T
     return varlen_attn(  # type: ignore[return-value]  # a tuple only with return_aux
         q, k, v, cu, cu, longest, longest, window_size=(-1, 0)
     )
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Attend sample by sample; neighbours of equal length together."""
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    rows = [length * count for length, count in runs]
+    outputs = []
+    for (length, count), *qkv in zip(runs, q.split(rows), k.split(rows), v.split(rows), strict=True):
+        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
 
 
 def _padded_sdpa(q: Tensor, k: Tensor, v: Tensor, padded_rows: Tensor, samples: int, longest: int) -> Tensor:

@@ -13,6 +13,8 @@ from pathlib import Path
 from tinygptv_ds.distributed import free_port
 from tinygptv_ds.errors import ConfigError
 
+_BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # Intel and AMD, Intel, ARM
+
 
 def complete_user() -> None:
     """Give a user without home directory or name, as containers have them, those of its number.
@@ -37,6 +39,19 @@ def gpus_are_hidden() -> bool:
         return True
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible is not None and (not visible.strip() or visible.strip().startswith(("-", "NoDevFiles")))
+
+
+def computes_in_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether this CPU multiplies matrices in bf16; others emulate it, which is slower than fp32.
+
+    True where the file does not say what the CPU has.
+    """
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return True
+    listed = [set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))]
+    return not listed or bool(listed[0] & _BF16_INSTRUCTIONS)
 
 
 def check_writable(run_dir: Path) -> None:

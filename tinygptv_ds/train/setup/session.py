@@ -38,6 +38,7 @@ from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.setup.closing_report import closing_report
 from tinygptv_ds.train.setup.dry_run import finish_dry_run
 from tinygptv_ds.train.setup.job import Job
+from tinygptv_ds.train.setup.machine import computes_in_bf16
 from tinygptv_ds.train.setup.run_dir import note_run, start_run_dir
 from tinygptv_ds.train.setup.same_options import check_same_options
 
@@ -68,6 +69,11 @@ def join_ranks(job: Job) -> None:
         job.precision,
         job.run_dir,
     )
+    if device == "cpu" and job.precision == "bf16" and not computes_in_bf16():
+        LOGGER.warning(
+            "this CPU has no instructions for bf16 (avx512_bf16 or amx_bf16) and emulates it, which is slower than "
+            "fp32; take --deepspeed-config ds_configs/cpu.json"
+        )
     dtype, wanted = DTYPES[job.precision], job.recipe.model.attention
     chosen = choose_backend(wanted, device, dtype)  # before anything is loaded
     for name, reason in unusable_backends(device, dtype).items():

@@ -1,0 +1,28 @@
+"""The CPU benchmark: the original's procedure and ours give one loss, and the table names both."""
+
+import pytest
+import torch
+
+from benchmarks import cpu_step
+from benchmarks.gpu.model import build
+
+
+def test_tiny(capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        cpu_step.main(["--size", "tiny", "--repeat", "1"])
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    assert "| the original's procedure | " in out and "| ours, from features | " in out
+
+
+def test_gradients_are_the_original_procedures() -> None:
+    model = build(cpu_step.configuration("tiny"), torch.float32, torch.device("cpu")).train()
+    inputs = cpu_step.inputs_of(model, "pixels")
+    found = []
+    for loss in (cpu_step.our_loss, cpu_step.original_loss):
+        cpu_step.one_step(model, lambda loss=loss: loss(model, inputs))
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-5, msg=name)
