@@ -81,10 +81,16 @@ def inputs(number: int, *, image: bool = True) -> dict[str, Any]:
 
 
 def train_step(
-    engine: Engine, number: int, *, images: tuple[bool, ...] = (True,), factor: float = 1e-3, rate: float = 1e-3
+    engine: Engine,
+    number: int,
+    *,
+    images: tuple[bool, ...] = (True,),
+    factor: float = 1e-3,
+    rate: float = 1e-3,
+    targets: int = 1,
 ) -> list[Tensor]:
     """Take a step of one micro-batch for each of `images`; returns their losses, times `factor`."""
-    engine.begin_step(targets=1, images=sum(images))
+    engine.begin_step(targets=targets, images=sum(images))
     engine.set_learning_rate(rate)
     losses = []
     for place, image in enumerate(images):

@@ -13,6 +13,9 @@ from helpers.forked import apart, ended
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinygptv_ds.train import engine as engine_module
+from tinygptv_ds.train.checkpoint.resume import open_checkpoint, restore_optimizer
+from tinygptv_ds.train.checkpoint.snapshot import take_snapshot
+from tinygptv_ds.train.checkpoint.storage import write_checkpoint
 from tinygptv_ds.train.engine import MOMENTS
 
 # Reading a value of the device, shapes that depend on values, and values of the host that the device is to have.
@@ -151,6 +154,39 @@ def restored() -> list[bool]:
 
 def test_a_state_of_zero_and_back() -> None:
     assert apart(restored) == [True] * 4
+
+
+def resumed_before_a_step(folder: Path, zero: int, keep: bool, factor: float, targets: int) -> list[bool]:
+    """Save after a step that moves nothing and resume; returns whether state, count and the next steps are right."""
+    one_rank.join()
+    engine = one_rank.tiny_engine(zero, keep_zero=keep, **FP16)
+    engine.reset_optimizer()  # nothing to reset, either
+    one_rank.train_step(engine, 0, factor=factor, targets=targets)
+    snapshot = take_snapshot(engine, 1, batch_size=1, fingerprint={})
+    checkpoint = open_checkpoint(write_checkpoint(folder, snapshot))
+    moments = [tensor for name, tensor in snapshot.tensors.items() if not name.startswith("weight/")]
+    right = [
+        engine.step_taken == math.isfinite(factor),
+        len(moments) == 2 * len(checkpoint.names) and not any(map(torch.any, moments)),
+        snapshot.state["optimizer_steps"] == snapshot.state["image_steps"] == 0,
+    ]
+    weights = {f"weight/{name}": checkpoint.tensor("weight", name) for name in checkpoint.names}
+    fresh = one_rank.tiny_engine(zero, keep_zero=keep, weights=weights, **FP16)
+    right.append(restore_optimizer(fresh, checkpoint) == 1 and fresh.loss_scale() == engine.loss_scale())
+    for number in (1, 2):
+        losses = [torch.stack(one_rank.train_step(each, number)) for each in (engine, fresh)]
+        right.append(torch.equal(*losses) and engine.step_taken and fresh.step_taken)
+    states = [one_rank.state_of(each) for each in (engine, fresh)]
+    return [*right, all(torch.equal(states[0][name], states[1][name]) for name in states[0] if name != "steps")]
+
+
+@pytest.mark.parametrize(("factor", "targets"), [(math.inf, 1), (1e-3, 0)], ids=["overflow", "nothing to train on"])
+@pytest.mark.parametrize(("zero", "keep"), [(2, False), (1, True), (2, True), (3, True)])
+def test_a_checkpoint_before_the_first_step_taken(
+    zero: int, keep: bool, factor: float, targets: int, tmp_path: Path
+) -> None:
+    """AdamW has no state yet: zeros are written, with a count of 0, and the resumed run goes on bit for bit."""
+    assert apart(resumed_before_a_step, tmp_path, zero, keep, factor, targets) == [True] * 7
 
 
 def test_the_log_and_deepspeeds_own_checkpoints(weights: Path, shards: dict[str, Path], tmp_path: Path) -> None:

@@ -199,7 +199,9 @@ class Engine:
         return self._gather_on_rank0(safe_get_full_fp32_param if self.flat is None else lambda parameter: parameter)
 
     def moments(self, moment: str) -> dict[str, Tensor]:
-        """Return one of `MOMENTS` as `trained_state` returns the weights. Call on all ranks."""
+        """Return one of `MOMENTS` as `trained_state` returns the weights: zeros before a step. Call on all ranks."""
+        if not self._has_moments:
+            return self._gather_on_rank0(lambda parameter: torch.zeros(_shape(parameter)))
         if self.flat is not None:
             return self._gather_on_rank0(partial(self.flat.moment, name=moment))
         self._link_optimizer_states()
@@ -221,7 +223,7 @@ class Engine:
             )
 
     def set_moments(self, moment: str, value: Callable[[str], Tensor]) -> None:
-        """Set one of `MOMENTS`, which exist from the first step on; `value` returns it whole, by parameter name."""
+        """Set one of `MOMENTS`, which exist from the first step taken on; `value` returns it whole, by name."""
         self._link_optimizer_states()
         for name, parameter in self.trained_parameters():
             if self.flat is not None:
@@ -241,7 +243,8 @@ class Engine:
         return self._counted(of_images=True)
 
     def _counted(self, *, of_images: bool) -> int:
-        counts = {self.untouched.needs_images(p): int(state["step"]) for p, state in self._adamw.state.items()}
+        states = self._adamw.state.items() if self._has_moments else ()
+        counts = {self.untouched.needs_images(p): int(state["step"]) for p, state in states}
         return counts.get(of_images, max(counts.values(), default=0))  # where nothing of this kind is trained
 
     def set_optimizer_steps(self, steps: int, image_steps: int) -> None:
@@ -251,10 +254,11 @@ class Engine:
 
     def reset_optimizer(self) -> None:
         """Reset the optimizer to its state before the first step and keep the weights. Call on all ranks."""
-        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self.trained_parameters()}
-        for moment in MOMENTS:
-            self.set_moments(moment, lambda name: torch.zeros(shapes[name]))
-        self.set_optimizer_steps(0, 0)
+        if self._has_moments:
+            shapes = {name: _shape(parameter) for name, parameter in self.trained_parameters()}
+            for moment in MOMENTS:
+                self.set_moments(moment, lambda name: torch.zeros(shapes[name]))
+            self.set_optimizer_steps(0, 0)
         if self.scale is not None:
             self.scale.set(LossScale.START, 0)
 
@@ -262,6 +266,11 @@ class Engine:
     def _adamw(self) -> torch.optim.Optimizer:
         """torch's optimizer inside DeepSpeed's."""
         return getattr(self.deepspeed.optimizer, "optimizer", self.deepspeed.optimizer)
+
+    @property
+    def _has_moments(self) -> bool:
+        """Whether AdamW has a state: on all ranks from the first step on that is not skipped."""
+        return any(self._adamw.state.values())
 
     def _link_optimizer_states(self) -> None:
         """Link the optimizer states of all parameter groups to their parameters.
@@ -324,6 +333,11 @@ def _ask_once(optimizer: Any) -> None:
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of a whole parameter, which has none of its own while ZeRO-3 has it partitioned."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @contextlib.contextmanager
