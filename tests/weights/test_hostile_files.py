@@ -1,7 +1,10 @@
 """Files made to do harm: each is an error of one line, in bounded time and memory, and none of their code runs."""
 
 import json
+import math
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -108,6 +111,52 @@ def test_headers_of_safetensors(header: bytes, message: str, tmp_path: Path) -> 
     path.write_bytes(struct.pack("<Q", 1 << 62) + header)
     with pytest.raises(WeightsError, match="its header would take 4,611,686,018,427,387,904 bytes"):
         open_weights(path)
+
+
+def sparse(path: Path, *shapes: tuple[int, ...]) -> Path:
+    """Write a valid safetensors file that takes no place on the disk."""
+    header, end = {}, 0
+    for number, shape in enumerate(shapes):
+        begin, end = end, end + 4 * math.prod(shape)
+        header[f"w{number}"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [
+        (1 << 15, "w1 of shape .* takes 4,429,185,024 bytes, more than any weight"),
+        (1 << 17, "more than any weight|bytes cannot be mapped"),
+    ],
+)
+def test_sparse_files(side: int, message: str, tmp_path: Path) -> None:
+    path = sparse(tmp_path / "x.safetensors", (4, 4), (side, side + 1024))
+    with pytest.raises(WeightsError, match=message) as raised:
+        open_weights(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tensor_for_which_there_is_no_memory(tmp_path: Path) -> None:
+    path = sparse(tmp_path / "x.safetensors", (1 << 14, 1 << 16))
+    script = f"""
+import resource
+from pathlib import Path
+from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.weights.folders import open_weights
+stored = open_weights(Path({str(path)!r}))["w0"]
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
+try:
+    stored.read()
+except WeightsError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "there is no memory for 4,294,967,296 bytes of one tensor" in done.stdout
 
 
 def test_many_empty_tensors_open_at_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ LONGEST = 300_000  # characters; published recipes have 10,000
 _MOST_VALUES = 50_000  # after aliases are expanded
 _DEEPEST = 40
 _SHOWN = 60  # characters of a value in a message
+_LONGEST_NUMBER = 100  # characters; a longer one is text without quotes, and slow to compute
 _PLAIN = (type(None), bool, int, float, str)
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # what no file, tokenizer or console can hold
@@ -93,8 +95,9 @@ def _value(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, where: str) -> dict[str, Any]:
     merged = [key for key, _ in node.value if key.tag == "tag:yaml.org,2002:merge"]
-    own = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge" and isinstance(key.value, str)]
-    twice = sorted({key for key in own if own.count(key) > 1}) if len(set(own)) < len(own) else []
+    texts = (key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
+    own = Counter(text for text in texts if isinstance(text, str))
+    twice = sorted(key for key, count in own.items() if count > 1)
     if twice:
         last = [key for key, _ in node.value if key.value == twice[0]][-1]
         raise ConfigError(f"line {last.start_mark.line + 1}: {', '.join(map(_within(where), twice))} is given twice")
@@ -103,7 +106,7 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, where: str) -> dic
     values = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-            written = f"{key.value!r} is" if isinstance(key, yaml.ScalarNode) else "a list or mapping is"
+            written = f"{shown(key.value)} is" if isinstance(key, yaml.ScalarNode) else "a list or mapping is"
             raise ConfigError(f"{_line(key, where)}: a key must be text, which {written} not; quote it")
         values[key.value] = _value(loader, value, _within(where)(key.value))
     return values
@@ -117,6 +120,8 @@ def _scalar(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
     written = node.value
     short = written if len(written) <= _SHOWN else f"{written[:_SHOWN]}..."
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind in ("int", "float") and len(written) > _LONGEST_NUMBER:
+        raise ConfigError(f"{_line(node, where)}: {short!r} is too long for a number; quote text")
     try:
         value = loader.construct_object(node)
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):

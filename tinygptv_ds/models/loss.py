@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -47,21 +48,26 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient.scatter_add_(1, targets, -upstream[:, None]), None
 
 
-def shifted_loss(logits: Tensor, labels: Tensor, count: Tensor | int | None = None) -> Tensor:
-    """Return the mean cross entropy of the tokens that follow, as the models of transformers define their loss.
+def with_loss(
+    output: CausalLMOutputWithPast, labels: Tensor, count: Tensor | int | None = None
+) -> CausalLMOutputWithPast:
+    """Return an output with its loss as models of transformers define it: the mean cross entropy of following tokens.
 
     Args:
-        logits: `[B, L, vocabulary]`.
+        output: with logits `[B, L, vocabulary]`.
         labels: int64 `[B, L]`, the tokens of the same positions; -100 for those without a loss.
         count: what the sum is divided by; None: the number of labels that count.
 
     Raises:
         ValueError: the shapes do not belong together.
     """
+    logits = output.logits
+    assert logits is not None
     if logits.shape[:2] != labels.shape:
         raise ValueError(
             f"labels are {list(labels.shape)}, the logits {list(logits.shape[:2])}; both must be of all tokens"
         )
     targets = labels[:, 1:].reshape(-1).to(logits.device)
     total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
-    return total / ((targets != -100).sum().clamp(min=1) if count is None else count)
+    loss = total / ((targets != -100).sum().clamp(min=1) if count is None else count)
+    return CausalLMOutputWithPast(loss, **output)

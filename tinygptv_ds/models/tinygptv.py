@@ -29,7 +29,7 @@ from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.eva_vit import build_eva_vit, call_replaced_layers
 from tinygptv_ds.models.generation import ImageGenerationMixin
 from tinygptv_ds.models.lora import LoRALinear
-from tinygptv_ds.models.loss import shifted_loss, token_losses
+from tinygptv_ds.models.loss import token_losses, with_loss
 from tinygptv_ds.models.phi import PhiForCausalLM, RMSNorm
 from tinygptv_ds.models.precision import compute_dtype, own_autocast, own_dtype
 from tinygptv_ds.processing.image import IMAGE_MEAN, IMAGE_STD
@@ -71,10 +71,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     def __init__(self, config: TinyGPTVConfig) -> None:
         super().__init__(config)
         vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
-        if qformer._attn_implementation not in (None, "eager"):
-            qformer._attn_implementation = (
-                "sdpa"  # whatever Phi takes; the Q-Former of transformers has no FlashAttention
-            )
+        if qformer._attn_implementation not in (None, "eager"):  # the Q-Former of transformers has no FlashAttention
+            qformer._attn_implementation = "sdpa"
         self.visual_encoder = build_eva_vit(vision)
         self.ln_vision = nn.LayerNorm(vision.hidden_size, eps=1e-5)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, qformer.hidden_size))
@@ -300,7 +298,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         states = {name: bool(getattr(self.config, name) if given is None else given) for name, given in wanted.items()}
         output = self._forward_padded(inputs_embeds, attention_mask, position_ids, *kept, dropout_keys, states)
-        output = output if labels is None else _with_loss(output, labels, num_items_in_batch)
+        output = output if labels is None else with_loss(output, labels, num_items_in_batch)
         return output.to_tuple() if return_dict is False else output
 
     def embed(
@@ -376,9 +374,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         hidden = phi.padded(inputs_embeds, attention_mask, position_ids, cache, dropout_keys, **states)
         logits = self.language_model.lm_head(hidden.last[:, -logits_to_keep:])
         attentions: Any = hidden.weights  # none of them is None
-        output = CausalLMOutputWithPast(
-            logits=logits.float(), cache=cache, hidden_states=hidden.all, attentions=attentions
-        )
+        output = CausalLMOutputWithPast(None, logits.float(), cache, hidden.all, attentions)
         # An attribute, not a field: TRL takes it from `base_model`, which is the model itself, and applies the head.
         output.last_hidden_state = hidden.last
         return output
@@ -387,11 +383,6 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return fp32 `[3, 1, 1]`, filled on the device: a copy from the host would wait for all work queued there."""
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
-
-
-def _with_loss(output: CausalLMOutputWithPast, labels: Tensor, count: Tensor | int | None) -> CausalLMOutputWithPast:
-    assert output.logits is not None
-    return CausalLMOutputWithPast(shifted_loss(output.logits, labels, count), **output)
 
 
 # transformers' Auto classes load an exported folder by these.

@@ -24,6 +24,7 @@ from tinygptv_ds.weights.other_files import other_file
 _SHOWN = 4
 _MAX_HEADER = 16_000_000  # bytes; enough for 100,000 tensors
 _MAX_JSON = 64_000_000  # bytes
+_MAX_TENSOR = 4 << 30  # bytes, eight times the embedding of Phi-2 in fp32
 DTYPES_BY_CODE = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -109,7 +110,8 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     """Open all tensors of a safetensors file without reading them.
 
     Raises:
-        WeightsError: the file is damaged or cut short, or holds a dtype that is not read here.
+        WeightsError: the file is damaged or cut short, or holds a dtype that is not read here, or a
+            tensor that is larger than any of this model.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -126,6 +128,8 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
             f"{path}: damaged or cut short ({size:,} bytes; {str(error)[:200]}); download or copy it again, and "
             "compare its size with the source's"
         ) from None
+    except (RuntimeError, MemoryError):  # the library maps the whole file
+        raise WeightsError(f"{path}: its {size:,} bytes cannot be mapped; check that this is the right file") from None
     return {name: _place(path, name, entry, 8 + length) for name, entry in header.items() if name != "__metadata__"}
 
 
@@ -138,6 +142,12 @@ def _place(path: Path, name: str, entry: dict[str, Any], data: int) -> Stored:
             "fp16 or fp32 first"
         )
     shape = tuple(entry["shape"])
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if size > _MAX_TENSOR:
+        raise WeightsError(
+            f"{path}: {listing([name])} of shape {list(shape)} takes {size:,} bytes, more than any weight of this "
+            f"model (at most {_MAX_TENSOR:,} are read); name another file"
+        )
     flat = partial(read_values, path, data + entry["data_offsets"][0], dtype)
     count = torch.Size(shape).numel()
     return Stored(shape, dtype, lambda: flat(0, count).view(shape), flat)
@@ -147,10 +157,16 @@ def read_values(path: Path, offset: int, dtype: torch.dtype, begin: int, end: in
     """Read the values from index `begin` up to `end` of those at a byte offset of a file, `[end - begin]`.
 
     Raises:
-        WeightsError: the file ends before.
+        WeightsError: the file ends before, or there is not enough memory.
     """
     size = (end - begin) * dtype.itemsize
-    buffer = torch.empty(size, dtype=torch.uint8)
+    try:
+        buffer = torch.empty(size, dtype=torch.uint8)
+    except (MemoryError, RuntimeError):
+        raise WeightsError(
+            f"{path}: there is no memory for {size:,} bytes of one tensor; check that this is the right file, or free "
+            "memory"
+        ) from None
     with path.open("rb") as file:
         file.seek(offset + begin * dtype.itemsize)
         if file.readinto(buffer.numpy().data) != size:
