@@ -164,7 +164,8 @@ class Bench:
         shapes = parameter_shapes(config)
         quantized = quantized_weights(shapes, _bits(case), vision=False)
         parts, ranks = trained_parts(job.recipe), job.ranks.world_size
-        memory = step_memory(config, parameter_counts(shapes), parts, batch, ranks, quantized)
+        flat = self._engine.flat is not None
+        memory = step_memory(config, parameter_counts(shapes), parts, batch, ranks, quantized, flat=flat)
         return memory[f"ZeRO-{case.zero}"].total
 
 

@@ -33,6 +33,7 @@ from tinygptv_ds.models.flops import FlopRates, PartFlops, flops_by_part
 from tinygptv_ds.models.parameters import PARTS, lora, norms, projections, train_only
 from tinygptv_ds.models.quantized_linear import quantize_layers, quantized_buffers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.train.flat_optimizer import FlatOptimizer
 from tinygptv_ds.weights.assemble import typed_meta_model
 
 ROOT = Path(__file__).parents[2]
@@ -180,6 +181,48 @@ def test_optimizer_and_weights_are_what_torch_holds() -> None:
     masters = sum(p.nbytes for p in trainable)
     assert len(trained) == len(trainable)
     assert (found.weights, found.optimizer) == (whole, moments + masters)
+
+
+def test_one_gpu_holds_flat_tensors() -> None:
+    """The weights are views of the flat tensors; a backward pass ends with its own gradients next to the flat ones."""
+    model = small_model()
+    train_only(model, projections, norms, lora)
+    counts = parameter_counts({name: tuple(p.shape) for name, p in model.named_parameters()})
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    flat = FlatOptimizer([{"params": trainable}], torch.optim.AdamW, 0.0)
+    flat.step()
+    moments = sum(flat.moment(p, name).nbytes for p in trainable for name in ("exp_avg", "exp_avg_sq"))
+    gradients = sum(grad.nbytes for grad in flat.gradients) + sum(p.nbytes for p in trainable)
+    whole = sum(p.nbytes if p.requires_grad else p.nbytes / 2 for p in model.parameters())
+    batch = MicroBatchSize(1, MeanSample(1, 10, 5))
+    found, zero = (step_memory(model.config, counts, ALL, batch, gpus=1, flat=each) for each in (True, False))
+    for setting in ("ZeRO-1", "ZeRO-2"):
+        held = found[setting]
+        assert (held.weights, held.optimizer, held.gradients) == (whole, moments, gradients)
+        assert held.total < zero[setting].total
+    assert found["ZeRO-3"] == zero["ZeRO-3"]
+
+
+def test_what_is_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing under ZeRO-3 or with quantized weights, by the rule of training; nor is it offered as a remedy there."""
+    recipe = str(ROOT / "stages/stage4.yaml")
+
+    def found(*options: str) -> tuple[dict, str]:
+        call(estimate, recipe, "--gpu", "H100-80GB", "--json", *options)
+        launches = json.loads(capsys.readouterr().out)["launches"]
+        call(estimate, recipe, "--gpu", "H100-80GB", *options)
+        return launches, capsys.readouterr().out
+
+    usual, text = found()
+    eager, without = found("--set", "model.compile=false")
+    quantized, in_bits = found("--set", "model.frozen_bits=4", "--set", "train.cuda_graph_tokens=256")
+    assert usual["kernels"] < usual["zero_3_kernels"] == eager["kernels"] == quantized["kernels"]
+    assert f"(compiled blocks; {eager['kernels']:,.0f} under ZeRO-3, without)" in text
+    assert [launches["compiled"] for launches in (usual, eager, quantized)] == [True, False, False]
+    assert ["(model.compile)" in each for each in (text, without, in_bits)] == [False, True, False]
+    assert ["train.cuda_graph_tokens" in each for each in (text, without, in_bits)] == [True, True, False]
+    zero, _ = found("--set", "train.deepspeed_checkpoints=true")
+    assert zero["optimizer"] > usual["optimizer"]
 
 
 @pytest.mark.parametrize("vision", [False, True])

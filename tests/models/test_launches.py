@@ -38,11 +38,12 @@ def test_what_is_trained_launches_more() -> None:
     config = published_config(4)
     frozen, qformer, vit = (pass_kernels(config, parts) for parts in (PARTS, (*PARTS, "qformer"), (*PARTS, "vit")))
     assert frozen < qformer < vit
-    assert optimizer_kernels(261, ranks=2) > optimizer_kernels(261, ranks=1)
+    assert optimizer_kernels(261, flat=False) > optimizer_kernels(261, flat=True)
 
 
 def test_remedies_are_what_is_left_to_do() -> None:
-    assert "data.features" in remedy(from_features=False, compiled=True)
-    assert "data.features" not in remedy(from_features=True, compiled=True)
-    assert "model.compile" in remedy(from_features=True, compiled=False)
-    assert "model.compile" not in remedy(from_features=True, compiled=True)
+    done = {"from_features": True, "compiled": True, "graphs": True}
+    keys = {"from_features": "data.features", "compiled": "model.compile", "graphs": "train.cuda_graph_tokens"}
+    assert remedy(**done) == "a larger micro-batch (train.micro_batch_size)"
+    for name, key in keys.items():
+        assert remedy(**done | {name: False}).endswith(f"({key})")

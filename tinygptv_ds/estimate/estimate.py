@@ -28,6 +28,7 @@ from tinygptv_ds.estimate.model_size import (
 from tinygptv_ds.estimate.report import report
 from tinygptv_ds.estimate.result import Disk, Estimate, Launches, Operations
 from tinygptv_ds.estimate.speed import StepWork, card_speed
+from tinygptv_ds.models.compiler import compile_obstacle
 from tinygptv_ds.models.flops import flops_by_part
 from tinygptv_ds.models.launches import LAUNCH_SECONDS, optimizer_kernels, pass_kernels
 from tinygptv_ds.train.recipe_warnings import recipe_warnings
@@ -126,13 +127,15 @@ def estimate(
     operations = {part: Operations(of.forward.of(sample), of.backward.of(sample)) for part, of in flops.items()}
     samples = _micro_batch_samples(recipe, data)
     batch = MicroBatchSize(samples, data.sample, recomputed, features)
+    flat = gpus == 1 and not train.deepspeed_checkpoints
+    kernels = partial(pass_kernels, config, trained, from_features=features, recomputed=recomputed)
+    compiled = _compiles(recipe, zero_stage=2)
     launches = Launches(
-        kernels=pass_kernels(
-            config, trained, from_features=features, recomputed=recomputed, compiled=recipe.model.compile is not False
-        ),
-        optimizer=optimizer_kernels(len(trained_names(shapes, trained)), gpus),
+        kernels=kernels(compiled=compiled),
+        zero_3_kernels=kernels(compiled=_compiles(recipe, zero_stage=3)),
+        optimizer=optimizer_kernels(len(trained_names(shapes, trained)), flat=flat),
         seconds=launch_seconds,
-        compiled=recipe.model.compile is not False,
+        compiled=compiled,
         from_features=features,
     )
     of_sample = sum(part.total for part in operations.values())
@@ -147,11 +150,11 @@ def estimate(
         from_features=features,
     )
     quantized = quantized_weights(shapes, recipe.model.frozen_bits, vision=recipe.model.quantize_vision)
-    memory = step_memory(config, counts, trained, batch, gpus, quantized)
+    memory_of = partial(step_memory, config, counts, trained, gpus=gpus, quantized=quantized, flat=flat)
+    memory = memory_of(batch)
 
     def has_room(card: Card, micro_batch: float) -> bool:
-        larger = replace(batch, samples=micro_batch)
-        return fits(step_memory(config, counts, trained, larger, gpus, quantized)["ZeRO-2"], card.gib)
+        return fits(memory_of(replace(batch, samples=micro_batch))["ZeRO-2"], card.gib)
 
     return Estimate(
         sizes_source=source,
@@ -175,6 +178,11 @@ def estimate(
             trainable=sum(counts[part] for part in trained),
         ),
     )
+
+
+def _compiles(recipe: Recipe, *, zero_stage: int) -> bool:
+    """Return whether blocks are compiled on a GPU whose machine has a compiler."""
+    return recipe.model.compile is not False and compile_obstacle(zero_stage, recipe.model.frozen_bits) is None
 
 
 def as_plain(result: Estimate, cards: list[Card], links: list[Link]) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def step_memory(
     batch: MicroBatchSize,
     gpus: int,
     quantized: QuantizedWeights | None = None,
+    *,
+    flat: bool = False,
 ) -> dict[str, Memory]:
     """Return the peak of a step on one GPU under each of `SETTINGS`; quantized weights do not go with ZeRO-3.
 
@@ -78,6 +80,8 @@ def step_memory(
         batch: the micro-batch of one GPU.
         gpus: number of GPUs that ZeRO divides its states among.
         quantized: frozen weights that are kept in fewer than 16 bit.
+        flat: ZeRO-1 and 2 leave the optimizer to flat tensors, as a run on one GPU does. The weights are views of them,
+            so that there is no other copy, and the gradients of a backward pass are added to flat ones: no buckets.
     """
     trainable = sum(count for part, count in counts.items() if part in trained)
     frozen = sum(counts.values()) - trainable
@@ -92,8 +96,8 @@ def step_memory(
     gathered = _gathered(config)
     states = 12 * trainable / gpus  # fp32 copy and two moments
     rows = {
-        "ZeRO-1": (whole, states, 4 * trainable + bucket),
-        "ZeRO-2": (whole, states, 4 * trainable / gpus + bucket),
+        "ZeRO-1": (whole, 8.0 * trainable, 8.0 * trainable) if flat else (whole, states, 4 * trainable + bucket),
+        "ZeRO-2": (whole, 8.0 * trainable, 8.0 * trainable) if flat else (whole, states, 4 * trainable / gpus + bucket),
         "ZeRO-3": (whole / gpus + gathered, states, 4 * trainable / gpus + bucket),
         "ZeRO-3 + CPU offload": (gathered, 0.0, bucket),
     }

@@ -66,14 +66,18 @@ def _time(result: Estimate, recipe: Recipe, cards: list[Card]) -> list[str]:
     parts = ", ".join(f"{part} {ops.total / 1e9:.0f}" for part, ops in result.operations.items() if ops.total)
     again = f", {result.recomputed:.0%} of Phi's blocks computed twice" if result.recomputed else ""
     launches = result.launches
-    compiled = " (compiled blocks)" if launches.compiled else ""
+    compiled = f" (compiled blocks; {launches.zero_3_kernels:,.0f} under ZeRO-3, without)" if launches.compiled else ""
     head = [
         f"{result.sample_operations / 1e12:.2f} TFLOP a sample{again}: {parts} GFLOP",
         f"{launches.kernels:,.0f} kernels a micro-batch{compiled}, launched in {1e6 * launches.seconds:.3g} us each",
         f"at {result.mfu:.0%} of the peak where the GPU is busy, {train.total_steps:,} steps of {train.batch_size} "
         "samples:",
     ]
-    return [*head, *(_card_line(card, result.speed[card.name]) for card in cards), *_launch_bound(result, cards)]
+    return [
+        *head,
+        *(_card_line(card, result.speed[card.name]) for card in cards),
+        *_launch_bound(result, recipe, cards),
+    ]
 
 
 def _card_line(card: Card, speed: CardSpeed) -> str:
@@ -91,10 +95,14 @@ def _card_line(card: Card, speed: CardSpeed) -> str:
     )
 
 
-def _launch_bound(result: Estimate, cards: list[Card]) -> list[str]:
+def _launch_bound(result: Estimate, recipe: Recipe, cards: list[Card]) -> list[str]:
     """Return a line with what helps, where a card waits for the host."""
     bound = [card.name for card in cards if result.speed[card.name].own.launch_bound]
-    ways = remedy(from_features=result.launches.from_features, compiled=result.launches.compiled)
+    ways = remedy(
+        from_features=result.launches.from_features,
+        compiled=result.launches.compiled or result.quantized is not None,
+        graphs=recipe.train.cuda_graph_tokens > 0,
+    )
     return [f"  {WAITS_FOR_HOST} ({', '.join(bound)}); what helps: {ways}"] if bound else []
 
 

@@ -64,14 +64,16 @@ class Launches:
     """The work of the host in a step.
 
     Attributes:
-        kernels: kernels of the forward and backward pass of a micro-batch.
+        kernels: kernels of the forward and backward pass of a micro-batch under ZeRO-1 and 2.
+        zero_3_kernels: the same under ZeRO-3, which goes without compiled blocks.
         optimizer: kernels of an optimizer step.
         seconds: time of the host for one kernel.
-        compiled: whether the blocks are compiled.
+        compiled: whether the blocks are compiled under ZeRO-1 and 2.
         from_features: whether images come as the Q-Former's outputs.
     """
 
     kernels: float
+    zero_3_kernels: float
     optimizer: float
     seconds: float
     compiled: bool

@@ -144,12 +144,12 @@ def _memory_of(recipe: Recipe, ranks: int) -> Callable[[_Choice], float]:
     sample, features = summarize_data(recipe).sample, recipe.data.features is not None
     config = model_configuration(recipe, phi_sizes(recipe)[0])
     shapes, trained = parameter_shapes(config), trained_parts(recipe)
-    counts = parameter_counts(shapes)
+    counts, flat = parameter_counts(shapes), ranks == 1 and not recipe.train.deepspeed_checkpoints
 
     def memory(choice: _Choice) -> float:
         quantized = quantized_weights(shapes, choice.bits, vision=choice.vision)
         batch = MicroBatchSize(choice.size, sample, float(choice.again), features)
-        return step_memory(config, counts, trained, batch, ranks, quantized)[choice.setting].total
+        return step_memory(config, counts, trained, batch, ranks, quantized, flat=flat)[choice.setting].total
 
     return memory
 

@@ -1,4 +1,4 @@
-"""Whether torch can compile here."""
+"""Whether the model's blocks can be compiled: what of a recipe is in the way, and what this machine lacks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ import shutil
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
+
+from tinygptv_ds.config.deepspeed_rules import COMPILED_ZERO_3
+
+
+def compile_obstacle(zero_stage: int, frozen_bits: int | None) -> str | None:
+    """Return why the blocks cannot be compiled on any machine; None where they can.
+
+    Args:
+        zero_stage: DeepSpeed's ZeRO stage.
+        frozen_bits: `model.frozen_bits`.
+    """
+    if zero_stage == 3:
+        return COMPILED_ZERO_3
+    if frozen_bits is not None:
+        return "bitsandbytes dequantizes the weights of model.frozen_bits in calls that cannot be compiled"
+    return None
 
 
 def missing_compiler(device: str) -> str | None:

@@ -17,14 +17,21 @@ LAUNCH_SECONDS = 12e-6
 WAITS_FOR_HOST = "launch-bound: the GPU waits for the host"
 
 
-def remedy(*, from_features: bool, compiled: bool) -> str:
-    """Return what helps where a GPU waits for the host, by the keys of a recipe."""
+def remedy(*, from_features: bool, compiled: bool, graphs: bool) -> str:
+    """Return what helps where a GPU waits for the host, by the keys of a recipe.
+
+    Args:
+        from_features: images come as the Q-Former's outputs.
+        compiled: the blocks are compiled, or cannot be.
+        graphs: `train.cuda_graph_tokens` is set.
+    """
     ways = ["a larger micro-batch (train.micro_batch_size)"]
     if not from_features:
         ways.append("features in place of images (data.features)")
     if not compiled:
         ways.append("compiled blocks (model.compile)")
-    ways.append("CUDA graphs on one GPU (train.cuda_graph_tokens)")
+    if not graphs:
+        ways.append("CUDA graphs on one GPU (train.cuda_graph_tokens)")
     return ", ".join(ways)
 
 
@@ -55,7 +62,7 @@ COMPILED = BlockKernels(10, 11, 6, (10, 14), {"query_key_value": (3, 6), "dense"
 # Whatever the depth: the ends of ViT and Q-Former; rotary tables, dropout's keys and Phi's last norm; and projections,
 # embedding, head and loss, forward and backward.
 _AROUND_VISION, _AROUND_PHI, _REST = 24, 69, 54
-# The optimizer: on one rank whole groups at a time, else four for each trained tensor (ZeRO-1 and 2).
+# The optimizer: flat tensors on one rank, whole groups at a time; else four for each trained tensor (ZeRO-1 and 2).
 _OPTIMIZER, _PER_TENSOR = 40, 4
 
 
@@ -94,11 +101,11 @@ def _vision(config: Any, trained: Collection[str], blocks: BlockKernels) -> int:
     return vit + layers + _AROUND_VISION + again
 
 
-def optimizer_kernels(tensors: int, ranks: int) -> int:
+def optimizer_kernels(tensors: int, *, flat: bool) -> int:
     """Return the kernels of an optimizer step, and of ZeRO's work on gradients.
 
     Args:
         tensors: trained tensors.
-        ranks: number of ranks.
+        flat: on flat tensors, as on one rank, instead of ZeRO's.
     """
-    return _OPTIMIZER + (_PER_TENSOR * tensors if ranks > 1 else 0)
+    return _OPTIMIZER + (0 if flat else _PER_TENSOR * tensors)

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from tinygptv_ds.config.deepspeed_rules import COMPILED_ZERO_3
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.files import cache_home
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.models.compiler import missing_compiler
+from tinygptv_ds.models.compiler import compile_obstacle, missing_compiler
 from tinygptv_ds.models.phi import after_attention, before_attention
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 
@@ -58,11 +57,7 @@ def choose_compile(wanted: bool | str, device: str, zero_stage: int, frozen_bits
     """
     if wanted is False or (wanted == "auto" and device != "cuda"):
         return CompileChoice(on=False)
-    obstacle = missing_compiler(device)
-    if zero_stage == 3:
-        obstacle = COMPILED_ZERO_3
-    elif frozen_bits is not None:
-        obstacle = "bitsandbytes dequantizes the weights of model.frozen_bits in calls that cannot be compiled"
+    obstacle = compile_obstacle(zero_stage, frozen_bits) or missing_compiler(device)
     if obstacle is not None and wanted is True:
         raise ConfigError(f"model.compile is true, but {obstacle}; auto trains without compiled blocks")
     return CompileChoice(obstacle is None, obstacle)

@@ -9,6 +9,7 @@ import torch
 
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.flops import BatchCounts, FlopRates
+from tinygptv_ds.models.launches import remedy
 from tinygptv_ds.train.callbacks.callback import CallbackList
 from tinygptv_ds.train.callbacks.log import Log
 from tinygptv_ds.train.metrics import stopwatch
@@ -66,7 +67,8 @@ def log_of(device: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Log, Stopwatch
     totals = Totals(1.0, {}, [(0, 1.0, 1)], {"a": 1}, {}, BatchCounts(), [RankTimes(0.0, 1.0)], [])
     reporter = Reporter.__new__(Reporter)
     reporter._device, reporter._first, reporter._total = torch.device(device), 0, 10
-    reporter._has_waited = reporter._from_features = reporter._compiled = False
+    reporter._has_waited = False
+    reporter._remedy = remedy(from_features=False, compiled=False, graphs=False)
     reporter._costs, reporter._peak = FlopRates(), None
     reporter._clock = SimpleNamespace(read=lambda: 1.0)
     reporter._bar = SimpleNamespace(update=lambda: None, set_postfix=lambda **_: None)

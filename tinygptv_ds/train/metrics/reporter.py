@@ -19,6 +19,7 @@ from tinygptv_ds.config.load import recipe_dict
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.files import write_atomically
 from tinygptv_ds.log import LOGGER, log_with_head
+from tinygptv_ds.models.compiler import compile_obstacle
 from tinygptv_ds.models.flops import FlopRates, peak_flops, step_flops
 from tinygptv_ds.models.launches import WAITS_FOR_HOST, remedy
 from tinygptv_ds.train.callbacks.callback import LogRecord
@@ -51,8 +52,7 @@ class Reporter:
         self._device = run.engine.device
         self._costs, self._peak = _costs(run), _peak(run.engine)
         self.board: SummaryWriter | None = None
-        self._from_features = run.recipe.data.features is not None
-        self._compiled = run.recipe.model.compile is not False
+        self._remedy = _remedy(job)
         self._has_waited = False  # the GPU for the host: reported once
         self._torn = False  # the last line of metrics.jsonl may not be whole
         if job.ranks.is_main and not job.evaluate_only:
@@ -118,7 +118,7 @@ class Reporter:
             "%s, which takes %.0f %% of the GPU's time for the forward passes to launch them; what helps: %s",
             WAITS_FOR_HOST,
             launching,
-            remedy(from_features=self._from_features, compiled=self._compiled),
+            self._remedy,
         )
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -149,6 +149,16 @@ class Reporter:
         if self.board is not None:
             self.board.close()
             self._tracker.close()
+
+
+def _remedy(job: Job) -> str:
+    """Return what is left to do where the GPU waits for the host."""
+    recipe, model = job.recipe, job.recipe.model
+    return remedy(
+        from_features=recipe.data.features is not None,
+        compiled=model.compile is not False or compile_obstacle(job.zero_stage, model.frozen_bits) is not None,
+        graphs=recipe.train.cuda_graph_tokens > 0,
+    )
 
 
 def _use_monotonic_clock(bar: Any) -> None:
