@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.image import to_pixels
+from tinygptv_ds.processing.image import open_image, read_traits, to_pixels
 
 MUTATIONS = 6000
 KINDS = {
@@ -218,3 +219,59 @@ def test_claims_take_no_memory(tmp_path: Path) -> None:
     assert {name: rise for name, rise, _ in lines if int(rise) >= 50} == {}
     too_large = r"is refused \(limit|exceeds limit of|too large for PngImagePlugin.MAX_TEXT_CHUNK"
     assert [line for line in lines if not re.search(too_large, line[2])] == []
+
+
+# ---- files of very many blocks ---------------------------------------------------------------------------------------
+
+
+def chunk(kind: bytes) -> bytes:
+    return struct.pack(">I", 0) + kind + struct.pack(">I", zlib.crc32(kind))
+
+
+def of_many_blocks(kind: str) -> bytes:
+    """Return 4 MB and more of what Pillow reads piece by piece."""
+    if kind == "ICO":
+        png = encoded("PNG")
+        return (
+            b"\0\0\1\0\xff\xff" + struct.pack("<BBBBHHII", 32, 32, 0, 0, 1, 32, len(png), 6 + 16 * 65535) * 65535 + png
+        )
+    if kind.startswith("GIF"):
+        gif = encoded("GIF")
+        start = 13 + 3 * (2 << (gif[10] & 7))
+        comments = b"!\xfe" + (b"\xff" + b"a" * 255) * 16_000 + b"\0" if kind == "GIF" else b"!\xfe\1a\0" * 800_000
+        return gif[:start] + comments + gif[start:]
+    if kind == "JPEG":
+        jpeg = encoded("JPEG")
+        return jpeg[:2] + b"\xff\xe9\0\2" * 1_000_000 + jpeg[2:]
+    png = encoded("PNG")
+    return png[:33] + chunk(b"IDAT" if kind == "PNG data" else b"abCd") * 350_000 + png[33:]
+
+
+@pytest.mark.parametrize("kind", ["ICO", "GIF", "GIF comments", "JPEG", "PNG", "PNG data"])
+def test_many_blocks_are_refused_at_once(kind: str) -> None:
+    data = of_many_blocks(kind)
+    start = time.process_time()
+    with pytest.raises(DataError, match="too many small blocks"):
+        open_image(data)
+    assert time.process_time() - start < 1
+
+
+def test_only_the_first_frame_is_decoded() -> None:
+    frames = [Image.new("L", (3000, 3000), shade) for shade in range(0, 250, 50)]
+    out = io.BytesIO()
+    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:] * 5)
+    start = time.process_time()
+    assert open_image(out.getvalue()).getpixel((5, 5)) == (0, 0, 0) and read_traits(out.getvalue()).animated
+    assert time.process_time() - start < 1
+
+
+def test_comments_before_the_second_frame() -> None:
+    out = io.BytesIO()
+    drawing().save(out, "GIF", save_all=True, append_images=[drawing("L")])
+    gif = out.getvalue()
+    late = gif[:-1] + b"!\xfe\1a\0" * 800_000 + gif[-1:]
+    assert read_traits(late).animated
+    single = encoded("GIF")
+    start = time.process_time()
+    assert not read_traits(single[:-1] + b"!\xfe\1a\0" * 800_000 + gif[-1:]).animated
+    assert time.process_time() - start < 1

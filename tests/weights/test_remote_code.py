@@ -11,7 +11,7 @@ import torch
 from helpers.alone import run_alone
 from helpers.verbs import call
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from tinygptv_ds import remote_code
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -196,3 +196,13 @@ def test_two_definitions_of_a_name_are_refused(tmp_path: Path, monkeypatch: pyte
             a="from tinygptv_ds.models.b import y\n_x = 1\nA = (_x, y)\n",
             b="_x = 2\ny = _x\n",
         )
+
+
+def test_a_saved_configuration_is_enough(exported: Path, tmp_path: Path) -> None:
+    AutoConfig.from_pretrained(exported).save_pretrained(tmp_path / "config")
+    script = f"""
+from transformers import AutoConfig, AutoModelForImageTextToText
+config = AutoConfig.from_pretrained({str(tmp_path / "config")!r}, trust_remote_code=True)
+print(type(AutoModelForImageTextToText.from_config(config, trust_remote_code=True)).__module__.split(".")[-1])
+"""
+    assert run_alone(script, tmp_path).split() == ["modeling_tinygptv"]

@@ -61,6 +61,7 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 _SAMPLE_FORMAT, _PHOTOMETRIC, _WHITE_IS_ZERO = 339, 262, 0  # tags of TIFF, and a value of the latter
 _STRIP = 1024  # rows
+_MOST_READS = 10_000  # by Pillow of a header; photos need fewer than 500
 
 
 class ImageError(DataError):
@@ -78,6 +79,29 @@ class ImageError(DataError):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.reason, str(self))
+
+
+class _Encoded(io.BytesIO):
+    """An encoded image that Pillow reads in a bounded number of pieces.
+
+    A few megabytes can be millions of empty blocks, or comments that Pillow joins in quadratic time.
+    """
+
+    def __init__(self, encoded: bytes) -> None:
+        super().__init__(encoded)
+        self.reads_left = _MOST_READS
+
+    def allow_data(self, format: str | None) -> None:
+        """Allow as many reads as the pixels need after the header, and those that look for a second frame."""
+        size = len(self.getbuffer())
+        # GIF's decoder reads 64 KiB at a time, PNG's a block; those of QOI and RLE a byte.
+        self.reads_left = _MOST_READS + {"GIF": 0, "PNG": size // 200}.get(format or "", 4 * size)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise ImageError("corrupt_image", "the image cannot be decoded: it consists of too many small blocks")
+        return super().read(size)
 
 
 @dataclass(frozen=True)
@@ -131,7 +155,7 @@ def read_traits(source: Source) -> ImageTraits:
             _orientation(image),
             image.has_transparency_data,
             image.mode in _DEEP_MODES,
-            getattr(image, "is_animated", False) and image.format != "MPO",  # its other frames are depth or a preview
+            image.format != "MPO" and _animated(image),  # its other frames are depth or a preview
         )
 
 
@@ -231,20 +255,21 @@ def _open(source: Source) -> tuple[Image.Image, bytes | None]:
         return source, None
     encoded = source if isinstance(source, bytes) else Path(source).read_bytes()
     try:
-        image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        image: Image.Image = Image.open(file := _Encoded(encoded), formats=FORMATS)
     except UnidentifiedImageError:
-        image = _open_rare(encoded)
+        image = _open_rare(file := _Encoded(encoded), encoded)
+    file.allow_data(image.format)
     if not 0 < image.width * image.height <= MAX_PIXELS:
         message = f"an image of {image.width} x {image.height} pixels is refused (limit {MAX_PIXELS:,})"
         raise ImageError("corrupt_image", message)
     return image, encoded
 
 
-def _open_rare(encoded: bytes) -> Image.Image:
+def _open_rare(file: _Encoded, encoded: bytes) -> Image.Image:
     """Open an image of a rare format, or raise the ImageError that says what the file is."""
     formats = [name for name in RARE_FORMATS if name != "HEIF" or _heif_is_there()]
     with contextlib.suppress(UnidentifiedImageError):
-        return Image.open(io.BytesIO(encoded), formats=[*formats, *(["TGA"] if looks_like_tga(encoded) else [])])
+        return Image.open(file, formats=[*formats, *(["TGA"] if looks_like_tga(encoded) else [])])
     foreign = foreign_format(encoded)
     if foreign == HEIC and _heif_is_there():
         raise ImageError("corrupt_image", "the image cannot be decoded: it is a damaged HEIC")
@@ -264,6 +289,14 @@ def _heif_is_there() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _animated(image: Image.Image) -> bool:
+    """Whether there is a second frame; one that comes after too many blocks does not count."""
+    try:
+        return getattr(image, "is_animated", False)
+    except ImageError:
+        return False
 
 
 def _orientation(image: Image.Image) -> int:
