@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.liveness.flight_recorder import write_flight_record
 from tinygptv_ds.train.liveness.stack_files import COLLECTIVES, FOLDER, STACKS
 
@@ -22,14 +23,20 @@ _PER_PROCESS = 0.1  # seconds for one process to write before the next gets the 
 class Stacks:
     """One rank's file of stacks below the run directory; removed at the end if nothing was written.
 
-    SIGUSR2 to the rank, or to a dataloader worker of it, adds that process's stacks at any time.
+    SIGUSR2 to the rank, or to a dataloader worker of it, adds that process's stacks at any time. Raises ConfigError if
+    the file cannot be written, e.g. because a file has the folder's name.
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
         self.path = run_dir / FOLDER / f"{STACKS}{rank}.txt"
         self._collectives = self.path.with_name(f"{COLLECTIVES}{rank}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab", buffering=0)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path} cannot be written ({error.strerror}); make room, or move {self.path.parent} away"
+            ) from None
         # Processes that are forked later inherit it, e.g. dataloader workers.
         faulthandler.register(SIGNAL, self._file, all_threads=True)
 
