@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,8 +39,8 @@ def model_config(recipe: Recipe, size: str) -> TinyGPTVConfig:
     section, base = recipe.model, SIZES[size]
     return TinyGPTVConfig(
         vision_config={**base.vision_config.to_dict(), "image_size": section.image_size},
-        qformer_config=base.qformer_config,
-        text_config=base.text_config,
+        qformer_config=deepcopy(base.qformer_config),
+        text_config=deepcopy(base.text_config),
         num_query_tokens=base.num_query_tokens,
         proj_hidden_size=section.proj_hidden_size,
         lora_r=section.lora_r,

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.gpu.machine import this_device, wait
 from benchmarks.gpu.model import build, make_batches, model_config, overrides
@@ -95,12 +95,14 @@ def padded(batch: Batch, normalize: Callable[[Tensor], Tensor]) -> PaddedBatch:
     )
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attend by plain matrix products, with an additive mask and a softmax in fp32."""
+def eager_attention(
+    _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _implementation: str
+) -> tuple[Tensor, None]:
+    """Attend by plain matrix products, with an additive mask and a softmax in fp32; see `padded_attention`."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores + torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+    return (scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2), None
 
 
 @contextmanager

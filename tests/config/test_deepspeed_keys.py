@@ -109,7 +109,7 @@ def test_removed_keys_of_zero() -> None:
         ({"gradient_clipping": -1}, "gradient_clipping is -1; it must be finite and not negative"),
         ({"torch_autocast": {"enabled": "yes"}}, 'torch_autocast.enabled must be true or false, not "yes"'),
         ({"communication_data_type": "bfloat16"}, "communication_data_type is 'bfloat16'; use fp32 or fp16 or bf16"),
-        ({"compile": {"deepcompile": True}}, "leave out 'compile'; the engine is never compiled here"),
+        ({"compile": {"deepcompile": True}}, "leave out 'compile'; model.compile has the model's blocks compiled"),
         ({"activation_checkpointing": {}}, "model.gradient_checkpointing"),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "leave out 'zero_optimization.cpu_offload'; write"),
         ({"zero_optimization": {"offload_param": {"devise": "cpu"}}}, "offload_param.devise'; did you mean device"),
