@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import launcher
+from helpers.forked import ended
 from safetensors.torch import load_file
 
 from tinygptv_ds.config.deepspeed import resolve_deepspeed
@@ -57,6 +58,26 @@ def test_a_compiled_run_equals_an_eager_one(
     for key, value in weights.items():
         torch.testing.assert_close(trained[key], value, rtol=1e-3, atol=1e-4, msg=key)
     assert list((cache / "tinygptv_ds/torchinductor").rglob("*.so"))
+
+
+@pytest.mark.skipif(missing_compiler("cpu") is not None, reason="there is no C++ compiler")
+def test_two_compiled_ranks_equal_eager_ones(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Under ZeRO-2 itself, whose hooks take the gradients that a compiled backward pass leaves."""
+    recipe = recipe_file(model__lora_dropout=0.1, train__steps_per_epoch=3)
+    eager, ours = (
+        ended(recipe, tmp_path / str(compiled), f"--set=model.compile={str(compiled).lower()}", ranks=2)
+        for compiled in (False, True)
+    )
+    assert "blocks of Phi, ViT and Q-Former are compiled" in ours.output and "are compiled" not in eager.output
+    assert "torch.compile failed" not in ours.output
+    assert "nothing to partition" not in ours.output  # the optimizer of a single rank
+    losses = ours.column("train/loss")
+    assert len(losses) == 3 and losses == pytest.approx(eager.column("train/loss"), rel=1e-4)
+    assert losses != eager.column("train/loss")  # another order of sums
+    trained, weights = (load_file(run.folder / "model/trained.safetensors") for run in (ours, eager))
+    assert trained.keys() == weights.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(trained[key], value, rtol=1e-3, atol=1e-4, msg=key)
 
 
 def test_zero_3_and_compiled_blocks_are_refused_together(raw_recipe: Callable[..., dict[str, Any]]) -> None:
