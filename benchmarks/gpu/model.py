@@ -16,8 +16,9 @@ from tinygptv_ds.data.loader.sample import Sample
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.estimate.data_summary import ASSUMED, MeanSample
 from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.fp8_linear import check_fp8_device, use_fp8
 from tinygptv_ds.models.parameters import lora, norms, projections, train_only
-from tinygptv_ds.models.quantized_linear import quantize_layers
+from tinygptv_ds.models.quantized_linear import FrozenLinear, quantize_layers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 from tinygptv_ds.weights.assemble import typed_meta_model
@@ -51,7 +52,7 @@ def model_config(recipe: Recipe, size: str) -> TinyGPTVConfig:
 
 
 def build(
-    config: TinyGPTVConfig, frozen: torch.dtype, device: torch.device, bits: int | None = None
+    config: TinyGPTVConfig, frozen: torch.dtype, device: torch.device, bits: int | None = None, *, fp8: bool = False
 ) -> TinyGPTVForConditionalGeneration:
     """Create the model with random weights on the device; it trains the parts of its stage.
 
@@ -60,9 +61,18 @@ def build(
         frozen: dtype of the frozen weights; the trained ones are in fp32.
         device: the device.
         bits: of the frozen weights of Phi's linear layers; None: as `frozen`.
+        fp8: whether the frozen linear layers of Phi and the ViT compute in fp8.
+
+    Raises:
+        ConfigError: the device cannot compute in fp8.
     """
     model = typed_meta_model(config, frozen)
-    quantized = {} if bits is None else quantize_layers(model, bits, vision=False)
+    quantized: dict[str, FrozenLinear] = {}
+    if fp8:
+        check_fp8_device(device)
+        quantized |= use_fp8(model, phi=True)
+    if bits is not None:
+        quantized |= quantize_layers(model, bits, vision=False)
     model.to_empty(device=device)
     random = torch.Generator(device).manual_seed(0)
     with torch.no_grad():

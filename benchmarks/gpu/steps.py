@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu.machine import wait
 from benchmarks.gpu.model import DATASET, Batches, build, make_batches, model_config, overrides
 from benchmarks.gpu.parts import parts_of
-from benchmarks.gpu.plan import COMPILED, GRAPHS, QUANTIZED, SIZES, Case
+from benchmarks.gpu.plan import COMPILED, FP8, GRAPHS, QUANTIZED, SIZES, Case
 from benchmarks.gpu.profile import profiled
 from benchmarks.gpu.results import MEASURED, OUT_OF_MEMORY, add
 from benchmarks.gpu.saving import save_times
@@ -162,7 +162,7 @@ class Bench:
         batch = MicroBatchSize(case.batch, batches.mean, float(case.recompute), case.source == "features")
         config = self._engine.module.config
         shapes = parameter_shapes(config)
-        quantized = quantized_weights(shapes, _bits(case), vision=False)
+        quantized = quantized_weights(shapes, _bits(case), vision=False, fp8=_fp8(case))
         parts, ranks = trained_parts(job.recipe), job.ranks.world_size
         flat = self._engine.flat is not None
         memory = step_memory(config, parameter_counts(shapes), parts, batch, ranks, quantized, flat=flat)
@@ -171,6 +171,10 @@ class Bench:
 
 def _bits(case: Case) -> int | None:
     return 4 if case.lever == QUANTIZED else None
+
+
+def _fp8(case: Case) -> str | None:
+    return "all" if case.lever == FP8 else None
 
 
 def main() -> None:
@@ -190,7 +194,9 @@ def main() -> None:
     device = torch.device("cuda", job.ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     case = cases[0]
     try:
-        model = build(model_config(job.recipe, args.size), DTYPES[job.precision], device, _bits(case))
+        model = build(
+            model_config(job.recipe, args.size), DTYPES[job.precision], device, _bits(case), fp8=case.lever == FP8
+        )
         engine = Engine(model, job.deepspeed, job.recipe.optimizer, job.ranks)
         run = Run(job, engine, Progress(job.ranks.rank, job.recipe.train, set_group_timeout))
         if case.lever == COMPILED:  # the tiny model shows that it runs, without a compiler

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.gpu import attention, install
 from benchmarks.gpu.model import build, make_batches, model_config, overrides
-from benchmarks.gpu.plan import COMPILED, LEVERS, QUANTIZED, Case, Group, groups, obstacle
+from benchmarks.gpu.plan import COMPILED, FP8, LEVERS, QUANTIZED, Case, Group, groups, obstacle
 from benchmarks.gpu.profile import busy_share
 from benchmarks.gpu.report import MAX_SKIPPED, PARTS, Report, original_rates, step_checks, step_table
 from benchmarks.gpu.results import MEASURED, OUT_OF_MEMORY, add, check, read
@@ -142,7 +142,8 @@ def test_every_case_that_matters_is_planned() -> None:
 def test_levers() -> None:
     quantized = Case(4, 2, "bf16", "pixels", 2, lever=QUANTIZED)
     assert obstacle(PIXELS, "tiny") is None and "block" in obstacle(quantized, "tiny")
-    assert obstacle(Case(4, 2, "bf16", "pixels", 2, lever="fp8"), "published") == "fp8 is not built"
+    in_fp8 = Case(4, 2, "bf16", "pixels", 2, lever=FP8)
+    assert obstacle(in_fp8, "published") is None and "needs a GPU" in (obstacle(in_fp8, "tiny") or "")
 
 
 def test_busy_share() -> None:

@@ -31,12 +31,13 @@ def check_frozen_bits(model: ModelSection, deepspeed: dict[str, Any], source: st
     Raises:
         ConfigError: the JSON divides parameters among ranks, or bitsandbytes is missing.
     """
-    if model.frozen_bits is None:
-        return
-    if deepspeed.get("zero_optimization", {}).get("stage") == 3:
+    fields = [name for name in ("frozen_bits", "fp8") if getattr(model, name) is not None]
+    if fields and deepspeed.get("zero_optimization", {}).get("stage") == 3:
+        field = f"model.{fields[0]}"
         raise ConfigError(
-            f"{source}: ZeRO-3 does not go with model.frozen_bits. It divides parameters among the ranks, and "
+            f"{source}: ZeRO-3 does not go with {field}. It divides parameters among the ranks, and "
             "quantized weights are none: every rank would hold all of them, and gather the rest as well. Take "
-            "ds_configs/zero2_bf16.json, or set model.frozen_bits to null"
+            f"ds_configs/zero2_bf16.json, or set {field} to null"
         )
-    check_bitsandbytes(model.frozen_bits)
+    if model.frozen_bits is not None:
+        check_bitsandbytes(model.frozen_bits)

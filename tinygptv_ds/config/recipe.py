@@ -83,6 +83,11 @@ class ModelSection:
     quantize_vision: bool = False
     """With frozen_bits: the linear layers of the ViT, too. Features then have to be computed with the same values."""
 
+    fp8: str | None = None
+    """Compute frozen linear layers in fp8 (e4m3, a scale for each row), on GPUs since Ada and Hopper: vision for those
+    of the ViT, all for Phi's, too, or null. A CPU simulates it. Not with ZeRO-3, nor with frozen_bits for the same
+    layers. Features then have to be computed with the same values."""
+
     attention: str = "auto"
     """Attention backend: auto, flash_attn_3, flash_attn, torch_varlen or sdpa."""
 
@@ -118,6 +123,7 @@ class ModelSection:
         unknown = [t for t in self.lora_targets if t not in known]
         require(not unknown, f"model.lora_targets: unknown {unknown}; a Phi block has {sorted(known)}")
         self._check_frozen_bits()
+        self._check_fp8()
         require(self.compile in (True, False, "auto"), "model.compile must be auto, true or false")
         backends = ("auto", "flash_attn_3", "flash_attn", "torch_varlen", "sdpa")
         require(self.attention in backends, f"model.attention: {self.attention!r} is not one of {', '.join(backends)}")
@@ -136,6 +142,25 @@ class ModelSection:
                 f"model.train names {part}, but model.frozen_bits keeps the weights of {quantized[part]} quantized, "
                 f"which no optimizer can move. Leave {part} out of model.train (LoRA trains next to quantized "
                 f"weights), or set {remedy}"
+            )
+
+    def _check_fp8(self) -> None:
+        require(self.fp8 in (None, "vision", "all"), f"model.fp8 must be vision, all or null, not {shown(self.fp8)}")
+        if self.fp8 is None:
+            return
+        twice = self.quantize_vision or (self.fp8 == "all" and self.frozen_bits is not None)
+        layers = "the ViT" if self.quantize_vision else "Phi"
+        require(
+            not twice,
+            f"model.fp8: {self.fp8} and model.frozen_bits: {self.frozen_bits} both store the weights of {layers}; set "
+            "one of them to null (fp8: vision goes with frozen_bits where quantize_vision is false)",
+        )
+        for part, whose in {"vit": "the ViT", **({"llm": "Phi"} if self.fp8 == "all" else {})}.items():
+            require(
+                part not in (self.train or ()),
+                f"model.train names {part}, but model.fp8: {self.fp8} keeps the weights of {whose} in fp8, which no "
+                f"optimizer can move. Leave {part} out of model.train, or set model.fp8 to "
+                f"{'vision or ' if part == 'llm' else ''}null",
             )
 
 

@@ -149,7 +149,8 @@ def estimate(
         recomputed=recomputed,
         from_features=features,
     )
-    quantized = quantized_weights(shapes, recipe.model.frozen_bits, vision=recipe.model.quantize_vision)
+    model = recipe.model
+    quantized = quantized_weights(shapes, model.frozen_bits, vision=model.quantize_vision, fp8=model.fp8)
     memory_of = partial(step_memory, config, counts, trained, gpus=gpus, quantized=quantized, flat=flat)
     memory = memory_of(batch)
 

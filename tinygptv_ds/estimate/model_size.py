@@ -25,28 +25,32 @@ _PHI_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atte
 # For the order of the forward pass. A parameter of several parts counts for the first of `PARTS`: norms, not llm.
 FORWARD_ORDER = ("vit", "qformer", "projections", "llm", "norms", "lora")
 
-# Bytes of a quantized weight with its share of the scales; see models/quantized_linear.py.
-BYTES_PER_WEIGHT = {4: 1 / 2 + 1 / 64 + 4 / (64 * 256), 8: 1 + 4 / 256}
+# Bytes of a quantized weight with its share of the scales, left out for fp8 (4 bytes for each row of over
+# a thousand); see models/quantized_linear.py and models/fp8_linear.py.
+BYTES_PER_WEIGHT = {"4 bit": 1 / 2 + 1 / 64 + 4 / (64 * 256), "8 bit": 1 + 4 / 256, "fp8": 1.0}
 
 
 @dataclass(frozen=True)
 class QuantizedWeights:
-    """Frozen weights that are kept in 4 or 8 bit.
+    """Frozen weights that are kept in fewer than 16 bit.
 
     Attributes:
-        bits: 4 or 8.
-        count: number of weights.
+        counts: number of weights by their form, a key of `BYTES_PER_WEIGHT`.
         largest: number of weights of the largest layer, which is restored to 16 bit where it is used.
     """
 
-    bits: int
-    count: int
+    counts: Mapping[str, int]
     largest: int
+
+    @property
+    def count(self) -> int:
+        """Return the number of weights."""
+        return sum(self.counts.values())
 
     @property
     def stored(self) -> float:
         """Return the bytes that they take."""
-        return BYTES_PER_WEIGHT[self.bits] * self.count
+        return sum(BYTES_PER_WEIGHT[form] * count for form, count in self.counts.items())
 
 
 def trained_parts(recipe: Recipe) -> tuple[str, ...]:
@@ -119,13 +123,25 @@ def parameter_counts(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def quantized_weights(
-    shapes: Mapping[str, tuple[int, ...]], bits: int | None, *, vision: bool
+    shapes: Mapping[str, tuple[int, ...]], bits: int | None, *, vision: bool, fp8: str | None = None
 ) -> QuantizedWeights | None:
-    """Return what `model.frozen_bits` quantizes, None where it is null; `vision` is `model.quantize_vision`."""
-    if bits is None:
+    """Return what is kept in fewer than 16 bit, None where nothing is.
+
+    Args:
+        shapes: of all parameters by name.
+        bits: `model.frozen_bits`.
+        vision: `model.quantize_vision`.
+        fp8: `model.fp8`.
+    """
+    sizes: dict[str, list[int]] = {}
+    for name, shape in shapes.items():
+        if bits is not None and quantizable(name, vision=vision):
+            sizes.setdefault(f"{bits} bit", []).append(math.prod(shape))
+        elif fp8 is not None and quantizable(name, vision=True, phi=fp8 == "all"):
+            sizes.setdefault("fp8", []).append(math.prod(shape))
+    if not sizes:
         return None
-    sizes = [math.prod(shape) for name, shape in shapes.items() if quantizable(name, vision=vision)]
-    return QuantizedWeights(bits, sum(sizes), max(sizes))
+    return QuantizedWeights({form: sum(each) for form, each in sizes.items()}, max(map(max, sizes.values())))
 
 
 def trained_names(shapes: Mapping[str, tuple[int, ...]], trained: Collection[str]) -> list[str]:

@@ -41,7 +41,7 @@ def _parameters(result: Estimate) -> list[str]:
     total = f"  {'all':<12} {sum(result.parameters.values()):>15,}, {trainable:,} trained"
     if (quantized := result.quantized) is not None:
         each = quantized.stored / quantized.count
-        total += f", {quantized.count:,} frozen in {quantized.bits} bit ({each:.3f} bytes each)"
+        total += f", {quantized.count:,} frozen in {' and '.join(quantized.counts)} ({each:.3f} bytes each)"
     return ["parameters", *lines, total]
 
 

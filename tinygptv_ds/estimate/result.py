@@ -113,7 +113,7 @@ class Estimate:
         sizes_source: a phrase that says where the model's sizes come from.
         parameters: number of parameters by part.
         trained: trained parts.
-        quantized: frozen weights in 4 or 8 bit, None where all of them are in 16.
+        quantized: frozen weights in fewer than 16 bit, None where there are none.
         data: the mean sample, and the datasets' sizes.
         micro_batch: samples of one forward pass on one GPU.
         gpus: number of GPUs.

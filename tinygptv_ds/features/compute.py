@@ -110,10 +110,13 @@ def _load_vision(recipe: Recipe, args: argparse.Namespace, ranks: Ranks) -> Feat
 
     from tinygptv_ds.dtypes import DTYPES
     from tinygptv_ds.features.verify import vision_fingerprint
+    from tinygptv_ds.models.fp8_linear import check_fp8_device
     from tinygptv_ds.weights.assemble import build_vision
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", ranks.local_rank) if on_gpu else torch.device("cpu")
+    if recipe.model.fp8 is not None:
+        check_fp8_device(device)
     dtype = args.dtype if args.dtype != "auto" else "bf16" if on_gpu else "fp32"
     vision = build_vision(recipe.model, recipe.text, frozen_dtype=DTYPES[dtype])
     made_with = vision_fingerprint(vision, dtype)

@@ -105,7 +105,7 @@ def fit(recipe: Recipe, devices: Devices, *, keep_bits: bool = False) -> Fit:
     if devices.gib is None:
         return Fit(sizes[0], False, "cpu.json", "a CPU: fp32, and as many samples at once as the step has, up to 16")
     memory_of = _memory_of(recipe, devices.ranks)
-    for choice in _choices(sizes, devices.ranks, _quantizations(recipe, devices, keep_bits=keep_bits)):
+    for choice in _choices(recipe, sizes, devices.ranks, _quantizations(recipe, devices, keep_bits=keep_bits)):
         needed = memory_of(choice) / 2**30
         if needed <= _USED * devices.gib:
             reason = f"{choice.setting} takes {needed:.1f} of {devices.gib:.0f} GiB by `estimate`"
@@ -147,7 +147,7 @@ def _memory_of(recipe: Recipe, ranks: int) -> Callable[[_Choice], float]:
     counts, flat = parameter_counts(shapes), ranks == 1 and not recipe.train.deepspeed_checkpoints
 
     def memory(choice: _Choice) -> float:
-        quantized = quantized_weights(shapes, choice.bits, vision=choice.vision)
+        quantized = quantized_weights(shapes, choice.bits, vision=choice.vision, fp8=recipe.model.fp8)
         batch = MicroBatchSize(choice.size, sample, float(choice.again), features)
         return step_memory(config, counts, trained, batch, ranks, quantized, flat=flat)[choice.setting].total
 
@@ -159,20 +159,23 @@ def _quantizations(recipe: Recipe, devices: Devices, *, keep_bits: bool) -> list
     model, trained = recipe.model, recipe.model.train or ()
     if keep_bits:
         return [(model.frozen_bits, model.quantize_vision)]
-    if not devices.quantizes or "llm" in trained:
+    if not devices.quantizes or "llm" in trained or model.fp8 == "all":
         return [(None, False)]
-    return [(None, False), (8, False), (4, False), *([] if "vit" in trained else [(4, True)])]
+    return [(None, False), (8, False), (4, False), *([] if "vit" in trained or model.fp8 else [(4, True)])]
 
 
-def _choices(sizes: list[int], ranks: int, quantizations: Sequence[tuple[int | None, bool]]) -> Iterator[_Choice]:
+def _choices(
+    recipe: Recipe, sizes: list[int], ranks: int, quantizations: Sequence[tuple[int | None, bool]]
+) -> Iterator[_Choice]:
+    divides = recipe.model.fp8 is None  # ZeRO-3 goes with no quantized weight
     enough = [size for size in sizes if size >= min(_FEW_SAMPLES, sizes[0])]
     for bits, vision in quantizations:
         yield from (_Choice(size, False, "ZeRO-2", bits, vision) for size in enough)
         few = bits is None or (bits, vision) == quantizations[-1]  # rather fewer bits than fewer samples
         yield from (_Choice(size, True, "ZeRO-2", bits, vision) for size in (sizes if few else enough))
-        if bits is None and ranks > 1:
+        if bits is None and ranks > 1 and divides:
             yield from (_Choice(size, True, "ZeRO-3", None, False) for size in sizes)
-    if (None, False) in quantizations:
+    if (None, False) in quantizations and divides:
         yield from (_Choice(size, True, "ZeRO-3 + CPU offload", None, False) for size in sizes)
 
 

@@ -63,12 +63,13 @@ def llm(name: str) -> bool:
     return name.startswith("language_model.") and not lora(name)
 
 
-def quantizable(name: str, *, vision: bool) -> bool:
+def quantizable(name: str, *, vision: bool, phi: bool = True) -> bool:
     """Return whether a parameter is the weight of a linear layer in a block of Phi, or with `vision` of the ViT.
 
-    These are what `model.frozen_bits` and inference in 8 or 4 bit quantize.
+    These are what `model.frozen_bits`, `model.fp8` and inference in 8 or 4 bit quantize; without `phi` the ViT's alone.
     """
-    return _PHI_LINEAR.fullmatch(name) is not None or (vision and _VIT_LINEAR.fullmatch(name) is not None)
+    of_phi = phi and _PHI_LINEAR.fullmatch(name) is not None
+    return of_phi or (vision and _VIT_LINEAR.fullmatch(name) is not None)
 
 
 # By their names in a recipe; a parameter of several parts counts for the first.

@@ -58,15 +58,16 @@ def quantize_layers(model: nn.Module, bits: int, *, vision: bool) -> dict[str, Q
         # As torch's own lazy modules do: the layer keeps its place, and with it everything that refers to it.
         layer.__class__ = QuantizedLoRALinear if isinstance(layer, LoRALinear) else QuantizedLinear
         assert isinstance(layer, QuantizedLinear)
-        layer.forget_weight(bits)
+        layer.bits = bits
+        layer.forget_weight()
     keep_vit_weights_inside(model, vision=vision)
     return {name: layer for name, layer in found.items() if isinstance(layer, QuantizedLinear)}
 
 
-def linear_layers(model: nn.Module, *, vision: bool) -> Iterator[tuple[str, nn.Linear]]:
+def linear_layers(model: nn.Module, *, vision: bool, phi: bool = True) -> Iterator[tuple[str, nn.Linear]]:
     """Yield what may be quantized, by the canonical name of the weight: see `parameters.quantizable`."""
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and quantizable(f"{name}.weight", vision=vision):
+        if isinstance(layer, nn.Linear) and quantizable(f"{name}.weight", vision=vision, phi=phi):
             yield f"{name}.weight", layer
 
 
@@ -82,35 +83,35 @@ def quantized_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{kind}": buffer
         for name, layer in model.named_modules()
-        if isinstance(layer, QuantizedLinear)
+        if isinstance(layer, FrozenLinear)
         for kind, buffer in layer.named_buffers(recurse=False)
     }
 
 
-class QuantizedLinear(nn.Linear):
-    """`x W^T + b` with a frozen W that is stored in 4 or 8 bit; made by `quantize_layers`.
+class FrozenLinear(nn.Linear):
+    """`x W^T + b` with a frozen W that is stored in fewer than 16 bit; subclasses say how.
 
     Everything stored is in non-persistent buffers of bytes, fp32 values included: so no cast of the model to 16 bit
     changes a scale, and neither checkpoints nor `state_dict` hold frozen weights.
     """
 
-    codes: Tensor
-    scales: Tensor
-    scales_of_scales: Tensor
-    mean_scale: Tensor
-    table: Tensor
+    def sizes(self) -> dict[str, int]:
+        """Return the number of bytes of each buffer."""
+        raise NotImplementedError
 
-    def forget_weight(self, bits: int) -> None:
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return the values of the buffers for a weight `[out, in]` in fp32 on the CPU."""
+        raise NotImplementedError
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight `[out, in]` in a floating dtype."""
+        raise NotImplementedError
+
+    def forget_weight(self) -> None:
         """Replace the weight by room for its quantized form, on the same device."""
-        count, device = self.weight.numel(), self.weight.device
-        self.bits = bits
+        device = self.weight.device
         self.weight = None  # type: ignore[assignment]  # who reads it by mistake gets an error at once
-        blocks = count // _BLOCK[bits]
-        groups = -(-blocks // _SCALES)
-        sizes = {8: {"codes": count, "scales": 4 * blocks, "table": 4 * 256}}
-        sizes[4] = {"codes": count // 2, "scales": blocks, "scales_of_scales": 4 * groups, "mean_scale": 4}
-        sizes[4] |= {"table": 4 * 256}
-        for name, size in sizes[bits].items():
+        for name, size in self.sizes().items():
             self.register_buffer(name, torch.empty(size, dtype=torch.uint8, device=device), persistent=False)
 
     @torch.no_grad()
@@ -119,8 +120,33 @@ class QuantizedLinear(nn.Linear):
 
         This always runs on the CPU, so that every machine has the same values.
         """
-        for name, value in _quantize(weight.detach().to("cpu", torch.float32).flatten(), self.bits).items():
+        for name, value in self.quantize(weight.detach().to("cpu", torch.float32)).items():
             getattr(self, name).copy_(value.contiguous().view(torch.uint8).flatten())
+
+
+class QuantizedLinear(FrozenLinear):
+    """`x W^T + b` with a frozen W that is stored in 4 or 8 bit; made by `quantize_layers`."""
+
+    bits: int
+    codes: Tensor
+    scales: Tensor
+    scales_of_scales: Tensor
+    mean_scale: Tensor
+    table: Tensor
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of bytes of each buffer."""
+        count = self.out_features * self.in_features
+        blocks = count // _BLOCK[self.bits]
+        if self.bits == 8:
+            return {"codes": count, "scales": 4 * blocks, "table": 4 * 256}
+        groups = -(-blocks // _SCALES)
+        of_scales = {"scales_of_scales": 4 * groups, "mean_scale": 4, "table": 4 * 256}
+        return {"codes": count // 2, "scales": blocks, **of_scales}
+
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return the values of the buffers for a weight `[out, in]` in fp32 on the CPU."""
+        return _quantize(weight.flatten(), self.bits)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight `[out, in]` in a floating dtype."""

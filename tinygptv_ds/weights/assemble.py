@@ -18,9 +18,10 @@ from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.eva_vit import KEY_BIAS
+from tinygptv_ds.models.fp8_linear import use_fp8
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.parameters import PARTS, Part, always_fp32, lora, projections, vision
-from tinygptv_ds.models.quantized_linear import QuantizedLinear, quantize_layers, quantized_buffers
+from tinygptv_ds.models.quantized_linear import FrozenLinear, quantize_layers, quantized_buffers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.io import Stored, in_memory, listing
 from tinygptv_ds.weights.layouts.blip2 import blip2_source, qformer_config
@@ -41,8 +42,8 @@ def build_model(
     Args:
         section: the paths of the weights, and what is built around them.
         text: template and end symbol, noted in the model's configuration.
-        frozen_dtype: of all frozen weights that are not quantized (`section.frozen_bits`); projections, Phi's norms,
-            LoRA and what `section.train` names are fp32.
+        frozen_dtype: of all frozen weights that are not quantized (`section.frozen_bits`, `fp8`); projections, Phi's
+            norms, LoRA and what `section.train` names are fp32.
 
     Raises:
         WeightsError: a file is missing or damaged, or does not fit name for name and shape for shape.
@@ -54,9 +55,8 @@ def build_model(
             meta_model(config), Path(section.init_from), section.allow_missing, base=Path(section.phi)
         )
     parts = [PARTS[name] for name in section.train or ()]
-    quantization = section.frozen_bits, section.quantize_vision
     model = assemble(
-        config, base_paths(section), trained, frozen_dtype=frozen_dtype, trainable=parts, quantization=quantization
+        config, base_paths(section), trained, frozen_dtype=frozen_dtype, trainable=parts, quantization=section
     )
     model.attention = section.attention
     model.language_model.model.gradient_checkpointing = section.gradient_checkpointing
@@ -70,7 +70,7 @@ def build_vision(
     """Build ViT and Q-Former alone, for `encode_vision`; nothing else takes memory or is read.
 
     All files are checked as in `build_model`, and the weights are those that it takes: a Q-Former in `init_from`
-    replaces that of the base. With `section.quantize_vision` the ViT is quantized as in training.
+    replaces that of the base. The ViT is quantized as in training.
     """
     config = model_config(section, text)
     model = meta_model(config).to(frozen_dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature
@@ -79,8 +79,7 @@ def build_vision(
         trained = fitting_source(model, Path(section.init_from), section.allow_missing, base=Path(section.phi))
     sources = _sources(_shapes(model), config, base_paths(section), trained)
     model.language_model = model.llama_proj = model.llama_proj2 = None
-    bits = section.frozen_bits if section.quantize_vision else None
-    quantized = {} if bits is None else quantize_layers(model, bits, vision=True)
+    quantized = _quantize(model, section)
     model.to_empty(device="cpu")
     weights = {name: stored for source in sources for name, stored in source.weights.items() if vision(name)}
     _load(model, quantized, weights)
@@ -144,7 +143,7 @@ def assemble(
     *,
     frozen_dtype: torch.dtype,
     trainable: Sequence[Part] = (),
-    quantization: tuple[int | None, bool] = (None, False),
+    quantization: ModelSection | None = None,
 ) -> TinyGPTVForConditionalGeneration:
     """Build a model of these sizes on the CPU with all its weights.
 
@@ -154,15 +153,14 @@ def assemble(
         trained: trained weights, checked by `fitting_source`.
         frozen_dtype: of all weights that the published stages keep frozen.
         trainable: parts that are kept in fp32.
-        quantization: bits of the linear layers of the blocks, None for all of them; and whether the ViT's are included.
+        quantization: whose frozen_bits, quantize_vision and fp8 say what is quantized; None: nothing is.
 
     Raises:
         WeightsError: see `build_model`.
     """
     model = typed_meta_model(config, frozen_dtype, trainable)
     sources = _sources(_shapes(model), config, base, trained)
-    bits, quantize_vision = quantization
-    quantized = {} if bits is None else quantize_layers(model, bits, vision=quantize_vision)
+    quantized = {} if quantization is None else _quantize(model, quantization)
     model.to_empty(device="cpu")
     for source in sources:
         LOGGER.info("%s: %d tensors loaded, %d ignored", source.path, len(source.weights), len(source.ignored))
@@ -269,7 +267,17 @@ def typed_meta_model(
     return model
 
 
-def _load(model: nn.Module, quantized: Mapping[str, QuantizedLinear], weights: Mapping[str, Stored]) -> None:
+def _quantize(model: nn.Module, section: ModelSection) -> dict[str, FrozenLinear]:
+    """Have the layers that a recipe names keep their weights in fewer bits; return those of them that the model has."""
+    layers: dict[str, FrozenLinear] = {}
+    if section.frozen_bits is not None:
+        layers |= quantize_layers(model, section.frozen_bits, vision=section.quantize_vision)
+    if section.fp8 is not None:
+        layers |= use_fp8(model, phi=section.fp8 == "all")
+    return layers
+
+
+def _load(model: nn.Module, quantized: Mapping[str, FrozenLinear], weights: Mapping[str, Stored]) -> None:
     """Read all weights one at a time into the model's parameters and its quantized layers."""
     copy_weights(
         dict(model.named_parameters()), {name: stored for name, stored in weights.items() if name not in quantized}

@@ -18,6 +18,7 @@ from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.errors import Stopped
 from tinygptv_ds.log import LOGGER, log_with_head, set_up_logging
 from tinygptv_ds.models.attention import choose_backend, unusable_backends
+from tinygptv_ds.models.fp8_linear import check_fp8_device
 from tinygptv_ds.models.parameters import frozen_trainables
 from tinygptv_ds.models.regions import CompileChoice, choose_compile, compile_blocks
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -74,6 +75,8 @@ def join_ranks(job: Job) -> None:
             "this CPU has no instructions for bf16 (avx512_bf16 or amx_bf16) and emulates it, which is slower than "
             "fp32; take --deepspeed-config ds_configs/cpu.json"
         )
+    if job.recipe.model.fp8 is not None:
+        check_fp8_device(torch.device(device))
     dtype, wanted = DTYPES[job.precision], job.recipe.model.attention
     chosen = choose_backend(wanted, device, dtype)  # before anything is loaded
     for name, reason in unusable_backends(device, dtype).items():
