@@ -256,6 +256,21 @@ def test_many_blocks_are_refused_at_once(kind: str) -> None:
     assert time.process_time() - start < 1
 
 
+def test_comments_and_scans_without_end_are_refused_at_once() -> None:
+    """Pillow skips comments in quadratic time, and every scan of a JPEG takes as long as all pixels."""
+    plain = b"P3\n" + b"# a comment\n" * 100_000 + b"1 1\n255\n1 2 3\n"
+    file = io.BytesIO()
+    drawing().save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    last = whole.rindex(b"\xff\xda")
+    scans = whole[:-2] + whole[last:-2] * 200 + b"\xff\xd9"
+    for encoded, reason in ((plain, "over 1,000 comments"), (scans, "a JPEG of over 100 scans")):
+        with pytest.raises(DataError, match=reason):
+            to_pixels(encoded, 28)
+    few = plain.replace(b"# a comment\n" * 100_000, b"# a comment\n")
+    assert to_pixels(few, 28).shape == to_pixels(whole, 28).shape == (3, 28, 28)
+
+
 def test_only_the_first_frame_is_decoded() -> None:
     frames = [Image.new("L", (3000, 3000), shade) for shade in range(0, 250, 50)]
     out = io.BytesIO()

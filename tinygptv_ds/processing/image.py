@@ -62,6 +62,8 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 _SAMPLE_FORMAT, _PHOTOMETRIC, _WHITE_IS_ZERO = 339, 262, 0  # tags of TIFF, and a value of the latter
 _STRIP = 1024  # rows
 _MOST_READS = 10_000  # by Pillow of a header; photos need fewer than 500
+_MOST_SCANS = 100  # of a JPEG; progressive ones have about ten, and each takes as long as the pixels
+_MOST_COMMENTS = 1_000  # of a plain PBM, PGM or PPM, which Pillow skips in quadratic time
 
 
 class ImageError(DataError):
@@ -254,10 +256,15 @@ def _open(source: Source) -> tuple[Image.Image, bytes | None]:
     if isinstance(source, Image.Image):
         return source, None
     encoded = source if isinstance(source, bytes) else Path(source).read_bytes()
+    # What Pillow skips before it knows the size.
+    if encoded.startswith((b"P1", b"P2", b"P3")) and encoded.count(b"#") > _MOST_COMMENTS:
+        raise ImageError("corrupt_image", f"the image cannot be decoded: it has over {_MOST_COMMENTS:,} comments")
     try:
         image: Image.Image = Image.open(file := _Encoded(encoded), formats=FORMATS)
     except UnidentifiedImageError:
         image = _open_rare(file := _Encoded(encoded), encoded)
+    if image.info.get("progressive") and encoded.count(b"\xff\xda") > _MOST_SCANS:
+        raise ImageError("corrupt_image", f"the image cannot be decoded: it is a JPEG of over {_MOST_SCANS} scans")
     file.allow_data(image.format)
     if not 0 < image.width * image.height <= MAX_PIXELS:
         message = f"an image of {image.width} x {image.height} pixels is refused (limit {MAX_PIXELS:,})"
