@@ -1,17 +1,19 @@
 """Images that users show are read upright and opaque, unless they ask for the original's way."""
 
 import argparse
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.turned import turned_image
+from PIL import Image
 
 from tinygptv_ds.apps.chat import load_image
 from tinygptv_ds.apps.serve.request_images import ImageLimits, _decode
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.errors import ConfigError, DataError
 from tinygptv_ds.generate.model_args import add_model_arguments, check_model_arguments
-from tinygptv_ds.processing.image import parse_background
+from tinygptv_ds.processing.image import WHITE, parse_background, to_pixels
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,25 @@ def test_chat_and_server_read_upright_images(color: str, size: tuple, corner: in
     served = np.asarray(_decode(turned_image((0, 0, 0)), 28, ImageLimits(1, 10**6, 10**6, background=background)))
     assert served[27, 27, 0] == corner
     assert served[0, 27, 0] == (0 if size == (20, 40) else corner)
+
+
+def test_a_jpeg_above_the_servers_limit_is_decoded_at_reduced_size() -> None:
+    """As training's "fast" decoding does it; what cannot be is refused with the remedy."""
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
+        (400, 300), Image.Resampling.BICUBIC
+    )
+    limits, forms = ImageLimits(1, 10**6, 90_000), {}
+    for name, options in {"jpg": {}, "progressive": {"progressive": True}, "png": {}}.items():
+        photo.save(file := io.BytesIO(), "PNG" if name == "png" else "JPEG", **options)
+        forms[name] = file.getvalue()
+    reduced = np.asarray(_decode(forms["jpg"], 28, limits))
+    assert np.array_equal(reduced.transpose(2, 0, 1), to_pixels(forms["jpg"], 28, "fast", background=WHITE))
+    exact = np.asarray(_decode(forms["jpg"], 28, ImageLimits(1, 10**6, 120_000)))
+    assert 0 < np.abs(reduced.astype(int) - exact).mean() < 8
+    for encoded, side in ((forms["progressive"], 28), (forms["png"], 28), (forms["jpg"], 200)):
+        with pytest.raises(DataError, match="400 x 300 pixels is above the limit of 90,000; send it smaller"):
+            _decode(encoded, side, limits)
 
 
 def test_a_background_that_is_no_color_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:

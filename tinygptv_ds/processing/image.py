@@ -147,6 +147,16 @@ def read_image_size(source: Source) -> tuple[int, int]:
         return _open(source)[0].size
 
 
+def can_be_reduced(source: Source) -> bool:
+    """Return whether `to_pixels` with "fast" decoding never holds all pixels of an image; errors as in `open_image`.
+
+    It is so for JPEGs whose pixels follow each other in one scan; progressive ones are kept whole while decoding.
+    """
+    with _refusals(source):
+        image, _ = _open(source)
+        return image.format == "JPEG" and image.mode in ("RGB", "L") and not image.info.get("progressive")
+
+
 def read_traits(source: Source) -> ImageTraits:
     """Read what the header says, without decoding; errors as in `open_image`."""
     with _refusals(source):

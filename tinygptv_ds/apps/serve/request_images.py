@@ -16,7 +16,7 @@ from tinygptv_ds.apps.serve.api_errors import RequestError
 from tinygptv_ds.apps.serve.request_schema import ChatRequest
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processes import return_freed_memory
-from tinygptv_ds.processing.image import WHITE, Color, read_image_size, to_pixels
+from tinygptv_ds.processing.image import WHITE, Color, can_be_reduced, read_image_size, to_pixels
 
 _LARGE = 4_000_000  # pixels of an image whose memory is worth returning
 _BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n")
@@ -29,7 +29,7 @@ class ImageLimits:
     Attributes:
         count: number of images in all messages.
         bytes: encoded size of each.
-        pixels: pixels of each, according to its header.
+        pixels: pixels of each, according to its header; of a larger JPEG, half as many along each side or fewer.
         fetch: whether http(s) URLs are fetched.
         domains: the hosts from which images are fetched; empty: any public one.
         background: see processing/image.py.
@@ -46,7 +46,7 @@ class ImageLimits:
 async def load_images(
     request: ChatRequest, side: int, limits: ImageLimits, decoders: Executor
 ) -> list[list[Image.Image]]:
-    """Load the images of each message, resized to `side` x `side` exactly as the model does it.
+    """Load the images of each message, resized to `side` x `side` as the model does it: exactly, if not too large.
 
     Args:
         request: from `parse_request`.
@@ -78,10 +78,15 @@ async def load_images(
 
 def _decode(encoded: bytes, side: int, limits: ImageLimits) -> Image.Image:
     width, height = read_image_size(encoded)
-    if width * height > limits.pixels:
-        raise DataError(f"an image of {width} x {height} pixels is above the limit of {limits.pixels:,}")
+    large = width * height > limits.pixels
+    if large and not (can_be_reduced(encoded) and min(width, height) >= 2 * side):
+        raise DataError(
+            f"an image of {width} x {height} pixels is above the limit of {limits.pixels:,}; send it smaller, or as a "
+            "JPEG that is not progressive, which is then decoded at half its size or less"
+        )
     try:
-        return Image.fromarray(to_pixels(encoded, side, background=limits.background).transpose(1, 2, 0))
+        pixels = to_pixels(encoded, side, "fast" if large else "exact", background=limits.background)
+        return Image.fromarray(pixels.transpose(1, 2, 0))
     finally:
         if width * height > _LARGE:
             return_freed_memory()
