@@ -121,7 +121,7 @@ def test_the_original_before_and_after_ours(tmp_path: Path) -> None:
     ratio = found["steps"][1]["rates"]["samples_s"] / original_rates(found["steps"])[4, 2]
     assert f"| {ratio:.2f} |" in ours
     reasons = {each["what"].split(", ")[3]: each["why"] for each in found["left_out"]}
-    assert set(reasons) == {*LEVERS} - {COMPILED} and "not built" in reasons["fp8"]
+    assert set(reasons) == {*LEVERS} - {COMPILED} and "needs a GPU" in reasons["fp8"]
     assert "kernels of ZeRO-2, bf16, stage 4" in done.stdout
 
 
