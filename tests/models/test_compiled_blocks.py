@@ -122,25 +122,11 @@ def test_equal_to_eager_blocks_bit_for_bit(dtype: torch.dtype) -> None:
     expected = [run(model, batch(*shape), autocast) for shape in SHAPES]
     compile_blocks(model, backend="aot_eager")
     assert list(model.state_dict()) == names
-    for recomputed in (0, 1, 2):
+    for recomputed in (0, 1, 2) if dtype == torch.float32 else (1,):
         model.language_model.model.gradient_checkpointing = recomputed
         for shape, eager in zip(SHAPES, expected, strict=True):
             for ours, theirs in zip(run(model, batch(*shape), autocast), eager, strict=True):
                 assert torch.equal(ours, theirs), shape
-    assert graphs() == 2 + 2 * (1 + 2)
-
-
-@pytest.mark.skipif(missing_compiler("cpu") is not None, reason="there is no C++ compiler")
-def test_equal_to_eager_blocks_within_rounding() -> None:
-    """With torch's own compiler, whose masks of dropout are the same; gradients by the norm of their difference."""
-    model, shapes = make_model(), SHAPES[:3]
-    expected = [run(model, batch(*shape), None) for shape in shapes]
-    compile_blocks(model)
-    for shape, eager in zip(shapes, expected, strict=True):
-        compiled = run(model, batch(*shape), None)
-        ours, theirs = (torch.cat([part.flatten() for part in parts[1:]]) for parts in (compiled, eager))
-        assert (ours - theirs).norm() < 1e-5 * theirs.norm(), shape
-        torch.testing.assert_close(compiled[0], eager[0], rtol=1e-5, atol=1e-5)
     assert graphs() == 2 + 2 * (1 + 2)
 
 

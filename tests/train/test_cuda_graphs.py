@@ -102,7 +102,9 @@ def test_padding_changes_neither_losses_nor_gradients(
     torch.testing.assert_close(padded_losses[:count], losses, rtol=1e-5, atol=1e-6)
     assert not padded_losses[count:].any()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(padded_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        # Sums of other lengths are rounded differently, in proportion to the tensor's largest value.
+        rounding = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(padded_gradients[name], gradient, rtol=1e-4, atol=max(rounding, 1e-6), msg=name)
     static["dropout_keys"][: len(inputs["input_ids"])] += 1
     assert not torch.allclose(model(**static).token_losses[:count], losses, rtol=1e-3)
 

@@ -16,7 +16,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: `[K, vocabulary]`, any float dtype.
-        targets: int64 `[K]`.
+        targets: int64 `[K]`; -100, as padding has it, gives a loss of zero without a gradient.
 
     Returns:
         fp32 `[K]`, not reduced: the caller divides by the target tokens of the whole optimizer step.
@@ -36,16 +36,18 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         log_probabilities = F.log_softmax(logits, dim=-1)
-        ctx.kept = log_probabilities, targets[:, None]
-        return -log_probabilities.gather(1, targets[:, None]).squeeze(1)
+        ignored, index = targets < 0, targets.clamp(min=0)[:, None]
+        ctx.kept = log_probabilities, index, ignored
+        return -log_probabilities.gather(1, index).squeeze(1).masked_fill(ignored, 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        log_probabilities, targets = ctx.kept
+        log_probabilities, index, ignored = ctx.kept
         del ctx.kept  # the values are gone: a second backward pass is an error
-        gradient = log_probabilities.exp_().mul_(upstream[:, None])
-        return gradient.scatter_add_(1, targets, -upstream[:, None]), None
+        upstream = upstream.masked_fill(ignored, 0.0)[:, None]
+        gradient = log_probabilities.exp_().mul_(upstream)
+        return gradient.scatter_add_(1, index, -upstream), None
 
 
 def with_loss(
