@@ -17,8 +17,9 @@ from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.estimate.data_summary import ASSUMED, MeanSample
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.fp8_linear import check_fp8_device, use_fp8
+from tinygptv_ds.models.frozen_linear import FrozenLinear
 from tinygptv_ds.models.parameters import lora, norms, projections, train_only
-from tinygptv_ds.models.quantized_linear import FrozenLinear, quantize_layers
+from tinygptv_ds.models.quantized_linear import quantize_layers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 from tinygptv_ds.weights.assemble import typed_meta_model

@@ -30,8 +30,9 @@ from tinygptv_ds.estimate.model_size import (
 )
 from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
 from tinygptv_ds.models.flops import FlopRates, PartFlops, flops_by_part
+from tinygptv_ds.models.frozen_linear import quantized_buffers
 from tinygptv_ds.models.parameters import PARTS, lora, norms, projections, train_only
-from tinygptv_ds.models.quantized_linear import quantize_layers, quantized_buffers
+from tinygptv_ds.models.quantized_linear import quantize_layers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.flat_optimizer import FlatOptimizer
 from tinygptv_ds.weights.assemble import typed_meta_model

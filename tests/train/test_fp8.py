@@ -10,13 +10,11 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.forked import ended
+from helpers.frozen_training import built, check_frozen_weights_stay, trained
 from safetensors.torch import load_file
 
 from tinygptv_ds.config.load import build_recipe, load_recipe
 from tinygptv_ds.config.quantization import check_frozen_bits
-from tinygptv_ds.data.loader.dataset import MicroBatches
-from tinygptv_ds.data.loader.sample import open_tokens
-from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.estimate.data_summary import ASSUMED
 from tinygptv_ds.estimate.memory import MicroBatchSize, step_memory
@@ -29,48 +27,21 @@ from tinygptv_ds.estimate.model_size import (
 )
 from tinygptv_ds.features.verify import vision_fingerprint
 from tinygptv_ds.finetune.devices import Devices, fit
-from tinygptv_ds.models.parameters import lora, norms, projections, quantizable, train_only
-from tinygptv_ds.models.quantized_linear import quantized_buffers
-from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.models.frozen_linear import quantized_buffers
+from tinygptv_ds.models.parameters import lora, norms, projections, quantizable
 from tinygptv_ds.resources import project_root
-from tinygptv_ds.train.transfer import model_inputs
-from tinygptv_ds.weights.assemble import build_model, build_vision
+from tinygptv_ds.weights.assemble import build_vision
 
-
-def built(raw: dict[str, Any]) -> TinyGPTVForConditionalGeneration:
-    recipe = build_recipe(raw, "r")
-    torch.manual_seed(0)
-    model = build_model(recipe.model, recipe.text, frozen_dtype=torch.float32)
-    train_only(model, projections, norms, lora)
-    return model.train()
-
-
-def trained(raw: dict[str, Any]) -> tuple[list[float], TinyGPTVForConditionalGeneration]:
-    """Train for some steps by plain torch; return the losses and the model."""
-    recipe, model = build_recipe(raw, "r"), built(raw)
-    batches = MicroBatches(open_stream(recipe), open_tokens(recipe, model.config), rank=0, world_size=1)
-    adamw = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
-    losses = []
-    for step in range(8):
-        loss = model(**model_inputs(batches[step % 4, 0].batch)).token_losses.mean()
-        loss.backward()
-        adamw.step()
-        adamw.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses, model
+STEPS = 8
 
 
 def test_losses_are_close_and_frozen_weights_stay(raw_recipe: Callable[..., dict[str, Any]]) -> None:
-    whole, _ = trained(raw_recipe())
+    whole, _ = trained(raw_recipe(), STEPS)
     for choice in ("vision", "all"):
-        losses, model = trained(raw_recipe(model__fp8=choice))
+        losses, model = trained(raw_recipe(model__fp8=choice), STEPS)
         assert losses[-1] < losses[0]
         assert 0 < max(abs(a - b) for a, b in zip(losses, whole, strict=True)) < 0.05
-        fresh = built(raw_recipe(model__fp8=choice))
-        before, after = (quantized_buffers(m) for m in (fresh, model))
-        assert len(before) > 0 and all(torch.equal(value, after[name]) for name, value in before.items())
-        frozen = {name: p for name, p in fresh.named_parameters() if not p.requires_grad}
-        assert all(torch.equal(p, model.get_parameter(name)) for name, p in frozen.items())
+        check_frozen_weights_stay(model, built(raw_recipe(model__fp8=choice)))
 
 
 def test_names_of_all_others_are_the_same(raw_recipe: Callable[..., dict[str, Any]]) -> None:
@@ -92,8 +63,8 @@ def test_next_to_bits_of_phi(raw_recipe: Callable[..., dict[str, Any]]) -> None:
 
 
 def test_gradient_checkpointing_is_exact(raw_recipe: Callable[..., dict[str, Any]]) -> None:
-    again, _ = trained(raw_recipe(model__fp8="all", model__gradient_checkpointing=True))
-    assert trained(raw_recipe(model__fp8="all"))[0] == again
+    again, _ = trained(raw_recipe(model__fp8="all", model__gradient_checkpointing=True), STEPS)
+    assert trained(raw_recipe(model__fp8="all"), STEPS)[0] == again
 
 
 def test_features_are_of_the_vision_path_that_trains(raw_recipe: Callable[..., dict[str, Any]]) -> None:

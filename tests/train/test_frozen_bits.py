@@ -10,22 +10,16 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.forked import Ranks, ended
+from helpers.frozen_training import built, check_frozen_weights_stay, trained
 from helpers.launcher import ZERO_3
 from helpers.verbs import call
 from safetensors.torch import load_file
 
 from tinygptv_ds.config.load import build_recipe
-from tinygptv_ds.data.loader.dataset import MicroBatches
-from tinygptv_ds.data.loader.sample import open_tokens
-from tinygptv_ds.data.stream.plan import open_stream
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.features import compute as make_features
-from tinygptv_ds.models.parameters import lora, norms, projections, quantizable, train_only
-from tinygptv_ds.models.quantized_linear import quantized_buffers
-from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
+from tinygptv_ds.models.parameters import quantizable
 from tinygptv_ds.train.checkpoint.storage import TENSORS
-from tinygptv_ds.train.transfer import model_inputs
-from tinygptv_ds.weights.assemble import build_model
 from tinygptv_ds.weights.export.hf import export_hf
 from tinygptv_ds.weights.resolve import resolve
 
@@ -61,11 +55,7 @@ def test_losses_are_close_and_frozen_weights_stay(bits: int, raw_recipe: Callabl
     losses, model = trained(raw_recipe(model__frozen_bits=bits, model__quantize_vision=True))
     assert whole[-1] < whole[0]
     assert 0 < max(abs(a - b) for a, b in zip(losses, whole, strict=True)) < WITHIN[bits]
-    fresh = built(raw_recipe(model__frozen_bits=bits, model__quantize_vision=True))
-    before, after = (quantized_buffers(m) for m in (fresh, model))
-    assert len(before) > 0 and all(torch.equal(value, after[name]) for name, value in before.items())
-    frozen = {name: p for name, p in fresh.named_parameters() if not p.requires_grad}
-    assert all(torch.equal(p, model.get_parameter(name)) for name, p in frozen.items())
+    check_frozen_weights_stay(model, built(raw_recipe(model__frozen_bits=bits, model__quantize_vision=True)))
 
 
 def test_trainables_are_the_same(raw_recipe: Callable[..., dict[str, Any]]) -> None:
@@ -77,29 +67,6 @@ def test_trainables_are_the_same(raw_recipe: Callable[..., dict[str, Any]]) -> N
     assert all(torch.equal(p, of_quantized[name]) and p.dtype == torch.float32 for name, p in of_whole.items())
     gone = {name for name, _ in whole.named_parameters()} - {name for name, _ in quantized.named_parameters()}
     assert gone == {name for name, _ in whole.named_parameters() if quantizable(name, vision=True)}
-
-
-def built(raw: dict[str, Any]) -> TinyGPTVForConditionalGeneration:
-    recipe = build_recipe(raw, "r")
-    torch.manual_seed(0)
-    model = build_model(recipe.model, recipe.text, frozen_dtype=torch.float32)
-    train_only(model, projections, norms, lora)
-    return model.train()
-
-
-def trained(raw: dict[str, Any]) -> tuple[list[float], TinyGPTVForConditionalGeneration]:
-    """Train for some steps by plain torch; return the losses and the model."""
-    recipe, model = build_recipe(raw, "r"), built(raw)
-    batches = MicroBatches(open_stream(recipe), open_tokens(recipe, model.config), rank=0, world_size=1)
-    adamw = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
-    losses = []
-    for step in range(10):
-        loss = model(**model_inputs(batches[step % 5, 0].batch)).token_losses.mean()
-        loss.backward()
-        adamw.step()
-        adamw.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses, model
 
 
 def test_gradient_checkpointing_is_exact(raw_recipe: Callable[..., dict[str, Any]]) -> None:

@@ -13,8 +13,8 @@ from tinygptv_ds.config.data_section import DataSection
 from tinygptv_ds.data.loader.background import reading_of
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.features.format import SIXTEEN_BIT, refuse_stale
+from tinygptv_ds.models.frozen_linear import quantized_buffers
 from tinygptv_ds.models.parameters import vision
-from tinygptv_ds.models.quantized_linear import quantized_buffers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.image import IMAGE_MEAN, IMAGE_STD
 

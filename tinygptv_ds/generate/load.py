@@ -22,8 +22,8 @@ from tinygptv_ds.errors import ConfigError, WeightsError
 from tinygptv_ds.generate.quantize import AdaptedLinear, quantized_linear
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.eva_vit import KEY_BIAS
+from tinygptv_ds.models.frozen_linear import keep_vit_weights_inside, linear_layers
 from tinygptv_ds.models.lora import LoRALinear
-from tinygptv_ds.models.quantized_linear import keep_vit_weights_inside, linear_layers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processes import return_freed_memory
 from tinygptv_ds.processing.processor import TinyGPTVProcessor

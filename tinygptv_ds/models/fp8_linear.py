@@ -11,16 +11,13 @@ computation instead: the same numbers but for the order of sums.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.models.frozen_linear import FrozenLinear, keep_vit_weights_inside, linear_layers
 from tinygptv_ds.models.lora import LoRALinear
-from tinygptv_ds.models.precision import compute_dtype
-from tinygptv_ds.models.quantized_linear import FrozenLinear, keep_vit_weights_inside, linear_layers
 
 _OLDEST = (8, 9)  # compute capability that fp8 products need: Ada; Hopper is 9.0
 _MULTIPLE = 16  # of both widths of a layer, for the kernels of `torch._scaled_mm`
@@ -90,9 +87,8 @@ class Fp8Linear(FrozenLinear):
 
     def operand(self) -> tuple[Tensor, Tensor]:
         """Return the weight as it is stored: e4m3 `[out, in]`, and the scales of its rows, fp32 `[out, 1]`."""
-        return self.codes.view(_E4M3).view(self.out_features, self.in_features), self.scales.view(torch.float32)[
-            :, None
-        ]
+        codes = self.codes.view(_E4M3).view(self.out_features, self.in_features)
+        return codes, self.scales.view(torch.float32)[:, None]
 
     def product(self, x: Tensor) -> Tensor:
         """Return `x W^T + b` for `[..., in]` in the dtype of the computation, without a gradient."""
@@ -106,27 +102,9 @@ class Fp8Linear(FrozenLinear):
             out = F.linear(_restored(codes, of_tokens, x.dtype), _restored(weight, of_weight, x.dtype), bias)
         return out.view(*x.shape[:-1], self.out_features)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer in autocast's dtype, else in the input's."""
-        return _Fp8Product.apply(input.to(compute_dtype(input)), self)
-
 
 class Fp8LoRALinear(LoRALinear, Fp8Linear):
     """A `LoRALinear` whose base is in fp8: its LoRA reads the input unrounded, and is trained in its own precision."""
-
-
-class _Fp8Product(torch.autograd.Function):
-    """An `Fp8Linear`'s product, which keeps neither x nor W for the backward pass: W is restored there."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Fp8Linear) -> Tensor:
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        return gradient @ ctx.layer.dequantize(gradient.dtype), None
 
 
 def to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +118,7 @@ def to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _restored(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values that e4m3 codes and the scales of their rows stand for."""
+    """Return the values that e4m3 codes and the scales of their rows mean."""
     return (codes.float() * scales).to(dtype)
 
 

@@ -4,7 +4,7 @@ Block (parallel attention and MLP on one shared norm, TinyGPT-V, arXiv 2312.1686
 `h = input_layernorm(x); x + dropout(post_layernorm(attention(h))) + dropout(mlp(h))`.
 
 A block is two functions around its attention, `before_attention` and `after_attention`; each can be compiled as
-one graph (compiled.py). What lies between them depends on attention backend, number of samples and cache.
+one graph (regions.py). What is between them depends on attention backend, number of samples and cache.
 
 Shapes: T tokens of a packed row, or B x L padded ones; H heads of D dimensions; W = H * D the width.
 """

@@ -15,17 +15,14 @@ For inference there are faster kernels, with other roundings (generate/quantize.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.models.frozen_linear import FrozenLinear, keep_vit_weights_inside, linear_layers
 from tinygptv_ds.models.lora import LoRALinear
-from tinygptv_ds.models.parameters import quantizable
-from tinygptv_ds.models.precision import compute_dtype
 
 _BLOCK = {4: 64, 8: 256}  # weights that share a scale
 _SCALES = 256  # scales of 4 bit that share a scale of their own
@@ -55,73 +52,12 @@ def quantize_layers(model: nn.Module, bits: int, *, vision: bool) -> dict[str, Q
                 f"model.frozen_bits: {bits} bits need weights in whole blocks of {_BLOCK[bits]}, and {name} has "
                 f"{layer.weight.numel()} elements; set it to null"
             )
-        # As torch's own lazy modules do: the layer keeps its place, and with it everything that refers to it.
         layer.__class__ = QuantizedLoRALinear if isinstance(layer, LoRALinear) else QuantizedLinear
         assert isinstance(layer, QuantizedLinear)
         layer.bits = bits
         layer.forget_weight()
     keep_vit_weights_inside(model, vision=vision)
     return {name: layer for name, layer in found.items() if isinstance(layer, QuantizedLinear)}
-
-
-def linear_layers(model: nn.Module, *, vision: bool, phi: bool = True) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield what may be quantized, by the canonical name of the weight: see `parameters.quantizable`."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and quantizable(f"{name}.weight", vision=vision, phi=phi):
-            yield f"{name}.weight", layer
-
-
-def keep_vit_weights_inside(model: nn.Module, *, vision: bool) -> None:
-    """Let timm call its qkv layers, whose weights it would otherwise take out; needed where they are quantized."""
-    for block in model.get_submodule("visual_encoder.blocks").children() if vision else ():
-        # torch types attributes as Tensor | Module.
-        block.get_submodule("attn").qkv_bias_separate = True  # type: ignore[assignment]
-
-
-def quantized_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return everything that is stored of quantized weights, by canonical name."""
-    return {
-        f"{name}.{kind}": buffer
-        for name, layer in model.named_modules()
-        if isinstance(layer, FrozenLinear)
-        for kind, buffer in layer.named_buffers(recurse=False)
-    }
-
-
-class FrozenLinear(nn.Linear):
-    """`x W^T + b` with a frozen W that is stored in fewer than 16 bit; subclasses say how.
-
-    Everything stored is in non-persistent buffers of bytes, fp32 values included: so no cast of the model to 16 bit
-    changes a scale, and neither checkpoints nor `state_dict` hold frozen weights.
-    """
-
-    def sizes(self) -> dict[str, int]:
-        """Return the number of bytes of each buffer."""
-        raise NotImplementedError
-
-    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Return the values of the buffers for a weight `[out, in]` in fp32 on the CPU."""
-        raise NotImplementedError
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight `[out, in]` in a floating dtype."""
-        raise NotImplementedError
-
-    def forget_weight(self) -> None:
-        """Replace the weight by room for its quantized form, on the same device."""
-        device = self.weight.device
-        self.weight = None  # type: ignore[assignment]  # who reads it by mistake gets an error at once
-        for name, size in self.sizes().items():
-            self.register_buffer(name, torch.empty(size, dtype=torch.uint8, device=device), persistent=False)
-
-    @torch.no_grad()
-    def store(self, weight: Tensor) -> None:
-        """Quantize a weight `[out, in]` of any floating dtype; it is not kept.
-
-        This always runs on the CPU, so that every machine has the same values.
-        """
-        for name, value in self.quantize(weight.detach().to("cpu", torch.float32)).items():
-            getattr(self, name).copy_(value.contiguous().view(torch.uint8).flatten())
 
 
 class QuantizedLinear(FrozenLinear):
@@ -163,28 +99,14 @@ class QuantizedLinear(FrozenLinear):
         rows = [self.codes.numel() * 2 // _BLOCK[4], _BLOCK[4]]
         return ops.dequantize_4bit(self.codes, scales, _BLOCK[4], "nf4", rows, dtype).view(shape)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the layer in autocast's dtype, else in the input's."""
-        return _FrozenProduct.apply(input.to(compute_dtype(input)), self)
+    def product(self, x: Tensor) -> Tensor:
+        """Return `x W^T + b` for `[..., in]` in the dtype of the computation, without a gradient."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantize(x.dtype), bias)
 
 
 class QuantizedLoRALinear(LoRALinear, QuantizedLinear):
     """A `LoRALinear` whose base is quantized: its LoRA is trained in its own precision."""
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """`x W^T + b`, which keeps neither x nor W for the backward pass: W is dequantized again there."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
-        ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, layer.dequantize(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        return gradient @ ctx.layer.dequantize(gradient.dtype), None
 
 
 def _quantize(weight: Tensor, bits: int) -> dict[str, Tensor]:

@@ -19,9 +19,10 @@ from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.eva_vit import KEY_BIAS
 from tinygptv_ds.models.fp8_linear import use_fp8
+from tinygptv_ds.models.frozen_linear import FrozenLinear, quantized_buffers
 from tinygptv_ds.models.lora import LoRALinear
 from tinygptv_ds.models.parameters import PARTS, Part, always_fp32, lora, projections, vision
-from tinygptv_ds.models.quantized_linear import FrozenLinear, quantize_layers, quantized_buffers
+from tinygptv_ds.models.quantized_linear import quantize_layers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.weights.io import Stored, in_memory, listing
 from tinygptv_ds.weights.layouts.blip2 import blip2_source, qformer_config
