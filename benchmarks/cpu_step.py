@@ -1,8 +1,7 @@
 """CPU time of a training step next to the original's procedure, on the same random weights and samples, in one run.
 
-The original's procedure is written out plainly: samples padded on the right to the longest, eager attention with an
-additive mask and a softmax in fp32, and fp32 logits of all rows, of which the loss then uses those with a target. It
-runs on the modules of our model, so weights and matrix products are the same, and the losses must be.
+The original's procedure is that of `benchmarks/original.py`: padded rows, eager attention, logits of all rows. It runs
+on the modules of our model, so weights and matrix products are the same, and the losses must be.
 
     python benchmarks/cpu_step.py               # ViT 8 x 256, Phi 8 x 512, vocabulary 51,200, one thread
     python benchmarks/cpu_step.py --profile     # the operations of our step that take longest
@@ -16,22 +15,20 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Blip2QFormerConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu.model import build
-from tinygptv_ds.data.loader.batch import collate
+from benchmarks.original import PaddedBatch, as_the_original, mean_loss, padded
+from tinygptv_ds.data.loader.batch import Batch, collate
 from tinygptv_ds.data.loader.sample import Sample
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.models.configuration import PHI_2, TinyGPTVConfig
-from tinygptv_ds.models.phi import PhiBlock, PhiModel, rotary_tables, rotate
 from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 from tinygptv_ds.train.transfer import model_inputs
@@ -91,11 +88,12 @@ def configuration(size: str) -> TinyGPTVConfig:
 
 def compare(model: Model, repeat: int) -> tuple[dict[str, float], dict[str, float]]:
     """Return the CPU seconds and the losses of our and the original's steps, run in turn."""
-    pixels, features = (inputs_of(model, source) for source in ("pixels", "features"))
+    pixels, features = (batch_of(model, source) for source in ("pixels", "features"))
+    padded_pixels, padded_features = (padded(batch, model.normalize) for batch in (pixels, features))
     steps: dict[str, Callable[[], Tensor]] = {
-        _ORIGINAL: lambda: original_loss(model, pixels),
+        _ORIGINAL: lambda: original_loss(model, padded_pixels),
         _OURS: lambda: our_loss(model, pixels),
-        "the original's procedure from features": lambda: original_loss(model, features),
+        "the original's procedure from features": lambda: original_loss(model, padded_features),
         "ours, from features": lambda: our_loss(model, features),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -125,7 +123,7 @@ def one_step(model: Model, loss: Callable[[], Tensor]) -> tuple[float, float]:
     return time.process_time() - begin, float(value.detach())
 
 
-def inputs_of(model: Model, source: str) -> dict[str, Any]:
+def batch_of(model: Model, source: str) -> Batch:
     """Return a micro-batch of samples of these lengths with an image each, from pixels or features."""
     config, rng = model.config, np.random.default_rng(0)
     size, queries = config.vision_config.image_size, config.num_query_tokens
@@ -137,8 +135,7 @@ def inputs_of(model: Model, source: str) -> dict[str, Any]:
     made = list(features.float()) if cached else [None] * len(rows)
     samples = [Sample(*each) for each in zip(refs, rows, pixels, made, strict=True)]
     none = features[0][:0].float() if cached else None
-    batch = collate(samples, ["random"], queries=queries, image_size=size, bos=0, no_features=none)
-    return model_inputs(batch) | {"dropout_keys": None}
+    return collate(samples, ["random"], queries=queries, image_size=size, bos=0, no_features=none)
 
 
 def _row(rng: np.random.Generator, config: TinyGPTVConfig, length: int) -> TokenRow:
@@ -149,84 +146,27 @@ def _row(rng: np.random.Generator, config: TinyGPTVConfig, length: int) -> Token
     return TokenRow(ids, labels, np.arange(length), image, np.arange(config.num_query_tokens))
 
 
-def our_loss(model: Model, inputs: dict[str, Any]) -> Tensor:
+def our_loss(model: Model, batch: Batch) -> Tensor:
     """Return the mean loss of the packed forward pass."""
-    output = model(**inputs)
+    output = model(**model_inputs(batch) | {"dropout_keys": None})
     assert isinstance(output, PackedOutput)
     return output.token_losses.mean() + output.anchor
 
 
+def original_loss(model: Model, batch: PaddedBatch) -> Tensor:
+    """Return the mean loss of the same samples as the original computes it."""
+    with as_the_original(model):
+        return mean_loss(model, batch)
+
+
 def profile(model: Model) -> str:
     """Return the operations of our step, from pixels, that take longest."""
-    inputs = inputs_of(model, "pixels")
-    our_loss(model, inputs).backward()
+    batch = batch_of(model, "pixels")
+    our_loss(model, batch).backward()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as found:
-        our_loss(model, inputs).backward()
+        our_loss(model, batch).backward()
     averages = found.key_averages(group_by_input_shape=True)
     return averages.table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=40)
-
-
-# ---- the original's procedure
-
-
-def original_loss(model: Model, inputs: dict[str, Any]) -> Tensor:
-    """Return the mean loss of the samples of a packed batch, padded and computed as the original does."""
-    lengths = inputs["cu_seqlens"].diff().tolist()
-    embeds = model.get_input_embeddings()(inputs["input_ids"])
-    embeds = embeds.index_copy(0, inputs["image_rows"], _images(model, inputs).flatten(0, 1))
-    labels = torch.full((len(embeds),), -100)
-    labels[inputs["target_rows"] + 1] = inputs["targets"]
-    padded, positions = (_pad(part, lengths) for part in (embeds, inputs["position_ids"]))
-    logits = model.language_model.lm_head(_phi(model.language_model.model, padded, positions, lengths)).float()
-    shifted = _pad(labels, lengths, -100)[:, 1:]
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), shifted.flatten(), ignore_index=-100)
-
-
-def _images(model: Model, inputs: dict[str, Any]) -> Tensor:
-    if inputs["image_features"] is not None:
-        return model.project(inputs["image_features"])
-    _set_fused_attention(model, fused=False)
-    try:
-        return model.project(model.encode_vision(inputs["pixel_values"]))
-    finally:
-        _set_fused_attention(model, fused=True)
-
-
-def _set_fused_attention(model: Model, *, fused: bool) -> None:
-    for block in model.visual_encoder.get_submodule("blocks").children():
-        block.get_submodule("attn").__dict__["fused_attn"] = fused
-    model.qformer.config._attn_implementation = "sdpa" if fused else "eager"
-
-
-def _pad(packed: Tensor, lengths: list[int], value: float = 0) -> Tensor:
-    return nn.utils.rnn.pad_sequence(list(packed.split(lengths)), batch_first=True, padding_value=value)
-
-
-def _phi(phi: PhiModel, x: Tensor, positions: Tensor, lengths: list[int]) -> Tensor:
-    """Return `[B, L, W]` after the final norm, with a mask that is added to the scores."""
-    longest, lowest = x.shape[1], torch.finfo(x.dtype).min
-    causal = torch.full((longest, longest), lowest).triu(1)
-    real = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    mask = (causal + torch.where(real, 0.0, lowest)[:, None, None, :]).clamp(min=lowest)
-    tables = rotary_tables(positions, phi.text_config, phi.rotary_dtype)
-    for block in phi.layers:
-        assert isinstance(block, PhiBlock)
-        h = block.input_layernorm(x)
-        x = x + block.post_layernorm(_attention(block, h, tables, mask)) + _mlp(block, h)
-    return phi.final_layernorm(x)
-
-
-def _attention(block: PhiBlock, h: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-    own = block.self_attn
-    q, k, v = own.query_key_value(h).unflatten(-1, (own.heads, 3, own.head_dim)).unbind(-2)
-    q, k = rotate(own.q_layernorm(q), *tables).transpose(1, 2), rotate(own.k_layernorm(k), *tables).transpose(1, 2)
-    scores = q.float() @ k.float().transpose(2, 3) / own.head_dim**0.5 + mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-    return own.dense((weights @ v.transpose(1, 2)).transpose(1, 2).flatten(-2))
-
-
-def _mlp(block: PhiBlock, h: Tensor) -> Tensor:
-    return block.mlp.fc2(F.gelu(block.mlp.fc1(h), approximate="tanh"))
 
 
 if __name__ == "__main__":

@@ -1,39 +1,30 @@
-"""The original's training step as a baseline: the same random weights and samples, in the way its code computes.
+"""The original's training as a baseline: the same random weights and samples, in the way its loop runs.
 
-Right padding to the longest sample, attention as plain matrix products with an additive mask, logits of all rows in
-fp32, everything under fp16 autocast with a gradient scaler, normalised fp32 pixels copied from memory that is not
-pinned, AdamW tensor by tensor, and the loss read on the host after every step.
+The procedure of `benchmarks/original.py` under fp16 autocast with a gradient scaler, normalised fp32 pixels copied from
+memory that is not pinned, AdamW tensor by tensor, and the loss read on the host after every step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from benchmarks.gpu.machine import this_device, wait
 from benchmarks.gpu.model import build, make_batches, model_config, overrides
 from benchmarks.gpu.plan import SIZES, Case
 from benchmarks.gpu.results import MEASURED, OUT_OF_MEMORY, add, add_check
+from benchmarks.original import PaddedBatch, as_the_original, mean_loss, padded
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.data.loader.batch import Batch
-from tinygptv_ds.models import phi
-from tinygptv_ds.models.attention import causal_mask, make_layout
 from tinygptv_ds.models.parameters import weight_decay_groups
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.sequence import IGNORE
 from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.metrics.reporter import memory_gib
 from tinygptv_ds.train.transfer import model_inputs
@@ -41,95 +32,6 @@ from tinygptv_ds.train.transfer import model_inputs
 WARM_UP = 3
 # The mean losses of both procedures without dropout differ by rounding to 11 and to 8 bits.
 SAME_LOSS = 2e-2
-
-
-@dataclass(frozen=True)
-class PaddedBatch:
-    """A batch in padded rows, on the host.
-
-    Attributes:
-        ids: int64 `[B, L]`.
-        positions: int64 `[B, L]`.
-        labels: int64 `[B, L]`, of the tokens at these places; -100 without a loss.
-        mask: `[B, L]`, 1 for real tokens.
-        pixels: fp32 `[N, 3, S, S]`, normalised.
-        image_rows: int64 `[R]`, places of image rows among `B * L`.
-        image_index: int64 `[R]`, which rows of the images go there.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    labels: Tensor
-    mask: Tensor
-    pixels: Tensor
-    image_rows: Tensor
-    image_index: Tensor
-
-    def to(self, device: torch.device) -> PaddedBatch:
-        """Copy to a device; the host waits for each tensor."""
-        return PaddedBatch(**{name: value.to(device) for name, value in vars(self).items()})
-
-
-def padded(batch: Batch, normalize: Callable[[Tensor], Tensor]) -> PaddedBatch:
-    """Return a packed batch in padded rows."""
-    lengths, longest = batch.cu_seqlens.diff(), int(batch.max_seqlen)
-    place = make_layout(batch.cu_seqlens, longest, len(batch.input_ids), "sdpa").padded_rows
-    assert place is not None and batch.image_rows is not None and batch.pixel_values is not None
-    count = len(batch.pixel_values) * len(batch.image_rows) // max(len(batch.pixel_values), 1)
-    index = torch.arange(count) if batch.image_index is None else batch.image_index
-    labels = torch.full((len(batch.input_ids),), IGNORE)
-    labels[batch.target_rows + 1] = batch.targets
-
-    def rows(values: Tensor, filling: int) -> Tensor:
-        filled = torch.full((len(lengths) * longest,), filling, dtype=values.dtype).index_copy(0, place, values)
-        return filled.view(len(lengths), longest)
-
-    return PaddedBatch(
-        rows(batch.input_ids, 0),
-        rows(batch.position_ids, 0),
-        rows(labels, IGNORE),
-        (torch.arange(longest) < lengths[:, None]).long(),
-        normalize(batch.pixel_values),
-        place[batch.image_rows],
-        index,
-    )
-
-
-def eager_attention(
-    _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, _implementation: str
-) -> tuple[Tensor, None]:
-    """Attend by plain matrix products, with an additive mask and a softmax in fp32; see `padded_attention`."""
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        scores = scores + torch.where(mask, 0.0, torch.finfo(scores.dtype).min).to(scores.dtype)
-    return (scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2), None
-
-
-@contextmanager
-def as_the_original(model: TinyGPTVForConditionalGeneration) -> Iterator[None]:
-    """Have the model attend eagerly, and draw dropout from torch's generator."""
-    for block in model.visual_encoder.blocks:
-        vars(block.get_submodule("attn"))["fused_attn"] = False
-    model.qformer.config._attn_implementation = "eager"
-    undecided = patch.object(model.language_model.model, "_dropout", lambda *_: None)
-    with patch.object(phi, "padded_attention", eager_attention), undecided:
-        yield
-
-
-def mean_loss(model: TinyGPTVForConditionalGeneration, batch: PaddedBatch) -> Tensor:
-    """Return the mean loss of a batch on the device, a scalar with a graph."""
-    with torch.no_grad():
-        pixels = batch.pixels.to(model.visual_encoder.patch_embed.proj.weight.dtype)
-        patches = model.ln_vision(model.visual_encoder.forward_features(pixels))
-        queries = model.query_tokens.expand(len(patches), -1, -1)
-        features = model.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
-    images = model.llama_proj2(model.llama_proj(features)).flatten(0, 1)
-    embeds = model.get_input_embeddings()(batch.ids)
-    flat = embeds.flatten(0, 1).index_copy(0, batch.image_rows, images[batch.image_index].to(embeds.dtype))
-    mask = causal_mask(batch.mask, batch.ids.shape[1])
-    hidden = model.language_model.model(flat.view_as(embeds), batch.positions, mask=mask)
-    logits = model.language_model.lm_head(hidden).float()
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORE)
 
 
 class OriginalTraining:

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import cpu_step
 from benchmarks.gpu.model import build
+from benchmarks.original import padded
 
 
 def test_tiny(capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,10 +20,11 @@ def test_tiny(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_gradients_are_the_original_procedures() -> None:
     model = build(cpu_step.configuration("tiny"), torch.float32, torch.device("cpu")).train()
-    inputs = cpu_step.inputs_of(model, "pixels")
+    batch = cpu_step.batch_of(model, "pixels")
+    inputs = padded(batch, model.normalize)
     found = []
-    for loss in (cpu_step.our_loss, cpu_step.original_loss):
-        cpu_step.one_step(model, lambda loss=loss: loss(model, inputs))
+    for loss in (lambda: cpu_step.our_loss(model, batch), lambda: cpu_step.original_loss(model, inputs)):
+        cpu_step.one_step(model, loss)
         found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-5, msg=name)
