@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,15 @@ def apply_overrides(raw: dict, overrides: Sequence[str]) -> dict:
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain nested values, for a file."""
     return dataclasses.asdict(recipe)
+
+
+def dotted_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted key, e.g. `optimizer.betas`; lists and empty mappings are values."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = dotted_values(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
+        found |= inner or {prefix + key: value}
+    return found
 
 
 def _read_yaml(path: Path) -> dict:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.config.data_section import DataSection
-from tinygptv_ds.config.load import recipe_dict
+from tinygptv_ds.config.load import dotted_values, recipe_dict
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.features.format import read_notes
@@ -83,15 +83,7 @@ def _recipe_values(recipe: Recipe) -> dict[str, Any]:
     plain["data"]["datasets"] = {
         name: {"weight": each["weight"], "clean": each["clean"]} for name, each in used.items()
     }
-    return dict(_flat(plain, ""))
-
-
-def _flat(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    return {key: value for key, value in dotted_values(plain).items() if value != {}}  # as earlier checkpoints have it
 
 
 def _datasets(data: DataSection, stream: OpenStream) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from tinygptv_ds.config.load import recipe_dict
+from tinygptv_ds.config.load import dotted_values, recipe_dict
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.files import write_atomically
 from tinygptv_ds.log import LOGGER, log_with_head
@@ -249,19 +249,12 @@ def _peak(engine: Engine) -> float | None:
 
 def write_hparams(board: SummaryWriter, job: Job) -> None:
     """Write the recipe as TensorBoard's one entry of hyperparameters, next to this run's losses."""
-    values = _flat(recipe_dict(job.recipe))
+    recipe = dotted_values(recipe_dict(job.recipe)).items()
+    values = {key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in recipe}
     values |= {"precision": job.precision, "zero_stage": job.zero_stage, "world_size": job.ranks.world_size}
     writer: Any = board.file_writer  # torch annotates it as None
     for summary in hparams(values, {"train/loss": 0.0, "val/loss": 0.0}):
         writer.add_summary(summary)
-
-
-def _flat(node: Any, where: str = "") -> dict[str, Any]:
-    """Flatten to dotted keys; what is neither number, text nor boolean becomes JSON text."""
-    if isinstance(node, dict) and node:
-        prefix = f"{where}." if where else ""
-        return {key: value for name, child in node.items() for key, value in _flat(child, prefix + name).items()}
-    return {where: node if isinstance(node, bool | int | float | str) else json.dumps(node)}
 
 
 def forget_after(metrics: Path, step: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tinygptv_ds.config.load import load_recipe, recipe_dict
+from tinygptv_ds.config.load import dotted_values, load_recipe, recipe_dict
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError, Finished
 from tinygptv_ds.files import fingerprint_differences
@@ -42,23 +42,17 @@ def _why_not_reused(run_dir: Path, recipe: Recipe, resume: str) -> str | None:
     if resume != "auto":
         return f"which --resume {resume} does not go on from"
     try:
-        trained = _flat(load_recipe(run_dir / _RECIPE))
+        trained = dotted_values(recipe_dict(load_recipe(run_dir / _RECIPE)))
     except ConfigError as error:
         return f"whose recipe cannot be compared ({error})"
-    differing = list(fingerprint_differences(trained, _flat(recipe), recorded_in="there").values())
+    wanted = dotted_values(recipe_dict(recipe))
+    differing = list(fingerprint_differences(trained, wanted, recorded_in="there").values())
     if differing:
         return f"of another recipe ({'; '.join(differing[:3])}{', ...' if len(differing) > 3 else ''})"
     start = recipe.model.init_from
     if start is not None and _written(Path(start)) > _written(run_dir):
         return f"but {start}, which it began from, has been written since"
     return None
-
-
-def _flat(recipe: Recipe) -> dict[str, object]:
-    plain = recipe_dict(recipe)
-    sections = {name: values for name, values in plain.items() if isinstance(values, dict)}
-    single = {name: value for name, value in plain.items() if name not in sections}
-    return single | {f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()}
 
 
 def _written(run: Path) -> int:
