@@ -43,6 +43,15 @@ def parent_of(pid: int) -> int:
     return int((_stat(pid) or ["X", "0"])[1])
 
 
+def status_of(pid: int) -> dict[str, str]:
+    """Return the fields of /proc/PID/status by name; empty if there is no such process."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
 def children_of(pid: int) -> list[int]:
     """Return the processes that a process has started, those that have ended and are not collected included."""
     found: list[int] = []

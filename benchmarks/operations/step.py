@@ -21,7 +21,7 @@ from tinygptv_ds.models import dropout
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.resources import project_root
-from tinygptv_ds.train.step import micro_batch_loss
+from tinygptv_ds.train.micro_batch_loss import micro_batch_loss
 from tinygptv_ds.train.transfer import model_inputs
 
 VISION, PROJECTIONS, PHI, HEAD = "vision", "projections", "phi", "head and loss"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.config.recipe import Recipe
@@ -32,6 +33,9 @@ from tinygptv_ds.models.compiler import compile_obstacle
 from tinygptv_ds.models.flops import flops_by_part
 from tinygptv_ds.models.launches import LAUNCH_SECONDS, optimizer_kernels, pass_kernels
 from tinygptv_ds.train.recipe_warnings import recipe_warnings
+
+if TYPE_CHECKING:
+    from tinygptv_ds.models.configuration import TinyGPTVConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,33 +126,18 @@ def estimate(
     trained, counts = trained_parts(recipe), parameter_counts(shapes)
     layers, features = config.text_config.num_hidden_layers, recipe.data.features is not None
     recomputed = -(-layers // every) / layers if every else 0.0
-    flops = flops_by_part(config, trained_names(shapes, trained), from_features=features, recomputed=recomputed)
-    sample = data.sample.counts
+    names, sample = trained_names(shapes, trained), data.sample.counts
+    flops = flops_by_part(config, names, from_features=features, recomputed=recomputed)
     operations = {part: Operations(of.forward.of(sample), of.backward.of(sample)) for part, of in flops.items()}
     samples = _micro_batch_samples(recipe, data)
     batch = MicroBatchSize(samples, data.sample, recomputed, features)
     flat = gpus == 1 and not train.deepspeed_checkpoints
-    kernels = partial(pass_kernels, config, trained, from_features=features, recomputed=recomputed)
-    compiled = _compiles(recipe, zero_stage=2)
-    launches = Launches(
-        kernels=kernels(compiled=compiled),
-        zero_3_kernels=kernels(compiled=_compiles(recipe, zero_stage=3)),
-        optimizer=optimizer_kernels(len(trained_names(shapes, trained)), flat=flat),
-        seconds=launch_seconds,
-        compiled=compiled,
-        from_features=features,
-    )
+    optimizer = optimizer_kernels(len(names), flat=flat)
+    launches = _launches(recipe, config, trained, recomputed, optimizer, launch_seconds)
     of_sample = sum(part.total for part in operations.values())
     work = StepWork(of_sample, train.batch_size, samples, gpus, mfu, launches, train.total_steps)
-    volume = step_volume(
-        config,
-        counts,
-        trained,
-        ranks=gpus,
-        micro_batches=accumulation,
-        recomputed=recomputed,
-        from_features=features,
-    )
+    volume_of = partial(step_volume, config, counts, trained, ranks=gpus, micro_batches=accumulation)
+    volume = volume_of(recomputed=recomputed, from_features=features)
     model = recipe.model
     quantized = quantized_weights(shapes, model.frozen_bits, vision=model.quantize_vision, fp8=model.fp8)
     memory_of = partial(step_memory, config, counts, trained, gpus=gpus, quantized=quantized, flat=flat)
@@ -179,6 +168,22 @@ def estimate(
             trainable=sum(counts[part] for part in trained),
         ),
     )
+
+
+def _launches(
+    recipe: Recipe,
+    config: TinyGPTVConfig,
+    trained: Collection[str],
+    recomputed: float,
+    optimizer: float,
+    seconds: float,
+) -> Launches:
+    """Return the work of the host: `optimizer` kernels of a step, those of its passes, and the seconds of each."""
+    features = recipe.data.features is not None
+    kernels = partial(pass_kernels, config, trained, from_features=features, recomputed=recomputed)
+    compiled = _compiles(recipe, zero_stage=2)
+    of_zero_3 = kernels(compiled=_compiles(recipe, zero_stage=3))
+    return Launches(kernels(compiled=compiled), of_zero_3, optimizer, seconds, compiled, features)
 
 
 def _compiles(recipe: Recipe, *, zero_stage: int) -> bool:

@@ -24,6 +24,7 @@ from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.tinygptv import PackedOutput
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.flat_optimizer import FlatOptimizer
+from tinygptv_ds.train.micro_batch_loss import micro_batch_loss
 from tinygptv_ds.train.token_buckets import Bucket, StaticInputs, bucket_of
 
 MOST_GRAPHS = 24  # thousands of kernels each, whose descriptions take memory, too
@@ -111,8 +112,7 @@ class _Captured:
         """Compute losses and add gradients: reads and writes the buffers, weights and flat gradients alone."""
         with _autocast(self._engine):
             output: PackedOutput = self._engine.module(**self._static.inputs)
-        loss = output.token_losses.sum() / self._divisor + output.anchor
-        loss = loss * torch.where(loss.detach().isfinite(), self._scale, torch.nan)
+        loss = micro_batch_loss(output, self._divisor, count=1, world_size=1) * self._scale
         # Not `backward`, whose gradients would be kept in the parameters, in the stream of their first backward pass.
         self._flat.add(torch.autograd.grad(loss, self._flat.parameters, allow_unused=True))
         self._losses.copy_(output.token_losses.detach())

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tinygptv_ds.data.loader.batch import MicroBatch
-from tinygptv_ds.models.tinygptv import PackedOutput
 from tinygptv_ds.train.liveness.progress import BACKWARD, FORWARD
 from tinygptv_ds.train.metrics.accumulator import Accumulator
+from tinygptv_ds.train.micro_batch_loss import micro_batch_loss
 from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.schedule import begins_cycle, learning_rate_of_step
 from tinygptv_ds.train.transfer import Transfer, model_inputs
@@ -75,27 +75,6 @@ def micro_step(run: Run, inputs: Mapping[str, Any], divisor: Tensor | None, *, n
         engine.backward(loss)
     engine.step()
     return token_losses
-
-
-def micro_batch_loss(output: PackedOutput, divisor: Tensor | None, *, count: int, world_size: int) -> Tensor:
-    """Return this micro-batch's part of the step's loss; not-a-number where it is infinite.
-
-    Args:
-        output: of the packed forward pass.
-        divisor: target tokens of the whole step over all ranks, a scalar on the device; None takes the mean over this
-            micro-batch, as the original does.
-        count: micro-batches of the step.
-        world_size: ranks, over which DeepSpeed averages gradients.
-    """
-    loss = output.token_losses.sum()
-    if divisor is None:
-        here = max(len(output.token_losses), 1)
-        loss = loss / here / count
-    else:
-        loss = loss / divisor * world_size  # DeepSpeed averages over ranks; the divisor already counts all of them
-    loss = loss + output.anchor
-    # An infinite loss may have finite gradients. Times NaN it has none, and ZeRO skips the step on all ranks.
-    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def dropout_seed(*parts: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-IGNORED = -100  # a target without a loss, and so without a gradient, in torch's cross entropy
+from tinygptv_ds.processing.sequence import IGNORE
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class StaticInputs:
             "image_rows": (rows, last),
             "image_index": (rows, 0),
             "target_rows": (bucket.targets, last),
-            "targets": (bucket.targets, IGNORED),
+            "targets": (bucket.targets, IGNORE),
         }
         buffers = {
             name: given.new_empty((self._padding.get(name, given.shape)[0], *given.shape[1:]))

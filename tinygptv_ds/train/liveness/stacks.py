@@ -13,6 +13,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.processes import status_of
 from tinygptv_ds.train.liveness.flight_recorder import write_flight_record
 from tinygptv_ds.train.liveness.stack_files import COLLECTIVES, FOLDER, STACKS
 
@@ -52,7 +53,7 @@ class Stacks:
         for worker in workers:
             if worker.pid is None:  # not started
                 continue
-            state = _status_of(worker.pid)
+            state = status_of(worker.pid)
             if int(state.get("SigCgt", "0"), 16) >> (SIGNAL - 1) & 1:  # it would die of the signal otherwise
                 self._write(f"{why}; dataloader worker {worker.pid}, state {state.get('State', 'unknown')}")
                 with contextlib.suppress(ProcessLookupError):
@@ -78,12 +79,3 @@ class Stacks:
 
     def _write(self, line: str) -> None:
         os.write(self._file.fileno(), f"\n== {time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n".encode())
-
-
-def _status_of(pid: int) -> dict[str, str]:
-    """Return the system's status of a process; nothing if it is gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
