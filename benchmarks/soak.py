@@ -2,7 +2,7 @@
 
 Processes are killed, stopped and frozen at chosen points of start-up, step and save; ranks, ZeRO stage and dataloader
 workers change between attempts; disks fill and clear; run directories are damaged. `python benchmarks/soak.py --minutes
-60 --seed 1`, from the root. Exit code 1: something was lost, left over, or not as docs/resume.md has it.
+60 --seed 1`, from the root. Exit code 1: something was lost, left over, or not as docs/train/resume.md has it.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
 """What the documents name is there."""
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 
 
 def functions(path: Path) -> set[str]:
@@ -30,6 +33,40 @@ def test_no_half_merged_page(document: Path) -> None:
     assert re.findall(r"^(?:<{7}|>{7}|={7}$)", document.read_text(), flags=re.M) == []
 
 
+def anchors(document: Path) -> set[str]:
+    """The addresses of the headings of a page, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:|\.\./\.\./actions)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        to = (document.parent / target).resolve() if target else document
+        assert to.exists(), target
+        assert not anchor or anchor in anchors(to), f"{target}#{anchor}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
+    assert len(listed) == len(set(listed))
+    assert not set(pages) - set(listed), "add them to nav in mkdocs.yml"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Links and anchors between pages included; links to other servers are checked by a workflow."""
+    pytest.importorskip("material", reason="mkdocs-material is of docs/requirements.txt")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site/reference/benchmarks/index.html").is_file()
+    assert not list((tmp_path / "site").glob("**/*.py"))
+
+
 def test_the_table_of_weights_names_every_kind() -> None:
     """One row at least for every form and kind that the verbs know."""
     from tinygptv_ds.weights.export.export import FORMS
@@ -50,7 +87,7 @@ def test_the_page_of_data_names_everything() -> None:
     from tinygptv_ds.data.sets import DATASETS
     from tinygptv_ds.data.shards.records import REASONS
 
-    text = (ROOT / "docs/data.md").read_text()
+    text = (ROOT / "docs/data/prepare.md").read_text()
     data_verbs = [verb for verb, (_, module) in VERBS.items() if ".data." in module]
     files = {file for dataset in DATASETS.values() for file in (*dataset.files, *dataset.optional)}
     for word in (*data_verbs, *DATASETS, *REASONS):

@@ -16,7 +16,7 @@ from tinygptv_ds.evaluation.cli import EVALUATIONS, add_options
 from tinygptv_ds.train.setup.job import stage_parser
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 LAUNCHER = {"--hostfile": 1, "--no_ssh": 0, "--node_rank": 1, "--master_addr": 1, "--master_port": 1, "--num_gpus": 1}
 OTHERS = ("pip", "hf", "wget", "lmms_eval")  # not ours
 

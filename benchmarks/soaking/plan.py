@@ -1,4 +1,4 @@
-"""What is injected, drawn from a seed, and the exit codes that docs/resume.md allows after it."""
+"""What is injected, drawn from a seed, and the exit codes that docs/train/resume.md allows after it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Takes the screenshot of the demo in docs/, with the quick start's model:
 
-python tests/apps/screenshot.py runs/quickstart/model runs/quickstart/example.jpg docs/demo.png
+python tests/apps/screenshot.py runs/quickstart/model runs/quickstart/example.jpg docs/use/demo.png
 """
 
 import argparse

@@ -125,8 +125,8 @@ def test_a_rank_that_a_signal_has_ended(number: int, code: int, tmp_path: Path) 
 
 
 def test_the_table_of_exit_codes() -> None:
-    """The tests above have each code of the table in docs/resume.md; 1 and 2 are never followed by a restart."""
-    text = (Path(__file__).parents[2] / "docs/resume.md").read_text()
+    """The tests above have each code of the table in docs/train/resume.md; 1 and 2 are never followed by a restart."""
+    text = (Path(__file__).parents[2] / "docs/train/resume.md").read_text()
     table = text[text.index("| exit code |") :].split("\n\n")[0]
     rows = {int(code): again for code, again in re.findall(r"^\| (\d+) \|.*\| *(\w*) *\|$", table, flags=re.M)}
     ends = ((test_a_signal_reaches_the_ranks_which_save, 1), (test_codes_of_the_ranks, 1))

@@ -50,7 +50,7 @@ class ScoredSection:
 
     template: str | None = None
     """training: the recipe's own template; benchmark: that of the published scripts; A, B, C: those of
-    docs/inference.md; anything else is a template itself, with {} for the question. null: training for held-out
+    docs/use/inference.md; anything else is a template itself, with {} for the question. null: training for held-out
     shards, else benchmark."""
 
     add_bos_token: bool | None = None

@@ -6,7 +6,7 @@ from tinygptv_ds.errors import ConfigError
 
 TRAINING = "training"  # the template that the checkpoint was trained with
 BENCHMARK = "benchmark"  # the template of a benchmark's published script
-ORIGINAL = ("A", "B", "C")  # the templates of the original's demos and benchmarks, see docs/inference.md
+ORIGINAL = ("A", "B", "C")  # the templates of the original's demos and benchmarks, see docs/use/inference.md
 TEMPLATE_NAMES = (TRAINING, BENCHMARK, *ORIGINAL)
 
 

@@ -104,8 +104,8 @@ def add_options(parser: argparse.ArgumentParser, kind: str) -> None:
     parser.add_argument("--limit", type=int, help="only the first N questions of each")
     parser.add_argument(
         "--template",
-        help="benchmark (the published scripts' own), training (the model's), A, B, C (see docs/inference.md), or a "
-        "text with {} for the question (default: benchmark, and training for shards)",
+        help="benchmark (the published scripts' own), training (the model's), A, B, C (see docs/use/inference.md), or "
+        "a text with {} for the question (default: benchmark, and training for shards)",
     )
     parser.add_argument("--show-prompt", action="store_true", help="print the first prompt of each, and exit")
     parser.add_argument(

@@ -48,7 +48,7 @@ class TinyGPTV(lmms):
         pretrained: an exported folder, a run, a checkpoint or a file.
         batch_size: requests per batch.
         dtype: fp32, bf16 or fp16; auto: bf16 on a GPU, else fp32.
-        template: "training", or another template of docs/inference.md.
+        template: "training", or another template of docs/use/inference.md.
         add_bos_token: start prompts with the BOS token, as in training.
         device: ignored: the rank's GPU is used if there is one.
         other: arguments that lmms-eval passes to every model; those with a value are refused.

@@ -76,7 +76,7 @@ class Supervisor:
         self.stopped_by: signal.Signals | None = None
 
     def run(self) -> int:
-        """Return the exit code of the ranks, in the terms of docs/resume.md."""
+        """Return the exit code of the ranks, in the terms of docs/train/resume.md."""
         before = {number: signal.getsignal(number) for number in (*_STOPS, signal.SIGHUP, signal.SIGTSTP)}
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:  # e.g. by nohup, or in the background of a script
