@@ -56,6 +56,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert not set(pages) - set(listed), "add them to nav in mkdocs.yml"
 
 
+def test_generated_pages_are_those_of_the_code() -> None:
+    command = [sys.executable, "docs/generate_reference.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}run python docs/generate_reference.py and commit the pages"
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Links and anchors between pages included; links to other servers are checked by a workflow."""
     pytest.importorskip("material", reason="mkdocs-material is of docs/requirements.txt")

@@ -293,8 +293,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         help="'digits' (embedded), a published dataset, or your own as llava, jsonl or caption-folder",
     )
-    parser.add_argument("--root", type=Path, default=Path(), help="folder with the dataset's own files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="folder with the dataset's own files")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
     parser.add_argument(
         "--annotations",
         type=Path,
@@ -310,8 +310,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read the key or column THEIRS of your own data as OURS (image, question, answer, caption, conversations, "
         "...), or ignore it where OURS is empty; several separated by commas",
     )
-    parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="default: %(default)s")
-    parser.add_argument("--limit", type=int, help="use only the first entries")
+    parser.add_argument(
+        "--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first entries")
     parser.add_argument(
         "--held-out",
         metavar="AMOUNT",
@@ -330,7 +332,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(drop alpha, ignore EXIF) for published datasets, as in the original",
     )
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, help="processes; default: one a core (%(default)s here)")
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> None:
