@@ -29,19 +29,20 @@ DOCS = Path(__file__).resolve().parent
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 _COMMANDS = """# Commands
 
-The verbs of `tinygptv-ds` and their options, as `tinygptv-ds VERB --help` prints them. Options may be written with hyphens or underscores.
+The verbs of `tinygptv-ds` and their options, as `tinygptv-ds VERB --help` prints them. Options may be written with
+hyphens or underscores.
 
 <!-- Written by docs/generate_reference.py from the parsers; edit the help of an option there. -->
 """
 _RECIPE = """# Keys of a recipe
 
-A recipe is the YAML file that describes a stage completely. `--set SECTION.KEY=VALUE` changes one value of it on a command line, and
-`deepspeed.KEY` a value of DeepSpeed's JSON; an unknown key is an error that names the nearest one.
+A recipe is the YAML file that describes a stage completely. `--set SECTION.KEY=VALUE` changes one value of it on a
+command line, and `deepspeed.KEY` a value of DeepSpeed's JSON; an unknown key is an error that names the nearest one.
 
-"Published" is what `stages/stage1.yaml` to `stage4.yaml` give: one value, or that of each stage in turn. Where it is empty, they
-leave the default or name paths.
+"Published" is what `stages/stage1.yaml` to `stages/stage4.yaml` give: one value, or that of each stage in turn. Where
+it is empty, they leave the default or name paths.
 
-<!-- Written by docs/generate_reference.py from the dataclasses in tinygptv_ds/config/; edit the text below a field there. -->
+<!-- Written by docs/generate_reference.py from the dataclasses in tinygptv_ds/config/; edit the text below a field. -->
 """
 
 

@@ -1,10 +1,12 @@
 """What the documents name is there."""
 
+import argparse
 import ast
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def test_tests_and_files_that_are_named(document: Path) -> None:
     for path in set(
         re.findall(r"`((?:tinygptv_ds|stages|eval|docs|benchmarks|ds_configs|launch|tests)/[\w/.]+)`", text)
     ):
-        assert (ROOT / path).exists(), path
+        assert (ROOT / path.replace("stageN", "stage1")).exists(), path
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -47,6 +49,60 @@ def test_links_lead_to_files_and_headings(document: Path) -> None:
         to = (document.parent / target).resolve() if target else document
         assert to.exists(), target
         assert not anchor or anchor in anchors(to), f"{target}#{anchor}"
+
+
+def test_the_messages_of_the_faq_are_printed_by_the_code() -> None:
+    texts = "\0".join(
+        node.value
+        for path in ROOT.glob("tinygptv_ds/**/*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    cells = re.findall(r"^\| (`.+?) \| .+ \| .+ \|$", (ROOT / "docs/faq.md").read_text(), flags=re.M)
+    ours = [cell for cell in cells if "(of torch)" not in cell]
+    assert len(ours) > 25
+    assert [part for cell in ours for part in re.findall(r"`([^`]+)`", cell) if part not in texts] == []
+
+
+# Options of other programs, and of scripts under benchmarks/ and tests/, that the documents mention.
+OTHER_OPTIONS = {"train-standins", "golden", "no-build-isolation", "resample", "model-args", "gen-kwargs", "prefix"}
+OTHER_OPTIONS |= {"nproc-per-node", "signals-to-handle", "shutdown-timeout", "max-restarts", "signal", "requeue"}
+OTHER_OPTIONS |= {"kill-on-bad-exit", "launched", "minutes", "only", "sort"}
+
+
+def all_options() -> set[str]:
+    """Every option of every verb, of the stages and of DeepSpeed's launcher, with hyphens and without the first two."""
+    from tinygptv_ds.cli import VERBS
+    from tinygptv_ds.train.launcher.options import _FLAGS, _VALUES
+    from tinygptv_ds.train.setup.job import stage_parser
+
+    parsers = [stage_parser(ROOT / "stages/stage1.yaml")]
+    for _, module in VERBS.values():
+        parsers.append(argparse.ArgumentParser())
+        import_module(module).add_arguments(parsers[-1])
+    found = {*_FLAGS, *_VALUES, "--restarts"}
+    while parsers:
+        for action in parsers.pop()._actions:
+            found |= set(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    return {option.lstrip("-").replace("_", "-") for option in found}
+
+
+def test_options_and_keys_in_prose_exist() -> None:
+    from tinygptv_ds.config.render import recipe_docs
+
+    options, keys = all_options() | OTHER_OPTIONS, {".".join(path) for path in recipe_docs()}
+    unknown = []
+    for document in DOCUMENTS:
+        if document.name != "CHANGELOG.md":  # which also names what is gone
+            prose = re.sub(r"^ *```.*?^ *```$", "", document.read_text(), flags=re.M | re.S)
+            for code in re.findall(r"`([^`\n]+)`", prose):
+                named = re.findall(r"(?<![\w-])--([a-zA-Z][\w-]*)", code)
+                unknown += [(document.name, name) for name in named if name.replace("_", "-") not in options]
+                sections = re.findall(r"\b((?:model|data|optimizer|train|text|evaluation)\.[a-z_]+)\b(?![./])", code)
+                unknown += [(document.name, key) for key in sections if key not in keys and "/" not in code]
+    assert unknown == []
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -93,7 +149,7 @@ def test_the_page_of_data_names_everything() -> None:
     from tinygptv_ds.data.sets import DATASETS
     from tinygptv_ds.data.shards.records import REASONS
 
-    text = (ROOT / "docs/data/prepare.md").read_text()
+    text = (ROOT / "docs/data/prepare.md").read_text() + (ROOT / "docs/data/stream.md").read_text()
     data_verbs = [verb for verb, (_, module) in VERBS.items() if ".data." in module]
     files = {file for dataset in DATASETS.values() for file in (*dataset.files, *dataset.optional)}
     for word in (*data_verbs, *DATASETS, *REASONS):

@@ -90,7 +90,7 @@ class DataSection:
 
     cache_dir: str | None = None
     """Where remote shards are kept, best on a local disk of each node, whose processes share it; null:
-    `tinygptv_ds/shards` in the user's cache folder."""
+    `~/.cache/tinygptv_ds/shards`, or its like under `$XDG_CACHE_HOME`."""
 
     cache_gb: float = 100.0
     """Remote shards kept at most, in 10^9 bytes; best several windows of `shuffle_shards` of every dataset."""
