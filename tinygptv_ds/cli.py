@@ -57,6 +57,7 @@ VERBS = {
     ),
     "train": ("train a stage through the DeepSpeed launcher", "tinygptv_ds.train.launch"),
     "eval": ("score a model on benchmarks or held-out shards", "tinygptv_ds.evaluation.cli"),
+    "report": ("write a page about a run, or one that compares several", "tinygptv_ds.apps.report.report"),
     "inspect": (
         "report what a file or folder of weights is, and whether it is complete",
         "tinygptv_ds.weights.inspect",

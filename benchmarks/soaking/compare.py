@@ -20,8 +20,8 @@ LOSSES = 1e-5  # relative
 # The same ranks and ZeRO stage give the same bits. Others round differently, and where a gradient is nothing but
 # rounding, AdamW makes a full step of it: a few weights in thousands may then differ by more than all the others.
 WEIGHTS, ODD_WEIGHTS, ODD_SHARE = 1e-6, 1e-4, 1e-3
-_FILES = {"recipe.yaml", "deepspeed.json", "versions.json", "lock.json", "log.txt", "metrics.jsonl"}
-_FOLDERS = {"checkpoints", "model", "tensorboard", "stacks", "deepspeed", "skipped"}
+_FILES = {"recipe.yaml", "deepspeed.json", "versions.json", "machine.json", "lock.json", "log.txt", "metrics.jsonl"}
+_FOLDERS = {"checkpoints", "model", "tensorboard", "stacks", "deepspeed", "skipped", "samples"}
 Samples = list[list[Any]]  # of one step: position, dataset, epoch, shard and index of each
 
 

@@ -126,7 +126,7 @@ def test_what_a_run_leaves(stage: int, chain: dict[int, Run | Ranks]) -> None:
         assert done.output.count(f"step {step}/{STEPS} | loss ") == 1  # one rank speaks
     assert "ETA 0:00:00" in log
     assert load_recipe(done.folder / "recipe.yaml").stage == stage
-    for file in ("deepspeed.json", "versions.json", "model/config.json", "model/provenance.json"):
+    for file in ("deepspeed.json", "versions.json", "machine.json", "model/config.json", "model/provenance.json"):
         assert (done.folder / file).is_file()
     assert not list(done.folder.rglob("*.partial"))
 

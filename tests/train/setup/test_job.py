@@ -63,3 +63,5 @@ def test_the_run_directory_repeats_the_run(recipe_file: Callable[..., Path], tmp
     versions = json.loads((tmp_path / "run/versions.json").read_text())
     assert versions["torch"] == metadata.version("torch")
     assert {"python", "tinygptv_ds", "commit", "deepspeed", "flash-attn"} <= versions.keys()
+    machine = json.loads((tmp_path / "run/machine.json").read_text())
+    assert machine["device"].startswith("CPU") and (machine["ranks"], machine["precision"]) == (1, "fp32")

@@ -1,4 +1,4 @@
-"""The sample panel on TensorBoard: images, prompts, the true and the generated answers."""
+"""The sample panel on TensorBoard and in the run directory: images, prompts, the true and the generated answers."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tinygptv_ds.processing.sequence import prompt_text
 from tinygptv_ds.processing.text import render
 from tinygptv_ds.train.callbacks.callback import Callback
 from tinygptv_ds.train.callbacks.periodic import Periodic
+from tinygptv_ds.train.metrics.panel_files import AnsweredSample, write_panel
 from tinygptv_ds.train.metrics.reporter import Reporter
 from tinygptv_ds.train.run import Run
 
@@ -41,8 +42,8 @@ class PanelSample:
 class SamplePanel(Periodic):
     """Answers the same few samples each time, of the validation sets where the recipe names some.
 
-    Settings: `train.sample_every`, `train.sample_count`. TensorBoard: `samples/answers`, `samples/images`. Metrics:
-    none.
+    Settings: `train.sample_every`, `train.sample_count`. TensorBoard: `samples/answers`, `samples/images`. Run
+    directory: `samples/step-N.json` with its images. Metrics: none.
 
     Args:
         run: the run on this rank; all ranks generate for the same samples.
@@ -74,6 +75,9 @@ class SamplePanel(Periodic):
                 number, f"sample {number} at step {done}:", f" {shown.prompt!r} -> {answer!r} (true: {shown.truth!r})"
             )
         if board is not None:
+            shown_answers = zip(self._samples, answered, strict=True)
+            panel = [AnsweredSample(each.prompt, each.truth, text, each.sample.pixels) for each, text in shown_answers]
+            write_panel(self._run.job.run_dir, done, panel)
             board.add_text("samples/answers", "\n".join(rows), done)
             images = [torch.from_numpy(shown.sample.pixels) for shown in self._samples if len(shown.sample.pixels)]
             if images:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
+import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +19,7 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.files import write_atomically
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.setup.job import Job
+from tinygptv_ds.train.setup.machine import gpus_are_hidden
 from tinygptv_ds.train.setup.run_dir_lock import lock_run_dir
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "timm", "peft", "webdataset", "flash-attn", "numpy")
@@ -39,14 +42,29 @@ def start_run_dir(job: Job) -> Path:
 
 
 def note_run(job: Job) -> None:
-    """Write the resolved recipe, the DeepSpeed JSON and the versions, once the run has started."""
-    recipe = yaml.safe_dump(recipe_dict(job.recipe), sort_keys=False, allow_unicode=True)
-    notes = {"recipe.yaml": recipe, "deepspeed.json": json.dumps(job.deepspeed, indent=2) + "\n"}
-    for name, text in (notes | {"versions.json": json.dumps(versions(), indent=2) + "\n"}).items():
+    """Write the resolved recipe, the DeepSpeed JSON, the machine and the versions, once the run has started."""
+    notes = {"recipe.yaml": yaml.safe_dump(recipe_dict(job.recipe), sort_keys=False, allow_unicode=True)}
+    plain = {"deepspeed.json": job.deepspeed, "machine.json": machine(job), "versions.json": versions()}
+    for name, text in (notes | {name: json.dumps(each, indent=2) + "\n" for name, each in plain.items()}).items():
         try:
             write_atomically(job.run_dir / name, text.encode())
         except OSError as error:
             LOGGER.warning("%s cannot be written (%s); training continues", job.run_dir / name, error.strerror)
+
+
+def machine(job: Job) -> dict[str, str | int]:
+    """Return what the run runs on, as seen by this rank: host, device, ranks, ZeRO stage and precision."""
+    import torch
+
+    gpu = torch.cuda.is_available() and not gpus_are_hidden()
+    return {
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores",
+        "ranks": job.ranks.world_size,
+        "ranks of this host": job.ranks.local_world_size,
+        "ZeRO stage": job.zero_stage,
+        "precision": job.precision,
+    }
 
 
 def versions() -> dict[str, str | None]:
