@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tinygptv_ds.apps.report.report import write_report
 from tinygptv_ds.cli import run_command
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.distributed import free_port
@@ -30,6 +31,7 @@ from tinygptv_ds.files import whole_folder
 ROOT = Path(__file__).resolve().parents[2]
 RUN = Path("runs/quickstart")  # the recipes next to this file name it too
 DATA, WEIGHTS, MODEL = RUN / "data", RUN / "weights", RUN / "model"
+REPORT = RUN / "report.html"
 STANDINS = Path(__file__).with_name("pretrained")  # of the pretrained parts: what standins.py made with SEED
 STAGES = (1, 2, 3, 4)
 TEMPLATE = "[INST] {} [/INST]"  # stage 4's, in which every stage is asked
@@ -79,6 +81,7 @@ def main(train_standins: bool = False) -> None:
     save_json(RUN / "summary.json", result)
     show_answer()
     print_table(result)
+    write_report([RUN], REPORT)
 
 
 def make_data() -> bool:
@@ -264,7 +267,7 @@ def print_table(result: dict) -> None:
     print(f"\n held-out VQA accuracy  {100 * result['vqa_accuracy']:5.1f} %   (chance {100 * chance:.1f} %)")
     print(f" held-out refer IoU     {result['refer_iou']:5.3f}     (chance {refer_chance:.3f})")
     print(f" total {result['seconds']:.0f} s; run directory {RUN}, model {MODEL}, figures {RUN / 'summary.json'}")
-    print(f" TensorBoard: tensorboard --logdir {RUN}")
+    print(f" curves, mixture and sample answers {REPORT}; TensorBoard: tensorboard --logdir {RUN}")
 
 
 if __name__ == "__main__":

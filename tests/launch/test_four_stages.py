@@ -1,5 +1,6 @@
 """The four stages one after the other, the first two through the DeepSpeed launcher, in fp32 and in bf16."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from tinygptv_ds.config.load import load_recipe
+from tinygptv_ds.train.callbacks.sample_panel import cell
 
 STEPS = 4
 PROJECTIONS = {f"llama_proj{n}.{part}" for n in ("", "2") for part in ("weight", "bias")}
@@ -108,6 +110,13 @@ def test_tensorboard(stage: int, chain: dict[int, Run | Ranks]) -> None:
     rows = text.decode().splitlines()
     assert rows[0] == "| | prompt | true | generated |" and len(rows) == 2 + 2
     assert [event.step for event in events.Images("samples/images")] == panels
+    kept = chain[stage].folder / "samples"
+    assert sorted(kept.glob("*.json")) == [kept / f"step-{step:08d}.json" for step in panels]
+    samples = json.loads((kept / "step-00000004.json").read_text())["samples"]
+    prompts = [f"| {number} | {cell(each['prompt'])} |" for number, each in enumerate(samples)]
+    assert [row[: len(prompt)] for prompt, row in zip(prompts, rows[2:], strict=True)] == prompts
+    images = [kept / name for each in samples for name in each["images"]]
+    assert sorted((kept / "images").iterdir()) == sorted(set(images)) != []
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tinygptv_ds import __version__
-from tinygptv_ds.apps.report.run_data import RunData, find_runs, read_runs
+from tinygptv_ds.apps.report.run_data import find_runs, read_runs
 from tinygptv_ds.charts import THEMES, standalone
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.files import whole_file
@@ -44,16 +45,20 @@ def run(args: argparse.Namespace) -> None:
     for option, file, ending in (("--out", args.out, ".html"), ("--loss-curve", args.loss_curve, ".svg")):
         if file is not None and file.suffix.lower() != ending:
             raise ConfigError(f"{option} {file}: the name must end in {ending}")
-    runs = read_runs(find_runs(args.runs))
-    for file in write_report(runs, args.out, args.loss_curve):
+    for file in write_report(args.runs, args.out, args.loss_curve):
         print(file)
 
 
-def write_report(runs: list[RunData], out: Path, loss_curve: Path | None = None) -> list[Path]:
-    """Write the page, and the loss curve where it is asked for; return the files."""
+def write_report(paths: Sequence[Path], out: Path, loss_curve: Path | None = None) -> list[Path]:
+    """Write the page about the runs at `paths`, and the loss curve where it is asked for; return the files.
+
+    Raises:
+        ConfigError: a path is no run.
+    """
     from tinygptv_ds.apps.report.curves import loss_curve as draw_loss_curve
     from tinygptv_ds.apps.report.page import page
 
+    runs = read_runs(find_runs(paths))
     made = f"Made by tinygptv_ds {__version__} on {time.strftime('%Y-%m-%d at %H:%M UTC', time.gmtime())}."
     files = {out: page(runs, made)}
     if loss_curve is not None:
