@@ -15,7 +15,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.image import open_image, read_traits, to_pixels
+from tinygptv_ds.processing.image import open_image, read_image_size, read_traits, to_pixels
+from tinygptv_ds.processing.image_limits import check_scans
 
 MUTATIONS = 6000
 KINDS = {
@@ -157,8 +158,8 @@ def png_with(chunks: bytes, width: int = 40, height: int = 30) -> bytes:
     return with_right_sums(bytes(data))
 
 
-def chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + b"\0\0\0\0"
+def chunk(name: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def gif_of(width: int, height: int) -> bytes:
@@ -224,10 +225,6 @@ def test_claims_take_no_memory(tmp_path: Path) -> None:
 # ---- files of very many blocks ---------------------------------------------------------------------------------------
 
 
-def chunk(kind: bytes) -> bytes:
-    return struct.pack(">I", 0) + kind + struct.pack(">I", zlib.crc32(kind))
-
-
 def of_many_blocks(kind: str) -> bytes:
     """Return 4 MB and more of what Pillow reads piece by piece."""
     if kind == "ICO":
@@ -264,11 +261,61 @@ def test_comments_and_scans_without_end_are_refused_at_once() -> None:
     whole = file.getvalue()
     last = whole.rindex(b"\xff\xda")
     scans = whole[:-2] + whole[last:-2] * 200 + b"\xff\xd9"
-    for encoded, reason in ((plain, "over 1,000 comments"), (scans, "a JPEG of over 100 scans")):
+    text = b"P3 2000 2000 255\n" + b"1 " * 2_000_000
+    for encoded, reason in (
+        (plain, "over 1,000 comments"),
+        (text, "text of over 4,000,000 bytes"),
+        (scans, "a JPEG of 2[0-9][0-9] scans"),
+    ):
         with pytest.raises(DataError, match=reason):
             to_pixels(encoded, 28)
     few = plain.replace(b"# a comment\n" * 100_000, b"# a comment\n")
     assert to_pixels(few, 28).shape == to_pixels(whole, 28).shape == (3, 28, 28)
+
+
+def test_scans_count_by_their_pixels() -> None:
+    """A photo may have its ten scans at the largest size; as many as a small image may have, it may not."""
+    ten = b"\xff\xda" * 10
+    check_scans(ten, 10_000, 10_000)
+    check_scans(ten * 9, 2_000, 1_500)
+    with pytest.raises(DataError, match="a JPEG of 90 scans for 6300 x 6300 pixels"):
+        check_scans(ten * 9, 6_300, 6_300)
+
+
+def directory(count: int, order: str, *, big: bool = False) -> bytes:
+    """Return a TIFF of one row for each of its strips, which all are the same byte."""
+    start, number, entry = (16, "Q", "HHQQ") if big else (8, "I", "HHII")
+    tags = ((256, 4, 1, 1), (257, 4, 1, count), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, count, 300))
+    tags += ((277, 3, 1, 1), (278, 4, 1, 1), (279, 4, count, 300))
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(order + "H", 43 if big else 42)
+    head += struct.pack(order + "HHQ", 8, 0, start) if big else struct.pack(order + "I", start)
+    entries = b"".join(struct.pack(order + entry, *tag) for tag in tags)
+    text = head + struct.pack(order + ("Q" if big else "H"), len(tags)) + entries + struct.pack(order + number, 0)
+    return text.ljust(300, b"\0") + struct.pack(order + "I", 1) * count
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("big", [False, True])
+def test_many_strips_are_refused_at_once(order: str, big: bool) -> None:
+    start = time.process_time()
+    for read in (open_image, read_traits, read_image_size):
+        with pytest.raises(DataError, match="a TIFF of 1,000,000 strips or other values"):
+            read(directory(1_000_000, order, big=big))
+    assert time.process_time() - start < 1
+    assert read_image_size(directory(30_000, "<")) == (1, 30_000)
+
+
+def test_large_exif_is_not_searched() -> None:
+    """The orientation of such a file does not count, but its pixels are read."""
+    exif = b"MM\0*\0\0\0\x08\0\2" + struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    png = encoded("PNG")
+    for count, turned in ((4, True), (2_000_000, False)):
+        whole = exif + struct.pack(">HHII", 0x9999, 4, count, 40) + bytes(6 + 4 * count)
+        file = png[:33] + chunk(b"eXIf", whole) + png[33:]
+        start = time.process_time()
+        assert (read_traits(file).orientation == 6) == turned
+        assert open_image(file, background=(255, 255, 255)).size == ((30, 40) if turned else (40, 30))
+        assert time.process_time() - start < 1
 
 
 def test_only_the_first_frame_is_decoded() -> None:

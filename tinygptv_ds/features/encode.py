@@ -24,7 +24,8 @@ from tinygptv_ds.data.shards.writer import add_sample, open_tar
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.files import whole_file
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
-from tinygptv_ds.processing.image import Color, ImageError, to_pixels
+from tinygptv_ds.processing.image import Color, to_pixels
+from tinygptv_ds.processing.image_limits import ImageError
 
 _OF_THE_STORAGE = ("unreadable", "unreadable_shard", "truncated")  # another time the sample may be whole
 

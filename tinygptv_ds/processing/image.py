@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, UnidentifiedImageError
 
-from tinygptv_ds.errors import ConfigError, DataError
+from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.processing.image_formats import (
     FORMATS,
     HEIC,
@@ -34,6 +34,13 @@ from tinygptv_ds.processing.image_formats import (
     foreign_format,
     looks_like_tga,
     no_image_because,
+)
+from tinygptv_ds.processing.image_limits import (
+    EncodedImage,
+    ImageError,
+    check_before_opening,
+    check_scans,
+    exif_is_small,
 )
 
 Source = bytes | str | Path | Image.Image  # encoded, a path, or decoded
@@ -61,49 +68,6 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 _SAMPLE_FORMAT, _PHOTOMETRIC, _WHITE_IS_ZERO = 339, 262, 0  # tags of TIFF, and a value of the latter
 _STRIP = 1024  # rows
-_MOST_READS = 10_000  # by Pillow of a header; photos need fewer than 500
-_MOST_SCANS = 100  # of a JPEG; progressive ones have about ten, and each takes as long as the pixels
-_MOST_COMMENTS = 1_000  # of a plain PBM, PGM or PPM, which Pillow skips in quadratic time
-
-
-class ImageError(DataError):
-    """An image that cannot be used.
-
-    Attributes:
-        reason: one word for counting: "corrupt_image" (damaged, cut short, too large or no image),
-            "unsupported_image" (an image or video in a format that is not decoded), or "unsupported_depth" (pixels of
-            more than 8 bits that cannot be scaled).
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.reason, str(self))
-
-
-class _Encoded(io.BytesIO):
-    """An encoded image that Pillow reads in a bounded number of pieces.
-
-    A few megabytes can be millions of empty blocks, or comments that Pillow joins in quadratic time.
-    """
-
-    def __init__(self, encoded: bytes) -> None:
-        super().__init__(encoded)
-        self.reads_left = _MOST_READS
-
-    def allow_data(self, format: str | None) -> None:
-        """Allow as many reads as the pixels need after the header, and those that look for a second frame."""
-        size = len(self.getbuffer())
-        # GIF's decoder reads 64 KiB at a time, PNG's a block; those of QOI and RLE a byte.
-        self.reads_left = _MOST_READS + {"GIF": 0, "PNG": size // 200}.get(format or "", 4 * size)
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self.reads_left -= 1
-        if self.reads_left < 0:
-            raise ImageError("corrupt_image", "the image cannot be decoded: it consists of too many small blocks")
-        return super().read(size)
 
 
 @dataclass(frozen=True)
@@ -266,23 +230,21 @@ def _open(source: Source) -> tuple[Image.Image, bytes | None]:
     if isinstance(source, Image.Image):
         return source, None
     encoded = source if isinstance(source, bytes) else Path(source).read_bytes()
-    # What Pillow skips before it knows the size.
-    if encoded.startswith((b"P1", b"P2", b"P3")) and encoded.count(b"#") > _MOST_COMMENTS:
-        raise ImageError("corrupt_image", f"the image cannot be decoded: it has over {_MOST_COMMENTS:,} comments")
+    check_before_opening(encoded)
     try:
-        image: Image.Image = Image.open(file := _Encoded(encoded), formats=FORMATS)
+        image: Image.Image = Image.open(file := EncodedImage(encoded), formats=FORMATS)
     except UnidentifiedImageError:
-        image = _open_rare(file := _Encoded(encoded), encoded)
-    if image.info.get("progressive") and encoded.count(b"\xff\xda") > _MOST_SCANS:
-        raise ImageError("corrupt_image", f"the image cannot be decoded: it is a JPEG of over {_MOST_SCANS} scans")
+        image = _open_rare(file := EncodedImage(encoded), encoded)
     file.allow_data(image.format)
     if not 0 < image.width * image.height <= MAX_PIXELS:
         message = f"an image of {image.width} x {image.height} pixels is refused (limit {MAX_PIXELS:,})"
         raise ImageError("corrupt_image", message)
+    if image.info.get("progressive"):
+        check_scans(encoded, *image.size)
     return image, encoded
 
 
-def _open_rare(file: _Encoded, encoded: bytes) -> Image.Image:
+def _open_rare(file: EncodedImage, encoded: bytes) -> Image.Image:
     """Open an image of a rare format, or raise the ImageError that says what the file is."""
     formats = [name for name in RARE_FORMATS if name != "HEIF" or _heif_is_there()]
     with contextlib.suppress(UnidentifiedImageError):
@@ -319,6 +281,8 @@ def _animated(image: Image.Image) -> bool:
 def _orientation(image: Image.Image) -> int:
     """Return the orientation of EXIF, 1 to 8; only looked for where the header brought any metadata."""
     if not {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"} & image.info.keys() and image.format != "TIFF":
+        return 1
+    if not exif_is_small(image.info.get("exif")):
         return 1
     try:
         found = image.getexif().get(0x0112, 1)

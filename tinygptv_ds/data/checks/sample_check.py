@@ -23,7 +23,8 @@ from tinygptv_ds.data.shards.remote import Shard
 from tinygptv_ds.data.shards.tar import bad_end
 from tinygptv_ds.data.stream.mixture import SampleRef, sample_rng
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.processing.image import Color, ImageError, ImageTraits, open_image, read_traits
+from tinygptv_ds.processing.image import Color, ImageTraits, open_image, read_traits
+from tinygptv_ds.processing.image_limits import ImageError
 from tinygptv_ds.processing.text import Rendered
 
 LISTED = 10  # broken samples that are named; all are counted

@@ -19,7 +19,8 @@ from tinygptv_ds.data.stream.mixture import SampleRef, sample_rng, step_rng
 from tinygptv_ds.data.stream.plan import OpenStream
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.features.format import FeatureShape
-from tinygptv_ds.processing.image import ImageError, to_pixels
+from tinygptv_ds.processing.image import to_pixels
+from tinygptv_ds.processing.image_limits import ImageError
 from tinygptv_ds.processing.sequence import IGNORE, ImageTokens, TokenRow, build_sequence
 from tinygptv_ds.processing.text import Draw, Rendered, render
 
