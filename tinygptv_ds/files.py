@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -50,11 +51,12 @@ def whole_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if out.exists():
+    if os.path.lexists(out):  # also a file or a link
         out.rename(old)
     partial.rename(out)
     sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the next attempt removes it
+        remove(old)
 
 
 @contextmanager

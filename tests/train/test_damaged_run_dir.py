@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import CheckpointError, ConfigError, disk_problem
 from tinygptv_ds.files import sha256, whole_file, whole_folder
 from tinygptv_ds.log import LOGGER, set_up_logging
 from tinygptv_ds.train.checkpoint.content_check import check_state, check_tensors
-from tinygptv_ds.train.checkpoint.storage import STATE, SUMS, TENSORS, read_state
+from tinygptv_ds.train.checkpoint.folders import complete_ones
+from tinygptv_ds.train.checkpoint.storage import STATE, SUMS, TENSORS, read_state, remove_old
 from tinygptv_ds.train.metrics.board import open_board
 from tinygptv_ds.train.metrics.reporter import forget_after
 from tinygptv_ds.train.metrics.wandb_tracker import _id
@@ -66,6 +68,35 @@ def test_stale_partials_of_the_other_kind(tmp_path: Path) -> None:
     with whole_file(tmp_path / "file") as partial:
         partial.write_text("whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "dangling link", "loop"])
+def test_what_has_the_name_of_a_folder_is_replaced(kind: str, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    if kind == "file":
+        out.write_bytes(b"x")
+    elif kind == "folder":
+        (out / "inner").mkdir(parents=True)
+    else:
+        out.symlink_to(out if kind == "loop" else elsewhere)
+    if kind == "link":
+        elsewhere.mkdir()
+        (elsewhere / "kept").touch()
+    with whole_folder(out) as partial:
+        (partial / "x").touch()
+    assert not out.is_symlink() and [path.name for path in out.iterdir()] == ["x"]
+    assert not list(tmp_path.glob("out.*")) and (kind != "link" or (elsewhere / "kept").exists())
+
+
+def test_a_checkpoint_that_is_a_link_is_removed_as_one(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "other disk"
+    elsewhere.mkdir()
+    (tmp_path / "step-00000001").symlink_to(elsewhere)
+    (tmp_path / "step-00000002").mkdir()
+    (tmp_path / "step-00000003").touch()  # no checkpoint at all
+    remove_old(complete_ones(tmp_path), TrainSection(batch_size=1, micro_batch_size=1, keep_checkpoints=1))
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
+    assert elsewhere.is_dir()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"no": 1}', '{"id": "kept"}'])

@@ -16,6 +16,7 @@ def test_expand_braces_wildcards_folders_and_lists(tmp_path: Path) -> None:
     assert expand_shards("0000?.tar", tmp_path) == tars[:10]
     assert expand_shards(".", tmp_path) == tars
     assert expand_shards(str(tmp_path)) == tars
+    assert expand_shards(f"file://{tmp_path}") == expand_shards(f"file://{tmp_path}/{{00000..00011}}.tar") == tars
     assert expand_shards(["00003.tar", "{00001,00000}.tar"], tmp_path) == [tars[3], tars[1], tars[0]]
 
 
@@ -25,6 +26,8 @@ def test_expand_braces_wildcards_folders_and_lists(tmp_path: Path) -> None:
         ("{00000..00005}.tar", "00002.tar .and 3 more of 6 named"),
         ("a/*.tar", r"not found: .*a/\*.tar"),
         ("empty", "holds no"),
+        ("file://empty", "holds no"),
+        ("file:///nonexistent/{0..1}.tar", "not found: /nonexistent/0.tar .and 1 more"),
         (["00000.tar", "*0.tar"], "more than once"),
         ("pipe:cat x.tar", "shell command.*allow_pipe"),
         ("{pipe:cat://,pipe:x}", "shell command.*allow_pipe"),

@@ -12,11 +12,11 @@ from tinygptv_ds.errors import DataError
 def expand_shards(pattern: str | list[str], root: Path | None = None, *, allow_pipe: bool = False) -> list[Shard]:
     """Return the tars that `pattern` names.
 
-    A pattern is a path with braces (``{00000..01255}.tar``) or wildcards, a folder (its ``*.tar``), a URL
-    (``https://``, ``s3://``, or any other that fsspec knows; one that ends in ``/`` is a folder), or, with
-    `allow_pipe`, ``pipe:COMMAND``: a tar is the output of the shell command, in which braces expand, too. Whether
-    remote shards named by braces exist is not checked here. The order is that of the braces and the list, sorted
-    within wildcards and folders.
+    A pattern is a path with braces (``{00000..01255}.tar``) or wildcards, a folder (its ``*.tar``), either also after
+    ``file://``, a URL (``https://``, ``s3://``, or any other that fsspec knows; one that ends in ``/`` is a folder),
+    or, with `allow_pipe`, ``pipe:COMMAND``: a tar is the output of the shell command, in which braces expand, too.
+    Whether remote shards named by braces exist is not checked here. The order is that of the braces and the list,
+    sorted within wildcards and folders.
 
     Args:
         pattern: one pattern or several.
@@ -37,6 +37,7 @@ def expand_shards(pattern: str | list[str], root: Path | None = None, *, allow_p
 
 
 def _expand(pattern: str, root: Path | None, allow_pipe: bool) -> list[Shard]:
+    pattern = pattern.removeprefix("file://")  # the rest is a path, as fsspec reads it, and needs no copy in the cache
     try:
         names = list(braceexpand(pattern))
     except ValueError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import WeightsError
+from tinygptv_ds.files import remove
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.run import Run
 from tinygptv_ds.weights.detect import PROVENANCE
@@ -69,8 +69,8 @@ def read_best(run: Run, metric: str) -> Best | None:
     folder = run.job.run_dir / FOLDER
     replaced = folder.with_name(f"{FOLDER}.old")  # a kill between the two renames of its replacement leaves only this
     if run.first_step == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        for leftover in (folder, replaced):
+            remove(leftover)
         return None
     if replaced.is_dir() and not folder.is_dir():
         replaced.rename(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -159,7 +158,7 @@ def _named(job: Job, path: Path) -> Path:
     for newer in complete_ones(own):
         if step_of(newer) > step_of(path):
             aside = newer.with_name(newer.name + ".aside")
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             newer.rename(aside)
             LOGGER.warning("%s is newer than %s and was put aside as %s", newer, path.name, aside.name)
     return path

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import CheckpointError
-from tinygptv_ds.files import sha256, whole_folder
+from tinygptv_ds.files import remove, sha256, whole_folder
 from tinygptv_ds.train.checkpoint.folders import step_of
 from tinygptv_ds.weights.io import in_memory
 from tinygptv_ds.weights.safetensors_writer import write_tensors
@@ -112,5 +111,4 @@ def remove_old(folders: list[Path], train: TrainSection, held: Callable[[Path], 
         kept = train.keep_every and step_of(old) % train.keep_every == 0
         if not kept and not (held is not None and held(old)):
             # Under its name a checkpoint is complete at any time, also while it is being removed.
-            going = old.rename(old.with_name(old.name + ".old"))
-            shutil.rmtree(going)
+            remove(old.rename(old.with_name(old.name + ".old")))
