@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from typing import TextIO
 
 BOLD, RED, GREEN, YELLOW, MAGENTA, CYAN = "1", "31", "32", "33", "35", "36"  # codes of ECMA-48
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tab and line feed; a file's name may hold any of them
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -28,7 +32,11 @@ def colored(text: str, color: str) -> str:
 def print_to_stderr(message: str) -> None:
     """Print to stderr if it can be written; an exit code must not depend on that."""
     with contextlib.suppress(OSError):
-        print(error_text(message), file=sys.stderr, flush=True)
+        print(error_text(_CONTROL.sub(_escaped, message)), file=sys.stderr, flush=True)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return f"\\x{ord(found[0]):02x}"
 
 
 def error_text(message: str) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,29 @@ def cache_home() -> Path:
         return Path(tempfile.gettempdir()) / f"tinygptv_ds-{os.getuid()}"
 
 
+def read_text(path: Path, most: int) -> str:
+    """Return the content of a text file that a user has written.
+
+    Raises:
+        OSError: it cannot be read, has more than `most` bytes, or is no file.
+        ValueError: it is not UTF-8, or the path holds a null byte.
+    """
+    check_is_file(path)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return content.decode("utf-8")
+
+
+def check_is_file(path: Path) -> None:
+    """Raise OSError unless a path is a regular file: opening a FIFO waits for a writer, and a device may be endless."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        known = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(known, "it is a folder" if known == errno.EISDIR else "it is a pipe or a device", str(path))
+
+
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to write into; it gets the name `out` when the block ends well, and is removed when it does not.
@@ -48,7 +72,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
             if file.is_file():
                 sync(file)
         sync(partial)
-    except BaseException:
+    except BaseException as error:
+        _name_file(error, out)
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if os.path.lexists(out):  # also a file or a link
@@ -68,10 +93,17 @@ def whole_file(out: Path) -> Iterator[Path]:
     try:
         yield partial
         sync(partial)
-    except BaseException:
+    except BaseException as error:
+        _name_file(error, out)
         partial.unlink(missing_ok=True)
         raise
     partial.replace(out)
+
+
+def _name_file(error: BaseException, path: Path) -> None:
+    """Complete an error of the file system that, as one of writing does, names no file."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def remove(path: Path) -> None:

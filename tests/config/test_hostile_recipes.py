@@ -1,5 +1,6 @@
 """Recipes that are damaged, hostile or senseless: one short message that names key and value, at once, and no code."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinygptv_ds.config.deepspeed import load_deepspeed_json
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.plain_yaml import parse_yaml
 from tinygptv_ds.errors import ConfigError
@@ -65,7 +67,8 @@ def with_seed(text: str) -> str:
         (with_seed(r'"\uD800"'), r"line 2, seed: .* holds half a character"),
         (RECIPE + "---\n" + RECIPE, "line 8, .* another document"),
         (RECIPE + "\x07", "not valid YAML .*#x0007"),
-        ("# " + "x" * 400_000, "300,001 characters are too long"),
+        ("# " + "x" * 400_000, "it has more than 300,000 bytes"),
+        ("".join(f"k{i}: 1\n" for i in range(20_000)), "line 7500: more than 15,000 values"),
         ("", "holds no recipe"),
         ("42", "holds no recipe"),
         (RECIPE.replace("1e-4", "1e999"), "optimizer.lr must be a finite number"),
@@ -76,11 +79,31 @@ def with_seed(text: str) -> str:
         (RECIPE.replace("12,", "8000000000000,"), "train.batch_size must be at most 10,000,000"),
         (
             RECIPE.replace("12,", "12, epochs: 10000000000, steps_per_epoch: 10000000000,"),
-            "train.total_steps must",
+            "train.cycles x train.epochs x train.steps_per_epoch must be at most",
         ),
         (RECIPE.replace("12,", "12, startup_minutes: 1e300,"), "train.startup_minutes must be at most"),
         (RECIPE.replace("q}", "q, lora_r: 4000000000}"), "model.lora_r must be at most 8,192, not 4000000000"),
         (RECIPE.replace("q}", "q, proj_hidden_size: 2400000000000}"), "model.proj_hidden_size must be at most"),
+        (RECIPE.replace("12,", "12, epochs: 1000000000000000000,"), "train.epochs .* must be at most 1,000,000,000"),
+        (RECIPE.replace("q}", "q, lora_alpha: 0}"), "model.lora_alpha must be positive"),
+        (RECIPE.replace("q}", "q, lora_alpha: -1e30}"), "model.lora_alpha must be positive"),
+        (RECIPE.replace("0}", "0, warmup_lr: -1}"), "optimizer.warmup_lr must be 0 or more"),
+        (RECIPE.replace("phi: p", "phi: ''"), "model.phi must not be empty text"),
+        (RECIPE.replace("shards: a", "shards: ''"), r"data.datasets\[0\].shards must not be empty text"),
+        (RECIPE.replace("shards: a", 'shards: "a\\0b"'), r"data.datasets\[0\].shards holds a null character: 'a.x00b'"),
+        (
+            RECIPE.replace("shards: a", "shards: " + "a" * 20_000),
+            "must have at most 10,000 characters, not 20,000",
+        ),
+        (
+            RECIPE.replace("q}", f"q, attention: {'a' * 9000}}}"),
+            "model.attention: 'aaa.*characters.* is not one of",
+        ),
+        (RECIPE.replace("q}", f"q, lora_targets: [{'a' * 9000}]}}"), "model.lora_targets: unknown .'aaa.*characters"),
+        (RECIPE.replace("12,", f"12, mirror: {'a' * 9000},"), "train.mirror 'aaa.*9,002 characters.* is no URL"),
+        (RECIPE.replace("12,", '12, keep_best: "a\\nb",'), r"train.keep_best is 'a.nb', which is not measured"),
+        (RECIPE + '"\\e[31mred": 3\n', r"unknown key '.x1b\[31mred'"),
+        (RECIPE + "'': 3\n", "unknown key '';"),
         (RECIPE.replace("0}", "0, betas: [0.9, 1.5]}"), r"optimizer.betas must be two numbers in \[0, 1\)"),
     ],
 )
@@ -98,14 +121,31 @@ def test_each_is_named_at_once(text: str, message: str, tmp_path: Path, monkeypa
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(RECIPE.encode() + b"# \xe9\n")
+    (tmp_path / "utf16.yaml").write_text(RECIPE, encoding="utf-16")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     for path, message in [
-        (tmp_path / "latin.yaml", "is not UTF-8"),
-        (tmp_path, "cannot be read: .*Is a directory"),
+        (tmp_path / "latin.yaml", f"is not UTF-8 .byte {len(RECIPE) + 2}:"),
+        (tmp_path / "utf16.yaml", "is not UTF-8 .byte 0:"),
+        (tmp_path / "pipe.yaml", "cannot be read: it is a pipe or a device"),
+        (Path("/dev/zero"), "cannot be read: it is a pipe or a device"),
+        (tmp_path / "loop.yaml", "cannot be read: Too many levels"),
+        (tmp_path, "cannot be read: it is a folder"),
         (Path("x" * 5000), "cannot be read: File name too long"),
         (Path("a\0b"), "cannot be read: .*null"),
     ]:
         with pytest.raises(ConfigError, match=message):
             load_recipe(path)
+        with pytest.raises(ConfigError, match=r"no readable JSON|is not a readable JSON"):
+            load_deepspeed_json(path)
+
+
+@pytest.mark.parametrize("encoded", [RECIPE.encode("utf-8-sig"), RECIPE.replace("\n", "\r\n").encode()])
+def test_files_of_other_editors(encoded: bytes, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(encoded)
+    assert load_recipe(tmp_path / "r.yaml").seed == 7
+    (tmp_path / "d.json").write_bytes(encoded[: encoded.index(b"stage")] + b'{"steps_per_print": 5}\r\n')
+    assert load_deepspeed_json(tmp_path / "d.json") == {"steps_per_print": 5}
 
 
 @pytest.mark.parametrize(

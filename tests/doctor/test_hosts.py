@@ -31,7 +31,12 @@ def test_a_hostfile(tmp_path: Path) -> None:
     file = tmp_path / "hostfile"
     file.write_text("# nodes\n\nb.example slots=8\n  a slots=2  # the small one\n")
     assert list(read_hostfile(file).items()) == [("b.example", 8), ("a", 2)]
+    file.write_bytes(b"# comment\r\n me@a.b\tslots=02  max_slots=4 # a comment\r\n\r\n10.0.0.1 slots=1")
+    assert read_hostfile(file) == {"me@a.b": 2, "10.0.0.1": 1}
     assert read_hostfile(ROOT / "launch/hostfile.example") == {"node1": 8, "node2": 8}
+
+
+ODD_HOSTS = ("node[1-4]", "a,b", "-oProxyCommand=x", "a;b", "a$b", "fe80::1", "[fe80::1]", "a:22", "*", "^a", "\ufeffa")
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,10 @@ def test_a_hostfile(tmp_path: Path) -> None:
         ("node1 slot=8\n", "line 1: 'node1 slot=8' is not NAME"),
         ("node1 slots=0\n", "line 1: 'node1 slots=0' is not NAME"),
         ("node1 slots=4\nnode2 slots=4\nnode1 slots=4", "line 3: node1 is named twice"),
+        ("node1 slots=4 node2 slots=4\n", "line 1: 'node1 slots=4 node2 slots=4' is not NAME"),
+        ("node1 slots=" + "9" * 5000, "line 1: 'node1 slots=999"),
+        ("node1 slots=٣", "line 1: 'node1 slots=٣' is not NAME"),
+        *((f"{odd} slots=2\n", f"line 1: {odd!r} is no name of one host") for odd in ODD_HOSTS),
     ],
 )
 def test_a_bad_hostfile_is_reported_before_ssh(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.apps.fetch_image import fetch_image, is_url
+from tinygptv_ds.config.paths import expand_user
 from tinygptv_ds.errors import DataError, TinyGPTVError
 from tinygptv_ds.files import cache_home
 from tinygptv_ds.generate.conversation import Conversation, Prompt
@@ -86,8 +87,8 @@ def load_image(source: str, allow_private: bool = False, background: Color | Non
             return open_image(encoded, background=background)
         except DataError as error:
             raise DataError(f"{source}: {error}") from None
-    path = Path(source).expanduser()
-    if not path.is_file():
+    path = expand_user(source)
+    if not os.path.isfile(path):  # noqa: PTH113 - False, where Path's own raises, for a name that is too long
         raise DataError(f"{source}: no such image; correct the path")
     return open_image(path, background=background)
 

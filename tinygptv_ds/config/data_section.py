@@ -53,7 +53,7 @@ class DatasetSection:
         require(
             _BACKGROUND.fullmatch(self.background) is not None,
             f"data.datasets, {self.name}: background must be auto, none, a color's name or #rrggbb, "
-            f"not {self.background!r}",
+            f"not {shown(self.background)}",
         )
         check_limits(f"data.datasets, {self.name}", self, weight=1e9)
 
@@ -117,7 +117,7 @@ class DataSection:
         twice = sorted({n for n in names if names.count(n) > 1})
         require(not twice, f"data.datasets: {', '.join(twice)} appears more than once; names must differ")
         for name in self.only:
-            require(name in names, f"data.only: {name!r} is none of data.datasets{nearest(name, names)}")
+            require(name in names, f"data.only: {shown(name)} is none of data.datasets{nearest(name, names)}")
         require(self.num_workers >= 0, "data.num_workers must be 0 or more")
         require(self.shuffle_shards > 0, "data.shuffle_shards must be positive")
         require(0 <= self.max_skipped_share <= 1, "data.max_skipped_share must be in [0, 1]")
@@ -131,14 +131,14 @@ class DataSection:
         require(self.read_timeout_seconds >= 0, "data.read_timeout_seconds must be 0 or more")
         everyone = [*self.datasets, *self.validation]
         odd = sorted(set(self.allow_pipe) - {d.name for d in everyone})
-        require(not odd, f"data.allow_pipe: {odd} is no dataset of data.datasets or data.validation")
+        require(not odd, f"data.allow_pipe: {shown(odd)} is no dataset of data.datasets or data.validation")
         piped = sorted({d.name for d in everyone if d.shards.startswith("pipe:")} - set(self.allow_pipe))
         require(
             not piped,
             f"data.datasets: the shards of {', '.join(piped)} are pipe: commands, which run in a shell with all your "
             f"rights; if you trust this recipe, --set data.allow_pipe=[{','.join(piped)}]",
         )
-        require(self.decoding in ("exact", "fast"), f"data.decoding: {self.decoding!r} is not one of exact, fast")
+        require(self.decoding in ("exact", "fast"), f"data.decoding: {shown(self.decoding)} is not one of exact, fast")
 
     @property
     def has_validation(self) -> bool:

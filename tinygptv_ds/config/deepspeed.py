@@ -7,13 +7,16 @@ every key must be supported, no value is "auto", clipping is explicit, and batch
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.config.deepspeed_keys import KNOWN
 from tinygptv_ds.config.deepspeed_rules import COMPILED_ZERO_3, check_combinations, check_section
+from tinygptv_ds.config.plain_yaml import LONGEST
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.files import read_text
 from tinygptv_ds.resources import find_project_file
 
 
@@ -25,7 +28,7 @@ def load_deepspeed_json(path: Path | str) -> dict[str, Any]:
     """
     path = find_project_file(Path(path))
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once_each)
+        raw = json.loads(read_text(path, LONGEST).removeprefix("\ufeff"), object_pairs_hook=_once_each)
     except FileNotFoundError:
         raise ConfigError(f"no DeepSpeed JSON at {path}; ds_configs/ holds the ready ones") from None
     except RecursionError:
@@ -109,8 +112,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
+    twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
     if twice:
         raise ValueError(f"{', '.join(twice)} is given twice")
     return dict(pairs)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tinygptv_ds.config.deepspeed_keys import REFUSED
 from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.errors import ConfigError
 
 _PRECISIONS = ("bf16", "fp16", "torch_autocast")
@@ -36,8 +37,8 @@ def check_section(section: dict[str, Any], known: dict[str, Any], source: str, p
             raise ConfigError(f"{source}: leave out {where!r}; {REFUSED[where]}")
         if key not in known:
             raise ConfigError(
-                f"{source}: unknown key {where!r}{nearest(key, known)} (DeepSpeed ignores unknown keys silently, so "
-                "that only supported ones are accepted)"
+                f"{source}: unknown key {shown(where)}{nearest(key, known)} (DeepSpeed ignores unknown keys silently, "
+                "so that only supported ones are accepted)"
             )
         if value == "auto":
             raise ConfigError(

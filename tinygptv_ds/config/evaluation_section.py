@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from tinygptv_ds.config.data_section import check_name
 from tinygptv_ds.config.limits import check_limits
 from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.config.template_names import BENCHMARK, check_template
 from tinygptv_ds.errors import require
 
@@ -64,7 +65,9 @@ class ScoredSection:
         kinds = (*HELD_OUT, *SPLITS)
         check_name(self.label, "evaluation.benchmarks: name")
         where = f"evaluation.benchmarks, {self.label}"
-        require(self.kind in kinds, f"evaluation.benchmarks: kind {self.kind!r} is unknown{nearest(self.kind, kinds)}")
+        require(
+            self.kind in kinds, f"evaluation.benchmarks: kind {shown(self.kind)} is unknown{nearest(self.kind, kinds)}"
+        )
         if self.kind in HELD_OUT:
             require(self.shards is not None, f"{where}: name its held-out shards with shards")
             require(
@@ -77,7 +80,7 @@ class ScoredSection:
             require(self.instruction is None, f"{where}: instruction is of the kinds {', '.join(HELD_OUT)}")
             splits = SPLITS[self.kind]
             known = f"its splits are {', '.join(splits)}" if splits else "it has no splits"
-            require(self.split is None or self.split in splits, f"{where}: split {self.split!r}: {known}")
+            require(self.split is None or self.split in splits, f"{where}: split {shown(self.split)}: {known}")
         check_template(self.template, f"{where}: template")
         require(
             self.kind not in HELD_OUT or self.template != BENCHMARK,

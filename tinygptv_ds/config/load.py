@@ -17,9 +17,12 @@ from tinygptv_ds.config.paths import local_path
 from tinygptv_ds.config.plain_yaml import LONGEST, parse_yaml, shown
 from tinygptv_ds.config.recipe import WEIGHTS, Recipe
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.files import read_text
 from tinygptv_ds.resources import find_project_file
 
 _DEEPEST = 40  # keys of --set
+_LONGEST_TEXT = 10_000  # characters of a value, e.g. of shards in braces
+_MAY_BE_EMPTY = ("text.end_sym",)
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -84,7 +87,7 @@ def dotted_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 def _read_yaml(path: Path) -> dict:
     try:
-        raw = parse_yaml(_read(path))
+        raw = parse_yaml(read_text(path, LONGEST))
     except FileNotFoundError:
         raise ConfigError(
             f"no recipe at {path}; the published ones are stages/stage1.yaml to stages/stage4.yaml"
@@ -100,11 +103,6 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds no recipe: the file must be a mapping of keys to values")
     return raw
-
-
-def _read(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
-        return file.read(LONGEST + 1)
 
 
 def _short(text: str) -> str:
@@ -134,7 +132,8 @@ def _build(kind: type, raw: Any, where: str) -> Any:
     prefix = f"{where}." if where else ""
     for key in raw:
         if key not in fields:
-            raise ConfigError(f"unknown key {prefix}{_short(key)}{nearest(_short(key), fields)}")
+            written = _short(key) if key.isprintable() and key.strip() else shown(key)
+            raise ConfigError(f"unknown key {prefix}{written}{nearest(_short(key), fields)}")
     for name, f in fields.items():
         if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{prefix}{name} is missing")
@@ -173,7 +172,18 @@ def _scalar(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
         raise ConfigError(f"{where} must be {names[kind]}, not {_describe(value)}")
+    if isinstance(value, str):
+        _check_text(value, where)
     return value
+
+
+def _check_text(value: str, where: str) -> None:
+    if not value and where not in _MAY_BE_EMPTY:
+        raise ConfigError(f"{where} must not be empty text")
+    if "\0" in value:
+        raise ConfigError(f"{where} holds a null character: {shown(value)}")
+    if len(value) > _LONGEST_TEXT:
+        raise ConfigError(f"{where} must have at most {_LONGEST_TEXT:,} characters, not {len(value):,}")
 
 
 def _number_or_switch(value: Any, where: str) -> bool | int:

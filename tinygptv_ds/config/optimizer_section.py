@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from tinygptv_ds.config.limits import MOST_STEPS, check_limits
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.config.parts import check_parts
+from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.errors import require
 
 SCHEDULES = ("published", "cosine", "constant", "wsd", "step")
@@ -60,10 +61,11 @@ class OptimizerSection:
         for name in ("weight_decay", "gradient_clipping"):
             require((getattr(self, name) or 0) >= 0, f"optimizer.{name} must be 0 or more")
         require(self.lr > 0 and self.min_lr >= 0, "optimizer.lr must be positive and optimizer.min_lr not negative")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps must be 0 or more")
+        for name in ("warmup_steps", "warmup_lr"):
+            require(getattr(self, name) >= 0, f"optimizer.{name} must be 0 or more")
         require(
             self.schedule in SCHEDULES,
-            f"optimizer.schedule: {self.schedule!r} is unknown{nearest(self.schedule, SCHEDULES)}",
+            f"optimizer.schedule: {shown(self.schedule)} is unknown{nearest(self.schedule, SCHEDULES)}",
         )
         wsd = self.schedule == "wsd"
         require(self.decay_steps > 0 or not wsd, "optimizer.schedule wsd needs optimizer.decay_steps above 0")
@@ -78,6 +80,6 @@ class OptimizerSection:
         for part, factor in self.lr_scale.items():
             number = isinstance(factor, int | float) and not isinstance(factor, bool)
             in_range = number and 0 < factor <= 1e6
-            require(in_range, f"optimizer.lr_scale.{part} must be a positive number, not {factor!r}")
+            require(in_range, f"optimizer.lr_scale.{part} must be a positive number, not {shown(factor)}")
         in_range = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        require(in_range, f"optimizer.betas must be two numbers in [0, 1), not {self.betas}")
+        require(in_range, f"optimizer.betas must be two numbers in [0, 1), not {shown(self.betas)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.errors import require
 
 PARTS = {
@@ -20,4 +21,4 @@ PARTS = {
 def check_parts(where: str, parts: Iterable[str]) -> None:
     """Check names of parts of the model; `where` is the key for the message."""
     for part in parts:
-        require(part in PARTS, f"{where}: {part!r} is no part of the model{nearest(str(part), PARTS)}")
+        require(part in PARTS, f"{where}: {shown(part)} is no part of the model{nearest(str(part), PARTS)}")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+
+def expand_user(path: str | Path) -> Path:
+    """Return a path with `~` expanded; unlike in Path's own way, `~` of an unknown user is an ordinary name."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def local_path(path: str | Path) -> Path:
@@ -12,11 +18,7 @@ def local_path(path: str | Path) -> Path:
     files link to the blobs, looks like the repository. A folder without a snapshot, or with several of which none is
     `refs/main`, is returned as it is.
     """
-    path = Path(path)
-    try:
-        path = path.expanduser()
-    except RuntimeError:  # no such user: an ordinary name that begins with ~
-        return path
+    path = expand_user(path)
     snapshots = path if path.name == "snapshots" else path / "snapshots"
     if not (snapshots.parent.name.startswith("models--") and snapshots.is_dir()):
         return path

@@ -109,10 +109,13 @@ class ModelSection:
         require(dropout is None or 0 <= dropout < 1, "model.resid_dropout must be in [0, 1)")
         require(self.image_size > 0, "model.image_size must be positive")
         require(self.lora_r >= 0, "model.lora_r must be 0 (no LoRA) or a positive rank")
+        require(self.lora_alpha > 0, "model.lora_alpha must be positive: LoRA's update is multiplied by it")
         require(0 <= self.lora_dropout < 1, "model.lora_dropout must be in [0, 1)")
         parts = ("llama_proj", "llama_proj2", "norms", "lora")
         odd = [part for part in self.allow_missing if part not in parts]
-        require(not odd, f"model.allow_missing: unknown {odd}; the parts that a stage trains are {', '.join(parts)}")
+        require(
+            not odd, f"model.allow_missing: unknown {shown(odd)}; the parts that a stage trains are {', '.join(parts)}"
+        )
         if self.train is not None:
             require(bool(self.train), "model.train is empty; null trains what the stage trains as published")
             check_parts("model.train", self.train)
@@ -121,12 +124,15 @@ class ModelSection:
         require(self.gradient_checkpointing >= 0, "model.gradient_checkpointing must be true, false or N from 1 on")
         known = {"query_key_value", "dense", "fc1", "fc2"}
         unknown = [t for t in self.lora_targets if t not in known]
-        require(not unknown, f"model.lora_targets: unknown {unknown}; a Phi block has {sorted(known)}")
+        require(not unknown, f"model.lora_targets: unknown {shown(unknown)}; a Phi block has {sorted(known)}")
         self._check_frozen_bits()
         self._check_fp8()
         require(self.compile in (True, False, "auto"), "model.compile must be auto, true or false")
         backends = ("auto", "flash_attn_3", "flash_attn", "torch_varlen", "sdpa")
-        require(self.attention in backends, f"model.attention: {self.attention!r} is not one of {', '.join(backends)}")
+        require(
+            self.attention in backends,
+            f"model.attention: {shown(self.attention)} is not one of {', '.join(backends)}",
+        )
 
     def _check_frozen_bits(self) -> None:
         bits = self.frozen_bits
@@ -259,7 +265,7 @@ class Recipe:
         metric = self.train.keep_best
         if metric is None:
             return
-        where = f"train.keep_best is {metric}"
+        where = f"train.keep_best is {shown(metric)}"
         if metric == "val/loss":
             require(self.train.validate_every > 0, f"{where}: say how often with train.validate_every, in steps")
             return

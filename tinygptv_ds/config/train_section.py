@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from tinygptv_ds.config.limits import MOST_STEPS, check_limits
+from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.errors import ConfigError, require
 
 
@@ -113,7 +114,12 @@ class TrainSection:
         check_limits("train", self, cuda_graph_tokens=1_000_000)
         check_limits("train", self, checkpoint_minutes=1e6, startup_minutes=1e6, step_minutes=1e6)
         check_limits("train", self, slow_step_seconds=1e8, lost_after_seconds=1e8, sample_count=1000)
-        check_limits("train", self, validation_samples=MOST_STEPS, total_steps=MOST_STEPS)
+        check_limits("train", self, validation_samples=MOST_STEPS)
+        require(
+            self.total_steps <= MOST_STEPS,
+            f"train.cycles x train.epochs x train.steps_per_epoch must be at most {MOST_STEPS:,} steps, "
+            f"not {shown(self.total_steps)}",
+        )
         positive = ("batch_size", "cycles", "epochs", "steps_per_epoch", "log_every", "validation_samples")
         for name in (*positive, "max_overflows", "keep_checkpoints", "startup_minutes"):
             require(getattr(self, name) > 0, f"train.{name} must be positive")
@@ -139,7 +145,7 @@ class TrainSection:
         require(self.result in ("last", "best"), "train.result must be last or best")
         require(
             self.mirror is None or re.match(r"[a-z][a-z0-9+.-]*://.", self.mirror) is not None,
-            f"train.mirror {self.mirror!r} is no URL; give e.g. s3://bucket/runs/stage3, gs://..., file:///...",
+            f"train.mirror {shown(self.mirror)} is no URL; give e.g. s3://bucket/runs/stage3, gs://..., file:///...",
         )
         if self.keep_best is None:
             require(self.result == "last", "train.result is best, but train.keep_best names no metric, e.g. val/loss")

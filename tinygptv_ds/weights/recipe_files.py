@@ -9,6 +9,7 @@ from pathlib import Path
 from tinygptv_ds.config.recipe import ModelSection, Recipe
 from tinygptv_ds.data.stream.availability import absent, options_without
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.files import check_is_file
 
 _LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models"
 HOW_TO_GET_WEIGHTS = {
@@ -60,6 +61,7 @@ def _why_unreadable(path: str) -> str | None:
         if Path(path).is_dir():
             os.scandir(path).close()
         else:
+            check_is_file(Path(path))
             with Path(path).open("rb"):
                 return None
     except (FileNotFoundError, NotADirectoryError):

@@ -27,6 +27,8 @@ def test_expand_braces_wildcards_folders_and_lists(tmp_path: Path) -> None:
         ("a/*.tar", r"not found: .*a/\*.tar"),
         ("empty", "holds no"),
         ("file://empty", "holds no"),
+        ("~nosuchuser/x.tar", "not found: .*/~nosuchuser/x.tar"),
+        ("x" * 5000, "not found: .*xxx"),
         ("file:///nonexistent/{0..1}.tar", "not found: /nonexistent/0.tar .and 1 more"),
         (["00000.tar", "*0.tar"], "more than once"),
         ("pipe:cat x.tar", "shell command.*allow_pipe"),

@@ -25,6 +25,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from tinygptv_ds.config.data_section import DataSection
+from tinygptv_ds.config.paths import expand_user
 from tinygptv_ds.data.shards.disk_quota import CacheFullError, Reservation, lock_cache_file
 from tinygptv_ds.data.shards.index import (
     HEADER_BYTES,
@@ -206,7 +207,7 @@ class ShardCache:
 
 def open_cache(data: DataSection) -> ShardCache:
     """Return the cache that a recipe configures."""
-    folder = None if data.cache_dir is None else Path(data.cache_dir).expanduser()
+    folder = None if data.cache_dir is None else expand_user(data.cache_dir)
     return ShardCache(folder, int(data.cache_gb * _GB))
 
 

@@ -1,10 +1,12 @@
 """Which tars a shard pattern names: braces, wildcards, folders, lists, URLs and commands."""
 
 import glob
+import os
 from pathlib import Path
 
 from braceexpand import braceexpand
 
+from tinygptv_ds.config.paths import expand_user
 from tinygptv_ds.data.shards.remote import PIPE, RemoteShard, Shard, list_shards
 from tinygptv_ds.errors import DataError
 
@@ -57,10 +59,11 @@ def _remote(url: str, allow_pipe: bool) -> list[RemoteShard]:
 def _local(pattern: str, names: list[str], root: Path) -> list[Path]:
     found, missing = [], []
     for name in names:
-        path = root / Path(name).expanduser()
-        if path.is_dir():
+        path = root / expand_user(name)
+        # These are False, where Path's own raise, for names that are too long.
+        if os.path.isdir(path):  # noqa: PTH112
             tars = sorted(path.glob("*.tar"))
-        elif path.is_file():
+        elif os.path.isfile(path):  # noqa: PTH113
             tars = [path]
         elif glob.has_magic(name):
             tars = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207 (the pattern may be absolute)
@@ -70,7 +73,8 @@ def _local(pattern: str, names: list[str], root: Path) -> list[Path]:
         if not tars:
             missing.append(path)
     if missing:
-        what = f"holds no *.tar: {missing[0]}" if missing[0].is_dir() else f"not found: {missing[0]}"
+        is_folder = os.path.isdir(missing[0])  # noqa: PTH112
+        what = f"holds no *.tar: {missing[0]}" if is_folder else f"not found: {missing[0]}"
         count = f" (and {len(missing) - 1} more of {len(names)} named)" if len(missing) > 1 else ""
         raise DataError(f"shards {pattern!r}: {what}{count}; check the path, or narrow the pattern to existing files")
     return found
