@@ -23,6 +23,7 @@ from PIL import Image
 from tinygptv_ds.apps.serve.connections import BoundedConnection
 from tinygptv_ds.apps.serve.request_images import ImageLimits
 from tinygptv_ds.apps.serve.routes import Access, Limits, build_app
+from tinygptv_ds.apps.serve.serve import allowed_hosts
 from tinygptv_ds.generate.answerer import Answerer
 from tinygptv_ds.generate.conversation import Prompt, Turn
 from tinygptv_ds.generate.decoding import Decoder
@@ -445,6 +446,15 @@ def test_who_may_use_the_server(answerer: Answerer) -> None:
                 assert (reply.headers.get("access-control-allow-origin") == origin) == (status == 200)
 
     asyncio.run(scenario())
+
+
+def test_names_of_the_server() -> None:
+    """On this machine always restricted; beyond it, e.g. in a container, by --allowed-host alone."""
+    here = {"localhost", "127.0.0.1", "[::1]"}
+    assert allowed_hosts("127.0.0.1", []) == here
+    assert allowed_hosts("127.0.0.1", ["Box.example"]) == here | {"box.example"}
+    assert allowed_hosts("0.0.0.0", []) == frozenset()
+    assert allowed_hosts("0.0.0.0", ["localhost"]) == here | {"0.0.0.0"}
 
 
 def test_bodies_that_are_held_back_are_bounded_together(answerer: Answerer) -> None:

@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import os
 import signal
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tinygptv_ds.apps.server_args import add_serving_arguments, check_serving_arguments, listen
@@ -46,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a name under which clients reach a server on this machine, in addition to localhost; repeatable",
+        help="a name under which clients reach the server, in addition to localhost; any other is refused then, as it "
+        "always is if --host is this machine; repeatable",
     )
     group.add_argument(
         "--cors",
@@ -99,8 +101,7 @@ def run(args: argparse.Namespace) -> None:
         domains=frozenset(domain.lower() for domain in args.allowed_media_domain),
         background=parse_background(args.background),
     )
-    hosts = (*_LOOPBACK, args.host, *args.allowed_host) if _is_loopback(args.host) else ()
-    access = Access(api_key, frozenset(host.lower() for host in hosts), tuple(args.cors))
+    access = Access(api_key, allowed_hosts(args.host, args.allowed_host), tuple(args.cors))
     limits = Limits(args.max_body_mb * _MB, args.max_request_tokens, args.max_waiting, images, args.max_batch)
 
     def build() -> Starlette:
@@ -118,6 +119,18 @@ def run(args: argparse.Namespace) -> None:
     server.run([address])
     if server.error is not None:
         raise server.error
+
+
+def allowed_hosts(host: str, named: Sequence[str]) -> frozenset[str]:
+    """Return the names that the Host header of a request may have; none: any.
+
+    Args:
+        host: the address to listen at. If it is not this machine's own, only names that are given restrict the header.
+        named: the values of `--allowed-host`.
+    """
+    if not named and not _is_loopback(host):
+        return frozenset()
+    return frozenset(name.lower() for name in (*_LOOPBACK, host, *named))
 
 
 def _is_loopback(host: str) -> bool:
