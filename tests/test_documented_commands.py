@@ -18,7 +18,7 @@ def commands(document: Path) -> Iterator[str]:
     for line in (
         "".join(text for language, text in blocks if language in ("", "bash")).replace("\\\n", " ").splitlines()
     ):
-        if re.match(r" *(tinygptv-ds|python|bash|deepspeed|torchrun|sbatch|pip|hf|wget|source) ", line):
+        if re.match(r" *(tinygptv-ds|python|bash|deepspeed|torchrun|sbatch|pip|hf|wget|source|docker) ", line):
             yield line.strip()
 
 

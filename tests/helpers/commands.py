@@ -42,8 +42,21 @@ def check_stage(stage: str, options: list[str]) -> None:
     assert args.deepspeed_config is None or (ROOT / args.deepspeed_config).is_file()
 
 
+def in_container(found: list[str]) -> list[str]:
+    """The command that `docker run` starts; nothing for docker's other commands."""
+    at = next((n for n, word in enumerate(found) if re.fullmatch(r"tinygptv-ds:\w+", word)), len(found))
+    if found[1] != "run":
+        return []
+    entry = found[found.index("--entrypoint") + 1] if "--entrypoint" in found[:at] else "tinygptv-ds"
+    return [entry, *found[at + 1 :]]
+
+
 def check_command(found: list[str]) -> None:
     """Fails unless the words are a verb, a script or a program that is not ours, with options that it has."""
+    if found[0] == "docker":
+        found = in_container(found)
+        if not found:
+            return
     at = found.index("tinygptv-ds") + 1 if "tinygptv-ds" in found else None
     at = next((n + 2 for n in range(len(found)) if found[n : n + 2] == ["-m", "tinygptv_ds"]), at)
     if at is not None:
