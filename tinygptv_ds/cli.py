@@ -19,8 +19,9 @@ from typing import NoReturn
 
 from tinygptv_ds import __version__
 from tinygptv_ds.arguments import hyphenated
-from tinygptv_ds.console import print_to_stderr
-from tinygptv_ds.errors import Finished, Stopped, TinyGPTVError, disk_problem
+from tinygptv_ds.console import open_missing_streams, print_to_stderr
+from tinygptv_ds.errors import ConfigError, Finished, Stopped, TinyGPTVError, disk_problem
+from tinygptv_ds.processes import note_exit_code
 from tinygptv_ds.resources import is_clone, project_root
 
 USER_ERROR = 2
@@ -107,7 +108,9 @@ def run_command(command: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     try:
+        _check_working_directory()
         command()
+        note_exit_code(0)
     except TinyGPTVError as error:
         _end_with_error(str(error))
     except Finished as finished:
@@ -116,6 +119,7 @@ def run_command(command: Callable[[], None]) -> None:
     except Stopped as stop:
         if int(os.environ.get("RANK", 0)) == 0:
             print_to_stderr(f"stopped: {stop}")
+        note_exit_code(stop.code)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(stop.code)
@@ -130,6 +134,13 @@ def run_command(command: Callable[[], None]) -> None:
         if message is None:
             raise
         _end_with_error(message)
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()  # noqa: PTH109
+    except OSError as error:
+        raise ConfigError(f"the working directory cannot be used ({error.strerror}); cd into one that exists") from None
 
 
 def _end_with_error(message: str) -> NoReturn:
@@ -166,4 +177,5 @@ def _explain_missing_package(kind: type[BaseException], error: BaseException, tr
 
 
 # Scripts (stages/, eval/) import this module first, so that this holds for whatever they import afterwards.
+open_missing_streams()
 sys.excepthook = _explain_missing_package

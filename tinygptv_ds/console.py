@@ -19,6 +19,20 @@ def is_terminal(stream: TextIO) -> bool:
     return not stream.closed and stream.isatty()
 
 
+def open_missing_streams() -> None:
+    """Open what a caller has closed of stdin, stdout and stderr on the null device.
+
+    Python has None for them, and the next file that is opened would get their numbers and whatever is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+
+
 def has_colors(stream: TextIO) -> bool:
     """Return whether a stream is a terminal that shows colors, and nobody has asked for none (https://no-color.org)."""
     return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

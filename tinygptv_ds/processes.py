@@ -8,8 +8,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+EXIT_CODE_FILE = "TINYGPTV_EXIT_CODE_FILE"  # environment variable with the path that `note_exit_code` writes to
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _RSS = 21  # the field of resident pages, counted as in `_stat`
+
+
+def note_exit_code(code: int) -> None:
+    """Leave the code that rank 0 is about to exit with to the supervisor of its launch, if there is one.
+
+    DeepSpeed's launcher, where it got a signal itself, exits with 1 whatever its ranks do.
+    """
+    path = os.environ.get(EXIT_CODE_FILE)
+    if path and os.environ.get("RANK") == "0":
+        with contextlib.suppress(OSError):
+            Path(path).write_text(str(code))
 
 
 def command_line(pid: int) -> list[str]:

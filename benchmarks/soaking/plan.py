@@ -104,8 +104,8 @@ def _of_deepspeed(victim: str, number: int, code: int) -> set[int]:
     """Return the codes of DeepSpeed's own launcher."""
     if victim == OUTER:
         return {-number}
-    if victim == NODE:
-        return {0, code, 256 - number}
+    if victim == NODE:  # where its own handler comes before the end of a rank, it exits with 1
+        return {0 if number == 9 else 1, code, 256 - number}
     return {code, 256 - number}
 
 

@@ -134,19 +134,42 @@ def test_mistakes_are_found_before_anything_starts(
     [
         ("-1", {"DS_ACCELERATOR": "cpu"}, None, {}),
         ("", {"DS_ACCELERATOR": "cpu"}, None, {}),
-        ("0,2", {"CUDA_VISIBLE_DEVICES": "0,2"}, None, {}),
+        (" ", {"DS_ACCELERATOR": "cpu"}, None, {}),
+        ("NoDevFiles", {"DS_ACCELERATOR": "cpu"}, None, {}),
+        ("2, 0", {}, "2", {"CUDA_VISIBLE_DEVICES": "2, 0"}),
+        ("3,-1,5", {}, "1", {"CUDA_VISIBLE_DEVICES": "3,-1,5"}),
         ("GPU-8f3a,GPU-11", {}, "2", {"CUDA_VISIBLE_DEVICES": "GPU-8f3a,GPU-11"}),
         ("MIG-77", {}, "1", {"CUDA_VISIBLE_DEVICES": "MIG-77"}),
     ],
 )
-def test_gpus_by_any_name(visible: str, env: dict[str, str], gpus: str | None, in_ranks: dict[str, str]) -> None:
+def test_gpus_by_any_name(
+    visible: str,
+    env: dict[str, str],
+    gpus: str | None,
+    in_ranks: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
     given, options = {"CUDA_VISIBLE_DEVICES": visible}, LaunchOptions()
     assert machine.name_gpus(options, given) == in_ranks
     assert given == env and options.launcher.get("--num_gpus") == gpus
 
 
-def test_gpus_that_cannot_train_together() -> None:
+def test_numbers_of_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's launcher would end in a traceback; a number beyond those of this machine is for torch to report."""
+    monkeypatch.setattr(machine, "has_gpu", lambda: False)
+    given, options = {"CUDA_VISIBLE_DEVICES": "0,1"}, LaunchOptions()
+    assert machine.name_gpus(options, given) == {} and not options.launcher
+    assert given == {"DS_ACCELERATOR": "cpu"}
+
+
+def test_gpus_that_cannot_train_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    odd = ("0-3", "0 1", "all", "none", "0,,1", "0x1", "1e3", "0;x", "٣", "0" * 9000, "cuda:0")
     for visible, options, message in [
+        *((each, LaunchOptions(), "names no GPU; give numbers or UUIDs") for each in odd),
+        ("0,1,0", LaunchOptions(), "0 is named twice"),
+        ("2,3", LaunchOptions({"--num_gpus": "3"}), "--num_gpus 3, but CUDA_VISIBLE_DEVICES names 2"),
         ("MIG-1,MIG-2", LaunchOptions(), "between which NCCL does not"),
         ("GPU-1", LaunchOptions({"--num_gpus": "2"}), "--num_gpus 2, but CUDA_VISIBLE_DEVICES names 1"),
         ("GPU-1", LaunchOptions({"--include": "localhost:0"}), "leave out --include"),

@@ -108,6 +108,15 @@ def test_the_outer_launcher_is_killed(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert "error: DeepSpeed's launcher was ended by SIGKILL" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(("left", "code"), [("143", 143), ("0", 0), ("", 1), ("x", 1)])
+def test_the_per_node_launcher_is_signaled(left: str, code: int, tmp_path: Path) -> None:
+    """Its handler in DeepSpeed waits for the ranks, and exits with 1 whatever their codes are."""
+    rank_0 = f"os.environ['RANK'] = '0'; note_exit_code('{left}')"
+    script = f"import os, sys; from tinygptv_ds.processes import note_exit_code; {rank_0}; sys.exit(1)"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    assert Supervisor([sys.executable, "-c", script], env, str(tmp_path)).run() == code
+
+
 @pytest.mark.parametrize(
     ("leaves", "code"),
     [("sys.exit(0)", 0), ("sys.exit(1)", 1), ("sys.exit(2)", 2), ("sys.exit(75)", 75), ("sys.exit(255)", 75)],

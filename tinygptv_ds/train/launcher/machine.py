@@ -2,43 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from tinygptv_ds.distributed import free_port
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.log import QUIET
 from tinygptv_ds.train.launcher.options import LaunchOptions
+from tinygptv_ds.train.setup.job import has_gpu
 from tinygptv_ds.train.setup.machine import port_is_taken, port_message
 
 _SSH_SECONDS = 10
 
 
 def name_gpus(options: LaunchOptions, env: dict[str, str]) -> dict[str, str]:
-    """Prepare `CUDA_VISIBLE_DEVICES` for DeepSpeed's launcher, which understands nothing but numbers.
+    """Prepare `CUDA_VISIBLE_DEVICES` for DeepSpeed's launcher: it knows numbers only, and forgets them for --num_gpus.
 
     Args:
-        options: get `--num_gpus` where GPUs are given by UUID.
+        options: get `--num_gpus`, as many as GPUs are named.
         env: the launcher's environment; is changed.
 
     Returns:
         Variables for the ranks, which see the GPUs as they were given.
 
     Raises:
-        ConfigError: several MIG instances, between which NCCL does not communicate.
+        ConfigError: a word that names no GPU, or one twice, or several MIG instances, between which NCCL does not
+            communicate.
     """
     given = env.get("CUDA_VISIBLE_DEVICES")
     if given is None or "--hostfile" in options.launcher:
         return {}
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    if not names or names[0].startswith("-") or names == ["NoDevFiles"]:
+    names = [name.strip() for name in given.split(",")]
+    names = list(itertools.takewhile(lambda name: not name.startswith("-"), names))  # as CUDA reads it
+    are_numbers = all(re.fullmatch(r"[0-9]{1,4}", name) for name in names)
+    if names in ([], [""], ["NoDevFiles"]) or (are_numbers and not has_gpu()):
         del env["CUDA_VISIBLE_DEVICES"]
         env["DS_ACCELERATOR"] = "cpu"
         return {}
-    if all(re.fullmatch(r"[0-9]+", name) for name in names):
-        return {}
+    _check_names(given, names)
+    if are_numbers and options.launcher.keys() & {"--include", "--exclude"}:
+        return {}  # DeepSpeed's launcher counts all GPUs then
     migs = [name for name in names if name.startswith("MIG-")]
     if len(migs) > 1 or (migs and len(names) > 1):
         raise ConfigError(
@@ -53,6 +59,17 @@ def name_gpus(options: LaunchOptions, env: dict[str, str]) -> dict[str, str]:
     options.launcher["--num_gpus"] = str(wanted)
     del env["CUDA_VISIBLE_DEVICES"]
     return {"CUDA_VISIBLE_DEVICES": given}
+
+
+def _check_names(given: str, names: Sequence[str]) -> None:
+    for name in names:
+        if re.fullmatch(r"[0-9]{1,4}|(GPU|MIG)-[\w/-]+", name, re.ASCII) is None:
+            raise ConfigError(
+                f"CUDA_VISIBLE_DEVICES is {given[:100]!r}, in which {name[:100]!r} names no GPU; give numbers or UUIDs "
+                "(nvidia-smi -L) with commas between them, e.g. 0,1, or unset it for all GPUs"
+            )
+        if names.count(name) > 1:
+            raise ConfigError(f"CUDA_VISIBLE_DEVICES is {given[:100]!r}, in which {name} is named twice; name it once")
 
 
 def choose_port(options: LaunchOptions) -> None:

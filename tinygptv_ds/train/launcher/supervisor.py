@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from tinygptv_ds.console import print_to_stderr
-from tinygptv_ds.processes import children_of, group_members, has_word
+from tinygptv_ds.processes import EXIT_CODE_FILE, children_of, group_members, has_word
 from tinygptv_ds.train.liveness.launchers import LOST, PER_NODE
 
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -77,19 +79,24 @@ class Supervisor:
 
     def run(self) -> int:
         """Return the exit code of the ranks, in the terms of docs/train/resume.md."""
+        noted = _empty_file()
         before = {number: signal.getsignal(number) for number in (*_STOPS, signal.SIGHUP, signal.SIGTSTP)}
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:  # e.g. by nohup, or in the background of a script
                 signal.signal(number, self._record)
         try:
+            env = {**self._env, **({} if noted is None else {EXIT_CODE_FILE: str(noted)})}
             self._process = subprocess.Popen(
-                self._command, env=dict(self._env), cwd=self._folder, process_group=0, stdin=subprocess.DEVNULL
+                self._command, env=env, cwd=self._folder, process_group=0, stdin=subprocess.DEVNULL
             )
             while self._process.poll() is None:
                 self._pass_on()
                 time.sleep(_POLL)
-            return self._after(self._process.returncode)
+            code = self._end_all(self._process.returncode)
+            return self._in_our_terms(_noted_code(noted) if code == 1 else code)
         finally:
+            if noted is not None:
+                noted.unlink(missing_ok=True)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -137,8 +144,8 @@ class Supervisor:
         except ProcessLookupError:
             return
 
-    def _after(self, code: int) -> int:
-        """Return the final code once nothing of the run is left on this host."""
+    def _end_all(self, code: int) -> int:
+        """Return the launcher's code once nothing of the run is left on this host."""
         if group_members(self._process.pid):
             if code < 0 and self.stopped_by is None:
                 print_to_stderr(
@@ -151,7 +158,7 @@ class Supervisor:
                 self._pass_on()
                 time.sleep(_POLL)
             self._kill()
-        return self._in_our_terms(code)
+        return code
 
     def _in_our_terms(self, code: int) -> int:
         number = _signal_of(code)
@@ -168,6 +175,24 @@ class Supervisor:
 
 
 _OOM = "; if it was the OOM killer, the kernel log (dmesg) says so"
+
+
+def _empty_file() -> Path | None:
+    """Return a new file for the exit code of rank 0; None where there is no folder for it."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="exit-code-")
+    except OSError:
+        return None
+    os.close(handle)
+    return Path(name)
+
+
+def _noted_code(file: Path | None) -> int:
+    """Return the code that rank 0 has left where its launcher exits with 1; 1 where it has left none."""
+    try:
+        return int(file.read_text()) if file is not None else 1
+    except (OSError, ValueError):
+        return 1
 
 
 def _signal_of(code: int) -> signal.Signals | None:
