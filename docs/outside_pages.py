@@ -1,4 +1,4 @@
-"""A hook of mkdocs: pages of the site that are kept outside docs/, and links that lead out of docs/.
+"""Hooks of mkdocs: pages of the site that are kept outside docs/, links that lead out of docs/, unbroken names.
 
 Links in `docs/` are written as GitHub follows them, relative to the file. Those to a file of `PAGES` become links to
 its page of the site; those to any other file outside `docs/` become links to the repository, or plain text where
@@ -20,6 +20,7 @@ PAGES = {
     "CONTRIBUTING.md": "project/contributing.md",
     "SECURITY.md": "project/security.md",
 }
+_SHORT_CODE = re.compile(r"<code>(?=[^<]{1,30}</code>)")
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
@@ -45,3 +46,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{anchor})" if config.repo_url else text
 
     return _LINK.sub(rewritten, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Mark short pieces of code, which a line must not break: a browser breaks `--set` after its hyphens."""
+    return _SHORT_CODE.sub('<code class="short">', html)
