@@ -5,17 +5,20 @@ import math
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
-from torch import zeros
+from torch import float32, zeros
 
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.weights.detect import open_any
 from tinygptv_ds.weights.folders import open_weights
-from tinygptv_ds.weights.io import read_json
+from tinygptv_ds.weights.inspect import inspect
+from tinygptv_ds.weights.io import Stored, read_json
+from tinygptv_ds.weights.opening import model_weights
 
 
 def archive(path: Path, pickled: bytes, storage: bytes = bytes(16), compression: int = zipfile.ZIP_STORED) -> Path:
@@ -113,12 +116,12 @@ def test_headers_of_safetensors(header: bytes, message: str, tmp_path: Path) -> 
         open_weights(path)
 
 
-def sparse(path: Path, *shapes: tuple[int, ...]) -> Path:
+def sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
     """Write a valid safetensors file that takes no place on the disk."""
     header, end = {}, 0
-    for number, shape in enumerate(shapes):
+    for name, shape in shapes.items():
         begin, end = end, end + 4 * math.prod(shape)
-        header[f"w{number}"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -134,19 +137,20 @@ def sparse(path: Path, *shapes: tuple[int, ...]) -> Path:
     ],
 )
 def test_sparse_files(side: int, message: str, tmp_path: Path) -> None:
-    path = sparse(tmp_path / "x.safetensors", (4, 4), (side, side + 1024))
+    path = sparse(tmp_path / "x.safetensors", {"w0": (4, 4), "w1": (side, side + 1024)})
     with pytest.raises(WeightsError, match=message) as raised:
         open_weights(path)
     assert "\n" not in str(raised.value)
 
 
 def test_a_tensor_for_which_there_is_no_memory(tmp_path: Path) -> None:
-    path = sparse(tmp_path / "x.safetensors", (1 << 14, 1 << 16))
+    path = sparse(tmp_path / "x.safetensors", {"w0": (1 << 14, 1 << 16)})
     script = f"""
 import resource
 from pathlib import Path
 from tinygptv_ds.errors import WeightsError
 from tinygptv_ds.weights.folders import open_weights
+from tinygptv_ds.weights.inspect import inspect
 stored = open_weights(Path({str(path)!r}))["w0"]
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
@@ -201,3 +205,76 @@ def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"holds \.\./\.\./x\\n\\x1b\[31mRED") as raised:
         open_any(tmp_path / "x.safetensors")
     assert "\x1b" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def phi_shapes(layers: range | tuple, side: int = 4, **changes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a Phi without added norms, with layers of any numbers."""
+    square, wide = (side, side), (side,)
+    layer = {f"self_attn.{part}": (square, wide) for part in ("q_proj", "k_proj", "v_proj", "dense")}
+    layer |= {"mlp.fc1": (square, wide), "mlp.fc2": (square, wide), "input_layernorm": (wide, wide)}
+    shapes = {"model.embed_tokens.weight": square, "lm_head.weight": square, "lm_head.bias": wide}
+    shapes |= {"model.final_layernorm.weight": wide, "model.final_layernorm.bias": wide} | changes
+    for number in layers:
+        for name, (weight, bias) in layer.items():
+            shapes |= {f"model.layers.{number}.{name}.weight": weight, f"model.layers.{number}.{name}.bias": bias}
+    return shapes
+
+
+PROJECTIONS = {
+    f"{name}.{part}": shape
+    for name in ("llama_proj", "llama_proj2")
+    for part, shape in (("weight", (1, 1)), ("bias", (1,)))
+}
+BLIP2 = {
+    "query_tokens": (1, 4, 4),
+    "Qformer.bert.encoder.layer.0.crossattention.self.key.weight": (4, 4),
+    "Qformer.bert.encoder.layer.0.intermediate_query.dense.weight": (4, 4),
+    "Qformer.bert.encoder.layer.70000.attention.self.key.weight": (4, 4),
+}
+EVA = {
+    "cls_token": (1, 1, 4),
+    "pos_embed": (1, 5, 4),
+    "patch_embed.proj.weight": (4, 3, 2, 2),
+    "blocks.0.mlp.fc1.weight": (4, 4),
+    "blocks.80000.mlp.fc1.weight": (4, 4),
+}
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        phi_shapes((0, 99_999)),
+        phi_shapes((0, 10**30)),
+        phi_shapes((0, "9" * 5000)),
+        phi_shapes(range(501)),
+        {f"llama_model.model.layers.{i}.post_layernorm.weight": (1,) for i in range(2_000)}
+        | {
+            f"llama_proj{n}.{kind}": (1, 1)[: 2 if kind == "weight" else 1]
+            for n in ("", "2")
+            for kind in ("weight", "bias")
+        },
+        EVA,
+        BLIP2,
+    ],
+)
+def test_layers_that_no_model_has_are_not_built(shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    start = time.process_time()
+    report = inspect(sparse(tmp_path / "x.safetensors", shapes))
+    assert "no model of this kind has so many layers (at most 500)" in report.incomplete
+    assert len(report.incomplete) < 1500 and time.process_time() - start < 2
+
+
+def test_sparse_files_are_refused_by_their_header(tmp_path: Path) -> None:
+    """Neither hashed nor read."""
+    start = time.process_time()
+    shapes = phi_shapes(range(2), side=10_000) | {"surprise": (30_000, 30_000)}
+    report = inspect(sparse(tmp_path / "x.safetensors", shapes))
+    assert (report.files, report.not_finite, report.incomplete) == ({}, [], "unexpected: language_model.surprise")
+    assert time.process_time() - start < 2
+
+
+def test_more_tensors_than_any_model_has() -> None:
+    """Each of them might be of the model."""
+    tensors = {f"w{number}": Stored((1 << 30,), float32, lambda: pytest.fail("read")) for number in range(17)}
+    with pytest.raises(WeightsError, match=r"its tensors take 73,014,444,032 bytes, more than this model in any dtype"):
+        model_weights(tensors, Path("x"))

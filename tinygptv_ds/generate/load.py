@@ -30,6 +30,7 @@ from tinygptv_ds.processing.processor import TinyGPTVProcessor
 from tinygptv_ds.weights.assemble import meta_model
 from tinygptv_ds.weights.detect import PROVENANCE, open_any
 from tinygptv_ds.weights.io import Stored, read_json
+from tinygptv_ds.weights.layouts.layers import MOST_LAYERS
 from tinygptv_ds.weights.layouts.tinygptv import original_source
 from tinygptv_ds.weights.merge_lora import merge_lora
 from tinygptv_ds.weights.opening import open_model_weights
@@ -180,13 +181,18 @@ def _named(folder: Path) -> Iterator[None]:
 def _check_sizes(config: TinyGPTVConfig, tensors: int) -> None:
     """Check the numbers that modules are built by, before shapes can be compared: a layer has at least one tensor.
 
+    Args:
+        config: of the folder.
+        tensors: the number of its tensors.
+
     Raises:
         ValueError: one is no size, or far too large.
     """
+    layers = min(tensors, MOST_LAYERS)
     for part in ("vision_config", "qformer_config", "text_config"):
         for name in _SIZES:
             size = getattr(getattr(config, part), name, 1)
-            if not (isinstance(size, int) and 1 <= size <= (tensors if name == "num_hidden_layers" else _LARGEST)):
+            if not (isinstance(size, int) and 1 <= size <= (layers if name == "num_hidden_layers" else _LARGEST)):
                 raise ValueError(f"{part}.{name} of config.json is {size!r}")
 
 

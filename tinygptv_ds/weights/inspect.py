@@ -60,7 +60,7 @@ class WeightsReport:
         path: the file or folder.
         container: its sort.
         kind: the model, or the part of one, that the weights belong to.
-        files: SHA-256 of each file by its name.
+        files: SHA-256 of each file by its name; empty where `incomplete` is known from the names and shapes.
         released: the authors' released file that it is, or None.
         stage: the stage that trained it, with the reason; None for base models.
         layout: of the attention's weights, or the spelling of trained weights; None for other kinds.
@@ -75,7 +75,7 @@ class WeightsReport:
         unexpected: names that a complete file does not have.
         wrong_shape: a sentence for each tensor of another shape.
         not_float: a sentence for each tensor of integers, whose scale is missing.
-        not_finite: names in the file of tensors with NaN or Inf.
+        not_finite: names in the file of tensors with NaN or Inf; looked for where names and shapes are right.
         ignored: names that are known and that nothing needs.
         incomplete: the reason why it cannot be used as it is, or "".
     """
@@ -83,7 +83,7 @@ class WeightsReport:
     path: str
     container: str
     kind: str
-    files: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
     released: str | None = None
     stage: str | None = None
     layout: str | None = None
@@ -135,7 +135,7 @@ class WeightsReport:
 
 
 def inspect(path: Path) -> WeightsReport:
-    """Examine weights without loading them.
+    """Examine weights without loading them, names and shapes first: values are read if those are right.
 
     Raises:
         WeightsError: they are damaged, or of no known kind.
@@ -151,14 +151,10 @@ def inspect(path: Path) -> WeightsReport:
 
     opened = open_any(path)
     source = canonical_source(opened, heads=1)
-    files = hashes(opened.files)
-    released = [file for digest in files.values() if (file := released_by_hash(digest))]
     report = WeightsReport(
         path=str(path),
         container=opened.container,
         kind=KINDS[opened.kind],
-        files=files,
-        released=f"{released[0].name} ({released[0].note})" if released else None,
         stage=_stage(opened, source),
         layout=_layout(opened),
         lora_r=lora_rank(source.shapes),
@@ -177,10 +173,15 @@ def inspect(path: Path) -> WeightsReport:
     report.matched, report.missing = found.matched, found.missing
     report.unexpected, report.wrong_shape = found.unexpected, found.wrong_shape
     report.not_float = found.not_float
-    report.not_finite = [name for name, stored in opened.stored.items() if not finite(stored)]
     report.incomplete = str(found)
+    if report.incomplete:
+        return report
+    report.files = hashes(opened.files)
+    released = [file for digest in report.files.values() if (file := released_by_hash(digest))]
+    report.released = f"{released[0].name} ({released[0].note})" if released else None
+    report.not_finite = [name for name, stored in opened.stored.items() if not finite(stored)]
     if report.not_finite:
-        report.incomplete = "; ".join(filter(None, [report.incomplete, f"NaN or Inf in {listing(report.not_finite)}"]))
+        report.incomplete = f"NaN or Inf in {listing(report.not_finite)}"
     return report
 
 

@@ -15,6 +15,8 @@ from tinygptv_ds.weights.io import Stored, listing
 from tinygptv_ds.weights.kinds import Unwrapped, unwrap
 from tinygptv_ds.weights.quantized import dequantized
 
+_MOST_BYTES = 64 << 30  # of one model's tensors: four times the published model in fp32
+
 
 class NotFiniteError(WeightsError):
     """Weights of which values are NaN or Inf."""
@@ -28,7 +30,8 @@ def open_model_weights(path: Path, kind: str | None = None) -> Unwrapped:
         kind: as of `unwrap`.
 
     Raises:
-        WeightsError: as of `open_weights`, `dequantized` and `unwrap`.
+        WeightsError: as of `open_weights`, `dequantized` and `unwrap`, or the tensors take more than any model of this
+            kind.
     """
     return model_weights(open_weights(path), path, kind)
 
@@ -36,7 +39,14 @@ def open_model_weights(path: Path, kind: str | None = None) -> Unwrapped:
 def model_weights(stored: Mapping[str, Stored], path: Path, kind: str | None = None) -> Unwrapped:
     """Do for opened tensors what `open_model_weights` does for a file."""
     checked = {name: _checked(tensor, name, path) for name, tensor in stored.items()}
-    return unwrap(dequantized(checked, path), path, kind)
+    found = unwrap(dequantized(checked, path), path, kind)
+    total = sum(tensor.numel * tensor.dtype.itemsize for tensor in found.stored.values())
+    if total > _MOST_BYTES:
+        raise WeightsError(
+            f"{path}: its tensors take {total:,} bytes, more than this model in any dtype (at most {_MOST_BYTES:,} are "
+            "read); name another file"
+        )
+    return found
 
 
 def finite(stored: Stored) -> bool:

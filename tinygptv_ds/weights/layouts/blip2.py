@@ -12,7 +12,8 @@ from pathlib import Path
 from transformers import Blip2QFormerConfig
 
 from tinygptv_ds.errors import WeightsError
-from tinygptv_ds.weights.io import Stored, listing
+from tinygptv_ds.weights.io import listing
+from tinygptv_ds.weights.layouts.layers import layer_numbers
 from tinygptv_ds.weights.opening import open_model_weights
 from tinygptv_ds.weights.source import Source, rename_all
 
@@ -86,7 +87,7 @@ def qformer_config(source: Source, heads: int) -> Blip2QFormerConfig:
         raise WeightsError(
             f"{source.path}: a Q-Former width of {width} does not divide into {heads} heads; set model.qformer_heads"
         )
-    layers, cross = _layers(source.weights, ""), _layers(source.weights, "crossattention")
+    layers, cross = _layers(source, ""), _layers(source, "crossattention")
     frequency = sorted(cross)[1] if len(cross) > 1 else max(layers) + 1
     if cross != {layer for layer in layers if layer % frequency == 0}:
         raise WeightsError(
@@ -103,5 +104,5 @@ def qformer_config(source: Source, heads: int) -> Blip2QFormerConfig:
     )
 
 
-def _layers(weights: dict[str, Stored], part: str) -> set[int]:
-    return {int(match[1]) for name in weights if (match := re.match(_LAYER + part, name))}
+def _layers(source: Source, part: str) -> set[int]:
+    return layer_numbers(source.weights, _LAYER + part, source.path)

@@ -16,11 +16,13 @@ from tinygptv_ds.weights.folders import open_weights
 from tinygptv_ds.weights.io import Stored, listing
 from tinygptv_ds.weights.kinds import Unwrapped
 from tinygptv_ds.weights.layouts.exported import part_of_exported
+from tinygptv_ds.weights.layouts.layers import layer_numbers
 from tinygptv_ds.weights.opening import model_weights
 from tinygptv_ds.weights.source import Source, rename_all
 
 PREFIX = "visual_encoder."
 _POSITIONS = PREFIX + "pos_embed"
+_BLOCK = r"blocks\.(\d+)\."
 
 
 def eva_config(path: Path, *, image_size: int, depth: int, heads: int) -> EvaViTConfig:
@@ -44,7 +46,7 @@ def eva_config(path: Path, *, image_size: int, depth: int, heads: int) -> EvaViT
             "file with its names"
         )
     width, patch = stored["cls_token"].shape[-1], stored["patch_embed.proj.weight"].shape[-1]
-    blocks = 1 + max(int(match[1]) for name in stored if (match := re.match(r"blocks\.(\d+)\.", name)))
+    blocks = 1 + max(layer_numbers(stored, _BLOCK, path))
     if blocks < depth:
         raise WeightsError(f"{path}: {blocks} blocks, but {depth} are to be used; set model.eva_vit_depth to {blocks}")
     if width % heads:
@@ -73,7 +75,7 @@ def eva_source(path: Path, config: EvaViTConfig) -> Source:
     """
 
     def rename(name: str) -> str | None:
-        block = re.match(r"blocks\.(\d+)\.", name)
+        block = re.match(_BLOCK, name)
         unused = block is not None and int(block[1]) >= config.num_hidden_layers
         return None if unused else canonical_name(name)
 

@@ -5,7 +5,6 @@ All names are canonical.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,6 +17,7 @@ from tinygptv_ds.models.eva_vit import build_eva_vit
 from tinygptv_ds.models.parameters import lora, norms
 from tinygptv_ds.models.phi import PhiForCausalLM
 from tinygptv_ds.weights.layouts import blip2
+from tinygptv_ds.weights.layouts.layers import layer_numbers
 from tinygptv_ds.weights.layouts.phi2 import ADDED_NORMS, in_layer
 from tinygptv_ds.weights.source import Source, lora_rank
 
@@ -39,9 +39,9 @@ def expected_shapes(kind: str, source: Source) -> Shapes:
     shapes = source.shapes
     try:
         if kind == "phi":
-            return _phi(shapes)
+            return _phi(source, shapes)
         if kind == "eva_vit":
-            return _eva_vit(shapes)
+            return _eva_vit(source, shapes)
         if kind == "blip2":
             return _blip2(source, shapes)
         if kind == "projection":
@@ -50,7 +50,7 @@ def expected_shapes(kind: str, source: Source) -> Shapes:
             return shapes
         if kind == "trained":
             return _trained(source, shapes)
-        return _eva_vit(shapes) | _blip2(source, shapes) | _projections(shapes) | _phi(shapes)
+        return _eva_vit(source, shapes) | _blip2(source, shapes) | _projections(shapes) | _phi(source, shapes)
     except KeyError as error:
         name = error.args[0]
         raise WeightsError(
@@ -64,14 +64,14 @@ def in_order(weights: Mapping[str, object], expected: Shapes) -> list[str]:
     return sorted(weights, key=lambda name: (rank.get(name, len(rank)), name))
 
 
-def _phi(shapes: Shapes) -> Shapes:
+def _phi(source: Source, shapes: Shapes) -> Shapes:
     """Return Phi's shapes, with LoRA and each kind of added norm if any layer has it."""
     vocabulary, width = shapes[_LLM + "model.embed_tokens.weight"]
     inner = shapes[_LAYER + "mlp.fc1.weight"][0]
     given = {in_layer(name) for name in filter(ADDED_NORMS.fullmatch, shapes)}
     return {
         name: shape
-        for name, shape in _llm(shapes, vocabulary, width, inner).items()
+        for name, shape in _llm(source, shapes, vocabulary, width, inner).items()
         if not ADDED_NORMS.fullmatch(name) or in_layer(name) in given
     }
 
@@ -80,7 +80,7 @@ def _trained(source: Source, shapes: Shapes) -> Shapes:
     projections = _projections(shapes)
     width = shapes["llama_proj2.weight"][0]
     inner = shapes.get(_LAYER + "mlp.fc1.lora_B.weight", (width,))[0]
-    llm = _llm(shapes, PHI_2["vocab_size"], width, inner)
+    llm = _llm(source, shapes, PHI_2["vocab_size"], width, inner)
     trained = {name: shape for name, shape in llm.items() if norms(name) or lora(name) or _norm_bias(name, shapes)}
     qformer: Shapes = {}
     if any(name.startswith("qformer.") for name in shapes):
@@ -93,7 +93,7 @@ def _norm_bias(name: str, given: Shapes) -> bool:
     return name in given and norms(name.removesuffix(".bias") + ".weight")
 
 
-def _llm(shapes: Shapes, vocabulary: int, width: int, inner: int) -> Shapes:
+def _llm(source: Source, shapes: Shapes, vocabulary: int, width: int, inner: int) -> Shapes:
     adapters = [name for name in shapes if ".lora_A." in name]
     # The norm over a head has its size; without one, no other shape depends on it.
     head = shapes.get(_LAYER + "self_attn.q_layernorm.weight", (width,))[0]
@@ -101,7 +101,7 @@ def _llm(shapes: Shapes, vocabulary: int, width: int, inner: int) -> Shapes:
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": inner,
-        "num_hidden_layers": _count(shapes, r"language_model\.model\.layers\.(\d+)\."),
+        "num_hidden_layers": _count(source, r"language_model\.model\.layers\.(\d+)\."),
         "num_attention_heads": max(width // head, 1),
     }
     config = TinyGPTVConfig(
@@ -112,7 +112,7 @@ def _llm(shapes: Shapes, vocabulary: int, width: int, inner: int) -> Shapes:
     return _named(lambda: PhiForCausalLM(config), _LLM)
 
 
-def _eva_vit(shapes: Shapes) -> Shapes:
+def _eva_vit(source: Source, shapes: Shapes) -> Shapes:
     prefix = "visual_encoder."
     patch = shapes[prefix + "patch_embed.proj.weight"][-1]
     grid = round((shapes[prefix + "pos_embed"][1] - 1) ** 0.5)
@@ -120,7 +120,7 @@ def _eva_vit(shapes: Shapes) -> Shapes:
         image_size=grid * patch,
         patch_size=patch,
         hidden_size=shapes[prefix + "cls_token"][-1],
-        num_hidden_layers=_count(shapes, r"visual_encoder\.blocks\.(\d+)\."),
+        num_hidden_layers=_count(source, r"visual_encoder\.blocks\.(\d+)\."),
         num_attention_heads=1,
         intermediate_size=shapes[prefix + "blocks.0.mlp.fc1.weight"][0],
     )
@@ -149,5 +149,5 @@ def _named(build: Callable[[], nn.Module], prefix: str) -> Shapes:
     return {prefix + name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
-    return 1 + max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1)
+def _count(source: Source, pattern: str) -> int:
+    return 1 + max(layer_numbers(source.weights, pattern, source.path), default=-1)
