@@ -61,7 +61,7 @@ def test_each_says_how_it_is_used(path: Path) -> None:
 
 
 def test_a_pod_starts_its_node_of_a_run(tmp_path: Path) -> None:
-    """With the environment that Kubernetes gives it, the container's script names the nodes by their pods' addresses."""
+    """With the environment that Kubernetes sets, the container's script names the nodes by their pods' addresses."""
     given = {entry["name"]: entry.get("value", "tinygptv") for entry in container()["env"]}
     nodes, gpus = int(given["NODES"]), int(given["GPUS"])
     assert (job()["parallelism"], job()["completions"], job()["completionMode"]) == (nodes, nodes, "Indexed")
