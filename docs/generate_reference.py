@@ -1,4 +1,4 @@
-"""Writes the pages of the site that are made from code: the commands and the keys of a recipe.
+"""Writes the pages of the site that are made from code: commands, keys of a recipe, keys of DeepSpeed's JSON.
 
 `python docs/generate_reference.py` rewrites them; with `--check` it only reports what differs, with exit code 1.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ import yaml
 
 from tinygptv_ds.cli import VERBS
 from tinygptv_ds.config.data_section import DatasetSection
+from tinygptv_ds.config.deepspeed_keys import KNOWN, REFUSED
 from tinygptv_ds.config.evaluation_section import ScoredSection
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.config.render import field_docs
@@ -43,6 +45,15 @@ command line, and `deepspeed.KEY` a value of DeepSpeed's JSON; an unknown key is
 it is empty, they leave the default or name paths.
 
 <!-- Written by docs/generate_reference.py from the dataclasses in tinygptv_ds/config/; edit the text below a field. -->
+"""
+_DEEPSPEED = """# Keys of DeepSpeed's JSON
+
+The JSON holds what is DeepSpeed's: ZeRO, precision, offload, communication. `--deepspeed-config FILE` chooses one, and
+`--set deepspeed.KEY=VALUE` changes it, e.g. `--set deepspeed.zero_optimization.overlap_comm=false`.
+
+DeepSpeed ignores unknown keys silently, so only the keys below are accepted, each with a value of its type.
+
+<!-- Written by docs/generate_reference.py from ds_configs/ and tinygptv_ds/config/deepspeed_keys.py. -->
 """
 
 
@@ -196,7 +207,33 @@ def stated(values: list[Any], default: str) -> str:
     return "" if texts[0] == default else texts[0]
 
 
-PAGES = {"reference/commands.md": commands, "reference/recipe.md": recipe_keys}
+def deepspeed_keys() -> str:
+    """Return the page of the keys of DeepSpeed's JSON."""
+    files = sorted((DOCS.parent / "ds_configs").glob("*.json"))
+    ready = ((f"`ds_configs/{file.name}`", cell(json.loads(file.read_text())["comment"])) for file in files)
+    refused = ((f"`{key}`", cell(reason)) for key, reason in REFUSED.items())
+    lines = [_DEEPSPEED, "## Ready files", "", *table(("file", "what it is"), ready)]
+    lines += ["## Supported keys", "", *table(("key", "value"), typed_keys(KNOWN))]
+    lines += ["## Refused keys", "", *table(("key", "why"), refused)]
+    return "\n".join(lines)
+
+
+def typed_keys(known: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every supported key of DeepSpeed's JSON with what its value may be."""
+    words = {int: "whole number", float: "number", bool: "true or false", str: "text", list: "list"}
+    for key, kind in known.items():
+        if isinstance(kind, dict):
+            yield from typed_keys(kind, f"{prefix}{key}.")
+        else:
+            choices = ", ".join(f"`{word}`" for word in kind) if isinstance(kind, tuple) else words[kind]
+            yield f"`{prefix}{key}`", choices
+
+
+PAGES = {
+    "reference/commands.md": commands,
+    "reference/recipe.md": recipe_keys,
+    "reference/deepspeed.md": deepspeed_keys,
+}
 
 
 def main() -> None:
