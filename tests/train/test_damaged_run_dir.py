@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tinygptv_ds.train.checkpoint.storage import STATE, SUMS, TENSORS, read_stat
 from tinygptv_ds.train.metrics.board import open_board
 from tinygptv_ds.train.metrics.reporter import forget_after
 from tinygptv_ds.train.metrics.wandb_tracker import _id
+from tinygptv_ds.train.setup.machine import check_kinds
 from tinygptv_ds.train.setup.run_dir_lock import lock_run_dir
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -57,6 +59,47 @@ def test_folders_in_the_place_of_files(tmp_path: Path) -> None:
     (tmp_path / "board").touch()
     with pytest.raises(ConfigError, match="board cannot be written"):
         open_board(tmp_path / "board", None)
+
+
+@pytest.mark.parametrize("name", ["log.txt", "stacks/rank-0.txt", "checkpoints"])
+def test_pipes_devices_and_loops(name: str, tmp_path: Path) -> None:
+    """A run would wait for the other end of a pipe."""
+    (tmp_path / "stacks").mkdir()
+    (tmp_path / "metrics.jsonl").symlink_to("nothing")
+    check_kinds(tmp_path)
+    place = tmp_path / name
+    os.mkfifo(place)
+    with pytest.raises(ConfigError, match=f"{place} is a pipe or a device; remove it"):
+        check_kinds(tmp_path)
+    place.unlink()
+    place.symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=f"{place} is a pipe or a device; remove it"):
+        check_kinds(tmp_path)
+    place.unlink()
+    place.symlink_to(place.name)
+    with pytest.raises(ConfigError, match=f"{place} cannot be used .Too many levels"):
+        check_kinds(tmp_path)
+
+
+def test_files_in_the_place_of_folders_are_found_before_training(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(ConfigError, match=r"checkpoints is no folder; remove it, or choose another --run-dir"):
+        check_kinds(tmp_path)
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics.jsonl is a folder; remove it, or choose another --run-dir"):
+        check_kinds(tmp_path)
+
+
+@pytest.mark.parametrize("name", [SUMS, STATE, TENSORS])
+def test_pipes_in_a_checkpoint(name: str, tmp_path: Path) -> None:
+    (tmp_path / TENSORS).touch()
+    (tmp_path / STATE).touch()
+    (tmp_path / SUMS).write_text("".join(f"{sha256(tmp_path / each)}  {each}\n" for each in (TENSORS, STATE)))
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: it is a pipe or a device"):
+        read_state(tmp_path)
 
 
 def test_stale_partials_of_the_other_kind(tmp_path: Path) -> None:

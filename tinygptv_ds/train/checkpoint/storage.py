@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import CheckpointError
-from tinygptv_ds.files import remove, sha256, whole_folder
+from tinygptv_ds.files import check_is_file, read_text, remove, sha256, whole_folder
 from tinygptv_ds.train.checkpoint.folders import step_of
 from tinygptv_ds.weights.io import in_memory
 from tinygptv_ds.weights.safetensors_writer import write_tensors
@@ -73,6 +73,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     for name, expected in _sums(folder).items():
         try:
+            check_is_file(folder / name)
             found = sha256(folder / name)
         except OSError as error:
             raise CheckpointError(f"{folder / name}: {error.strerror or error}") from None
@@ -90,9 +91,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 def _sums(folder: Path) -> dict[str, str]:
     path = folder / SUMS
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = read_text(path, 1000)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        text = ""
     lines = re.fullmatch(rf"([0-9a-f]{{64}})  {re.escape(TENSORS)}\n([0-9a-f]{{64}})  {re.escape(STATE)}\n", text)
     if lines is None:
         raise CheckpointError(f"{path} is damaged: it should hold two lines, the SHA-256 of {TENSORS} and of {STATE}")

@@ -23,7 +23,7 @@ from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.liveness.launchers import Launchers
 from tinygptv_ds.train.liveness.start_up import end_without_launcher
 from tinygptv_ds.train.setup.finished import check_finished
-from tinygptv_ds.train.setup.machine import check_port, check_writable, complete_user, gpus_are_hidden
+from tinygptv_ds.train.setup.machine import check_kinds, check_port, check_writable, complete_user, gpus_are_hidden
 from tinygptv_ds.train.setup.options import decode_options
 from tinygptv_ds.train.setup.same_options import check_typed_options
 
@@ -188,6 +188,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     run_dir = job_run_dir(args, loaded)
     if args.dry_run and args.evaluate_only:
         raise ConfigError("--dry-run is of a training, --evaluate-only of none: choose one")
+    check_kinds(run_dir)
     if args.evaluate_only:
         _check_measured(loaded)
         _check_resume(run_dir, args.resume)

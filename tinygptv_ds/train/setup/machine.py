@@ -6,13 +6,17 @@ import errno
 import os
 import pwd
 import socket
+import stat
 import sys
 import tempfile
 from pathlib import Path
 
 from tinygptv_ds.distributed import free_port
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.train.checkpoint.folders import FOLDER as CHECKPOINTS
 
+_FOLDERS = (CHECKPOINTS, "model", "best", "tensorboard", "stacks", "skipped", "deepspeed")  # of a run directory
+_FILES = (".json", ".jsonl", ".yaml", ".txt")
 _BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # Intel and AMD, Intel, ARM
 
 
@@ -71,6 +75,38 @@ def check_writable(run_dir: Path) -> None:
         raise ConfigError(
             f"--run-dir {run_dir} cannot be used: {there}: {error.strerror}; choose another --run-dir"
         ) from None
+
+
+def check_kinds(run_dir: Path) -> None:
+    """Check that a run directory holds files and folders where a run has them, and nothing else.
+
+    A pipe would keep whoever opens it waiting, and a file in the place of `checkpoints/` cost all steps until two have
+    failed.
+
+    Raises:
+        ConfigError: the message names what is in the way.
+    """
+    inner = (path for path in run_dir.glob("*/*") if path.parent.name != CHECKPOINTS)
+    for path in (*run_dir.glob("*"), *inner):
+        problem = _wrong_kind(path, is_top=path.parent == run_dir)
+        if problem is not None:
+            raise ConfigError(f"{path} {problem}; remove it, or choose another --run-dir")
+
+
+def _wrong_kind(path: Path, *, is_top: bool) -> str | None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:  # a link to nothing
+        return None
+    except OSError as error:
+        return f"cannot be used ({error.strerror})"
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        return "is a pipe or a device"
+    if is_top and path.name in _FOLDERS and not stat.S_ISDIR(mode):
+        return "is no folder"
+    if is_top and path.suffix in _FILES and stat.S_ISDIR(mode):
+        return "is a folder"
+    return None
 
 
 def check_port() -> None:
