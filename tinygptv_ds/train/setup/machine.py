@@ -80,7 +80,7 @@ def check_writable(run_dir: Path) -> None:
 def check_kinds(run_dir: Path) -> None:
     """Check that a run directory holds files and folders where a run has them, and nothing else.
 
-    A pipe would keep whoever opens it waiting, and a file in the place of `checkpoints/` cost all steps until two have
+    A pipe would keep anyone who opens it waiting, and a file in the place of `checkpoints/` cost all steps until two have
     failed.
 
     Raises:
