@@ -233,6 +233,8 @@ def test_a_run_directory_in_use(recipe_file: Callable[..., Path], tmp_path: Path
         stage(4, *given, "--resume=nowhere")
     )
     (run / "model").mkdir()
+    assert "model holds no trained.safetensors: it is not complete; remove it" in one_error(stage(4, *given))
+    (run / "model/trained.safetensors").touch()
     assert "holds a finished run (its model/ is there" in one_error(stage(4, *given))
 
 

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from tinygptv_ds.config.train_section import TrainSection
+from tinygptv_ds.distributed import Ranks
 from tinygptv_ds.errors import CheckpointError, ConfigError, disk_problem
 from tinygptv_ds.files import sha256, whole_file, whole_folder
 from tinygptv_ds.log import LOGGER, set_up_logging
 from tinygptv_ds.train.checkpoint.content_check import check_state, check_tensors
+from tinygptv_ds.train.checkpoint.deepspeed_format import write_deepspeed_checkpoint
 from tinygptv_ds.train.checkpoint.folders import complete_ones
 from tinygptv_ds.train.checkpoint.storage import STATE, SUMS, TENSORS, read_state, remove_old
 from tinygptv_ds.train.metrics.board import open_board
@@ -66,6 +68,7 @@ def test_pipes_devices_and_loops(name: str, tmp_path: Path) -> None:
     """A run would wait for the other end of a pipe."""
     (tmp_path / "stacks").mkdir()
     (tmp_path / "metrics.jsonl").symlink_to("nothing")
+    os.mkfifo(tmp_path / "model.partial")  # removed when model/ is written
     check_kinds(tmp_path)
     place = tmp_path / name
     os.mkfifo(place)
@@ -245,6 +248,36 @@ def test_a_full_disk_costs_events_and_lines_only(tmp_path: Path, capsys: pytest.
     assert len([line for line in out if "board cannot be written (No space left" in line]) == 1
     assert len([line for line in out if "log.txt cannot be written (No space left" in line]) == 1
     assert out[-1] == "second"
+
+
+class Written:
+    """Stands in for DeepSpeed's engine: it saves two files, the second of which may not fit."""
+
+    def __init__(self, fits: bool) -> None:
+        self.ranks, self.deepspeed, self.checkpoint_engine, self._fits = Ranks(0, 0, 1, 1), self, self, fits
+
+    def save(self, state_dict: dict, path: str) -> None:
+        if not self._fits and path.endswith("2.pt"):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 128 vs 0\nframe #0")
+        Path(path).write_text(str(state_dict))
+
+    def save_checkpoint(self, folder: str, tag: str, client_state: dict, save_latest: bool, **_: object) -> None:
+        assert not save_latest
+        for number in (1, 2):
+            self.checkpoint_engine.save(client_state, f"{folder}/{tag}/{number}.pt")
+
+
+def test_no_room_for_deepspeeds_own_checkpoint(tmp_path: Path) -> None:
+    """It is there as a whole and named, or not at all, and the one before is still named."""
+    assert write_deepspeed_checkpoint(Written(fits=True), tmp_path, "step-00000001", {"step": 1}) is None
+    problem = write_deepspeed_checkpoint(Written(fits=False), tmp_path, "step-00000002", {"step": 2})
+    assert problem is not None and problem.startswith(f"{tmp_path}/step-00000002/2.pt: [enforce fail at inline_con")
+    assert "\n" not in problem
+    assert (tmp_path / "latest").read_text() == "step-00000001"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    (tmp_path / "file").touch()
+    problem = write_deepspeed_checkpoint(Written(fits=True), tmp_path / "file", "step-00000001", {})
+    assert problem is not None and "Not a directory" in problem
 
 
 def test_errors_of_the_disk_have_a_remedy() -> None:

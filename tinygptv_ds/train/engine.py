@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -214,13 +213,6 @@ class Engine:
             if self.ranks.is_main:
                 kept[name] = whole.detach().to("cpu", torch.float32, copy=True)
         return kept
-
-    def save_deepspeed(self, folder: Path, tag: str, state: dict) -> None:
-        """Write DeepSpeed's own checkpoint of what is trained, with `state` inside. Call on all ranks."""
-        with held_prints():
-            self.deepspeed.save_checkpoint(
-                str(folder), tag=tag, client_state={"tinygptv_ds": state}, exclude_frozen_parameters=True
-            )
 
     def set_moments(self, moment: str, value: Callable[[str], Tensor]) -> None:
         """Set one of `MOMENTS`, which exist from the first step taken on; `value` returns it whole, by name."""

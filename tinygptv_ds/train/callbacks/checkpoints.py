@@ -12,6 +12,7 @@ from tinygptv_ds.data.loader.batch import MicroBatch
 from tinygptv_ds.errors import CheckpointError, Stopped
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.callbacks.callback import Callback, LogRecord
+from tinygptv_ds.train.checkpoint.deepspeed_format import write_deepspeed_checkpoint
 from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
 from tinygptv_ds.train.checkpoint.mirror import Mirror
 from tinygptv_ds.train.checkpoint.result import MODEL
@@ -149,8 +150,12 @@ class Checkpoints(Callback):
     def _save_deepspeed(self, snapshot: Snapshot) -> None:
         """Let DeepSpeed write its own checkpoint while training waits. Call on all ranks."""
         folder: Path = self._run.job.run_dir / DEEPSPEED_FOLDER
-        self._run.engine.save_deepspeed(folder, snapshot.name, dict(snapshot.state))
-        if self._run.ranks.is_main:
+        problem = write_deepspeed_checkpoint(self._run.engine, folder, snapshot.name, dict(snapshot.state))
+        if problem is not None:
+            LOGGER.warning(
+                "DeepSpeed's own checkpoint %s could not be written (%s); training continues", snapshot.name, problem
+            )
+        elif self._run.ranks.is_main:
             if self._mirror is not None:
                 self._mirror.add(folder / snapshot.name)
             remove_old(complete_ones(folder), self._train, self._mirror.holds if self._mirror else None)

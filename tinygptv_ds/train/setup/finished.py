@@ -10,7 +10,7 @@ from tinygptv_ds.errors import ConfigError, Finished
 from tinygptv_ds.files import fingerprint_differences
 from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
 
-_MODEL, _RECIPE, _PROVENANCE = "model", "recipe.yaml", "provenance.json"
+_MODEL, _WEIGHTS, _RECIPE, _PROVENANCE = "model", "trained.safetensors", "recipe.yaml", "provenance.json"
 
 
 def check_finished(run_dir: Path, recipe: Recipe, resume: str) -> None:
@@ -22,6 +22,11 @@ def check_finished(run_dir: Path, recipe: Recipe, resume: str) -> None:
     """
     if not (run_dir / _MODEL).exists():
         return
+    if not (run_dir / _MODEL / _WEIGHTS).is_file():
+        raise ConfigError(
+            f"{run_dir / _MODEL} holds no {_WEIGHTS}: it is not complete; remove it, and the same command finishes the "
+            "run from its newest checkpoint"
+        )
     found = complete_ones(run_dir / FOLDER)
     longer = (
         f"; to train it for longer, --run-dir ANOTHER --resume {found[-1]} --resume-anyway with more train.epochs"

@@ -80,8 +80,8 @@ def check_writable(run_dir: Path) -> None:
 def check_kinds(run_dir: Path) -> None:
     """Check that a run directory holds files and folders where a run has them, and nothing else.
 
-    A pipe would keep anyone who opens it waiting, and a file in the place of `checkpoints/` cost all steps until two have
-    failed.
+    A pipe would keep anyone who opens it waiting, and a file in the place of `checkpoints/` would cost all steps until
+    two have failed.
 
     Raises:
         ConfigError: the message names what is in the way.
@@ -94,6 +94,8 @@ def check_kinds(run_dir: Path) -> None:
 
 
 def _wrong_kind(path: Path, *, is_top: bool) -> str | None:
+    if path.suffix in (".partial", ".old"):  # interrupted, and removed when it is written again
+        return None
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:  # a link to nothing
