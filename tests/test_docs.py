@@ -35,6 +35,19 @@ def test_no_half_merged_page(document: Path) -> None:
     assert re.findall(r"^(?:<{7}|>{7}|={7}$)", document.read_text(), flags=re.M) == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_and_lists_are_read_as_such(document: Path) -> None:
+    """A table has a header, rows of one width and an empty line before it; so has a list, for the site's Markdown."""
+    lines = ["", *re.sub(r"^ *```.*?^ *```$", "", document.read_text(), flags=re.M | re.S).splitlines(), ""]
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        if line.startswith("|") and not before.startswith("|"):
+            assert not before and re.match(r"\|[\s:|-]+\|$", after), line
+        elif line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == len(re.findall(r"(?<!\\)\|", before)), line
+        elif re.match(r"[-*] ", line) and before:
+            assert re.match(r"[-*] | {2,}|#", before), line
+
+
 def anchors(document: Path) -> set[str]:
     """The addresses of the headings of a page, as GitHub makes them."""
     text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
