@@ -108,6 +108,51 @@ def test_the_wording(tokenizer: PreTrainedTokenizerBase) -> None:
     assert of_the_demo == "Be brief.###Human: <Img><ImageHere></Img> what?###Assistant: "
 
 
+@given(messages=conversations(), template=st.sampled_from(TEMPLATES))
+def test_the_mask_of_what_the_assistant_wrote(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], template: str | None
+) -> None:
+    """The tokens of the mask are those of the answers and of what ends them, as the loss of training counts them."""
+    answers, asked, after = "", False, False
+    end = choose_template(None, template, "###").after_answer
+    for message in [*messages, {"role": "assistant", "content": "at last"}, {"role": "user", "content": ""}]:
+        text = message["content"] if isinstance(message["content"], str) else message["content"][0].get("text", "")
+        if message["role"] == "assistant" and asked:
+            answers, after = f"{answers}\n{text}" if after else answers + text, True
+        if message["role"] == "user":
+            answers, asked, after = answers + end if after else answers, True, False
+    inputs = processor(tokenizer, template).apply_chat_template(
+        [*messages, {"role": "assistant", "content": "at last"}],
+        **{"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True},
+    )
+    assert inputs["assistant_masks"].shape == inputs["input_ids"].shape and "offset_mapping" not in inputs
+    kept = inputs["input_ids"][inputs["assistant_masks"].bool()]
+    if template == "{}" or template is None:  # the last token before an answer may hold its first letters
+        assert tokenizer.decode(kept).endswith("at last###")
+    else:
+        assert tokenizer.decode(kept) == answers
+
+
+def test_masks_of_a_padded_batch(tokenizer: PreTrainedTokenizerBase) -> None:
+    image = {"type": "image", "image": tiny.encoded_images(1)[0]}
+    red = [{"role": "user", "content": [image]}, {"role": "assistant", "content": "red"}]
+    longer = [
+        *red,
+        {"role": "user", "content": "and this one?"},
+        {"role": "assistant", "content": "it is \u00fc\U0001f600"},
+    ]
+    ours = processor(tokenizer, TEMPLATES[1])
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
+    for side in ("left", "right"):
+        inputs = ours.apply_chat_template([red, longer], processor_kwargs={"padding_side": side}, **options)
+        kept = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["assistant_masks"], strict=True)]
+        assert [tokenizer.decode(ids) for ids in kept] == ["red###", "red###it is \u00fc\U0001f600###"]
+    cut = ours.apply_chat_template(longer, processor_kwargs={"truncation": True, "max_length": 24}, **options)
+    assert cut["assistant_masks"].shape == cut["input_ids"].shape == (1, 24)
+    offsets = ours(text="a bus", add_bos_token=True, return_offsets_mapping=True)["offset_mapping"][0]
+    assert offsets[0] == (0, 0) and offsets[1][0] == 0 and offsets[-1][1] == 5
+
+
 def test_a_batch_of_conversations(tokenizer: PreTrainedTokenizerBase) -> None:
     image = {"type": "image", "image": tiny.encoded_images(1)[0]}
     batch = [

@@ -7,7 +7,8 @@ from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
 
 # Messages become turns as the server makes them: consecutive ones of a role are joined by a line break, a system text
 # goes before the next question unless the template has a place for it, and an assistant's greeting is left out. The
-# images of a question come before its words.
+# images of a question come before its words. The targets of training, answers with the text that ends them, are marked
+# as generated, for `return_assistant_tokens_mask`.
 _JINJA = """\
 {%- set ns = namespace(question='', images=0, seen=0, asked=false, answer='', started=false, waiting='') -%}
 {%- set ns.system = SYSTEM -%}
@@ -30,7 +31,9 @@ _JINJA = """\
 {%- set ns.waiting = ns.waiting ~ ('\\n' if ns.waiting and part.text else '') ~ part.text -%}
 {%- elif message.role == 'user' -%}
 {%- if ns.answer -%}
+{%- generation -%}
 {{- AFTER_ANSWER -}}
+{%- endgeneration -%}
 {%- set ns.answer = '' -%}
 {%- endif -%}
 {%- if SYSTEM and not ns.started and not ns.asked and ns.waiting -%}
@@ -66,10 +69,14 @@ _JINJA = """\
 {%- set ns.started = true -%}
 {%- endif -%}
 {%- if message.role == 'end' -%}
+{%- generation -%}
 {{- AFTER_ANSWER if ns.answer else '' -}}
+{%- endgeneration -%}
 {%- elif ns.started -%}
+{%- generation -%}
 {{- '\\n' if ns.answer == 'text' and part.text else '' -}}
 {{- part.text -}}
+{%- endgeneration -%}
 {%- set ns.answer = 'text' if part.text or ns.answer == 'text' else 'empty' -%}
 {%- endif -%}
 {%- else -%}

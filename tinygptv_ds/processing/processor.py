@@ -14,8 +14,16 @@ from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.chat_template import default_chat_template, rendered_parts
 from tinygptv_ds.processing.detokenize import clean_up, cleans_up, decode
 from tinygptv_ds.processing.image_processor import TinyGPTVImageProcessor
-from tinygptv_ds.processing.processor_inputs import ImageInput, Images, cut_rows, flat_images, in_order, padded_length
-from tinygptv_ds.processing.sequence import ImageTokens, check_placeholders, prompt_ids, tokenize, wrap
+from tinygptv_ds.processing.processor_inputs import (
+    ImageInput,
+    Images,
+    cut_rows,
+    flat_images,
+    in_order,
+    padded_length,
+    padded_offsets,
+)
+from tinygptv_ds.processing.sequence import ImageTokens, check_placeholders, prompt_ids, prompt_offsets, tokenize, wrap
 from tinygptv_ds.processing.templates import choose_template
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
 from tinygptv_ds.remote_code import SavedWithCode
@@ -92,6 +100,8 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
         truncation: bool = False,
         max_length: int | None = None,
         return_tensors: str | None = "pt",
+        return_offsets_mapping: bool = False,
+        return_text_replacement_offsets: bool = False,
     ) -> BatchFeature:
         """Return padded inputs for a batch of prompts.
 
@@ -111,10 +121,14 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
             truncation: cut prompts at `max_length` tokens.
             max_length: in tokens, those of images included.
             return_tensors: "pt" or None for tensors of torch, "np" for arrays.
+            return_offsets_mapping: return `offset_mapping`, too.
+            return_text_replacement_offsets: as `apply_chat_template` of transformers passes it; there is none, because
+                `offset_mapping` counts the characters of the text as it is given.
 
         Returns:
             `input_ids` and `attention_mask`, int64 `[B, L]`, where there is text, and `pixel_values`, uint8
-            `[N, 3, S, S]`, where there is any image.
+            `[N, 3, S, S]`, where there is any image; `offset_mapping`, lists of (begin, end) in the characters of each
+            text, (0, 0) for padding.
 
         Raises:
             DataError: placeholders and images do not match, an image cannot be decoded, or would be cut off.
@@ -135,19 +149,38 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
         pairs = zip(prompts, dealt, strict=True)
         rows = [self._prompt_row(prompt, len(group), add_bos_token) for prompt, group in pairs]
         rows = cut_rows(rows, max_length if truncation else None, self.image_token_id)
-        inputs = self.pad(rows, padded_length(rows, padding, max_length, pad_to_multiple_of), side=padding_side)
+        length = padded_length(rows, padding, max_length, pad_to_multiple_of)
+        inputs = self.pad(rows, length, side=padding_side)
         pixels = self.pixels([image for group in dealt for image in group])
         if pixels is not None:
             inputs["pixel_values"] = pixels
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()} if return_tensors == "np" else inputs
-        return BatchFeature(arrays)
+        features = BatchFeature(arrays)
+        if return_offsets_mapping:
+            offsets = [
+                self._offsets(prompt, add_bos_token)[: len(row)] for prompt, row in zip(prompts, rows, strict=True)
+            ]
+            features["offset_mapping"] = padded_offsets(offsets, length, padding_side)
+        return features
 
     def _prompt_row(self, prompt: str, num_images: int, add_bos_token: bool) -> list[int]:
         """Return the token ids of one prompt, that of a conversation as training lays it out."""
+        parts, has_bos = self._parts(prompt)
+        return self.row(parts, num_images, add_bos_token=add_bos_token or has_bos)
+
+    def _parts(self, prompt: str) -> tuple[tuple[str, ...], bool]:
+        """Return what of a prompt is tokenized separately, and whether its BOS token is left out there."""
         bos = str(self.tokenizer.bos_token)
         if self._template.in_parts and prompt.startswith(bos):
-            return self.row(rendered_parts(prompt, self._template, bos), num_images, add_bos_token=True)
-        return self.row((prompt,), num_images, add_bos_token=add_bos_token)
+            return rendered_parts(prompt, self._template, bos), True
+        return (prompt,), False
+
+    def _offsets(self, prompt: str, add_bos_token: bool) -> list[tuple[int, int]]:
+        """Return the place of each token of `_prompt_row` in the prompt; that of an added BOS token is empty."""
+        parts, has_bos = self._parts(prompt)
+        tokens = ImageTokens(self.image_token_id, self.num_query_tokens)
+        first = [(0, len(str(self.tokenizer.bos_token)) if has_bos else 0)] if has_bos or add_bos_token else []
+        return first + prompt_offsets(self.tokenizer, prompt, parts, tokens)
 
     def row(self, parts: Sequence[str], num_images: int, *, add_bos_token: bool) -> list[int]:
         """Return the token ids of one prompt, whose parts are tokenised one by one; errors as in `__call__`."""

@@ -123,6 +123,13 @@ def padded_length(
     return longest
 
 
+def padded_offsets(offsets: list[list[tuple[int, int]]], length: int, side: str) -> list[list[tuple[int, int]]]:
+    """Pad the offsets of rows, "left" or "right", as the rows are."""
+    empty = [[(0, 0)] * (length - len(each)) for each in offsets]
+    pairs = zip(offsets, empty, strict=True)
+    return [each + rest if side == "right" else rest + each for each, rest in pairs]
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) or (
         isinstance(value, list | tuple) and bool(value) and all(isinstance(each, str) for each in value)

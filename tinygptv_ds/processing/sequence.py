@@ -7,7 +7,7 @@ wrapped question: here that BOS is left out and its position skipped, which is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,6 +103,35 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, num_images: int,
     for piece in pieces[1:]:
         ids += [image.token_id] * image.count + tokenize(tokenizer, piece)
     return ids
+
+
+def prompt_offsets(
+    tokenizer: PreTrainedTokenizerBase, text: str, parts: Sequence[str], image: ImageTokens
+) -> list[tuple[int, int]]:
+    """Return where the characters of each token of `prompt_ids` of all parts begin and end in `text`.
+
+    Those of an image's tokens are the placeholder's.
+
+    Args:
+        tokenizer: a fast one.
+        text: the parts one after another, with BOS tokens between them that are not tokenized.
+        parts: what is tokenized one by one.
+        image: the tokens of an image.
+    """
+    bos = len(str(tokenizer.bos_token))
+    offsets: list[tuple[int, int]] = []
+    at = 0
+    for part in parts:
+        while not text.startswith(part, at):
+            at += bos
+        for number, piece in enumerate(part.split(IMAGE_PLACEHOLDER)):
+            if number:
+                offsets += [(at, at + len(IMAGE_PLACEHOLDER))] * image.count
+                at += len(IMAGE_PLACEHOLDER)
+            found = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            offsets += [(at + begin, at + end) for begin, end in found]
+            at += len(piece)
+    return offsets
 
 
 def check_placeholders(prompt: str, num_images: int) -> None:
