@@ -188,9 +188,15 @@ def test_models_and_health(client: openai.OpenAI, address: str) -> None:
     assert (health["status"], health["model"]) == ("ready", NAME)
     with pytest.raises(openai.NotFoundError, match="only model here is 'tiny'"):
         client.models.retrieve("gpt-4")
+    for path in ("/v1/models/", f"/v1/models/{NAME}/", "/health/"):  # not redirected, behind a proxy to http
+        assert httpx.get(f"{address}{path}", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
+    for path in ("/", "/chat/completions/", "/v1/completions"):
+        error = httpx.post(f"{address}{path}").json()["error"]
+        assert error["code"] == "unknown_url" and "this server has POST /v1/chat/completions" in error["message"]
 
 
-OTHER_SERVERS = {"top_k": -1, "best_of": 1, "min_p": 0, "skip_special_tokens": True, "cache_prompt": True}
+OTHER_SERVERS = {"keep_alive": "5m", "chat_template_kwargs": {"enable_thinking": False}, "cache_prompt": True}
+OTHER_SERVERS |= {"top_k": -1, "best_of": 1, "min_p": 0, "skip_special_tokens": True}
 HELLO = [{"role": "user", "content": "hello"}]
 BIG = data_url(encoded((400, 300)))
 FORTY = [{"role": "user", "content": "word " * 700}]
@@ -223,6 +229,14 @@ FORTY = [{"role": "user", "content": "word " * 700}]
         ({"seed": -2}, 400, "seed", "invalid_value", "greater than or equal to 0"),
         ({"stop": ["a"] * 17}, 400, "stop", "invalid_value", "at most 16"),
         ({"n": 2}, 400, "n", "unsupported_parameter", "only 1 is accepted"),
+        ({"max_tokens": 4.5}, 400, "max_tokens", "invalid_value", "valid integer, not 4.5"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "file"}]}]},
+            400,
+            "messages[0].content[0]",
+            None,
+            "'file'",
+        ),
         ({"logprobs": True}, 400, "logprobs", "unsupported_parameter", "not supported"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty", "unsupported_parameter", "not supported"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter", "not supported"),
@@ -250,7 +264,8 @@ def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
     neutral = {"n": 1, "tools": [], "logprobs": False, "frequency_penalty": 0, "user": "me", "store": False}
     neutral |= {"response_format": {"type": "text"}, "tool_choice": "auto", "top_p": None, "logit_bias": {}, "stop": ""}
     neutral |= {"metadata": {"chat": "7"}, "service_tier": "auto", "parallel_tool_calls": True, "top_logprobs": 0}
-    neutral |= {"stream_options": {"include_usage": True}, "max_tokens": -1, "seed": -1, "extra_body": OTHER_SERVERS}
+    neutral |= {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none", "max_tokens": 12.0}
+    neutral |= {"stream_options": {"include_usage": True}, "seed": -1.0, "extra_body": OTHER_SERVERS}
     assert client.chat.completions.create(model=NAME, messages=HELLO, **neutral).choices[0].message == plain
     assert client.chat.completions.create(model=NAME, messages=history).choices
 
@@ -263,7 +278,14 @@ def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
         (lambda url: "data:image/png;base64," + base64.encodebytes(encoded()).decode(), ""),
         (lambda url: url.rstrip("="), ""),
         (lambda url: url.replace("+", "-").replace("/", "_").replace("image_png", "image/png"), ""),
+        (lambda url: f"\n {url} ", ""),
+        (lambda url: url.replace("image/png", 'IMAGE/png;name="a,b;base64,c.png";charset=utf-8'), ""),
+        (lambda url: "data:image/png," + "".join(f"%{byte:02X}" for byte in encoded((41, 31))), ""),
+        (lambda url: url.replace("+", "%2B").replace("=", "%3D"), ""),
         (lambda url: url.partition(",")[2], "not as bare base64"),
+        (lambda url: url.replace(";base64", ""), "must look like data:image/jpeg;base64"),
+        (lambda url: "data:image/svg+xml;utf8,<svg xmlns='http://www.w3.org/2000/svg'/>", "it is SVG"),
+        (lambda url: "data:image/png," + "%" * 20_000, "none of JPEG"),
     ],
 )
 def test_base64_as_clients_write_it(post, change: Callable[[str], str], words: str) -> None:
@@ -275,6 +297,33 @@ def test_base64_as_clients_write_it(post, change: Callable[[str], str], words: s
         assert words in reply.json()["error"]["message"] and plain[60:90] not in reply.text
     else:
         assert reply.json()["choices"] == ask(plain).json()["choices"], reply.json()
+
+
+def test_parts_as_other_apis_spell_them(post) -> None:
+    """Those of the Responses API and of transformers, texts alone, and a refusal of the assistant in the history."""
+    url = data_url(encoded((41, 31)))
+    image_url = {"image_url": {"url": url}}
+    parts = [{"type": "text", "text": "what?"}, {"type": "image_url", **image_url}]
+    ask = lambda *messages: post(json.dumps({"model": NAME, "messages": messages}).encode()).json()  # noqa: E731
+    history = [*HELLO, {"role": "assistant", "content": "no"}, {"role": "user", "content": parts}]
+    expected = ask(*history)["choices"]
+    others = [
+        [{"type": "input_text", "text": "what?"}, {"type": "input_image", "image_url": url, "detail": "auto"}],
+        ["what?", {"type": "image", "url": url}],
+        [{"type": "text", "text": "what?"}, {"type": "image", "image": url}],
+        [parts[0], {"type": "image_url", "uuid": "7", "image_url": {"url": url, "format": "image/png"}}],
+    ]
+    said_no = [
+        {"content": None, "refusal": "no"},
+        {"content": [{"type": "refusal", "refusal": "no"}]},
+        {"content": [{"type": "output_text", "text": "no", "annotations": [{"start": 0}]}], "id": "m1", "timestamp": 3},
+    ]
+    for number, content in enumerate(others):
+        refusal = {"role": "assistant", **said_no[number % 3]}
+        reply = ask(*HELLO, refusal, {"role": "user", "content": content})
+        assert reply["choices"] == expected, reply
+    wrong = ask({"role": "user", "content": [{"type": "image"}]})["error"]
+    assert (wrong["param"], wrong["code"]) == ("messages[0].content[0].image_url", "missing_required_parameter")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import re
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 from PIL import Image
 
@@ -19,6 +20,12 @@ from tinygptv_ds.processes import return_freed_memory
 from tinygptv_ds.processing.image import WHITE, Color, can_be_reduced, read_image_size, to_pixels
 
 _LARGE = 4_000_000  # pixels of an image whose memory is worth returning
+# `data:`, the media type, parameters of which values in quotes may hold commas, perhaps `;base64`, and a comma
+_DATA_URL = re.compile(
+    r'data:([^;,"]{0,200})(?:;(?!\s*base64\s*,)(?:[^;,"]|"[^"]{0,200}"){0,200}){0,9}(;\s*base64\s*)?,',
+    re.IGNORECASE,
+)
+_MOST_ESCAPES = 1_000_000  # each takes 40 bytes of memory while it is decoded
 _BASE64_SPELLINGS = str.maketrans("-_", "+/", " \t\r\n")
 
 
@@ -93,6 +100,7 @@ def _decode(encoded: bytes, side: int, limits: ImageLimits) -> Image.Image:
 
 
 async def _encoded(url: str, limits: ImageLimits) -> bytes:
+    url = url.strip()
     if url[:5].lower() == "data:":
         return _from_data_url(url, limits)
     if not is_url(url):
@@ -106,19 +114,26 @@ async def _encoded(url: str, limits: ImageLimits) -> bytes:
 
 def _from_data_url(url: str, limits: ImageLimits) -> bytes:
     """Decode a data URL; white space, missing padding and the URL-safe alphabet are read as clients write them."""
-    head, comma, data = url.partition(",")
-    kind, *options = head[5:].lower().replace(" ", "").split(";")
-    if not comma or "base64" not in options:
+    head = _DATA_URL.match(url)
+    kind, in_base64 = (head[1].strip().lower(), bool(head[2])) if head else ("", False)
+    if head is None or not (in_base64 or "%" in url or "<" in url):
         raise DataError("a data URL must look like data:image/jpeg;base64,...")
     if not (kind in ("", "application/octet-stream") or kind.startswith("image/")):
         raise DataError(f"the data URL says that it is {kind[:50]!r}; an image's begins with data:image/")
+    data = url[head.end() :]
     if len(data) // 4 * 3 > limits.bytes * 1.1 + 2:  # line breaks add up to 3 %
         raise DataError(f"the image is larger than {limits.bytes:,} bytes")
-    compact = unquote(data).translate(_BASE64_SPELLINGS).rstrip("=")
-    try:
-        encoded = base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise DataError(f"the data URL holds no base64: {error}") from None
+    if data.count("%") > _MOST_ESCAPES:
+        raise DataError(f"the data URL has more than {_MOST_ESCAPES:,} percent signs; write it in base64")
+    encoded = _from_base64(data) if in_base64 else unquote_to_bytes(data)
     if len(encoded) > limits.bytes:
         raise DataError(f"the image is larger than {limits.bytes:,} bytes")
     return encoded
+
+
+def _from_base64(data: str) -> bytes:
+    compact = unquote(data).translate(_BASE64_SPELLINGS).rstrip("=")
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"the data URL holds no base64: {error}") from None

@@ -6,86 +6,34 @@ A field that changes nothing is accepted (`n: 1`, `tools: []`, null); one that c
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tinygptv_ds.apps.serve.api_errors import RequestError
+from tinygptv_ds.apps.serve.message_parts import Content, ImagePart, Strict, TextPart, given_texts
 from tinygptv_ds.apps.serve.request_json import Path, field_name, read_json
 
 MAX_STOPS = 16
 SYSTEM_ROLES = ("system", "developer")
 
 
-class _Strict(BaseModel):
-    """An object of a request, without the fields that change nothing.
+class Message(Strict):
+    """One message; a string as `content` becomes one text part, null none."""
 
-    Attributes:
-        ignored: fields that change no answer, whatever their value.
-        neutral: values with which a field changes no answer. For any field, null, false, 0 and empty values are such.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-    ignored: ClassVar[Collection[str]] = ()
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ignored = ("annotations", "id", "name", "reasoning", "reasoning_content", "timestamp")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content = Field(default=[])
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_fields_without_effect(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
+    def _say_a_refusal(cls, given: Any) -> Any:
+        """Take a refusal, which comes in place of content, as what the assistant has said."""
+        if not isinstance(given, dict) or not isinstance(given.get("refusal"), str):
             return given
-        return {name: value for name, value in given.items() if not cls._has_no_effect(name, value)}
-
-    @classmethod
-    def _has_no_effect(cls, name: str, value: Any) -> bool:
-        if value is None:
-            return True
-        if name in cls.model_fields:
-            return False
-        return name in cls.ignored or not value or value in cls.neutral.get(name, ())
-
-
-class TextPart(_Strict):
-    """A text."""
-
-    ignored = ("cache_control",)
-    type: Literal["text"]
-    text: str
-
-
-def _as_object(url: Any) -> Any:
-    return {"url": url} if isinstance(url, str) else url
-
-
-class ImageURL(_Strict):
-    """The URL of an image: `data:` or http(s)."""
-
-    url: str
-    detail: Literal["auto", "low", "high", "original"] = "auto"  # the model has one image size
-
-
-class ImagePart(_Strict):
-    """An image."""
-
-    ignored = ("cache_control",)
-    type: Literal["image_url"]
-    image_url: Annotated[ImageURL, BeforeValidator(_as_object)]
-
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-class Message(_Strict):
-    """One message; a string as `content` becomes one text part, null none."""
-
-    ignored = ("name", "reasoning", "reasoning_content")
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], BeforeValidator(_as_parts)
-    ] = []
+        return {**given, "content": given.get("content") or given["refusal"], "refusal": None}
 
     @property
     def text(self) -> str:
@@ -98,7 +46,7 @@ class Message(_Strict):
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Options of a stream; without effect otherwise."""
 
     include_usage: bool = False
@@ -109,20 +57,26 @@ def _as_list(stop: Any) -> Any:
     return [text for text in texts if text != ""] if isinstance(texts, list) else texts
 
 
-def _without_minus_one(value: Any) -> Any:
-    """Return None for -1, which several servers take for "no limit" or "any"."""
-    return None if value == -1 and not isinstance(value, bool) else value
+def _as_integer(value: Any) -> Any:
+    """Return None for -1, which several servers take for "no limit" or "any", and an integer for one such as 4.0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if value == -1:
+        return None
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-_Optional = BeforeValidator(_without_minus_one)
+_Optional = BeforeValidator(_as_integer)
 _Stop: TypeAlias = Annotated[str, Field(max_length=1000)]  # each piece of an answer is searched for it
 
 
-class ChatRequest(_Strict):
+class ChatRequest(Strict):
     """A request whose fields are valid by themselves."""
 
     ignored = (
         "cache_prompt",
+        "include_reasoning",
+        "keep_alive",
         "metadata",
         "parallel_tool_calls",
         "prediction",
@@ -138,6 +92,7 @@ class ChatRequest(_Strict):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "add_generation_prompt": (True,),
         "best_of": (1,),
+        "chat_template_kwargs": ({"enable_thinking": False},),
         "function_call": ("auto", "none"),
         "length_penalty": (1,),
         "modalities": (["text"],),
@@ -160,9 +115,15 @@ class ChatRequest(_Strict):
     top_k: Annotated[int | None, Field(ge=0), _Optional] = None  # this and the next as in vLLM and other servers
     repetition_penalty: Annotated[float | None, Field(gt=0, le=2)] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63), _Optional] = None
-    stop: Annotated[list[_Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] = []
+    stop: Annotated[list[_Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] = Field(default=[])
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+
+    @classmethod
+    def has_no_effect(cls, name: str, value: Any, given: Mapping[str, Any]) -> bool:
+        """Return whether a field changes no answer; tools that must not be called are such."""
+        unused = name in ("tools", "tool_choice") and given.get("tool_choice") == "none"
+        return unused or super().has_no_effect(name, value, given)
 
     @property
     def new_tokens(self) -> int | None:
@@ -221,11 +182,10 @@ def _check_size(messages: Any, limits: TextLimits) -> None:
         return
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     parts = len(messages) + sum(len(content) for content in contents if isinstance(content, list))
-    texts = [content for content in contents if isinstance(content, str)]
+    characters = 0
     if parts <= limits.parts:
-        inner = [part for content in contents if isinstance(content, list) for part in content]
-        texts += [part["text"] for part in inner if isinstance(part, dict) and isinstance(part.get("text"), str)]
-    characters = sum(map(len, texts))
+        refusals = [message.get("refusal") for message in messages if isinstance(message, dict)]
+        characters = sum(len(text) for content in (*contents, refusals) for text in given_texts(content))
     for count, limit, what in (
         (parts, limits.parts, "messages and parts"),
         (characters, limits.characters, "characters"),
@@ -242,6 +202,10 @@ def _refusal(error: ValidationError) -> RequestError:
         neutral = ChatRequest.neutral.get(param, ())
         only = f"; only {' or '.join(map(json.dumps, neutral))} is accepted" if neutral else ""
         return RequestError(f"{param} is not supported by this server{only}", param=param, code="unsupported_parameter")
+    if first["type"] == "union_tag_invalid":
+        kind = str(first["input"]["type"])[:50]
+        message = f"{param}: parts of type {kind!r} are not supported; there are text and image_url"
+        return RequestError(message, param=param, code="unsupported_parameter")
     if first["type"] == "missing":
         return RequestError(f"{param} is missing", param=param, code="missing_required_parameter")
     given = first["input"] if isinstance(first["input"], int | float | bool) else None

@@ -23,6 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinygptv_ds.apps.serve.api_errors import RequestError
 from tinygptv_ds.apps.serve.batch_loop import BatchLoop, Finish
@@ -39,6 +40,7 @@ from tinygptv_ds.generate.settings import Generation
 log = logging.getLogger(__name__)
 _BODIES_AT_ONCE = 4
 _DECODERS = 2
+_PATHS = ("POST /v1/chat/completions", "GET /v1/models", "GET /metrics", "GET /health")
 _Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 _Result = TypeVar("_Result")
 
@@ -109,7 +111,7 @@ def build_app(
             Route("/metrics", guarded(endpoints.metrics)),
             Route("/health", guarded(endpoints.health, needs_key=False)),
         ],
-        middleware=[_cors(access.origins)] if access.origins else [],
+        middleware=[*([_cors(access.origins)] if access.origins else []), Middleware(_WithoutTrailingSlash)],
         exception_handlers={
             RequestError: _request_error,
             HTTPException: _http_error,
@@ -242,6 +244,19 @@ class Endpoints:
         self._decoders.shutdown(cancel_futures=True)
 
 
+class _WithoutTrailingSlash:
+    """Takes a slash from the end of a path; a redirection would lead from a proxy's https to http."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] == "http" and len(scope["path"]) > 1:
+            scope = {**scope, "path": scope["path"].removesuffix("/")}
+        await self._app(scope, receive, send)
+
+
 def _guarded(endpoint: _Endpoint, hosts: frozenset[str], api_key: str | None) -> _Endpoint:
     """Return the endpoint behind the checks of host and key, with its failures in the API's form."""
 
@@ -319,6 +334,7 @@ def _request_error(request: Request, error: Exception) -> Response:
 def _http_error(request: Request, error: Exception) -> Response:
     """Answer a request for an unknown path, or with a wrong method."""
     assert isinstance(error, HTTPException)
-    return RequestError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code).response(
-        error.headers
-    )
+    message, code = f"{request.method} {request.url.path}: {error.detail}", None
+    if error.status_code == 404:
+        message, code = f"{message}; this server has {', '.join(_PATHS)}", "unknown_url"
+    return RequestError(message, status=error.status_code, code=code).response(error.headers)
