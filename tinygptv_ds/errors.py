@@ -8,6 +8,11 @@ _OF_THE_DISK = {
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "change its permissions, or choose another place",
     errno.ESTALE: "the network file system has lost it; start again",
+    errno.EIO: "the disk or its connection has failed (dmesg); choose another place",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or choose another file system",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs of this machine",
 }
 
 

@@ -16,13 +16,16 @@ from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.launch import Launch
 from tinygptv_ds.train.launcher import machine
 from tinygptv_ds.train.launcher import options as options_module
 from tinygptv_ds.train.launcher.options import LaunchOptions, parse_options
 from tinygptv_ds.train.liveness.launchers import LOST
+from tinygptv_ds.train.setup import machine as setup_machine
 from tinygptv_ds.train.setup import same_options
+from tinygptv_ds.train.setup.job import job_run_dir, stage_parser
 from tinygptv_ds.train.setup.machine import check_writable, complete_user
 from tinygptv_ds.train.setup.options import decode_options, encode_options
 
@@ -176,6 +179,30 @@ def test_gpus_that_cannot_train_together(monkeypatch: pytest.MonkeyPatch) -> Non
     ]:
         with pytest.raises(ConfigError, match=message):
             machine.name_gpus(options, {"CUDA_VISIBLE_DEVICES": visible})
+
+
+def test_run_directories_as_they_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves `~` alone after an equals sign."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parse, recipe = stage_parser(Path("r.yaml")).parse_args, load_recipe("stages/stage1.yaml")
+    assert job_run_dir(parse(["--run-dir=~/x", "--dry-run"]), recipe) == Path("/home/me/x.dry-run")
+    assert job_run_dir(parse([]), recipe) == Path("runs/stage1")
+    with pytest.raises(
+        ConfigError, match=r"--run-dir s3://b/x: a run directory is a local folder; train.mirror copies"
+    ):
+        job_run_dir(parse(["--run-dir", "s3://b/x"]), recipe)
+
+
+@pytest.mark.parametrize(("soft", "hard", "set_to"), [(1024, 10**6, 65_536), (1024, 4096, 4096), (4096, 4096, None)])
+def test_open_files(soft: int, hard: int, set_to: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    limited: list[int] = []
+    monkeypatch.setattr(setup_machine.resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(setup_machine.resource, "setrlimit", lambda _, limits: limited.append(limits[0]))
+    setup_machine.raise_open_files()
+    assert limited == ([] if set_to is None else [set_to])
+    monkeypatch.setattr(setup_machine.resource, "getrlimit", lambda _: (20, 20))
+    with pytest.raises(ConfigError, match="may open 20 files, and training needs at least 64: raise the limit"):
+        setup_machine.raise_open_files()
 
 
 def test_a_port_that_is_free_is_chosen() -> None:

@@ -14,6 +14,7 @@ from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.config.deepspeed import load_deepspeed_json, precision, resolve_deepspeed, zero_stage
 from tinygptv_ds.config.deepspeed_rules import check_machine
 from tinygptv_ds.config.load import load_recipe, recipe_dict
+from tinygptv_ds.config.paths import expand_user
 from tinygptv_ds.config.quantization import check_frozen_bits
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.distributed import Ranks, ranks_from_env
@@ -23,7 +24,14 @@ from tinygptv_ds.resources import project_root
 from tinygptv_ds.train.liveness.launchers import Launchers
 from tinygptv_ds.train.liveness.start_up import end_without_launcher
 from tinygptv_ds.train.setup.finished import check_finished
-from tinygptv_ds.train.setup.machine import check_kinds, check_port, check_writable, complete_user, gpus_are_hidden
+from tinygptv_ds.train.setup.machine import (
+    check_kinds,
+    check_port,
+    check_writable,
+    complete_user,
+    gpus_are_hidden,
+    raise_open_files,
+)
 from tinygptv_ds.train.setup.options import decode_options
 from tinygptv_ds.train.setup.same_options import check_typed_options
 
@@ -127,7 +135,7 @@ def stage_parser(recipe: Path) -> argparse.ArgumentParser:
         help="change one value of the recipe, e.g. --set train.batch_size=32 or --set data.datasets.0.weight=2; "
         "deepspeed.KEY changes the JSON; may be given any number of times",
     )
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is written (default: runs/stageN)")
+    parser.add_argument("--run-dir", metavar="DIR", help="where the run is written (default: runs/stageN)")
     parser.add_argument(
         "--resume",
         default="auto",
@@ -177,6 +185,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     given = decode_options(sys.argv[1:] if argv is None else argv)
     args = stage_parser(shown_path(recipe)).parse_args(hyphenated(given))
     complete_user()
+    raise_open_files()
     loaded = load_recipe(args.recipe, args.set)
     if not has_gpu():  # otherwise every process of DeepSpeed warns that it has found none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -224,7 +233,12 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
 
 def job_run_dir(args: argparse.Namespace, recipe: Recipe) -> Path:
     """Return the run directory that a stage's parsed options name."""
-    run_dir: Path = args.run_dir or Path("runs") / f"stage{recipe.stage}"
+    if args.run_dir is not None and "://" in args.run_dir:
+        raise ConfigError(
+            f"--run-dir {args.run_dir}: a run directory is a local folder; train.mirror copies checkpoints and model/ "
+            "to object storage"
+        )
+    run_dir = expand_user(args.run_dir or f"runs/stage{recipe.stage}")
     return run_dir.with_name(run_dir.name + DRY_SUFFIX) if args.dry_run else run_dir
 
 

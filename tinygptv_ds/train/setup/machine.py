@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import resource
 import socket
 import stat
 import sys
@@ -17,6 +18,7 @@ from tinygptv_ds.train.checkpoint.folders import FOLDER as CHECKPOINTS
 
 _FOLDERS = (CHECKPOINTS, "model", "best", "tensorboard", "stacks", "skipped", "deepspeed")  # of a run directory
 _FILES = (".json", ".jsonl", ".yaml", ".txt")
+_OPEN_FILES, _FEWEST_OPEN_FILES = 65_536, 64
 _BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # Intel and AMD, Intel, ARM
 
 
@@ -35,6 +37,23 @@ def complete_user() -> None:
         if "HOME" not in os.environ:
             home.mkdir(mode=0o700, exist_ok=True)
             os.environ["HOME"] = str(home)
+
+
+def raise_open_files() -> None:
+    """Allow this process as many open files as the system lets it have; ranks, workers and shards all need some.
+
+    Raises:
+        ConfigError: those are too few.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < _FEWEST_OPEN_FILES:
+        raise ConfigError(
+            f"this process may open {wanted} files, and training needs at least {_FEWEST_OPEN_FILES}: raise the limit "
+            "(ulimit -n 4096), or ask the administrator to"
+        )
 
 
 def gpus_are_hidden() -> bool:
