@@ -181,11 +181,11 @@ def test_gpus_that_cannot_train_together(monkeypatch: pytest.MonkeyPatch) -> Non
             machine.name_gpus(options, {"CUDA_VISIBLE_DEVICES": visible})
 
 
-def test_run_directories_as_they_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_directories_as_they_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell leaves `~` alone after an equals sign."""
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
     parse, recipe = stage_parser(Path("r.yaml")).parse_args, load_recipe("stages/stage1.yaml")
-    assert job_run_dir(parse(["--run-dir=~/x", "--dry-run"]), recipe) == Path("/home/me/x.dry-run")
+    assert job_run_dir(parse(["--run-dir=~/x", "--dry-run"]), recipe) == tmp_path / "x.dry-run"
     assert job_run_dir(parse([]), recipe) == Path("runs/stage1")
     with pytest.raises(
         ConfigError, match=r"--run-dir s3://b/x: a run directory is a local folder; train.mirror copies"
