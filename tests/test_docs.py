@@ -30,6 +30,13 @@ def test_tests_and_files_that_are_named(document: Path) -> None:
         assert (ROOT / path.replace("stageN", "stage1")).exists(), path
 
 
+def test_paths_of_tests_are_in_the_appendix_alone() -> None:
+    """Pages for users state what holds; docs/reference/tests.md has the test of each statement."""
+    for document in ROOT.glob("docs/**/*.md"):
+        if document.parent.name != "reference":
+            assert re.findall(r"`(tests/[\w/]+\.py\S*)`", document.read_text()) == [], document.name
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_no_half_merged_page(document: Path) -> None:
     assert re.findall(r"^(?:<{7}|>{7}|={7}$)", document.read_text(), flags=re.M) == []
