@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinygptv_ds"
 BASE = {"errors", "config", "log", "distributed", "files", "retry", "dtypes", "resources", "arguments", "git_lfs"}
-BASE |= {"charts", "console", "processes", "remote_code", "plain_pickle", "object_storage"}
+BASE |= {"board_tags", "charts", "console", "processes", "remote_code", "plain_pickle", "object_storage"}
 MIDDLE = BASE | {"processing", "features.format", "data", "models"}
 # What each part of the package may import apart from itself; `__init__` (the version) is open to all.
 MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
     "resources": set(),
+    "board_tags": set(),  # written by `train` and by `eval`
     "charts": set(),  # drawn by `report` and by `estimate`, which know nothing of each other
     "console": set(),  # what every verb prints with, `cli` before it has imported anything else
     "processes": set(),  # /proc and the end of a parent: the loader, the launcher and finetune ask for them
@@ -58,6 +59,9 @@ ONLY_IN = {
     "deepspeed": ["tinygptv_ds/train/engine.py", "stages/minimal.py"],
     "flash_attn": ["tinygptv_ds/models/attention.py"],
     "gradio": ["tinygptv_ds/apps/demo/"],
+    "wandb": ["tinygptv_ds/train/trackers/wandb.py"],
+    "mlflow": ["tinygptv_ds/train/trackers/mlflow.py"],
+    "swanlab": ["tinygptv_ds/train/trackers/swanlab.py"],
 }
 SOURCES = sorted(
     path for folder in ("tinygptv_ds", "stages", "eval", "benchmarks") for path in (ROOT / folder).rglob("*.py")

@@ -168,8 +168,8 @@ def test_scores_are_logged_at_the_checkpoints_step(options: list[str], tmp_path:
     (result,) = scores("vqa", [*given, "--step", "1200"])
     events = EventAccumulator(str(board))
     events.Reload()
-    assert {"eval/vqa/strict", "eval/vqa/compat", "eval/vqa/empty_answers"} <= set(events.Tags()["scalars"])
-    (event,) = events.Scalars("eval/vqa/strict")
+    assert {"2_scores/vqa/strict", "2_scores/vqa/compat", "2_scores/vqa/empty_answers"} <= set(events.Tags()["scalars"])
+    (event,) = events.Scalars("2_scores/vqa/strict")
     assert (event.step, event.value) == (1200, pytest.approx(result["strict"]))
 
 

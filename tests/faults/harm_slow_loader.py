@@ -26,16 +26,19 @@ def slow_rank(rank: int, seconds: float, report: Path) -> None:
         """The run that `wandb.init` returns."""
 
         def __init__(self, **settings: Any) -> None:
-            self._lines = [settings]
+            self._lines: list[Any] = [settings]
 
-        def log(self, scalars: dict[str, float], step: int) -> None:
-            self._lines.append([step, scalars])
+        def define_metric(self, name: str, step_metric: str | None = None) -> None:
+            self._lines[0][name] = step_metric
 
-        def finish(self) -> None:
-            report.write_text(json.dumps(self._lines))
+        def log(self, data: dict[str, float]) -> None:
+            self._lines.append(data)
+
+        def finish(self, exit_code: int) -> None:
+            report.write_text(json.dumps([*self._lines, exit_code]))
 
     wandb = ModuleType("wandb")
-    wandb.init = Entry
+    wandb.init, wandb.Settings = Entry, lambda **settings: settings
     wandb.__spec__ = ModuleSpec("wandb", None, origin="this file")
     sys.modules["wandb"] = wandb
     if ranks_from_env().rank == rank:

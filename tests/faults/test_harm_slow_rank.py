@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ from helpers.forked import Ranks, ended
 from helpers.launcher import ZERO_3
 from helpers.written import Written
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from stages.tiny.quickstart import training_lines
 
@@ -34,7 +37,7 @@ def runs(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPa
     raw["data"]["validation_share"] = 0.25
     recipe = tiny.write_recipe(folder / "recipe.yaml", raw)
     fault = {"fault": slow_rank, "rank": 1, "seconds": 0.3, "report": folder / "wandb.json"}
-    slow = ended(recipe, folder / "slow", ZERO_3, "--set=train.wandb=tiny", ranks=2, **fault)
+    slow = ended(recipe, folder / "slow", ZERO_3, "--set=train.trackers=[wandb]", ranks=2, **fault)
     alone = ended(recipe, folder / "alone", "--set=train.validate_every=0")
     return Runs(slow, alone, folder)
 
@@ -80,7 +83,7 @@ def test_the_first_samples_are_shown(runs: Runs) -> None:
     log = (runs.slow.folder / "log.txt").read_text()
     events = EventAccumulator(str(runs.slow.folder / "tensorboard"), size_guidance={"images": 0})
     events.Reload()
-    (event,) = events.Tensors("data/first_samples/text_summary")
+    (event,) = events.Tensors("8_samples/first_of_each_dataset/text_summary")
     (table,) = event.tensor_proto.string_val
     rows = table.decode().splitlines()[2:]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == list(NAMES)
@@ -88,7 +91,7 @@ def test_the_first_samples_are_shown(runs: Runs) -> None:
         assert "&lt;&lt;" in row and "###>>" in row
         (message,) = [line for line in log.splitlines() if f"INFO   {name} | " in line]
         assert "<<" in message and "###>>" in message
-    assert len(events.Images("data/first_images")) == 1
+    assert len(events.Images("8_samples/first_images")) == 1
 
 
 def test_one_entry_of_hyperparameters(runs: Runs) -> None:
@@ -99,17 +102,33 @@ def test_one_entry_of_hyperparameters(runs: Runs) -> None:
     (start,) = [content for tag, content in found.items() if tag.endswith("session_start_info")]
     assert b"optimizer.lr" in start and b"zero_stage" in start and b"train.batch_size" in start
     assert not [path for path in (runs.slow.folder / "tensorboard").iterdir() if path.is_dir()]
-    assert {"perf/tflops", "perf/samples_s", "train/spike", "data/mix_vqa", "val/loss"} <= set(events.Tags()["scalars"])
+    tags = sorted(events.Tags()["scalars"])
+    assert tags[:2] == ["1_loss/train", "1_loss/val"]  # what TensorBoard opens on
+    assert {"5_perf/tflops", "4_optimizer/spike", "6_data/mix_vqa", "3_loss_by_dataset/val_vqa"} <= set(tags)
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    charts = {chart.title: chart.multiline.tag for category in layout.category for chart in category.chart}
+    matched = {title: [tag for tag in tags if re.fullmatch("|".join(each), tag)] for title, each in charts.items()}
+    assert matched["training and validation"] == tags[:2] and "6_data/mix_vqa" in matched["per cent of the samples"]
+    empty = {title for title, found in matched.items() if not found}
+    assert empty == {"strict", "skipped samples, by reason"}  # nothing is scored here, and nothing is skipped
 
 
-def test_weights_and_biases_get_every_scalar(runs: Runs) -> None:
-    """They have the names and steps of TensorBoard, in an entry that a resumed run finds again."""
-    settings, *sent = json.loads((runs.report / "wandb.json").read_text())
-    assert settings["project"] == "tiny" and settings["resume"] == "allow" and settings["name"] == "slow"
-    assert settings["id"] == json.loads((runs.slow.folder / "wandb.json").read_text())["id"]
-    assert settings["config"]["train"]["batch_size"] == 8
-    written = [[line.pop("step"), line] for line in runs.slow.metrics]
-    assert [step for step, _ in sent] == [step for step, _ in written] == [1, 2, 2, 3, 4, 4]
-    for (_, mine), (_, line) in zip(sent, written, strict=True):
+def test_the_metrics_of_hyperparameters_are_there(runs: Runs) -> None:
+    events = EventAccumulator(str(runs.slow.folder / "tensorboard"))
+    events.Reload()
+    (content,) = [text for tag, text in events.PluginTagToContent("hparams").items() if tag.endswith("experiment")]
+    found = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.metric_infos
+    assert {info.name.tag for info in found} == {"1_loss/train", "1_loss/val"} <= set(events.Tags()["scalars"])
+
+
+def test_weights_and_biases_get_every_metric(runs: Runs) -> None:
+    """They have the names of metrics.jsonl, over steps of their own, in a run that a resumed one finds again."""
+    settings, *sent, end = json.loads((runs.report / "wandb.json").read_text())
+    assert settings["project"] == "tinygptv" and settings["resume"] == "allow" and settings["name"] == "slow"
+    assert settings["id"] == json.loads((runs.slow.folder / "trackers.json").read_text())["wandb"]
+    assert settings["config"]["train"]["batch_size"] == 8 and settings["*"] == "step" and end == 0
+    written = runs.slow.metrics
+    assert [line["step"] for line in sent] == [line["step"] for line in written] == [1, 2, 2, 3, 4, 4]
+    for mine, line in zip(sent, written, strict=True):
         line.pop("time")
         assert mine == line and all(math.isfinite(value) for value in mine.values())

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from tinygptv_ds.board_tags import board_tag
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.train.callbacks.sample_panel import cell
 
@@ -101,15 +102,16 @@ def test_tensorboard(stage: int, chain: dict[int, Run | Ranks]) -> None:
     events = EventAccumulator(str(chain[stage].folder / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    wanted = SCALARS | {f"{kind}_{name}" for kind in ("train/loss", "data/mix") for name in DATASETS[stage]}
+    kinds = ("train/loss", "data/mix")
+    wanted = {board_tag(name) for name in SCALARS | {f"{kind}_{each}" for kind in kinds for each in DATASETS[stage]}}
     assert wanted <= set(tags["scalars"])
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("1_loss/train")] == [1, 2, 3, 4]
     panels = [2, 4] if stage == 4 else [4]
-    assert [event.step for event in events.Tensors("samples/answers/text_summary")] == panels
-    (text,) = events.Tensors("samples/answers/text_summary")[-1].tensor_proto.string_val
+    assert [event.step for event in events.Tensors("8_samples/answers/text_summary")] == panels
+    (text,) = events.Tensors("8_samples/answers/text_summary")[-1].tensor_proto.string_val
     rows = text.decode().splitlines()
     assert rows[0] == "| | prompt | true | generated |" and len(rows) == 2 + 2
-    assert [event.step for event in events.Images("samples/images")] == panels
+    assert [event.step for event in events.Images("8_samples/images")] == panels
     kept = chain[stage].folder / "samples"
     assert sorted(kept.glob("*.json")) == [kept / f"step-{step:08d}.json" for step in panels]
     samples = json.loads((kept / "step-00000004.json").read_text())["samples"]

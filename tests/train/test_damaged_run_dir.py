@@ -21,9 +21,9 @@ from tinygptv_ds.train.checkpoint.folders import complete_ones
 from tinygptv_ds.train.checkpoint.storage import STATE, SUMS, TENSORS, read_state, remove_old
 from tinygptv_ds.train.metrics.board import open_board
 from tinygptv_ds.train.metrics.reporter import forget_after
-from tinygptv_ds.train.metrics.wandb_tracker import _id
 from tinygptv_ds.train.setup.machine import check_kinds
 from tinygptv_ds.train.setup.run_dir_lock import lock_run_dir
+from tinygptv_ds.train.trackers.tracker import TrackedRun
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 DAMAGED = [
@@ -145,11 +145,13 @@ def test_a_checkpoint_that_is_a_link_is_removed_as_one(tmp_path: Path) -> None:
     assert elsewhere.is_dir()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"no": 1}', '{"id": "kept"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"no": 1}', '{"wandb": 3}', '{"wandb": "kept"}'])
 def test_the_id_of_the_tracker(content: str, tmp_path: Path) -> None:
-    (tmp_path / "wandb.json").write_text(content)
-    found = _id(tmp_path / "wandb.json")
-    assert found == _id(tmp_path / "wandb.json") and (found == "kept") == ("kept" in content)
+    (tmp_path / "trackers.json").write_text(content)
+    run = TrackedRun("project", tmp_path, {})
+    assert run.stored_id("wandb") == ("kept" if "kept" in content else None)
+    run.store_id("mlflow", "new")
+    assert (run.stored_id("mlflow"), run.stored_id("wandb")) == ("new", "kept" if "kept" in content else None)
 
 
 @pytest.mark.parametrize(

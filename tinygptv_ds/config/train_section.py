@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tinygptv_ds.config.limits import MOST_STEPS, check_limits
 from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.errors import ConfigError, require
+
+TRACKERS = ("wandb", "mlflow", "swanlab")  # names of packages
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,11 @@ class TrainSection:
     """fp16 only: the run ends after this many steps in a row that overflow, each skipped with the loss scale halved. In
     bf16 and fp32 the first non-finite loss or gradient ends it."""
 
-    wandb: str | None = None
-    """Project of Weights & Biases to log the scalars to as well (pip install wandb); null: none."""
+    trackers: list[str] = field(default_factory=list)
+    """Experiment trackers that get every metric as well: wandb, mlflow, swanlab (docs/train/monitoring.md)."""
+
+    tracker_project: str = "tinygptv"
+    """Project (MLflow: experiment) of the run in these trackers."""
 
     checkpoint_every: int = 1000
     """Steps between checkpoints; 0: none by steps. One is written at the end in any case."""
@@ -78,8 +83,8 @@ class TrainSection:
     """Older checkpoints whose step is a multiple of this are kept, too; 0: none."""
 
     keep_best: str | None = None
-    """Metric whose best weights are kept in the run directory's `best/`: val/loss (the lowest), or a score as on
-    TensorBoard, e.g. eval/vqa/strict (the highest); null: none."""
+    """Metric whose best weights are kept in the run directory's `best/`: val/loss (the lowest), or a score by its
+    metric, e.g. eval/vqa/strict (the highest); null: none."""
 
     patience: int = 0
     """Training ends after this many measurements of `keep_best` in a row without a better one; 0: never early."""
@@ -140,6 +145,10 @@ class TrainSection:
         limits = ("step_minutes", "slow_step_seconds", "lost_after_seconds")
         for name in (*steps, *limits, "checkpoint_minutes", "patience"):
             require(getattr(self, name) >= 0, f"train.{name} must be 0 or more")
+        for name in self.trackers:
+            require(name in TRACKERS, f"train.trackers: {name!r} is none of {', '.join(TRACKERS)}")
+        require(len(set(self.trackers)) == len(self.trackers), "train.trackers names one twice")
+        require(bool(self.tracker_project.strip()), "train.tracker_project must not be empty")
         known = ("step_mean", "micro_batch_mean")
         require(self.loss_reduction in known, f"train.loss_reduction must be one of {', '.join(known)}")
         require(self.result in ("last", "best"), "train.result must be last or best")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinygptv_ds.board_tags import board_tag
 from tinygptv_ds.files import whole_file
 
 NamedScores = tuple[str, Mapping[str, float]]  # the name of a model, and its scores by benchmark
@@ -56,12 +57,12 @@ def markdown(results: Sequence[Mapping[str, Any]], published: Mapping[str, Any])
 
 
 def write_scalars(folder: Path, values: Mapping[str, float], step: int) -> None:
-    """Add scalars to a TensorBoard folder, in an event file of their own."""
+    """Add metrics to a TensorBoard folder under their tags, in an event file of their own."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(folder, filename_suffix=".eval") as board:
         for name, value in values.items():
-            board.add_scalar(name, value, step)
+            board.add_scalar(board_tag(name), value, step)
 
 
 def _table(names: Sequence[str], rows: Sequence[NamedScores]) -> str:

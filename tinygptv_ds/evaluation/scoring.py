@@ -35,7 +35,7 @@ def score(task: Task, answers: Sequence[Answer], end: str) -> dict[str, Any]:
 
 
 def scalars(result: Mapping[str, Any], name: str) -> dict[str, float]:
-    """Return the numbers of a result under their TensorBoard tags, e.g. `eval/NAME/strict`."""
+    """Return the numbers of a result as metrics, e.g. `eval/NAME/strict`."""
     numbers = {key: value for key, value in result.items() if isinstance(value, int | float)}
     return {f"eval/{name}/{key}": float(value) for key, value in numbers.items() if key not in ("questions", "step")}
 

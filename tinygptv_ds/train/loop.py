@@ -43,17 +43,16 @@ def train(run: Run, stream: OpenStream) -> None:
     accumulator, data_wait = Accumulator(run.engine, stream.names), Stopwatch(torch.device("cpu"))
     transfer = Transfer(run.engine.device)
     batches = load_batches(run, stream, tokens, data_wait)  # named, so that an error does not wait for its workers
-    reporter = Reporter(run)
-    callbacks = make_callbacks(run, stream, tokens, accumulator, reporter, data_wait)
-    run.clock.restart()
-    for step, micro_batches in batches:
-        callbacks.on_batch(step, micro_batches)
-        optimizer_step(run, step, micro_batches, accumulator, transfer)  # forward, backward, step
-        run.progress.enter(REPORTING)
-        callbacks.on_step(step)
-    run.progress.last_phase("finishing")
-    callbacks.on_end()
-    reporter.close()
+    with Reporter(run) as reporter:
+        callbacks = make_callbacks(run, stream, tokens, accumulator, reporter, data_wait)
+        run.clock.restart()
+        for step, micro_batches in batches:
+            callbacks.on_batch(step, micro_batches)
+            optimizer_step(run, step, micro_batches, accumulator, transfer)  # forward, backward, step
+            run.progress.enter(REPORTING)
+            callbacks.on_step(step)
+        run.progress.last_phase("finishing")
+        callbacks.on_end()
 
 
 def load_batches(

@@ -51,7 +51,7 @@ class BenchmarkScores(Periodic):
             self._tasks.append((task, length, words))
 
     def measure(self, done: int) -> dict[str, float]:
-        """Answer all questions and return the scores under their TensorBoard names. Called on all ranks."""
+        """Answer all questions and return the scores by name. Called on all ranks."""
         found: dict[str, float] = {}
         job, engine = self._run.job, self._run.engine
         for task, length, words in self._tasks:

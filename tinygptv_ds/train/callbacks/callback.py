@@ -16,7 +16,7 @@ class LogRecord:
     Attributes:
         step: optimizer steps done.
         totals: what all ranks did since the last log line.
-        metrics: scalars under their TensorBoard names, in addition to those derived from the totals.
+        metrics: metrics by name, in addition to those derived from the totals.
         remarks: further parts of the console line.
     """
 
@@ -42,7 +42,7 @@ class Callback:
         """Add metrics or remarks to a log line, every `train.log_every` steps."""
 
     def on_measure(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Look at what was measured on held-out samples after `done` steps, by its TensorBoard names."""
+        """Look at what was measured on held-out samples after `done` steps, by name."""
 
     def on_end(self) -> None:
         """Act once after the last step."""

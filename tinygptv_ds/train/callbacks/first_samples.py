@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tinygptv_ds.board_tags import SAMPLES
 from tinygptv_ds.data.checks.preview_samples import CUT, PROMPT, TARGET, Preview
 from tinygptv_ds.data.checks.preview_text import first_of_each, marked
 from tinygptv_ds.data.loader.batch import Batch, MicroBatch
@@ -21,7 +22,8 @@ from tinygptv_ds.train.run import Run
 class FirstSamples(Callback):
     """Shows one sample of every dataset, and how many have an image, before the first step of a run, on rank 0.
 
-    Settings: none. TensorBoard: `data/first_samples`, `data/first_images`; the log has the texts. Metrics: none.
+    Settings: none. TensorBoard: `first_of_each_dataset` and `first_images`, among the samples; the log has the texts.
+    Metrics: none.
 
     Args:
         run: the run on this rank.
@@ -49,10 +51,10 @@ class FirstSamples(Callback):
             cells = _cells(preview)
             LOGGER.info("  %s", " | ".join(cells))
             rows.append(f"| {' | '.join(cell(text) for text in cells)} |")
-        self._board.add_text("data/first_samples", "\n".join(rows), 0)
+        self._board.add_text(f"{SAMPLES}/first_of_each_dataset", "\n".join(rows), 0)
         images = [torch.from_numpy(image) for preview in previews for image in preview.images]
         if images:
-            self._board.add_images("data/first_images", torch.stack(images), 0)
+            self._board.add_images(f"{SAMPLES}/first_images", torch.stack(images), 0)
 
 
 def count_images(batches: Sequence[Batch]) -> str:

@@ -1,4 +1,4 @@
-"""The log line: what all ranks did since the last one, on the console, TensorBoard, `metrics.jsonl` and W&B."""
+"""The log line: what all ranks did since the last one, on the console, TensorBoard, `metrics.jsonl` and trackers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tinygptv_ds.train.schedule import learning_rate_of_step
 class Log(Callback):
     """Sums what was accumulated over all ranks, lets the other callbacks add to it, and reports it.
 
-    Settings: `train.log_every`, `train.wandb`. Metrics: `train/loss`, `train/loss_DATASET`, `train/lr`,
+    Settings: `train.log_every`, `train.trackers`. Metrics: `train/loss`, `train/loss_DATASET`, `train/lr`,
     `train/grad_norm`, `train/loss_scale`, `train/skipped_steps`, `data/skipped`, `data/skipped_REASON`,
     `data/mix_DATASET`, `data/with_image_DATASET`, `data/text_only_DATASET`, `perf/host_pct` (the host's time for this
     rank's forward passes, in per cent of the device's), and `perf/`: see `rates` and `memory_gib` of

@@ -26,7 +26,7 @@ class Periodic(Callback):
         self._phase = phase
 
     def measure(self, done: int) -> dict[str, float]:
-        """Return scalars under their TensorBoard names after `done` steps. Called on all ranks."""
+        """Return metrics by name after `done` steps. Called on all ranks."""
         raise NotImplementedError
 
     def on_step(self, step: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tinygptv_ds.board_tags import SAMPLES
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.console import MAGENTA, is_terminal
 from tinygptv_ds.data.loader.sample import Sample, Tokens, load_sample
@@ -42,7 +43,7 @@ class PanelSample:
 class SamplePanel(Periodic):
     """Answers the same few samples each time, of the validation sets where the recipe names some.
 
-    Settings: `train.sample_every`, `train.sample_count`. TensorBoard: `samples/answers`, `samples/images`. Run
+    Settings: `train.sample_every`, `train.sample_count`. TensorBoard: `answers` and `images`, among the samples. Run
     directory: `samples/step-N.json` with its images. Metrics: none.
 
     Args:
@@ -78,10 +79,10 @@ class SamplePanel(Periodic):
             shown_answers = zip(self._samples, answered, strict=True)
             panel = [AnsweredSample(each.prompt, each.truth, text, each.sample.pixels) for each, text in shown_answers]
             write_panel(self._run.job.run_dir, done, panel)
-            board.add_text("samples/answers", "\n".join(rows), done)
+            board.add_text(f"{SAMPLES}/answers", "\n".join(rows), done)
             images = [torch.from_numpy(shown.sample.pixels) for shown in self._samples if len(shown.sample.pixels)]
             if images:
-                board.add_images("samples/images", torch.cat(images), done)
+                board.add_images(f"{SAMPLES}/images", torch.cat(images), done)
         self._shown += 1
         return {}
 

@@ -1,4 +1,4 @@
-"""TensorBoard's writer for a run that must survive a full disk."""
+"""TensorBoard's writer for a run that must survive a full disk, and what it shows of the run before any step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
+from tinygptv_ds.board_tags import BY_DATASET, DATA, LOSS, PERFORMANCE, SCORES, board_tag
+from tinygptv_ds.config.load import dotted_values, recipe_dict
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.log import LOGGER
+from tinygptv_ds.train.setup.job import Job
 
 FLUSH_SECONDS = 120.0  # as SummaryWriter's own default
+# What runs are compared by: the settings that people vary, of which TensorBoard's table shows the first few.
+_HPARAMS = (
+    *("stage", "seed", "model.lora_r", "model.lora_alpha", "optimizer.lr", "optimizer.min_lr", "optimizer.schedule"),
+    *("optimizer.warmup_steps", "optimizer.weight_decay", "train.batch_size", "train.micro_batch_size"),
+    *("train.max_tokens", "train.cycles", "train.epochs", "train.steps_per_epoch"),
+)
+# The tab "Custom scalars": (category, chart, expressions that the tags of its lines match)
+_LAYOUT = (
+    ("Loss", "training and validation", [f"{LOSS}/.*"]),
+    ("Loss", "training, by dataset", [f"{BY_DATASET}/train_.*"]),
+    ("Loss", "validation, by dataset", [f"{BY_DATASET}/val_.*"]),
+    ("Scores", "strict", [f"{SCORES}/.*/strict"]),
+    ("Mixture", "per cent of the samples", [f"{DATA}/mix_.*"]),
+    ("Mixture", "skipped samples, by reason", [f"{DATA}/skipped_.*"]),
+    ("Speed", "samples per second", [f"{PERFORMANCE}/samples_s"]),
+    ("Speed", "per cent: MFU, wait for data", [f"{PERFORMANCE}/mfu", f"{PERFORMANCE}/data_wait_pct"]),
+)
+_CAPTION_SCORE = "cider"  # what captions, which no rule scores one by one, are compared by
 _PROBE = 8192  # bytes; the first records of a file take less
 
 
@@ -77,3 +99,19 @@ def open_board(folder: Path, purge_step: int | None) -> SummaryWriter:
     queue = writer.event_writer._async_writer
     queue._writer = queue._worker._record_writer = _Guarded(queue._writer, folder)
     return board
+
+
+def describe_run(board: SummaryWriter, job: Job) -> None:
+    """Write the layout of the custom scalars, and the entry of hyperparameters next to losses and scores."""
+    layout: dict[str, dict[str, list]] = {}
+    for category, chart, tags in _LAYOUT:
+        layout.setdefault(category, {})[chart] = ["Multiline", tags]
+    board.add_custom_scalars(layout)
+    recipe = dotted_values(recipe_dict(job.recipe))
+    values = {key: value if isinstance(value := recipe[key], bool | int | float | str) else "null" for key in _HPARAMS}
+    values |= {"precision": job.precision, "zero_stage": job.zero_stage, "world_size": job.ranks.world_size}
+    names = ["train/loss", "val/loss"]
+    names += [f"eval/{task.name}/{next(iter(task.benchmark.rules), _CAPTION_SCORE)}" for task in job.scored]
+    writer: Any = board.file_writer  # torch annotates it as None
+    for summary in hparams(values, {board_tag(name): 0.0 for name in names}):
+        writer.add_summary(summary)

@@ -1,4 +1,4 @@
-"""Reports of a run: console, TensorBoard, `metrics.jsonl`, Weights & Biases, and the rank that holds up the others."""
+"""Reports of a run: console, TensorBoard, `metrics.jsonl`, trackers, and the rank that holds up the others."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import resource
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from tinygptv_ds.config.load import dotted_values, recipe_dict
+from tinygptv_ds.board_tags import board_tag
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.files import write_atomically
 from tinygptv_ds.log import LOGGER, log_with_head
@@ -25,10 +24,10 @@ from tinygptv_ds.models.launches import WAITS_FOR_HOST, remedy
 from tinygptv_ds.train.callbacks.callback import LogRecord
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.metrics.accumulator import RankTimes, Totals
-from tinygptv_ds.train.metrics.board import open_board
-from tinygptv_ds.train.metrics.wandb_tracker import WandbTracker
+from tinygptv_ds.train.metrics.board import describe_run, open_board
 from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.setup.job import Job
+from tinygptv_ds.train.trackers.tracker import Trackers, open_trackers
 
 # Per cent of the GPU's time for forward passes from which on the host sets the pace. A host that runs ahead of the GPU
 # needs less: it has launched all of a pass when the GPU is in the middle of it.
@@ -37,7 +36,7 @@ _LAG = 0.1  # of the time of a step: what the others may lose to one rank before
 
 
 class Reporter:
-    """Rank 0's console line, TensorBoard, `metrics.jsonl` and Weights & Biases; it does nothing on other ranks.
+    """Rank 0's console line, TensorBoard, `metrics.jsonl` and trackers; it does nothing on other ranks.
 
     With `--evaluate-only` it writes nothing: the metrics of the run stay as they are.
 
@@ -52,6 +51,7 @@ class Reporter:
         self._device = run.engine.device
         self._costs, self._peak = _costs(run), _peak(run.engine)
         self.board: SummaryWriter | None = None
+        self._trackers = Trackers([])
         self._remedy = _remedy(job)
         self._has_waited = False  # the GPU for the host: reported once
         self._torn = False  # the last line of metrics.jsonl may not be whole
@@ -59,9 +59,9 @@ class Reporter:
             forget_after(job.run_dir / "metrics.jsonl", first_step)
             purge = first_step + 1 if first_step else None
             self.board = open_board(job.run_dir / "tensorboard", purge)
-            self._tracker = WandbTracker(job.recipe, job.run_dir)
+            self._trackers = open_trackers(job.recipe, job.run_dir)
             if not first_step:
-                write_hparams(self.board, job)
+                describe_run(self.board, job)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -72,6 +72,16 @@ class Reporter:
         )
         _use_monotonic_clock(self._bar)
         self._first, self._total = first_step, total_steps
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close all outputs; after an error or a signal the trackers alone."""
+        if kind is None:
+            self._close()
+        else:
+            self._trackers.finish(completed=False)
 
     def step_done(self) -> None:
         """Move the progress bar."""
@@ -122,14 +132,14 @@ class Reporter:
         )
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Write values under their names everywhere; those that are not finite become null in `metrics.jsonl`."""
+        """Write values everywhere, on TensorBoard under their tags; not finite ones become null in `metrics.jsonl`."""
         if self.board is None or not values:
             return
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            self.board.add_scalar(board_tag(name), value, step)
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._append(json.dumps({"step": step, "time": time.time(), **line}))
-        self._tracker.log(values, step)
+        self._trackers.log(values, step)
 
     def _append(self, line: str) -> None:
         """Add a line to metrics.jsonl; a full disk costs lines of it and not the run."""
@@ -143,12 +153,12 @@ class Reporter:
                 LOGGER.warning("%s cannot be written (%s); training continues without it", path, error.strerror)
             self._torn = True
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Flush and close all outputs."""
         self._bar.close()
         if self.board is not None:
             self.board.close()
-            self._tracker.close()
+        self._trackers.finish(completed=True)
 
 
 def _remedy(job: Job) -> str:
@@ -168,7 +178,7 @@ def _use_monotonic_clock(bar: Any) -> None:
 
 
 def training_scalars(totals: Totals) -> dict[str, float]:
-    """Return losses, samples skipped, and what each dataset contributed, under their TensorBoard names.
+    """Return losses, samples skipped, and what each dataset contributed, by name.
 
     That is its share in per cent, and its samples with an image and without.
     """
@@ -245,16 +255,6 @@ def _peak(engine: Engine) -> float | None:
     if engine.device.type != "cuda":
         return None
     return peak_flops(torch.cuda.get_device_name(engine.device), engine.precision)
-
-
-def write_hparams(board: SummaryWriter, job: Job) -> None:
-    """Write the recipe as TensorBoard's one entry of hyperparameters, next to this run's losses."""
-    recipe = dotted_values(recipe_dict(job.recipe)).items()
-    values = {key: value if isinstance(value, bool | int | float | str) else json.dumps(value) for key, value in recipe}
-    values |= {"precision": job.precision, "zero_stage": job.zero_stage, "world_size": job.ranks.world_size}
-    writer: Any = board.file_writer  # torch annotates it as None
-    for summary in hparams(values, {"train/loss": 0.0, "val/loss": 0.0}):
-        writer.add_summary(summary)
 
 
 def forget_after(metrics: Path, step: int) -> None:

@@ -206,11 +206,11 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
         _check_resume(run_dir, args.resume)
     hold_library_output()  # what their import warns of belongs into the log file
     # Imported here because the readers of datasets and benchmarks load numpy: mistakes in the recipe come before.
-    from tinygptv_ds.train.metrics.wandb_tracker import check_tracking
     from tinygptv_ds.train.setup.preflight import check_and_open_benchmarks, check_mirror
+    from tinygptv_ds.train.trackers.tracker import check_trackers
 
     scored = check_and_open_benchmarks(loaded)
-    check_tracking(loaded)
+    check_trackers(loaded)
     if ranks.is_main:
         check_writable(run_dir)
         check_port()
