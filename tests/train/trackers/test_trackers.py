@@ -21,8 +21,9 @@ from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.config.train_section import TRACKERS
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.train.trackers import tracker as tracker_module
-from tinygptv_ds.train.trackers.tracker import TrackedRun, check_trackers, open_trackers
+from tinygptv_ds.train.trackers import opening
+from tinygptv_ds.train.trackers.opening import check_trackers, open_trackers
+from tinygptv_ds.train.trackers.tracker import TrackedRun
 
 RAW = Callable[..., dict[str, Any]]
 
@@ -93,7 +94,7 @@ def opened(raw_recipe: RAW, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     recipe = build_recipe(raw_recipe(train__trackers=["wandb"]), "test")
 
     def start(kind: type) -> Any:
-        monkeypatch.setattr(tracker_module, "_class_of", lambda name: kind)
+        monkeypatch.setattr(opening, "_class_of", lambda name: kind)
         return open_trackers(recipe, tmp_path)
 
     return start
@@ -137,7 +138,7 @@ def test_nothing_waits_for_long(
     opened: Callable[..., Any], method: str, said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_SECONDS_TO_START", "_SECONDS_TO_SEND", "_SECONDS_AFTER_ERROR"):
-        monkeypatch.setattr(tracker_module, name, 0.2)
+        monkeypatch.setattr(opening, name, 0.2)
     released, began = threading.Event(), time.monotonic()
     trackers = opened(hanging(method, released))
     for step in range(5):
@@ -150,7 +151,7 @@ def test_nothing_waits_for_long(
 def test_a_tracker_that_falls_behind_is_left(
     opened: Callable[..., Any], said: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracker_module, "_MOST_WAITING", 10)
+    monkeypatch.setattr(opening, "_MOST_WAITING", 10)
     released = threading.Event()
     trackers = opened(hanging("log", released))
     for step in range(100):

@@ -27,7 +27,7 @@ from tinygptv_ds.train.metrics.accumulator import RankTimes, Totals
 from tinygptv_ds.train.metrics.board import describe_run, open_board
 from tinygptv_ds.train.run import Run
 from tinygptv_ds.train.setup.job import Job
-from tinygptv_ds.train.trackers.tracker import Trackers, open_trackers
+from tinygptv_ds.train.trackers.opening import Trackers, open_trackers
 
 # Per cent of the GPU's time for forward passes from which on the host sets the pace. A host that runs ahead of the GPU
 # needs less: it has launched all of a pass when the GPU is in the middle of it.

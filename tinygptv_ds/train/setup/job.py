@@ -207,7 +207,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     hold_library_output()  # what their import warns of belongs into the log file
     # Imported here because the readers of datasets and benchmarks load numpy: mistakes in the recipe come before.
     from tinygptv_ds.train.setup.preflight import check_and_open_benchmarks, check_mirror
-    from tinygptv_ds.train.trackers.tracker import check_trackers
+    from tinygptv_ds.train.trackers.opening import check_trackers
 
     scored = check_and_open_benchmarks(loaded)
     check_trackers(loaded)
