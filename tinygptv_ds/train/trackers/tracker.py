@@ -23,7 +23,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run.
+    """What a tracker gets of a run.
 
     Attributes:
         project: where runs are collected.
