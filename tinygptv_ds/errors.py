@@ -67,4 +67,7 @@ def disk_problem(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or error.errno not in _OF_THE_DISK:
         return None
     where = f"{error.filename}: " if error.filename is not None else ""
-    return f"{where}{error.strerror}; {_OF_THE_DISK[error.errno]}, then start the same command again"
+    # Locks and queues of processes name no file.
+    shared = error.filename is None and error.errno == errno.ENOSPC
+    place = " (perhaps /dev/shm, of which Docker gives 64 MB: --shm-size=8g)" if shared else ""
+    return f"{where}{error.strerror}{place}; {_OF_THE_DISK[error.errno]}, then start the same command again"

@@ -31,7 +31,7 @@ _EVENTS = {
     "rename": ("os.rename", r"checkpoints/step-\d+\.partial"),
     "prune": ("os.rename", r"checkpoints/step-\d+"),
     "removal": ("shutil.rmtree", r"checkpoints/step-\d+\.old"),
-    "latest": ("os.rename", r"deepspeed/\.latest\."),
+    "latest": ("os.rename", r"deepspeed/\.latest\.[^/]*"),
     "model": ("os.rename", r"/model\.partial"),
 }
 START, LOAD, STEP, MID_FILE = "start", "load", "step", "mid-file"
