@@ -34,7 +34,9 @@ def test_paths_of_tests_are_in_the_appendix_alone() -> None:
     """Pages for users state what holds; docs/reference/tests.md has the test of each statement."""
     for document in ROOT.glob("docs/**/*.md"):
         if document.parent.name != "reference":
-            assert re.findall(r"`(tests/[\w/]+\.py\S*)`", document.read_text()) == [], document.name
+            assert re.findall(r"`(tests/[\w/]+\.py\S*)`", document.read_text()) == [], (
+                f"{document.name}: docs/reference/tests.md holds them"
+            )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
