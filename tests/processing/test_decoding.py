@@ -1,6 +1,7 @@
 """JPEGs decoded without Pillow equal Pillow's; those decoded at a reduced size are close to them."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -69,6 +70,15 @@ def test_colours_stored_as_rgb() -> None:
     assert b"Adobe" in data
     assert images._decode_jpeg(data, (50, 40), None) is not None
     assert np.array_equal(to_pixels(data, 28), by_pillow(data, 28))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_an_image_of_the_right_size(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not resized: the dataloader workers and ranks of prepared images do without numba, which takes a second."""
+    data = encoded(part(84, 84, mode))
+    monkeypatch.delitem(sys.modules, "tinygptv_ds.processing.resize", raising=False)
+    assert np.array_equal(to_pixels(data, 84), by_pillow(data, 84))
+    assert "tinygptv_ds.processing.resize" not in sys.modules
 
 
 def with_stray_bytes(data: bytes) -> bytes:

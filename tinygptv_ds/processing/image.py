@@ -147,8 +147,6 @@ def to_pixels(
             half their size or less and then resized; photos differ by 1 to 3 of 255 on average, fine stripes by more.
         background: None: as in the original; a color: upright, on this color (see this module).
     """
-    from tinygptv_ds.processing.resize import resize  # importing numba is slow, and only resizing needs it
-
     with _refusals(source):
         image, encoded = _open(source)
         packed = None
@@ -159,6 +157,10 @@ def to_pixels(
                 packed = np.ascontiguousarray(turn(packed))
         if packed is None:
             packed = _pack(_rgb(image, background))
+    if packed.shape == (image_size, image_size):
+        return _planes(packed)
+    from tinygptv_ds.processing.resize import resize  # importing numba takes a second, and only resizing needs it
+
     return resize(packed, image_size)
 
 
@@ -357,3 +359,11 @@ def _pack(rgb: Image.Image) -> np.ndarray:
     """Return an RGB image as uint32 `[H, W]` as `resize` takes it."""
     raw = rgb.tobytes("raw", "RGBX")
     return np.frombuffer(raw, "<u4").reshape(rgb.height, rgb.width).copy()  # compiled code needs a writable array
+
+
+def _planes(packed: np.ndarray) -> np.ndarray:
+    """Split uint32 `[H, W]` into uint8 `[3, H, W]`: red, green and blue."""
+    planes = np.empty((3, *packed.shape), np.uint8)
+    for channel, plane in enumerate(planes):
+        plane[:] = packed >> 8 * channel
+    return planes

@@ -20,7 +20,7 @@ from PIL import Image
 
 from tinygptv_ds.data import process_pool
 from tinygptv_ds.data.prepare import prepare as prepare_module
-from tinygptv_ds.data.prepare.prepare import prepare, write_samples
+from tinygptv_ds.data.prepare.prepare import prepare, prepare_digits, write_samples
 from tinygptv_ds.data.prepare.stored_images import Encoding
 from tinygptv_ds.data.process_pool import run_tasks
 from tinygptv_ds.data.sets.common import PreparedSample, Samples, Skipped
@@ -295,3 +295,15 @@ def test_tasks_are_drawn_as_they_are_needed() -> None:
     run_tasks(at_3, tasks(), 2, tick, remedy="")
     assert done == drawn == 40
     assert ahead <= 2 + 1
+
+
+def test_digits_do_not_depend_on_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes make the same shards and reports as one."""
+    one = prepare_digits(tmp_path / "one", limit=2)
+    monkeypatch.setattr(prepare_module, "_WORTH_A_PROCESS", 1)
+    two = prepare_digits(tmp_path / "two", limit=2, workers=2)
+    assert list(one.items()) == list(two.items())
+    files = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.tar")}
+    assert files == {path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*.tar")}
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file

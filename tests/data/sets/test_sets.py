@@ -391,3 +391,5 @@ def test_command_digits(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypat
         for folder in folders:
             for sample in read_all(folder):
                 assert render(sample.record, len(sample.images), lambda n: n - 1).turns[-1][1]
+    with pytest.raises(DataError, match="--limit must be at least 1"):
+        command("digits", "--out", str(tmp_path / "none"), "--limit", "0")

@@ -18,7 +18,7 @@ from tinygptv_ds.data.prepare.prepare_report import PrepareReport, file_state
 from tinygptv_ds.data.prepare.shard_task import Chunk, make_shard
 from tinygptv_ds.data.prepare.stored_images import Encoding
 from tinygptv_ds.data.prepare.workspace import finish, finished, workspace
-from tinygptv_ds.data.process_pool import run_tasks
+from tinygptv_ds.data.process_pool import WorkerPool, run_tasks
 from tinygptv_ds.data.sets import DATASETS, OTHER_LAYOUTS, full_name, how_to_get
 from tinygptv_ds.data.sets.caption_folder import folder_state
 from tinygptv_ds.data.sets.common import Entry, PreparedSample
@@ -28,6 +28,7 @@ from tinygptv_ds.errors import DataError
 SAMPLES_PER_SHARD = 10_000
 DIGITS_TRAIN, DIGITS_TEST = 2_000, 500  # samples of each embedded dataset
 AS_THEY_ARE = Encoding()
+_WORTH_A_PROCESS = 2_000  # samples of the embedded datasets, which take no less time than starting a process
 _SHOWN = 300  # characters of the reason why an entry was skipped
 _HELD_BYTES = 1 << 27  # of images in one chunk of entries, where the entries hold them (parquet, base64)
 REMEDY = "use fewer --workers. Finished shards are kept, the same command resumes from them"
@@ -124,24 +125,51 @@ def prepare_digits(
     encoding: Encoding = AS_THEY_ARE,
     workers: int = 1,
 ) -> dict[str, PrepareReport]:
-    """Write the shards of the embedded datasets, ``out/<dataset>/<split>/00000.tar``. `limit` is per dataset."""
-    from tinygptv_ds.data.sets.digits import DIGIT_SETS, samples
+    """Write the shards of the embedded datasets, ``out/<dataset>/<split>/00000.tar``. `limit` is per dataset.
 
-    reports = {}
-    for name in DIGIT_SETS:
-        for split, size in (("train", DIGITS_TRAIN), ("test", DIGITS_TEST)):
-            size = size if limit is None else min(size, limit)
-            settings = {"dataset": name, "split": split, "size": size, "seed": seed}
-            reports[f"{name}/{split}"] = write_samples(
-                samples(name, split, size, seed),
-                out / name / split,
-                samples_per_shard=samples_per_shard,
-                total=size,
-                settings=settings,
-                encoding=encoding,
-                workers=workers,
-            )
-    return reports
+    Each of these folders is made by one process; with several `workers`, several of them at a time.
+    """
+    from tinygptv_ds.data.sets.digits import DIGIT_SETS
+
+    sizes = {"train": DIGITS_TRAIN, "test": DIGITS_TEST}
+    if limit is not None:
+        sizes = {split: min(size, limit) for split, size in sizes.items()}
+    parts = [(name, split, size) for name in DIGIT_SETS for split, size in sizes.items()]
+    make = partial(_digits_part, out, samples_per_shard=samples_per_shard, seed=seed, encoding=encoding)
+    processes = min(workers, sum(size for _, _, size in parts) // _WORTH_A_PROCESS)
+    if processes < 2:
+        reports = [make(part, workers=workers) for part in parts]
+    else:
+        with WorkerPool(processes, remedy=REMEDY) as pool:
+            made = pool.map(partial(make, progress=False), parts)
+            reports = list(tqdm(made, desc=out.name, total=len(parts), unit="dataset", disable=None))
+    return {f"{name}/{split}": report for (name, split, _), report in zip(parts, reports, strict=True)}
+
+
+def _digits_part(
+    out: Path,
+    part: tuple[str, str, int],
+    *,
+    samples_per_shard: int,
+    seed: int,
+    encoding: Encoding,
+    workers: int = 1,
+    progress: bool = True,
+) -> PrepareReport:
+    """Write one of the folders of `prepare_digits`."""
+    from tinygptv_ds.data.sets.digits import samples
+
+    name, split, size = part
+    return write_samples(
+        samples(name, split, size, seed),
+        out / name / split,
+        samples_per_shard=samples_per_shard,
+        total=size,
+        settings={"dataset": name, "split": split, "size": size, "seed": seed},
+        encoding=encoding,
+        workers=workers,
+        progress=progress,
+    )
 
 
 def write_samples(
@@ -153,9 +181,10 @@ def write_samples(
     settings: dict[str, Any],
     encoding: Encoding = AS_THEY_ARE,
     workers: int = 1,
+    progress: bool = True,
 ) -> PrepareReport:
     """Write `samples` as shards with indexes and report.json; `total` is for the progress bar alone, which asks the
-    samples too (`operator.length_hint`).
+    samples too (`operator.length_hint`) and is left out where `progress` is False.
 
     Shard n holds what can be used of the n-th `samples_per_shard` entries, or of as many as hold 128 MiB of images
     themselves; where that is nothing, there is no shard n.
@@ -172,7 +201,8 @@ def write_samples(
         done = finished(out, settings)
         if done is not None:
             return done
-        with workspace(out, settings), tqdm(desc=out.name, total=total, unit="sample", disable=None) as bar:
+        hidden = None if progress else True  # None: shown on a terminal
+        with workspace(out, settings), tqdm(desc=out.name, total=total, unit="sample", disable=hidden) as bar:
             parts: list[Path] = []
             chunks = _unmade(samples, samples_per_shard, out, encoding, parts, bar)
             run_tasks(make_shard, chunks, workers, bar.update, remedy=REMEDY)
