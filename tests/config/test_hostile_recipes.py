@@ -104,6 +104,7 @@ def with_seed(text: str) -> str:
         (RECIPE.replace("12,", '12, keep_best: "a\\nb",'), r"train.keep_best is 'a.nb', which is not measured"),
         (RECIPE + '"\\e[31mred": 3\n', r"unknown key '.x1b\[31mred'"),
         (RECIPE + "'': 3\n", "unknown key '';"),
+        (RECIPE + "text: {prompts: stage33}\n", "text.prompts: 'stage33' is no pool of prompts; did you mean stage3"),
         (RECIPE.replace("0}", "0, betas: [0.9, 1.5]}"), r"optimizer.betas must be two numbers in \[0, 1\)"),
     ],
 )

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinygptv_ds.config.template_names import PROMPT_POOLS
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, clean_caption, load_prompts, render
 
@@ -43,6 +44,7 @@ def test_clean_caption_twice_is_once(text: str) -> None:
 def test_prompts_are_usable() -> None:
     """Every entry has at most one slot, the stage-3 prompts one image each, and no spaces got lost in YAML."""
     pools = load_prompts().pools
+    assert tuple(pools) == PROMPT_POOLS
     assert {name: len(entries) for name, entries in pools.items()} == {
         "vqa": 2,
         "refer": 7,

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from tinygptv_ds.config.data_section import DataSection
 from tinygptv_ds.config.evaluation_section import EvaluationSection
 from tinygptv_ds.config.limits import check_limits
+from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.config.optimizer_section import OptimizerSection
 from tinygptv_ds.config.parts import check_parts
 from tinygptv_ds.config.plain_yaml import shown
+from tinygptv_ds.config.template_names import PROMPT_POOLS
 from tinygptv_ds.config.train_section import TrainSection
 from tinygptv_ds.errors import ConfigError, require
 
@@ -199,6 +201,9 @@ class TextSection:
         require(self.max_context_len > 0, "text.max_context_len must be positive")
         template_ok = self.prompt_template is None or self.prompt_template.count("{}") == 1
         require(template_ok, "text.prompt_template must hold {} exactly once, where the question goes")
+        if self.prompts is not None and self.prompts not in PROMPT_POOLS:
+            hint = nearest(self.prompts, PROMPT_POOLS)
+            raise ConfigError(f"text.prompts: {shown(self.prompts)} is no pool of prompts{hint}")
         require(self.prompt_per in ("sample", "step"), "text.prompt_per must be sample or step")
 
 

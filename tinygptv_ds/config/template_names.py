@@ -8,6 +8,7 @@ TRAINING = "training"  # the template that the checkpoint was trained with
 BENCHMARK = "benchmark"  # the template of a benchmark's published script
 ORIGINAL = ("A", "B", "C")  # the templates of the original's demos and benchmarks, see docs/use/inference.md
 TEMPLATE_NAMES = (TRAINING, BENCHMARK, *ORIGINAL)
+PROMPT_POOLS = ("vqa", "refer", "identify", "grounding", "detection", "caption", "stage3")  # of prompts.yaml
 
 
 def check_template(template: str | None, where: str) -> None:
