@@ -32,8 +32,8 @@ def main() -> None:
     if browser.MISSING:
         sys.exit(browser.MISSING)
     defaults = check_serving_arguments(args, "gradio")
-    answer_question, name = demo.load_answer_function(args)
-    page = build_page(answer_question, name, defaults)
+    answer_question, name, samples = demo.load_answer_function(args)
+    page = build_page(answer_question, name, defaults, samples=samples)
     url, *_ = launch(page, args.host, args.port)
     take(url, args.image, args.task, args.question).save(args.out, optimize=True)
     page.close(verbose=False)

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -117,8 +118,8 @@ def test_the_page_with_a_model(exported: Path, loaded: object) -> None:
 
     args = argparse.ArgumentParser()
     demo.add_arguments(args)
-    answer_question, name = demo.load_answer_function(args.parse_args([str(exported), "--dtype", "fp32"]))
-    assert name == "exported"
+    answer_question, name, samples = demo.load_answer_function(args.parse_args([str(exported), "--dtype", "fp32"]))
+    assert name == "exported" and len(samples) == 3  # for a model of small images
     (image,) = tiny.encoded_images(1)
     with page_with(answer_question) as url, browser.visited(url) as (page, _):
         browser.upload(page, image)
@@ -167,3 +168,46 @@ def test_examples_are_small_and_the_same_each_time() -> None:
     made = examples()
     assert [(a.tobytes(), q) for a, q in made] == [(a.tobytes(), q) for a, q in examples()]
     assert max(max(image.size) for image, _ in made) <= 500
+
+
+def test_examples_suit_the_model() -> None:
+    """Words in brackets are for the stage that learns them, and photos for models that see more than digits."""
+    for template, tasks in (("[INST] {} [/INST]", True), ("###Human: {} ###Assistant: ", False), ("{}", False)):
+        for size, photos in ((448, True), (84, False)):
+            made = examples(template, size)
+            assert any(question.startswith("[") for _, question in made) == tasks
+            assert any(image.size == (480, 320) for image, _ in made) == photos
+    assert {q for _, q in examples()} == {q for _, q in examples("[INST] {} [/INST]", 224)}
+
+
+def test_an_empty_answer_is_shown_as_such() -> None:
+    for answer, shown in (("", "(an empty answer)"), (" \n", "(an empty answer)"), ("a bus", "a bus")):
+        (message,) = page_module._answer_messages(answer, Image.new("RGB", (4, 4)))
+        assert message["content"] == shown
+
+
+def test_a_visitor_who_leaves_prints_no_traceback() -> None:
+    """During an upload, or with a session that the server does not know; other errors are logged as before."""
+
+    def never(*args: object) -> Iterator[str]:
+        yield ""
+
+    records: list[logging.LogRecord] = []
+    server, kept = logging.getLogger("uvicorn.error"), logging.Handler()
+    kept.emit = records.append
+    upload = "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 9999\r\n\r\n--x\r\n"
+    requests = [f"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\n{upload}"]
+    requests += [
+        f"GET /{path} HTTP/1.1\r\nHost: x\r\n\r\n" for path in ("gradio_api/queue/data?session_hash=gone", "config")
+    ]
+    with page_with(never) as url:
+        server.addHandler(kept)
+        for request in requests:
+            with socket.create_connection(("127.0.0.1", int(url.rstrip("/").rpartition(":")[2]))) as client:
+                client.sendall(request.encode())
+                answer = b"" if "POST" in request else client.recv(20)
+        time.sleep(0.5)  # the server notices
+        server.error("of its own", exc_info=OSError())
+        server.removeHandler(kept)
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert [record.getMessage() for record in records] == ["of its own"]

@@ -12,6 +12,7 @@ from tinygptv_ds.apps.server_args import add_serving_arguments, check_serving_ar
 if TYPE_CHECKING:
     from PIL import Image
 
+    from tinygptv_ds.apps.demo.example_images import Example
     from tinygptv_ds.apps.demo.page import AnswerFunction
     from tinygptv_ds.generate.settings import Generation
 
@@ -36,15 +37,20 @@ def run(args: argparse.Namespace) -> None:
     from tinygptv_ds.apps.demo.page import build_page, launch
     from tinygptv_ds.processing.image import parse_background
 
-    answer_question, name = load_answer_function(args)
-    page = build_page(answer_question, name, defaults, parse_background(args.background))
+    answer_question, name, samples = load_answer_function(args)
+    page = build_page(answer_question, name, defaults, parse_background(args.background), samples)
     address.close()  # gradio opens a socket of its own
     print(f"{name} at {' and '.join(launch(page, args.host, args.port, share=args.share))}", flush=True)
     page.block_thread()
 
 
-def load_answer_function(args: argparse.Namespace) -> tuple[AnswerFunction, str]:
-    """Load the model that the options name; return the function that answers the page's questions, and its name."""
+def load_answer_function(args: argparse.Namespace) -> tuple[AnswerFunction, str, list[Example]]:
+    """Load the model that the options name.
+
+    Returns:
+        The function that answers the page's questions, the model's name, and examples for it.
+    """
+    from tinygptv_ds.apps.demo.example_images import examples
     from tinygptv_ds.generate.conversation import Turn
     from tinygptv_ds.generate.model_args import load_from
 
@@ -58,4 +64,5 @@ def load_answer_function(args: argparse.Namespace) -> tuple[AnswerFunction, str]
         conversation = [Turn(first[0], images, first[1]), *(Turn(asked, answer=answer) for asked, answer in rest)]
         yield from answerer.stream(answerer.prompt(conversation), generation)
 
-    return answer_question, answerer.name
+    image_size = answerer.model.config.vision_config.image_size
+    return answer_question, answerer.name, examples(answerer.template.question, image_size)

@@ -8,19 +8,34 @@ from PIL import Image, ImageDraw
 
 _DIGITS = (3, 8)  # seeds of scenes with several digits
 _SCALE = 4
+_LEAST_PIXELS = 224  # side of an image of the released models; the quick start's sees scenes of digits alone
+_TASK_TEMPLATE = "[INST]"  # stage 4's: the only stage that learns words in brackets for tasks
+
+Example = tuple[Image.Image, str]
 
 
-def examples() -> list[tuple[Image.Image, str]]:
-    """Return images with a question about each."""
+def examples(template: str = "[INST] {} [/INST]", image_size: int = 448) -> list[Example]:
+    """Return images with a question about each that a model can be expected to answer.
+
+    Args:
+        template: the words around a question, by which the stage is known.
+        image_size: side in pixels of the images that the model was trained on.
+    """
     from tinygptv_ds.data.sets.digits import random_scene  # imports scikit-learn, which is slow
 
     digits = [Image.fromarray(random_scene(random.Random(seed), "test").pixels) for seed in _DIGITS]
-    return [
-        (street(), "[vqa] what colour is the bus?"),
-        (street(), "Please write a poem about the image"),
+    tasks, sees_photos = _TASK_TEMPLATE in template, image_size >= _LEAST_PIXELS
+    if not tasks:  # stages 1 to 3 learn to describe
+        images = [street(), *digits] if sees_photos else digits
+        return [(image, "Describe this image in detail.") for image in images]
+    of_digits = [
         (digits[0], "[grounding] describe this image in detail"),
         (digits[1], "[vqa] how many digits are there?"),
     ]
+    if sees_photos:
+        street_questions = ("[vqa] what colour is the bus?", "Please write a poem about the image")
+        return [*((street(), question) for question in street_questions), *of_digits]
+    return [(digits[1], "[vqa] what digit is in the bottom-left?"), *of_digits]
 
 
 def street() -> Image.Image:

@@ -15,8 +15,9 @@ from gradio import utils
 from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
 
+from tinygptv_ds.apps.demo.disconnects import hide_disconnects
 from tinygptv_ds.apps.demo.drawing import color, draw_regions
-from tinygptv_ds.apps.demo.example_images import examples
+from tinygptv_ds.apps.demo.example_images import Example, examples
 from tinygptv_ds.apps.demo.grounding import Region, find_regions, text_spans, with_painted_box
 from tinygptv_ds.errors import TinyGPTVError
 from tinygptv_ds.generate.settings import Generation
@@ -60,6 +61,19 @@ main.fillable {max-width: 1280px !important}
 button[title=Share] {display: none}
 #chat .image-container img {max-height: 300px; width: auto}
 #task label {padding: 5px 9px}
+/* On a phone everything is in one column: image, chat, question, then settings and examples. */
+@media (max-width: 1000px) {
+  #columns {flex-direction: column; flex-wrap: nowrap}
+  #columns > .column {display: contents}
+  #image {order: 1} #task {order: 2} #question {order: 3} #buttons {order: 4} #chat {order: 5}
+  #examples {order: 6} #sampling {order: 7}
+}
+@media (max-width: 600px) {
+  main.fillable {padding: 8px !important}
+  #image {height: 340px !important; min-height: 0 !important}
+  #chat {height: 320px !important}
+  #task .wrap {flex-wrap: nowrap; overflow-x: auto}
+}
 """
 
 
@@ -81,7 +95,11 @@ class ImageConversation:
 
 
 def build_page(
-    answer_question: AnswerFunction, name: str, defaults: Generation, background: Color | None = WHITE
+    answer_question: AnswerFunction,
+    name: str,
+    defaults: Generation,
+    background: Color | None = WHITE,
+    samples: Sequence[Example] | None = None,
 ) -> gr.Blocks:
     """Build the page without launching it.
 
@@ -90,16 +108,17 @@ def build_page(
         name: the model's name.
         defaults: the sliders' first values.
         background: how images are read, see processing/image.py.
+        samples: examples; None: those for the last stage.
     """
+    samples = examples() if samples is None else samples
     title = f"{name} - TinyGPT-V"
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(_HOUR, _HOUR)) as page:
         gr.HTML(f"<h2>TinyGPT-V &nbsp;·&nbsp; {html.escape(name)}</h2>")
         conversation = gr.State(ImageConversation())
-        with gr.Row(equal_height=False):
+        with gr.Row(equal_height=False, elem_id="columns"):
             with gr.Column(scale=5, min_width=480):
                 image = _editor()
                 sliders = _sliders(defaults)
-                samples = examples()
                 example_table = _example_table(samples)
             with gr.Column(scale=7, min_width=480):
                 chat = _chat()
@@ -107,7 +126,7 @@ def build_page(
                 question = gr.Textbox(
                     placeholder=HINTS["Chat"], show_label=False, container=False, autofocus=True, elem_id="question"
                 )
-                with gr.Row():
+                with gr.Row(elem_id="buttons"):
                     send = gr.Button("Send", min_width=80, variant="primary", elem_id="send")
                     stop = gr.Button("Stop", min_width=80, elem_id="stop")
                     reset = gr.Button("Reset", min_width=80, elem_id="reset")
@@ -164,6 +183,7 @@ def launch(page: gr.Blocks, host: str, port: int, *, share: bool = False) -> lis
         prevent_thread_lock=True,
         quiet=True,
     )
+    hide_disconnects()
     return [address for address in (local, public) if address]
 
 
@@ -181,7 +201,7 @@ def _editor() -> gr.ImageEditor:
     )
 
 
-def _example_table(samples: list[tuple[Image.Image, str]]) -> gr.Dataset:
+def _example_table(samples: Sequence[Example]) -> gr.Dataset:
     """Make the table of examples; a click on one gives the number of its row."""
     columns = [gr.Image(visible=False, label="Image"), gr.Textbox(visible=False, label="Question")]
     return gr.Dataset(
@@ -203,7 +223,7 @@ def _chat() -> gr.Chatbot:
 
 def _sliders(defaults: Generation) -> list[gr.Slider]:
     """Make a slider for each of `_SLIDERS`."""
-    with gr.Accordion("Sampling", open=False):
+    with gr.Accordion("Sampling", open=False, elem_id="sampling"):
         return [
             gr.Slider(minimum, maximum, getattr(defaults, name), step=step, label=label)
             for name, minimum, maximum, step, label in _SLIDERS
@@ -287,7 +307,7 @@ def _answer_messages(answer: str, image: Image.Image | None) -> list[dict[str, A
     """Return the messages of an answer: its text, with phrases in the colors of their boxes, and the boxes drawn."""
     regions = find_regions(answer)
     if not regions or not image:
-        return [_message("assistant", answer or "(no answer)")]
+        return [_message("assistant", answer if answer.strip() else "(an empty answer)")]
     text = "".join(
         html.escape(text) if number is None else f'<b style="color: rgb{color(number)}">{html.escape(text)}</b>'
         for text, number in text_spans(answer, regions)
