@@ -369,6 +369,14 @@ def test_a_large_body_is_not_read_to_its_end(answerer: Answerer) -> None:
     assert asyncio.run(ask()).status_code == 413 and sent == 5
 
 
+def test_the_least_length_gives_way_to_a_shorter_request(answerer: Answerer) -> None:
+    with serving(build_app(answerer, Generation(max_new_tokens=12, min_new_tokens=10), LIMITS)) as address:
+        for wanted in (None, 3):
+            body = {"model": NAME, "messages": HELLO, "max_tokens": wanted}
+            reply = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=PATIENCE).json()
+            assert reply["usage"]["completion_tokens"] == (wanted or 12), reply
+
+
 @pytest.mark.parametrize("key", ["wrong", f"{KEY}x"])
 def test_the_key_is_asked_for(post, key: str) -> None:
     reply = post(b"{}", Authorization=f"Bearer {key}")

@@ -1,6 +1,7 @@
 """Requests made to do harm: each is a 4xx in the form of OpenAI's API, in bounded time and memory."""
 
 import base64
+import gzip
 import json
 import socket
 import time
@@ -107,6 +108,9 @@ def test_the_kind_of_a_data_url(post: Callable[..., httpx.Response], kind: str, 
 def test_headers_and_paths(post: Callable[..., httpx.Response], address: str) -> None:
     assert post(b"{}", **{"Content-Type": "text/plain"}).status_code == 415
     assert post(b" " * 200_001).status_code == 413
+    packed = post(gzip.compress(OK), **{"Content-Encoding": "gzip"})
+    assert packed.status_code == 415 and "a body in gzip is not read" in packed.text
+    assert post(OK, **{"Content-Encoding": "identity"}).status_code == 200
     missing = httpx.get(f"{address}/v1/nothing%00%0d%0a")
     assert missing.status_code == 404 and missing.json()["error"]["type"] == "not_found_error"
     for method in ("GET", "HEAD", "OPTIONS", "TRACE", "PUT", "BREW"):
@@ -125,6 +129,7 @@ def exchange(address: str, sent: bytes) -> bytes:
         return found
 
 
+TWO_LENGTHS = b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
@@ -137,13 +142,15 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: applicat
         b"GET /health HTTP/1.1\r\n\r\n",
         HEAD + b"Content-Length: -5\r\n\r\n",
         HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcde",
+        HEAD + TWO_LENGTHS + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",  # which a proxy might have hidden
+        HEAD.replace(b"/v1/chat/completions", b"/nothing") + TWO_LENGTHS,
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),  # TLS
     ],
 )
 def test_what_is_no_http(address: str, sent: bytes) -> None:
     head, _, body = exchange(address, sent).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ") and b"content-type: application/json" in head
-    assert json.loads(body)["error"]["code"] == "invalid_http"
+    assert json.loads(body)["error"]["code"] == "invalid_http"  # and nothing follows it
 
 
 def test_requests_in_a_row_without_waiting(address: str) -> None:

@@ -57,11 +57,13 @@ def prepare(
         raise RequestError(f"max_tokens is {wanted}, above {limit}", param="max_tokens", code="context_length_exceeded")
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
     settings = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    longest = wanted or min(defaults.max_new_tokens, max_tokens, available)
     generation = Generation(
         **vars(defaults)
         | settings
         | {
-            "max_new_tokens": wanted or min(defaults.max_new_tokens, max_tokens, available),
+            "max_new_tokens": longest,
+            "min_new_tokens": min(defaults.min_new_tokens, longest),
             "stop": tuple(dict.fromkeys((*prompt.stop, *request.stop))),
         }
     )

@@ -34,6 +34,9 @@ class BodyBudget:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # which a page of another site cannot send without permission (CORS)
             raise RequestError(f"the body must be application/json, not {kind or 'of no type'}", status=415)
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        if encoding != "identity":
+            raise RequestError(f"a body in {encoding} is not read: send it without Content-Encoding", status=415)
         body = bytearray()
         try:
             async with asyncio.timeout(_SECONDS):

@@ -111,7 +111,7 @@ def build_app(
             Route("/metrics", guarded(endpoints.metrics)),
             Route("/health", guarded(endpoints.health, needs_key=False)),
         ],
-        middleware=[*([_cors(access.origins)] if access.origins else []), Middleware(_WithoutTrailingSlash)],
+        middleware=[*([_cors(access.origins)] if access.origins else []), Middleware(_PlainRequests)],
         exception_handlers={
             RequestError: _request_error,
             HTTPException: _http_error,
@@ -244,16 +244,24 @@ class Endpoints:
         self._decoders.shutdown(cancel_futures=True)
 
 
-class _WithoutTrailingSlash:
-    """Takes a slash from the end of a path; a redirection would lead from a proxy's https to http."""
+class _PlainRequests:
+    """Makes requests unambiguous.
+
+    A slash at the end of a path is left out; a redirection would lead from a proxy's https to http. A body of two
+    lengths is refused, since a proxy that believes the other one would take its rest for another client's request.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
-        if scope["type"] == "http" and len(scope["path"]) > 1:
-            scope = {**scope, "path": scope["path"].removesuffix("/")}
+        if scope["type"] == "http":
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+                error = RequestError("Content-Length and Transfer-Encoding exclude each other", code="invalid_http")
+                await error.response({"Connection": "close"})(scope, receive, send)
+                return
+            scope = {**scope, "path": scope["path"].removesuffix("/") or "/"}
         await self._app(scope, receive, send)
 
 
