@@ -9,6 +9,7 @@ _set_up() {
   local python="${PYTHON:-python3}" venv="$_root/.venv" file stamp
   export PYTHONPATH="$_root${PYTHONPATH:+:$PYTHONPATH}"
   [ -n "${TINYGPTV_NO_VENV:-}" ] && return 0
+  command -v sha256sum >/dev/null || sha256sum() { shasum -a 256; }  # macOS
   if ! "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
     echo "error: $python is not Python 3.11 to 3.13; name one with PYTHON=/path/to/python3.11" >&2
     return 2

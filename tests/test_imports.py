@@ -21,13 +21,16 @@ MAY_IMPORT = {
     "board_tags": set(),  # written by `train` and by `eval`
     "charts": set(),  # drawn by `report` and by `estimate`, which know nothing of each other
     "console": set(),  # what every verb prints with, `cli` before it has imported anything else
-    "processes": set(),  # /proc and the end of a parent: the loader, the launcher and finetune ask for them
+    "processes_elsewhere": set(),
+    "processes": {
+        "processes_elsewhere"
+    },  # /proc and the end of a parent: the loader, the launcher and finetune ask for them
     "plain_pickle": {"errors"},
     "arguments": set(),
     "git_lfs": set(),
     "config": {"errors", "files", "resources"},
     "log": {"errors", "console"},
-    "distributed": {"errors"},
+    "distributed": {"errors", "processes"},
     "files": {"errors"},
     "retry": {"errors"},
     "object_storage": {"errors", "files", "retry"},

@@ -1,9 +1,10 @@
-"""The wheel: its contents, and the command line where only the wheel is installed."""
+"""Sdist and wheel: their contents, and the command line where only the wheel is installed."""
 
 import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -15,12 +16,25 @@ ROOT = Path(__file__).parents[1]
 DEPENDENCIES = sysconfig.get_paths()["purelib"]
 
 
+def build(kind: str, out: Path, source: Path = ROOT) -> Path:
+    """Build "sdist" or "wheel" as a release does."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(out)]
+    subprocess.run(command, cwd=source, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
+    (built,) = out.glob("*.tar.gz" if kind == "sdist" else "*.whl")
+    return built
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel as pip does, from the files of this checkout."""
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("sdist", tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel as pip does from PyPI's sdist."""
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out)]
-    subprocess.run([*command, str(ROOT)], check=True, timeout=PATIENCE)
+    subprocess.run([*command, str(sdist)], check=True, timeout=PATIENCE)
     (built,) = out.glob("*.whl")
     return built
 
@@ -46,6 +60,30 @@ def run(environment: Path, folder: Path, *argv: str) -> subprocess.CompletedProc
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PATH": os.defpath}
     command = [str(environment / "bin/tinygptv-ds"), *argv]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+
+def contents(wheel: Path) -> dict[str, int]:
+    """Each file's checksum."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {info.filename: info.CRC for info in archive.infolist()}
+
+
+def test_the_sdist_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    assert contents(build("wheel", tmp_path)) == contents(wheel)
+
+
+def test_the_sdist_holds_what_the_wheel_needs_and_nothing_else(sdist: Path) -> None:
+    """No tests, data, weights, runs or caches."""
+    with tarfile.open(sdist) as archive:
+        names = [Path(*Path(name).parts[1:]) for name in archive.getnames()]
+    own = {"ds_configs", "eval", "launch", "stages", "tinygptv_ds"}
+    own |= {"CHANGELOG.md", "CITATION.cff", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
+    own |= {path.name for path in ROOT.glob("requirements*.txt")}
+    assert {name.parts[0] for name in names} == own
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    made = {"PKG-INFO"}
+    assert {str(name) for name in names} - made <= set(tracked)
+    assert not [name for name in names if name.is_relative_to("stages/tiny") or name.suffix == ".safetensors"]
 
 
 def test_the_wheel_installs_one_top_level_package(wheel: Path) -> None:

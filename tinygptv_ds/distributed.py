@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from tinygptv_ds import errors
+from tinygptv_ds.processes import usable_cores
 
 _BARRIER_TIMEOUT = timedelta(days=30)  # a rank that has finished its share may wait long for the others
 _Value = TypeVar("_Value")
@@ -66,7 +67,7 @@ def complete_env() -> None:
 
 def cores_per_rank(ranks: Ranks) -> int:
     """Return the number of CPU cores that one rank may use on this node."""
-    return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+    return max(1, usable_cores() // ranks.local_world_size)
 
 
 @contextmanager

@@ -1,14 +1,17 @@
-"""Processes of this host, as Linux shows them in /proc, and the end of a parent. No torch."""
+"""Processes of this host, by Linux's /proc or elsewhere by psutil, its cores, and the end of a parent. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tinygptv_ds import processes_elsewhere
+
 EXIT_CODE_FILE = "TINYGPTV_EXIT_CODE_FILE"  # environment variable with the path that `note_exit_code` writes to
+_HAS_PROC = Path("/proc/self/stat").is_file()
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _RSS = 21  # the field of resident pages, counted as in `_stat`
 
@@ -26,6 +29,8 @@ def note_exit_code(code: int) -> None:
 
 def command_line(pid: int) -> list[str]:
     """Return the words of a process's command line; none if it is gone."""
+    if not _HAS_PROC:
+        return processes_elsewhere.command_line(pid)
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
     except OSError:
@@ -39,6 +44,8 @@ def has_word(pid: int, *words: str) -> bool:
 
 def name_of(pid: int) -> str:
     """Return the name of a process's program, at most 15 characters; empty if it is gone."""
+    if not _HAS_PROC:
+        return processes_elsewhere.name_of(pid)
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
@@ -56,7 +63,7 @@ def parent_of(pid: int) -> int:
 
 
 def status_of(pid: int) -> dict[str, str]:
-    """Return the fields of /proc/PID/status by name; empty if there is no such process."""
+    """Return the fields of /proc/PID/status by name; empty if there is no such process, or no /proc."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -66,6 +73,8 @@ def status_of(pid: int) -> dict[str, str]:
 
 def children_of(pid: int) -> list[int]:
     """Return the processes that a process has started, those that have ended and are not collected included."""
+    if not _HAS_PROC:
+        return processes_elsewhere.children_of(pid)
     found: list[int] = []
     for thread in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -83,6 +92,8 @@ def group_members(group: int) -> list[int]:
 
 def resident_bytes() -> int:
     """Return the memory of this process that is resident; 0 where the kernel does not say."""
+    if not _HAS_PROC:
+        return processes_elsewhere.resident_bytes()
     fields = _stat(os.getpid())
     return int(fields[_RSS]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
 
@@ -96,24 +107,42 @@ def return_freed_memory() -> None:
 def own_processes() -> Iterator[int]:
     """Return the processes of this user."""
     for pid in _all():
-        try:
-            if Path(f"/proc/{pid}").stat().st_uid == os.getuid():
-                yield pid
-        except OSError:
-            continue
+        if _user_of(pid) == os.getuid():
+            yield pid
 
 
 def signal_at_end_of_parent(number: int) -> None:
-    """Ask the kernel to send this process a signal when its parent ends, however that happens."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    """Ask the kernel to send this process a signal when its parent ends, however that happens; Linux alone does."""
+    with contextlib.suppress(AttributeError):  # macOS has no prctl: there, a child outlives a parent that is killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-def _all() -> Iterator[int]:
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may use; all of them where the system knows no affinity."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _all() -> Iterable[int]:
+    if not _HAS_PROC:
+        return processes_elsewhere.all_processes()
     return (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+
+
+def _user_of(pid: int) -> int | None:
+    if not _HAS_PROC:
+        return processes_elsewhere.user_of(pid)
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return None
 
 
 def _stat(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat from the state on; empty if there is no such process."""
+    if not _HAS_PROC:
+        return processes_elsewhere.stat(pid)
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

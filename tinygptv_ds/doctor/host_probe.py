@@ -22,6 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tinygptv_ds.processes import usable_cores
 from tinygptv_ds.resources import project_root
 
 MARK = "@tinygptv "  # separates answers from what the login shell prints
@@ -62,7 +63,7 @@ def machine(run_dir: str) -> dict[str, Any]:
         port = free.getsockname()[1]
     return {
         "gpus": _gpus(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "free": shutil.disk_usage(folder).free,
         "own_name": socket.gethostname(),
         "own_address": _resolved(socket.gethostname()),

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -24,6 +23,7 @@ from tinygptv_ds.data.sets.caption_folder import folder_state
 from tinygptv_ds.data.sets.common import Entry, PreparedSample
 from tinygptv_ds.data.sets.own_entries import parse_columns
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.processes import usable_cores
 
 SAMPLES_PER_SHARD = 10_000
 DIGITS_TRAIN, DIGITS_TEST = 2_000, 500  # samples of each embedded dataset
@@ -361,7 +361,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="lay transparent images on this color and turn images upright; default: white for your own data, 'none' "
         "(drop alpha, ignore EXIF) for published datasets, as in the original",
     )
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (default: one per core)")
 
 

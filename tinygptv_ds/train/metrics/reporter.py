@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -291,7 +292,8 @@ def memory_gib(device: torch.device) -> float:
     """Return this rank's peak memory so far: the GPU's, or the process's own on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _clock_time(seconds: float) -> str:
