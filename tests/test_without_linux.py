@@ -1,6 +1,7 @@
 """What macOS lacks of Linux: no /proc, no prctl, no CPU affinity; the parts that use them work all the same."""
 
 import ctypes
+import json
 import os
 import resource
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.patience import PATIENCE
+from PIL import Image
 
 from tinygptv_ds import processes
 from tinygptv_ds.distributed import Ranks, cores_per_rank
@@ -108,12 +111,18 @@ def test_peak_memory_counts_bytes_on_macos(monkeypatch: pytest.MonkeyPatch) -> N
         (["--help"], "finetune"),
         (["train", "stage1", "--help"], "--deepspeed-config"),
         (["chat", "--help"], "--adapter"),
-        (["prepare", "digits", "--out", "data"], "digits"),
+        (
+            ["prepare", "llava", "--annotations", "a.json", "--image-root", ".", "--out", "data", "--workers", "1"],
+            "1 sample",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_verbs(argv: list[str], shown: str, tmp_path: Path) -> None:
     """In a process without them; `prepare` also starts others."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": turns}]))
     ended = subprocess.run(
         [sys.executable, "-c", NO_LINUX, *argv],
         cwd=tmp_path,
@@ -121,7 +130,7 @@ def test_verbs(argv: list[str], shown: str, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
     assert shown in ended.stdout
