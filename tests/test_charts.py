@@ -6,7 +6,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tinygptv_ds.charts import THEMES, Band, Line, bar_chart, line_chart, short, smoothed, standalone
+from tinygptv_ds.charts.axes import short
+from tinygptv_ds.charts.bars import bar_chart
+from tinygptv_ds.charts.lines import Band, Line, line_chart, smoothed
+from tinygptv_ds.charts.style import THEMES, stacked, standalone
 
 CASES = {
     "nothing": [],
@@ -27,9 +30,17 @@ CASES = {
 @pytest.mark.parametrize("points", CASES.values(), ids=CASES)
 def test_it_is_an_svg(points: list[tuple[float, float]], log: bool) -> None:
     chart = line_chart([Line("<a & b>", points), Line("other", [])], y_label="<loss>", log=log)
-    for theme in THEMES:
+    for theme in (*THEMES, None):
         ElementTree.fromstring(standalone(chart, theme))
     assert "nan" not in chart and "inf" not in chart and len(chart) < 60_000
+
+
+def test_charts_below_each_other() -> None:
+    """In one file, each in its place, and in both themes."""
+    chart = standalone(stacked([line_chart([Line("", [(0, 1.0)])])] * 2, (480, 270)))
+    inner = ElementTree.fromstring(chart).findall("{*}svg")
+    assert [part.get("y") for part in inner] == ["0", "270"]
+    assert "prefers-color-scheme: dark" in chart and "fill: var(--ground)" in chart
 
 
 def polylines(chart: str) -> list[list[tuple[float, float]]]:

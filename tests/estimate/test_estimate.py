@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from helpers.verbs import call
 from transformers import Blip2QFormerConfig
 
+from tinygptv_ds.charts.axes import short
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.errors import ConfigError
@@ -202,6 +204,22 @@ def test_one_gpu_holds_flat_tensors() -> None:
         assert (held.weights, held.optimizer, held.gradients) == (whole, moments, gradients)
         assert held.total < zero[setting].total
     assert found["ZeRO-3"] == zero["ZeRO-3"]
+
+
+def test_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The memory of a micro-batch as in the table, below what each card has; a wrong ending is an error."""
+    recipe, file = str(ROOT / "stages/stage3.yaml"), tmp_path / "memory.svg"
+    options = ("--set", "train.micro_batch_size=2", "--set", "train.batch_size=2", "--gpu", "A100-80GB", "RTX-4090")
+    call(estimate, recipe, *options, "--plot", str(file), "--json")
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    titles = [
+        title.text for title in ElementTree.fromstring(file.read_text()).iter("{http://www.w3.org/2000/svg}title")
+    ]
+    for setting in ("ZeRO-2", "ZeRO-3"):
+        assert f"2: activations {short(memory[setting]['activations'] / 2**30)}" in titles
+    assert ">A100-80GB<" in file.read_text() and ">RTX-4090<" in file.read_text()
+    with pytest.raises(ConfigError, match=r"--plot memory\.png: the name must end in \.svg"):
+        call(estimate, recipe, "--plot", "memory.png")
 
 
 def test_what_is_compiled(capsys: pytest.CaptureFixture[str]) -> None:

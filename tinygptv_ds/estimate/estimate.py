@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
@@ -26,6 +27,7 @@ from tinygptv_ds.estimate.model_size import (
     trained_names,
     trained_parts,
 )
+from tinygptv_ds.estimate.plot import SIZES, write_plot
 from tinygptv_ds.estimate.report import report
 from tinygptv_ds.estimate.result import Disk, Estimate, Launches, Operations
 from tinygptv_ds.estimate.speed import StepWork, card_speed
@@ -74,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=float, metavar="N", help="tokens of a sample, its images' rows included")
     parser.add_argument("--targets", type=float, metavar="N", help="target tokens of a sample")
     parser.add_argument("--json", action="store_true", help="print the estimate as JSON")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE.svg",
+        help="write the memory by micro-batch size as a chart, next to that of the cards",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -82,10 +90,14 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--gpus and --node must be at least 1, and --mfu above 0 and at most 1")
     if not 0 <= args.launch_us < 1e6:
         raise ConfigError("--launch-us must be at least 0 and below a second")
+    if args.plot is not None and args.plot.suffix.lower() != ".svg":
+        raise ConfigError(f"--plot {args.plot}: the name must end in .svg")
     recipe, cards, links = load_recipe(args.recipe, args.set), cards_named(args.gpu), links_named(args.link)
     data = _with_given_lengths(summarize_data(recipe), args)
     rates = {"mfu": args.mfu, "launch_seconds": args.launch_us / 1e6}
     result = estimate(recipe, cards, gpus=args.gpus, data=data, node=args.node, **rates)
+    if args.plot is not None:
+        write_plot(args.plot, result, cards)
     if args.json:
         print(json.dumps(as_plain(result, cards, links), indent=1))
     else:
@@ -155,6 +167,7 @@ def estimate(
         micro_batch=samples,
         gpus=gpus,
         memory=memory,
+        memory_by_size={size: memory_of(replace(batch, samples=size)) for size in SIZES},
         operations=operations,
         recomputed=recomputed,
         mfu=mfu,

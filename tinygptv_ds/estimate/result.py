@@ -118,6 +118,7 @@ class Estimate:
         micro_batch: samples of one forward pass on one GPU.
         gpus: number of GPUs.
         memory: memory of one GPU, by ZeRO setting.
+        memory_by_size: the same with micro-batches of other numbers of samples.
         operations: operations of one sample, by part.
         recomputed: share of Phi's blocks that run forward twice.
         mfu: share of the cards' peak that is reached where the GPU is busy.
@@ -135,6 +136,7 @@ class Estimate:
     micro_batch: float
     gpus: int
     memory: dict[str, Memory]
+    memory_by_size: dict[int, dict[str, Memory]]
     operations: dict[str, Operations]
     recomputed: float
     mfu: float

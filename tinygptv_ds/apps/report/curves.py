@@ -8,7 +8,9 @@ from itertools import accumulate, count, pairwise
 from pathlib import Path
 
 from tinygptv_ds.apps.report.run_data import RunData
-from tinygptv_ds.charts import HEIGHT, WIDTH, Band, Line, Point, line_chart
+from tinygptv_ds.charts.axes import Point
+from tinygptv_ds.charts.lines import Band, Line, line_chart
+from tinygptv_ds.charts.style import HEIGHT, WIDTH
 
 LOSS = "train/loss"
 # (metric, title, unit); those that no run has are left out

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from tinygptv_ds import charts
 from tinygptv_ds.apps.report import samples, tables
 from tinygptv_ds.apps.report.curves import charts as curves
 from tinygptv_ds.apps.report.run_data import RunData
+from tinygptv_ds.charts.style import STYLE, palette
 
 # Nothing but the page itself, whatever a caption or an answer holds.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -75,9 +75,9 @@ def page(runs: Sequence[RunData], made: str) -> str:
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
-<style>:root {{ {charts.palette("light")} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {charts.palette("dark")} }} }}
-{_STYLE}{charts.STYLE}{samples.STYLE}</style>
+<style>:root {{ {palette("light")} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {palette("dark")} }} }}
+{_STYLE}{STYLE}{samples.STYLE}</style>
 </head>
 <body>
 <header>

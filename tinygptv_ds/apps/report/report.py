@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tinygptv_ds import __version__
 from tinygptv_ds.apps.report.run_data import find_runs, read_runs
-from tinygptv_ds.charts import THEMES, standalone
+from tinygptv_ds.charts.style import THEMES, standalone
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.files import whole_file
 

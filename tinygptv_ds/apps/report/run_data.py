@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tinygptv_ds.charts import Point
+from tinygptv_ds.charts.axes import Point
 from tinygptv_ds.config.load import dotted_values
 from tinygptv_ds.config.plain_yaml import LONGEST, parse_yaml
 from tinygptv_ds.errors import ConfigError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tinygptv_ds.apps.demo.grounding import Region, find_regions, text_spans
 from tinygptv_ds.apps.report.run_data import PanelAnswer, RunData
-from tinygptv_ds.charts import COLORS
+from tinygptv_ds.charts.style import COLORS
 from tinygptv_ds.processing.boxes import Box, find_boxes
 
 MOST = 12  # answers of a run that are shown

@@ -10,7 +10,8 @@ from statistics import median
 from typing import Any
 
 from tinygptv_ds.apps.report.run_data import RunData
-from tinygptv_ds.charts import COLORS, short
+from tinygptv_ds.charts.axes import short
+from tinygptv_ds.charts.style import COLORS
 
 _NOTHING = "–"
 _DATASETS = ("data.datasets.", "data.validation.")
