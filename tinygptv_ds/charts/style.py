@@ -13,8 +13,7 @@ _COLORS = {
 THEMES = {theme: dict(zip(_INKS, colors.split(), strict=True)) for theme, colors in _COLORS.items()}
 COLORS = 8
 STYLE = """
-svg.chart:not(.chart .chart) { display: block; width: 100%; height: auto }
-svg.chart { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif }
+svg.chart { display: block; width: 100%; height: auto; font: 13px system-ui, -apple-system, "Segoe UI", sans-serif }
 .chart text { fill: var(--faint) } .chart .name { fill: var(--ink) }
 .chart .grid { stroke: var(--grid) } .chart .band { fill: var(--band) }
 .chart .limit { stroke: var(--faint); stroke-dasharray: 2 3 }
@@ -48,7 +47,8 @@ def stacked(charts: Sequence[str], size: tuple[float, float] = (WIDTH, HEIGHT)) 
     width, height = size
     place = 'x="0" y="{:g}" width="{:g}" height="{:g}" '
     parts = [
-        chart.replace("<svg ", f"<svg {place.format(n * height, width, height)}", 1) for n, chart in enumerate(charts)
+        chart.replace('<svg class="chart" ', f"<svg {place.format(n * height, width, height)}", 1)
+        for n, chart in enumerate(charts)
     ]
     return (
         f'<svg class="chart" viewBox="0 0 {width:g} {len(charts) * height:g}" role="img" aria-label="charts">'
