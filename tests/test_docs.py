@@ -89,7 +89,7 @@ def test_the_messages_of_the_faq_are_printed_by_the_code() -> None:
 # Options of other programs, and of scripts under benchmarks/ and tests/, that the documents mention.
 OTHER_OPTIONS = {"train-standins", "golden", "no-build-isolation", "resample", "model-args", "gen-kwargs", "prefix"}
 OTHER_OPTIONS |= {"nproc-per-node", "signals-to-handle", "shutdown-timeout", "max-restarts", "signal", "requeue"}
-OTHER_OPTIONS |= {"kill-on-bad-exit", "launched", "minutes", "only", "sort"}
+OTHER_OPTIONS |= {"kill-on-bad-exit", "launched", "minutes", "only", "repo", "sort"}
 OTHER_OPTIONS |= {"user", "shm-size", "ipc", "install"}  # docker, wsl
 
 
