@@ -148,10 +148,12 @@ def train_stage(stage: int) -> bool:
 
 def launch_ranks(batch_size: int) -> tuple[int, dict[str, str]]:
     """Return the number of ranks and their environment: every GPU that the batch divides over, or two ranks on CPUs."""
-    if has_gpu():
+    gpus = 0
+    if has_gpu():  # otherwise nothing waits for the import
         import torch
 
         gpus = torch.cuda.device_count()
+    if gpus:
         return max(n for n in range(1, gpus + 1) if batch_size % n == 0), dict(os.environ)
     return 2, {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}
 
