@@ -169,7 +169,7 @@ def test_a_full_disk_keeps_the_earlier_best(begin: Callable[..., Run], monkeypat
         ({"train__result": "best"}, r"train\.result is best, but train\.keep_best names no metric"),
         ({"train__patience": 1}, r"train\.patience is set, but train\.keep_best names no metric"),
         ({"train__result": "first"}, r"train\.result must be last or best"),
-        ({"train__keep_best": "val/loss"}, r"val/loss: say how often with train\.validate_every"),
+        ({"train__keep_best": "val/loss"}, r"val/loss': say how often with train\.validate_every"),
         ({"train__keep_best": "loss"}, r"which is not measured; choose one of val/loss$"),
         (
             {"train__keep_best": "eval/vq/strict", "evaluation": {"benchmarks": [{"kind": "vqa", "shards": "x"}]}},
