@@ -4,6 +4,8 @@ The original's procedure is that of `benchmarks/original.py`: padded rows, eager
 on the modules of our model, so weights and matrix products are the same, and the losses must be.
 
     python benchmarks/cpu_step.py               # ViT 8 x 256, Phi 8 x 512, vocabulary 51,200, one thread
+    python benchmarks/cpu_step.py --batch short # 64 to 190 tokens, 40 of them targets
+    python benchmarks/cpu_step.py --products    # operations of matrix products by part, and their share of the time
     python benchmarks/cpu_step.py --profile     # the operations of our step that take longest
 """
 
@@ -15,10 +17,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Blip2QFormerConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,7 +39,33 @@ from tinygptv_ds.train.transfer import model_inputs
 
 Model = TinyGPTVForConditionalGeneration
 _ORIGINAL, _OURS = "the original's procedure", "ours, from pixels"
-LENGTHS = (448, 352, 288, 256, 224, 192, 128, 96)  # tokens: a conversation next to short questions
+_FROM_FEATURES = "the original's procedure from features"
+
+
+class Samples(NamedTuple):
+    """The samples of a batch, of one image each.
+
+    Attributes:
+        lengths: tokens of each.
+        targets: target tokens of each; None: a third of its tokens.
+    """
+
+    lengths: tuple[int, ...]
+    targets: int | None = None
+
+
+BATCHES = {
+    "long": Samples((448, 352, 288, 256, 224, 192, 128, 96)),  # a conversation next to short questions
+    "short": Samples((190, 172, 154, 136, 118, 100, 82, 64), 40),
+}
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_convolution"}
+_PRODUCTS |= {"aten::_scaled_dot_product_flash_attention_for_cpu" + of for of in ("", "_backward")}
+_PARTS = {
+    "ViT": "visual_encoder",
+    "Q-Former": "qformer",
+    "Phi": "language_model.model",
+    "head": "language_model.lm_head",
+}
 _TOLERANCE = 1e-4  # of the losses, in fp32
 
 
@@ -45,17 +75,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--size", choices=["small", "tiny"], default="small", help="of the model (default: %(default)s)"
     )
+    parser.add_argument("--batch", choices=list(BATCHES), default="long", help="the samples (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="steps of each kind (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--products", action="store_true", help="print what matrix products take instead")
     parser.add_argument("--profile", action="store_true", help="print our step's operations instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     model = build(configuration(args.size), torch.float32, torch.device("cpu")).train()
+    samples = BATCHES[args.batch]
     if args.profile:
-        print(profile(model))
+        print(profile(model, samples))
+    elif args.products:
+        print("\n".join(products(model, samples)))
     else:
-        seconds, losses = compare(model, args.repeat)
+        seconds, losses = compare(model, args.repeat, samples)
         print("\n".join(table(seconds, losses)))
         if args.json:
             args.json.write_text(json.dumps({"seconds": seconds, "losses": losses}, indent=1) + "\n", encoding="utf-8")
@@ -86,16 +121,9 @@ def configuration(size: str) -> TinyGPTVConfig:
     )
 
 
-def compare(model: Model, repeat: int) -> tuple[dict[str, float], dict[str, float]]:
+def compare(model: Model, repeat: int, samples: Samples) -> tuple[dict[str, float], dict[str, float]]:
     """Return the CPU seconds and the losses of our and the original's steps, run in turn."""
-    pixels, features = (batch_of(model, source) for source in ("pixels", "features"))
-    padded_pixels, padded_features = (padded(batch, model.normalize) for batch in (pixels, features))
-    steps: dict[str, Callable[[], Tensor]] = {
-        _ORIGINAL: lambda: original_loss(model, padded_pixels),
-        _OURS: lambda: our_loss(model, pixels),
-        "the original's procedure from features": lambda: original_loss(model, padded_features),
-        "ours, from features": lambda: our_loss(model, features),
-    }
+    steps = losses_of(model, samples)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses = {name: one_step(model, loss)[1] for name, loss in steps.items()}  # and warms up
     for _ in range(repeat):
@@ -104,6 +132,18 @@ def compare(model: Model, repeat: int) -> tuple[dict[str, float], dict[str, floa
     first, second = losses[_ORIGINAL], losses[_OURS]
     assert abs(first - second) < _TOLERANCE * abs(first), f"losses differ: {first} and {second}"
     return {name: min(taken) for name, taken in seconds.items()}, losses
+
+
+def losses_of(model: Model, samples: Samples) -> dict[str, Callable[[], Tensor]]:
+    """Return the functions whose forward and backward passes are compared."""
+    pixels, features = (batch_of(model, source, samples) for source in ("pixels", "features"))
+    padded_pixels, padded_features = (padded(batch, model.normalize) for batch in (pixels, features))
+    return {
+        _ORIGINAL: lambda: original_loss(model, padded_pixels),
+        _OURS: lambda: our_loss(model, pixels),
+        _FROM_FEATURES: lambda: original_loss(model, padded_features),
+        "ours, from features": lambda: our_loss(model, features),
+    }
 
 
 def table(seconds: Mapping[str, float], losses: Mapping[str, float]) -> list[str]:
@@ -123,26 +163,26 @@ def one_step(model: Model, loss: Callable[[], Tensor]) -> tuple[float, float]:
     return time.process_time() - begin, float(value.detach())
 
 
-def batch_of(model: Model, source: str) -> Batch:
-    """Return a micro-batch of samples of these lengths with an image each, from pixels or features."""
+def batch_of(model: Model, source: str, samples: Samples = BATCHES["long"]) -> Batch:
+    """Return a micro-batch of samples with an image each, from pixels or features."""
     config, rng = model.config, np.random.default_rng(0)
     size, queries = config.vision_config.image_size, config.num_query_tokens
-    rows = [_row(rng, config, length) for length in LENGTHS]
+    rows = [_row(rng, config, length, samples.targets or length - length * 2 // 3) for length in samples.lengths]
     refs = [SampleRef(index, "random", 0, 0, index) for index in range(len(rows))]
     features = torch.from_numpy(rng.standard_normal((len(rows), 1, queries, config.qformer_config.hidden_size)))
     cached = source == "features"
     pixels = rng.integers(0, 256, (len(rows), 0 if cached else 1, 3, size, size), dtype=np.uint8)
     made = list(features.float()) if cached else [None] * len(rows)
-    samples = [Sample(*each) for each in zip(refs, rows, pixels, made, strict=True)]
+    loaded = [Sample(*each) for each in zip(refs, rows, pixels, made, strict=True)]
     none = features[0][:0].float() if cached else None
-    return collate(samples, ["random"], queries=queries, image_size=size, bos=0, no_features=none)
+    return collate(loaded, ["random"], queries=queries, image_size=size, bos=0, no_features=none)
 
 
-def _row(rng: np.random.Generator, config: TinyGPTVConfig, length: int) -> TokenRow:
-    """Return an image and a question, and an answer of a third of the tokens."""
+def _row(rng: np.random.Generator, config: TinyGPTVConfig, length: int, targets: int) -> TokenRow:
+    """Return an image and a question, and an answer of so many tokens."""
     ids, image = rng.integers(0, config.image_token_id, length), np.arange(4, 4 + config.num_query_tokens)
     ids[image] = config.image_token_id
-    labels = np.where(np.arange(length) < length * 2 // 3, IGNORE, ids)
+    labels = np.where(np.arange(length) < length - targets, IGNORE, ids)
     return TokenRow(ids, labels, np.arange(length), image, np.arange(config.num_query_tokens))
 
 
@@ -159,13 +199,35 @@ def original_loss(model: Model, batch: PaddedBatch) -> Tensor:
         return mean_loss(model, batch)
 
 
-def profile(model: Model) -> str:
-    """Return the operations of our step, from pixels, that take longest."""
-    batch = batch_of(model, "pixels")
-    our_loss(model, batch).backward()
+def products(model: Model, samples: Samples) -> list[str]:
+    """Return a Markdown table of the operations of matrix products by part, and of the time that they take."""
+    lines = [f"| GFLOP of matrix products | {' | '.join(_PARTS)} | all | their CPU s | CPU s of all operations |"]
+    lines.append("|" + "-|" * (len(_PARTS) + 4))
+    steps = losses_of(model, samples)
+    for name in (_ORIGINAL, _OURS):
+        one_step(model, steps[name])  # warms up
+        with FlopCounterMode(display=False) as counter:
+            one_step(model, steps[name])
+        counts = {part: sum(of.values()) for part, of in counter.get_flop_counts().items()}
+        cells = [counts.get(f"{type(model).__name__}.{part}", 0) for part in _PARTS.values()]
+        seconds = {event.key: event.self_cpu_time_total / 1e6 for event in _profiled(model, steps[name]).key_averages()}
+        of_products = sum(taken for key, taken in seconds.items() if key in _PRODUCTS)
+        figures = " | ".join(f"{count / 1e9:.1f}" for count in (*cells, counts["Global"]))
+        lines.append(f"| {name} | {figures} | {of_products:.2f} | {sum(seconds.values()):.2f} |")
+    return lines
+
+
+def _profiled(model: Model, loss: Callable[[], Tensor]) -> torch.profiler.profile:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as found:
-        our_loss(model, batch).backward()
-    averages = found.key_averages(group_by_input_shape=True)
+        one_step(model, loss)
+    return found
+
+
+def profile(model: Model, samples: Samples) -> str:
+    """Return the operations of our step, from pixels, that take longest."""
+    loss = losses_of(model, samples)[_OURS]
+    one_step(model, loss)  # warms up
+    averages = _profiled(model, loss).key_averages(group_by_input_shape=True)
     return averages.table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=40)
 
 

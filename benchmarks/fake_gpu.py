@@ -143,8 +143,17 @@ def _call(node: Node, gradients: Mapping[int, Tensor]) -> tuple[Tensor | None, .
             parameter.grad = gradients[0] if parameter.grad is None else parameter.grad + gradients[0]
         return ()
     inputs = [gradients.get(number) for number in range(len(node._input_metadata))]
-    found = node.apply(*inputs) if isinstance(node, BackwardCFunction) else node(*inputs)  # type: ignore[operator]
+    if isinstance(node, BackwardCFunction):
+        return _of_tensors(node, node.apply(*inputs))
+    found = node(*inputs)  # type: ignore[operator]
     return found if isinstance(found, tuple) else (found,)
+
+
+def _of_tensors(node: Any, found: Any) -> tuple[Tensor | None, ...]:
+    """Return a custom function's gradients in the order of its node's edges, which arguments without a tensor lack."""
+    gradients = found if isinstance(found, tuple) else (found,)
+    wanted = (gradient for gradient, needed in zip(gradients, node.needs_input_grad, strict=True) if needed)
+    return tuple(None if user is None else next(wanted) for user, _ in node.next_functions)
 
 
 def _as_expected(gradient: Tensor, expected: Any) -> Tensor:

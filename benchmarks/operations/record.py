@@ -1,7 +1,8 @@
 """A record of every operation of a step: what it reads and writes, by part of the model, forward and backward.
 
 An operation counts as one kernel, unless it only makes a view or allocates memory. Its bytes are those of the tensors
-that it reads and writes, each whole and once; of a table that it takes rows from, only these rows.
+that it reads and writes, each whole and once; of a table that it takes rows from, only these rows. An operation on a
+list of tensors counts as one kernel, too: with CUDA 13, torch launches one for up to 448 pairs, with CUDA 12 for 64.
 """
 
 from __future__ import annotations
@@ -17,9 +18,20 @@ from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-_ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "device"}
+_NO_KERNEL = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+    "device",
+}
+_NO_KERNEL |= {"_record_function_enter_new", "_record_function_exit"}  # for profilers
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution"}
 _TAKE_ROWS = {"embedding", "index_select", "index", "gather", "nll_loss_forward"}
+_OVERWRITE = {"copy_", "_foreach_copy_", "fill_", "zero_"}  # they read nothing of what they write to
 _READ = "_local_scalar_dense"  # the host reads a value, and waits for the device
 
 
@@ -115,12 +127,14 @@ class Recorder(TorchDispatchMode):
                 raise RuntimeError("the host reads a value from the device, and waits for it")
             return self._values[self.host_reads - 1]
         output = func(*args, **(kwargs or {}))
-        if name not in _ALLOCATE and not _is_view(func):
-            self._add(name, args, kwargs, output)
+        if name not in _NO_KERNEL and not _is_view(func):
+            changed = _changed(func, args) if output is None else output
+            self._add(name, args, kwargs, changed)
         return output
 
     def _add(self, name: str, args: tuple, kwargs: dict | None, output: Any) -> None:
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        read = args[1:] if name in _OVERWRITE else args
+        inputs = [x for x in tree_leaves((read, kwargs)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
         self._kept += [*inputs, *outputs]
         written = sum(map(_bytes, outputs))
@@ -208,6 +222,12 @@ def _next_node() -> int:
 def _is_view(func: Any) -> bool:
     returns = func._schema.returns
     return func.is_view or any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
+
+
+def _changed(func: Any, args: tuple) -> list[Any]:
+    """Return the arguments that an operation without a result writes to, e.g., the lists of a fused optimizer."""
+    schema = func._schema.arguments
+    return [value for value, each in zip(args, schema, strict=False) if each.alias_info and each.alias_info.is_write]
 
 
 def _access(tensor: Tensor, most: float = float("inf")) -> Access:

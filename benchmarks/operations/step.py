@@ -19,12 +19,14 @@ from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.models import dropout
 from tinygptv_ds.models.configuration import TinyGPTVConfig
+from tinygptv_ds.models.parameters import weight_decay_groups
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.resources import project_root
+from tinygptv_ds.train.flat_optimizer import FlatOptimizer
 from tinygptv_ds.train.micro_batch_loss import micro_batch_loss
 from tinygptv_ds.train.transfer import model_inputs
 
-VISION, PROJECTIONS, PHI, HEAD = "vision", "projections", "phi", "head and loss"
+VISION, PROJECTIONS, PHI, HEAD, OPTIMIZER = "vision", "projections", "phi", "head and loss", "optimizer"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class RecordedStep:
 
     Attributes:
         recorder: its operations.
-        model: the model, with gradients.
+        model: the model, with gradients where no optimizer took them over.
         token_losses: fp32 `[targets]`, fake.
         tokens: rows of Phi.
         targets: target tokens.
@@ -53,22 +55,28 @@ def published_config(stage: int) -> TinyGPTVConfig:
     )
 
 
-def record_step(case: Case, config: TinyGPTVConfig | None = None, attention: str = "torch_varlen") -> RecordedStep:
+def record_step(
+    case: Case, config: TinyGPTVConfig | None = None, attention: str = "torch_varlen", *, one_rank: bool = False
+) -> RecordedStep:
     """Return the operations of one micro-batch, forward and backward, on a fake GPU.
 
     Args:
         case: stage, precision, source and number of samples.
         config: the model's configuration; None: the published one.
         attention: the attention backend.
+        one_rank: as on a single rank: LoRA's weights are cast together, and a step of its optimizer follows.
     """
     config = published_config(case.stage) if config is None else config
     batch = make_batches(config, case, 0, pinned=False).loaded[0].batch
     lengths = np.diff(batch.cu_seqlens.numpy()).astype(np.float64)
-    recorder = Recorder(squares=float(np.square(lengths).sum()))
+    norm = (1.0,) if one_rank else ()  # the host reads it
+    recorder = Recorder(squares=float(np.square(lengths).sum()), values=norm)
     with fake_gpu(), _compiled_dropout(recorder):
         model = fake_model(config, DTYPES[case.precision])
         model.attention = attention
         model.language_model.model.gradient_checkpointing = int(case.recompute)
+        model.language_model.model.cast_lora_together = one_rank
+        optimizer = _flat_optimizer(model) if one_rank else None
         _mark_parts(recorder, model)
         inputs = {name: on_gpu(value) for name, value in model_inputs(batch).items()}
         divisor = torch.full((), float(len(batch.targets)), device=DEVICE)
@@ -78,7 +86,19 @@ def record_step(case: Case, config: TinyGPTVConfig | None = None, attention: str
                     output = model(**inputs)
                 loss = micro_batch_loss(output, divisor, count=1, world_size=1)
             backward(loss, recorder.backward_of)
+            if optimizer is not None:
+                with recorder.part(OPTIMIZER):
+                    optimizer.add_gradients()
+                    optimizer.step()
     return RecordedStep(recorder, model, output.token_losses, len(batch.input_ids), len(batch.targets))
+
+
+def _flat_optimizer(model: TinyGPTVForConditionalGeneration) -> FlatOptimizer:
+    """Return the optimizer of a single rank, after the first step, which makes the moments."""
+    groups = weight_decay_groups(model, weight_decay=0.05)
+    optimizer = FlatOptimizer(groups, lambda flat: torch.optim.AdamW(flat, fused=True), gradient_clipping=0.0)
+    optimizer.optimizer.step()
+    return optimizer
 
 
 def _mark_parts(recorder: Recorder, model: TinyGPTVForConditionalGeneration) -> None:

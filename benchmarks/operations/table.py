@@ -31,7 +31,7 @@ def name_of(case: Case) -> str:
 
 def count(case: Case) -> dict[str, dict[str, list[float]]]:
     """Return kernels, megabytes and GFLOP of a case, by way and part."""
-    operations = record_step(case).recorder.operations
+    operations = record_step(case, one_rank=True).recorder.operations
     return {
         way: {part: _plain(kernels) for part, kernels in {**parts(operations), "all": total(parts(operations))}.items()}
         for way, parts in WAYS.items()

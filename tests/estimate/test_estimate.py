@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,6 +12,7 @@ import torch
 from helpers.verbs import call
 from transformers import Blip2QFormerConfig
 
+from benchmarks.fake_gpu import DEVICE, fake_gpu, fake_model
 from tinygptv_ds.charts.axes import short
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.config.recipe import Recipe
@@ -30,10 +30,13 @@ from tinygptv_ds.estimate.model_size import (
     trained_names,
     trained_parts,
 )
+from tinygptv_ds.models import dropout
+from tinygptv_ds.models.attention import make_layout
 from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
 from tinygptv_ds.models.flops import FlopRates, PartFlops, flops_by_part
 from tinygptv_ds.models.frozen_linear import quantized_buffers
 from tinygptv_ds.models.parameters import PARTS, lora, norms, projections, train_only
+from tinygptv_ds.models.phi import AttentionContext, rotary_tables
 from tinygptv_ds.models.quantized_linear import quantize_layers
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.flat_optimizer import FlatOptimizer
@@ -131,40 +134,28 @@ def test_operations_follow_what_is_trained() -> None:
     assert usual["head"].backward.target == usual["head"].forward.target
 
 
-def kept_of_a_row(model: TinyGPTVForConditionalGeneration) -> float:
-    """Bytes that a block of Phi keeps of a row for its backward pass in bf16, parameters and shared storage apart."""
-    phi = model.language_model.model
-    rows, seen = 256, {p.data_ptr() for p in model.parameters()}
-    x = torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True)
-    kept: dict[int, int] = {}
+def test_activations_are_what_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes that a block of Phi keeps of a row on a fake GPU, parameters and shared storage apart."""
+    monkeypatch.setattr(dropout, "kernel", lambda p, device: dropout._drop_at(p))
+    rows, kept, config = 4096, {}, small_model().config
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in seen and tensor.numel() >= rows:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if len(tensor) == rows or tensor.shape[-1] == rows:  # neither weights nor their copies in bf16
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    from tinygptv_ds.models.attention import make_layout
-    from tinygptv_ds.models.phi import AttentionContext, rotary_tables
-
-    positions = torch.arange(rows)
-    layout = make_layout(torch.tensor([0, rows], dtype=torch.int32), rows, rows, "sdpa")
-    layout = replace(layout, lengths=None)  # as on a GPU without FlashAttention, which keeps most
-    context = AttentionContext(*rotary_tables(positions, phi.text_config, torch.float32), layout)
-    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = phi.layers[1](x, context)
-    out.float().sum().backward()
-    return sum(kept.values()) / rows
-
-
-def test_activations_are_what_torch_keeps() -> None:
-    model = small_model()
-    train_only(model, projections, norms, lora)
-    model.train()
-    model.language_model.model.layers.to(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad or name.endswith("layernorm.bias"):
-            parameter.data = parameter.data.float()
-    assert phi_row_bytes(model.config, ALL) == pytest.approx(kept_of_a_row(model), rel=0.05)
+    with fake_gpu():
+        model = fake_model(config, torch.bfloat16)
+        x = torch.empty(rows, 64, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+        positions = torch.empty(rows, dtype=torch.long, device=DEVICE)
+        layout = make_layout(positions[:2].int(), rows, rows, "torch_varlen")
+        tables = rotary_tables(positions, config.text_config, torch.float32)
+        context = AttentionContext(*tables, layout, dropout=dropout.make_keys(positions, 6, 256))
+        shared = {tensor.untyped_storage()._cdata for tensor in (*tables, positions)}
+        with torch.autocast(DEVICE, torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model.language_model.model.layers[1](x, context)
+    found = sum(size for storage, size in kept.items() if storage not in shared) / rows
+    assert phi_row_bytes(config, ALL) == pytest.approx(found, rel=0.01)
 
 
 def test_optimizer_and_weights_are_what_torch_holds() -> None:
@@ -235,13 +226,15 @@ def test_what_is_compiled(capsys: pytest.CaptureFixture[str]) -> None:
     usual, text = found()
     eager, without = found("--set", "model.compile=false")
     quantized, in_bits = found("--set", "model.frozen_bits=4", "--set", "train.cuda_graph_tokens=256")
-    assert usual["kernels"] < usual["zero_3_kernels"] == eager["kernels"] == quantized["kernels"]
-    assert f"(compiled blocks; {eager['kernels']:,.0f} under ZeRO-3, without)" in text
+    assert usual["kernels"] < eager["kernels"] == quantized["kernels"]
+    casts = 2 * (128 - 1)  # of 128 LoRA weights and of their gradients, which ZeRO does one by one
+    assert usual["zero_3_kernels"] == eager["zero_3_kernels"] == eager["kernels"] + casts
+    assert f"(compiled blocks; {usual['zero_3_kernels']:,.0f} under ZeRO-3, without)" in text
     assert [launches["compiled"] for launches in (usual, eager, quantized)] == [True, False, False]
     assert ["(model.compile)" in each for each in (text, without, in_bits)] == [False, True, False]
     assert ["train.cuda_graph_tokens" in each for each in (text, without, in_bits)] == [True, True, False]
     zero, _ = found("--set", "train.deepspeed_checkpoints=true")
-    assert zero["optimizer"] > usual["optimizer"]
+    assert zero["optimizer"] > usual["optimizer"] and zero["kernels"] == usual["kernels"] + casts
 
 
 @pytest.mark.parametrize("vision", [False, True])
@@ -334,6 +327,10 @@ def test_a_batch_too_small_for_the_card(capsys: pytest.CaptureFixture[str]) -> N
     text = capsys.readouterr().out
     (remedy,) = [line for line in text.splitlines() if "the GPU waits for the host" in line]
     assert "(H100-80GB)" in remedy and "train.micro_batch_size" in remedy and "data.features" in remedy
+    assert "train.cuda_graph_tokens" in remedy
+    call(estimate, recipe, "--gpus", "2", "--set", "train.micro_batch_size=1", *cards)
+    (remedy,) = [line for line in capsys.readouterr().out.splitlines() if "the GPU waits for the host" in line]
+    assert "train.micro_batch_size" in remedy and "train.cuda_graph_tokens" not in remedy
     call(estimate, recipe, "--json", *cards)
     plain = json.loads(capsys.readouterr().out)
     small, large = plain["speed"]["RTX-3090"], plain["speed"]["H100-80GB"]

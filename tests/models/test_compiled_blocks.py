@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch._dynamo as dynamo
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Blip2QFormerConfig
 
 from tinygptv_ds.errors import ConfigError
@@ -104,6 +106,18 @@ def run(model: TinyGPTVForConditionalGeneration, inputs: dict[str, Any], autocas
     return [output.token_losses.detach(), *(gradient.clone() for gradient in gradients if gradient is not None)]
 
 
+class Operations(TorchDispatchMode):
+    """A counter of operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def graphs() -> int:
     """Return how many graphs have been compiled since the test began; none of them has a break."""
     assert not dynamo.utils.counters["graph_break"]
@@ -150,12 +164,36 @@ def test_equal_to_eager_blocks_bit_for_bit() -> None:
     assert graphs() == 2 * 2 + 2 * (1 + 2)
 
 
+def test_lora_is_cast_by_one_operation_each_way() -> None:
+    """The same bits as cast one by one, with and without recomputed blocks; without autocast, nothing is cast."""
+    model = make_model(torch.bfloat16)
+    phi = model.language_model.model
+    for recomputed in (0, 2):
+        phi.gradient_checkpointing = recomputed
+        found = []
+        for together in (False, True):
+            phi.cast_lora_together = together
+            with Operations() as operations:
+                found.append(run(model, batch(*SHAPES[0]), torch.bfloat16))
+            assert operations.names["_foreach_copy_"] == 2 * together
+        assert all(map(torch.equal, *found))
+    whole = make_model()
+    whole.language_model.model.cast_lora_together = True
+    with Operations() as operations:
+        run(whole, batch(*SHAPES[0]), None)
+    assert not operations.names["_foreach_copy_"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_equal_in_half_precision(dtype: torch.dtype) -> None:
-    """With every block recomputed and with dropout, bit for bit; several images in bf16, text alone in fp16."""
+    """With every block recomputed and with dropout, bit for bit; several images in bf16, text alone in fp16.
+
+    LoRA's weights are cast together in the compiled model, and one by one in the eager one.
+    """
     model = make_model(dtype)
     shapes = [SHAPES[i] for i in ((0, 3, 5) if dtype == torch.bfloat16 else (2, 6))]
     expected = [run(model, batch(*shape), dtype) for shape in shapes]
+    model.language_model.model.cast_lora_together = True
     compile_blocks(model, backend="aot_eager")
     model.language_model.model.gradient_checkpointing = 1
     for shape, eager in zip(shapes, expected, strict=True):

@@ -21,6 +21,7 @@ from tinygptv_ds.data.loader.sample import Sample
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models import attention
+from tinygptv_ds.models.regions import compile_blocks
 from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 from tinygptv_ds.train import cuda_graphs
 from tinygptv_ds.train.cuda_graphs import MicroBatchGraphs, start_graphs
@@ -119,9 +120,13 @@ def test_buckets_are_few_and_little_larger() -> None:
     assert np.mean([size / length for length, size in sizes.items()]) < 1.13
 
 
-def trained(settings: dict[str, Any], graphs: StandIn | None, micro_batches: int = 1) -> tuple[Any, list[Tensor], Any]:
+def trained(
+    settings: dict[str, Any], graphs: StandIn | None, micro_batches: int = 1, *, compiled: bool = False
+) -> tuple[Any, list[Tensor], Any]:
     """Return the engine after ten steps, the token losses of all micro-batches, and the graphs."""
     engine = one_rank.tiny_engine(**settings)
+    if compiled:
+        compile_blocks(engine.module, backend="aot_eager")
     run: Any = SimpleNamespace(engine=engine, progress=SimpleNamespace(enter=lambda phase: None))
     run.graphs = None if graphs is None else MicroBatchGraphs(engine, 50, graphs)  # the third case is larger
     losses = []
@@ -138,12 +143,15 @@ def trained(settings: dict[str, Any], graphs: StandIn | None, micro_batches: int
     return engine, losses, run.graphs
 
 
-def compared(settings: dict[str, Any], micro_batches: int) -> tuple[float, float, list[int], int, int]:
+def compared(
+    settings: dict[str, Any], micro_batches: int, compiled: bool = False
+) -> tuple[float, float, list[int], int, int]:
     """Return the largest differences of losses and weights with graphs and without, and what was captured."""
     one_rank.join()
     stand_in = StandIn()
     plain, losses, _ = trained(settings, None, micro_batches)
-    graphed, found, graphs = trained(settings, stand_in, micro_batches)
+    graphed, found, graphs = trained(settings, stand_in, micro_batches, compiled=compiled)
+    assert not compiled or torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     differing = max((a - b).abs().max().item() for a, b in zip(losses, found, strict=True))
     one, other = plain.trained_state(), graphed.trained_state()
     assert plain.skipped_steps == graphed.skipped_steps
@@ -172,6 +180,13 @@ def test_training_under_autocast(settings: dict[str, Any]) -> None:
     losses, weights, _, captured, _ = apart(compared, settings, 1)
     assert losses < 0.1 and weights < 5e-3
     assert captured == 3
+
+
+def test_compiled_blocks_in_graphs() -> None:
+    """Both at once, with LoRA's weights cast together: what a graph replays is what compiled blocks compute."""
+    losses, weights, _, captured, replays = apart(compared, BF16, 1, True)
+    assert losses < 0.1 and weights < 5e-3
+    assert captured == 3 and replays > captured
 
 
 class Waits(TorchDispatchMode):

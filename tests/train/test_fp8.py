@@ -13,6 +13,7 @@ from helpers.forked import ended
 from helpers.frozen_training import built, check_frozen_weights_stay, trained
 from safetensors.torch import load_file
 
+from benchmarks import fp8
 from tinygptv_ds.config.load import build_recipe, load_recipe
 from tinygptv_ds.config.quantization import check_frozen_bits
 from tinygptv_ds.errors import ConfigError
@@ -42,6 +43,16 @@ def test_losses_are_close_and_frozen_weights_stay(raw_recipe: Callable[..., dict
         assert losses[-1] < losses[0]
         assert 0 < max(abs(a - b) for a, b in zip(losses, whole, strict=True)) < 0.05
         check_frozen_weights_stay(model, built(raw_recipe(model__fp8=choice)))
+
+
+def test_the_benchmark(raw_recipe: Callable[..., dict[str, Any]]) -> None:
+    """Features are near those of 16 bit, and not the same; the table has means of ten steps and the largest change."""
+    found = fp8.cosines(build_recipe(raw_recipe(model__fp8="vision"), "r"), 3)
+    assert found.shape == (3,) and 0.99 < found.min() < 1
+    losses = {choice: [1.0 + 0.01 * number] * 19 + [2.0] for number, choice in enumerate(fp8.CHOICES)}
+    head, _, *rows = fp8.table(losses)
+    assert head == "| `model.fp8` | 1 to 10 | 11 to 20 | largest |"
+    assert rows[0] == "| `null` | 1.0000 | 1.1000 | 0.0000 |" and rows[2] == "| `all` | 1.0200 | 1.1180 | 0.0200 |"
 
 
 def test_names_of_all_others_are_the_same(raw_recipe: Callable[..., dict[str, Any]]) -> None:

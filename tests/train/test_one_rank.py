@@ -12,6 +12,7 @@ from helpers import one_rank, tiny
 from helpers.forked import apart, ended
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinygptv_ds.models.launches import optimizer_kernels
 from tinygptv_ds.train import engine as engine_module
 from tinygptv_ds.train.checkpoint.resume import open_checkpoint, restore_optimizer
 from tinygptv_ds.train.checkpoint.snapshot import take_snapshot
@@ -24,6 +25,7 @@ FREE = {"detach", "alias", "view", "_unsafe_view", "empty", "empty_like", "new_e
 # Operations of a step besides the forward and the backward pass. ZeRO-2 takes over a thousand for the 261 tensors.
 BOUND, BOUND_WITH_CLIPPING = 40, 60
 FP16 = {"torch_autocast": {"enabled": True, "dtype": "float16", "lower_precision_safe_modules": []}}
+BF16 = {"torch_autocast": {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}}
 STEPS = [(True,), (False,), (True, False, True), (True, True)]  # images of each micro-batch
 
 
@@ -79,6 +81,8 @@ def test_zero_waits_once_too(settings: dict[str, Any]) -> None:
     """With several ranks, ZeRO's own optimizer: the norm is copied to the host, where DeepSpeed looks at it."""
     _, operations, waits = apart(counted, 4, True, settings)
     assert operations > 2 * 261  # it takes two copies of each gradient; the bound above means something
+    if not settings:
+        assert optimizer_kernels(261, flat=False) == pytest.approx(operations, rel=0.1)
     assert not [wait for wait in waits if "lift_fresh" in wait]
     # On a CPU the copy is no operation; these read what is on the host by then.
     assert all("is_invalid" in line_of(wait) or "bool((~torch.isfinite" in line_of(wait) for wait in waits), waits
@@ -114,11 +118,21 @@ def both(zero: int, checked_by_deepspeed: bool, settings: dict[str, Any]) -> lis
 @pytest.mark.parametrize("checked_by_deepspeed", [True, False], ids=["DeepSpeed's checks", "one check"])
 @pytest.mark.parametrize(
     ("zero", "settings"),
-    [(1, {}), (2, {}), (2, {"gradient_clipping": 0.05}), (2, FP16), (2, {**FP16, "gradient_clipping": 0.05})],
-    ids=["ZeRO-1", "ZeRO-2", "clipping", "fp16", "fp16 with clipping"],
+    [
+        (1, {}),
+        (2, {}),
+        (2, {"gradient_clipping": 0.05}),
+        (2, BF16),
+        (2, FP16),
+        (2, {**FP16, "gradient_clipping": 0.05}),
+    ],
+    ids=["ZeRO-1", "ZeRO-2", "clipping", "bf16", "fp16", "fp16 with clipping"],
 )
 def test_every_bit_is_that_of_zero(zero: int, settings: dict[str, Any], checked_by_deepspeed: bool) -> None:
-    """Losses, norms, weights, moments, counts: over accumulation, without images, and where a step is not finite."""
+    """Losses, norms, weights, moments, counts: over accumulation, without images, and where a step is not finite.
+
+    Under autocast, LoRA's weights are cast together on our side, and one by one next to ZeRO's optimizer.
+    """
     for number, (differing, losses, norms, taken, finite) in enumerate(
         apart(both, zero, checked_by_deepspeed, settings)
     ):

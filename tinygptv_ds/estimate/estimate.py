@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.config.recipe import Recipe
@@ -35,9 +35,6 @@ from tinygptv_ds.models.compiler import compile_obstacle
 from tinygptv_ds.models.flops import flops_by_part
 from tinygptv_ds.models.launches import LAUNCH_SECONDS, optimizer_kernels, pass_kernels
 from tinygptv_ds.train.recipe_warnings import recipe_warnings
-
-if TYPE_CHECKING:
-    from tinygptv_ds.models.configuration import TinyGPTVConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,7 +142,8 @@ def estimate(
     batch = MicroBatchSize(samples, data.sample, recomputed, features)
     flat = gpus == 1 and not train.deepspeed_checkpoints
     optimizer = optimizer_kernels(len(names), flat=flat)
-    launches = _launches(recipe, config, trained, recomputed, optimizer, launch_seconds)
+    kernels = partial(pass_kernels, config, trained, from_features=features, recomputed=recomputed)
+    launches = _launches(recipe, kernels, optimizer, launch_seconds, flat=flat)
     of_sample = sum(part.total for part in operations.values())
     work = StepWork(of_sample, train.batch_size, samples, gpus, mfu, launches, train.total_steps)
     volume_of = partial(step_volume, config, counts, trained, ranks=gpus, micro_batches=accumulation)
@@ -184,19 +182,13 @@ def estimate(
 
 
 def _launches(
-    recipe: Recipe,
-    config: TinyGPTVConfig,
-    trained: Collection[str],
-    recomputed: float,
-    optimizer: float,
-    seconds: float,
+    recipe: Recipe, kernels: Callable[..., float], optimizer: float, seconds: float, *, flat: bool
 ) -> Launches:
     """Return the work of the host: `optimizer` kernels of a step, those of its passes, and the seconds of each."""
-    features = recipe.data.features is not None
-    kernels = partial(pass_kernels, config, trained, from_features=features, recomputed=recomputed)
     compiled = _compiles(recipe, zero_stage=2)
     of_zero_3 = kernels(compiled=_compiles(recipe, zero_stage=3))
-    return Launches(kernels(compiled=compiled), of_zero_3, optimizer, seconds, compiled, features)
+    features = recipe.data.features is not None
+    return Launches(kernels(compiled=compiled, flat=flat), of_zero_3, optimizer, seconds, compiled, features)
 
 
 def _compiles(recipe: Recipe, *, zero_stage: int) -> bool:

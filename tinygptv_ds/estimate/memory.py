@@ -121,20 +121,25 @@ def fits(memory: Memory, gib: float) -> bool:
 
 
 def phi_row_bytes(config: TinyGPTVConfig, trained: Collection[str]) -> float:
-    """Return the bytes per row that one of Phi's blocks keeps for the backward pass."""
-    width, mlp = config.text_config.hidden_size, config.text_config.intermediate_size
+    """Return the bytes per row that one of Phi's blocks keeps for the backward pass.
+
+    Attention is that of packed rows; as SDPA, which pads them, it would keep 6 bytes more per unit of width.
+    """
+    text = config.text_config
+    width, mlp = text.hidden_size, text.intermediate_size
     with_lora = config.lora_r > 0 and "lora" in trained
-    keeps = 6.0 * width  # input norm: its input in fp32, its output in bf16
-    keeps += 2 * 6 * width  # q and k norms: inputs in fp32 and bf16
-    keeps += 2 * 4 * width  # attention: q, k, v and its output
-    keeps += 2 * 4 * width + 2 * width  # attention-output norm: fp32 input and output; bf16 input of the sum
+    keeps = 4.0 * width  # input norm: its input in fp32
+    keeps += 2 * 4 * width  # q and k norms: their inputs in fp32
+    keeps += 2 * (2 + 3 + 1) * width  # attention: rotated q and k, all of qkv, of which v is a view, and its output
+    keeps += 4 * width  # attention-output norm: its input in fp32
+    keeps += 4 * (3 + 5 * text.num_attention_heads)  # the norms' means and deviations, and attention's log-sum-exps
     keeps += 2 * mlp  # input of GELU
     keeps += 2 * width  # dropout masks
     if with_lora:
         widths = [inputs for name, (inputs, _) in phi_linears(width, mlp).items() if name in config.lora_targets]
         keeps += sum(3 * inputs + 2 * config.lora_r for inputs in widths)  # input after dropout, its mask, A's output
     if "llm" in trained:
-        keeps += 2 * mlp  # input of the second linear layer
+        keeps += 2 * width + 2 * mlp  # inputs of the first linear layers and of the last one
     return keeps
 
 

@@ -65,11 +65,12 @@ def _time(result: Estimate, recipe: Recipe, cards: list[Card]) -> list[str]:
     train = recipe.train
     parts = ", ".join(f"{part} {ops.total / 1e9:.0f}" for part, ops in result.operations.items() if ops.total)
     again = f", {result.recomputed:.0%} of Phi's blocks computed twice" if result.recomputed else ""
-    launches = result.launches
+    launches, fp8 = result.launches, recipe.model.fp8 is not None
     compiled = f" (compiled blocks; {launches.zero_3_kernels:,.0f} under ZeRO-3, without)" if launches.compiled else ""
     head = [
         f"{result.sample_operations / 1e12:.2f} TFLOP a sample{again}: {parts} GFLOP",
         f"{launches.kernels:,.0f} kernels a micro-batch{compiled}, launched in {1e6 * launches.seconds:.3g} us each",
+        *(["products in fp8 (model.fp8) are given the time of 16 bit; not counted: up to half of it"] if fp8 else []),
         f"at {result.mfu:.0%} of the peak where the GPU is busy, {train.total_steps:,} steps of {train.batch_size} "
         "samples:",
     ]
@@ -101,7 +102,7 @@ def _launch_bound(result: Estimate, recipe: Recipe, cards: list[Card]) -> list[s
     ways = remedy(
         from_features=result.launches.from_features,
         compiled=result.launches.compiled or result.quantized is not None,
-        graphs=recipe.train.cuda_graph_tokens > 0,
+        graphs=recipe.train.cuda_graph_tokens > 0 or result.gpus > 1,
     )
     return [f"  {WAITS_FOR_HOST} ({', '.join(bound)}); what helps: {ways}"] if bound else []
 

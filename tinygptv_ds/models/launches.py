@@ -23,7 +23,7 @@ def remedy(*, from_features: bool, compiled: bool, graphs: bool) -> str:
     Args:
         from_features: images come as the Q-Former's outputs.
         compiled: the blocks are compiled, or cannot be.
-        graphs: `train.cuda_graph_tokens` is set.
+        graphs: `train.cuda_graph_tokens` is set, or several GPUs train, which cannot use it.
     """
     ways = ["a larger micro-batch (train.micro_batch_size)"]
     if not from_features:
@@ -31,7 +31,7 @@ def remedy(*, from_features: bool, compiled: bool, graphs: bool) -> str:
     if not compiled:
         ways.append("compiled blocks (model.compile)")
     if not graphs:
-        ways.append("CUDA graphs on one GPU (train.cuda_graph_tokens)")
+        ways.append("CUDA graphs (train.cuda_graph_tokens)")
     return ", ".join(ways)
 
 
@@ -62,8 +62,11 @@ COMPILED = BlockKernels(10, 11, 6, (10, 14), {"query_key_value": (3, 6), "dense"
 # Whatever the depth: the ends of ViT and Q-Former; rotary tables, dropout's keys and Phi's last norm; and projections,
 # embedding, head and loss, forward and backward.
 _AROUND_VISION, _AROUND_PHI, _REST = 24, 69, 54
-# The optimizer: flat tensors on one rank, whole groups at a time; else four for each trained tensor (ZeRO-1 and 2).
-_OPTIMIZER, _PER_TENSOR = 40, 4
+# Casts of A and B, or of their gradients, of LoRA on a linear layer; a single rank has one for all layers.
+_LORA_CASTS = 2
+# The optimizer: flat tensors on one rank, whole groups at a time; else two copies of each trained tensor's gradient in
+# the hooks of ZeRO-1 and 2 (on one rank; 1.6 on two).
+_OPTIMIZER, _PER_TENSOR = 40, 2
 
 
 def pass_kernels(
@@ -73,6 +76,7 @@ def pass_kernels(
     from_features: bool = False,
     recomputed: float = 0.0,
     compiled: bool = False,
+    flat: bool = False,
 ) -> float:
     """Return the kernels of the forward and the backward pass of a micro-batch.
 
@@ -83,12 +87,14 @@ def pass_kernels(
         from_features: images come as the Q-Former's outputs.
         recomputed: share of Phi's blocks that run forward twice.
         compiled: whether the blocks are compiled.
+        flat: whether the weights are those of a flat optimizer, as on one rank, where LoRA's are cast together.
     """
     blocks = COMPILED if compiled else UNCOMPILED
     lora = [blocks.lora[name] for name in config.lora_targets if config.lora_r]
-    forward = blocks.phi[0] + sum(each[0] for each in lora)
-    backward = blocks.phi[1] + sum(each[1] for each in lora) + recomputed * forward
-    phi = config.text_config.num_hidden_layers * (forward + backward) + _AROUND_PHI
+    saved = _LORA_CASTS * flat
+    forward = blocks.phi[0] + sum(each[0] - saved for each in lora)
+    backward = blocks.phi[1] + sum(each[1] - saved for each in lora) + recomputed * forward
+    phi = config.text_config.num_hidden_layers * (forward + backward) + _AROUND_PHI + 2 * (flat and bool(lora))
     return phi + _REST + (0 if from_features else _vision(config, trained, blocks))
 
 

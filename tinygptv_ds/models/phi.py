@@ -11,7 +11,7 @@ Shapes: T tokens of a packed row, or B x L padded ones; H heads of D dimensions;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -26,11 +26,14 @@ from transformers.cache_utils import Cache
 from tinygptv_ds.models.attention import PackedLayout, padded_attention, padded_mask, varlen_attention
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.dropout import DropoutKeys, TokenDropout, make_keys
-from tinygptv_ds.models.lora import LoRALinear
+from tinygptv_ds.models.lora import LoRALinear, LoRAWeights, cast_lora
+from tinygptv_ds.models.precision import compute_dtype
 
 RMS_NORM_EPS = 1e-6
 # The places of dropout in a block, numbered.
 _SITES = ("attention", "mlp", "query_key_value", "dense", "fc1", "fc2")
+
+LoRACasts = Mapping[int, LoRAWeights]  # of one block, by site; see `cast_lora`
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class AttentionContext:
         weights: gets the attention weights of each layer, where they are asked for.
         cache: keys and values of earlier tokens, for generation with padded rows.
         dropout: the keys of dropout, in training; a block sees those of its own places.
+        lora: a block's LoRA weights, where all blocks' have been cast together.
     """
 
     cos: Tensor
@@ -56,6 +60,7 @@ class AttentionContext:
     weights: list[Tensor | None] | None = None
     cache: Cache | None = None
     dropout: DropoutKeys | None = None
+    lora: LoRACasts | None = None
 
 
 class RMSNorm(nn.Module):
@@ -109,8 +114,10 @@ def _linear(config: TinyGPTVConfig, name: str, width_in: int, width_out: int) ->
     return nn.Linear(width_in, width_out)
 
 
-def _apply(linear: nn.Module, x: Tensor, keys: DropoutKeys | None) -> Tensor:
-    return linear(x, keys) if isinstance(linear, LoRALinear) else linear(x)
+def _apply(linear: nn.Module, x: Tensor, keys: DropoutKeys | None, lora: LoRACasts | None) -> Tensor:
+    if not isinstance(linear, LoRALinear):
+        return linear(x)
+    return linear(x, keys, None if lora is None else lora[linear.dropout.site])
 
 
 class PhiAttention(nn.Module):
@@ -129,9 +136,11 @@ class PhiAttention(nn.Module):
         self.q_layernorm = nn.LayerNorm(self.head_dim, eps=text.layer_norm_eps)
         self.k_layernorm = nn.LayerNorm(self.head_dim, eps=text.layer_norm_eps)
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor, keys: DropoutKeys | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: DropoutKeys | None, lora: LoRACasts | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries, rotated keys, and values, each `[..., H, D]`, of normalised `[..., W]`."""
-        qkv = _apply(self.query_key_value, x, keys).unflatten(-1, (self.heads, 3, self.head_dim))
+        qkv = _apply(self.query_key_value, x, keys, lora).unflatten(-1, (self.heads, 3, self.head_dim))
         q, k, v = qkv.unbind(-2)
         return rotate(self.q_layernorm(q).to(v.dtype), cos, sin), rotate(self.k_layernorm(k).to(v.dtype), cos, sin), v
 
@@ -157,9 +166,9 @@ class PhiMLP(nn.Module):
         self.fc1 = _linear(config, "fc1", text.hidden_size, text.intermediate_size)
         self.fc2 = _linear(config, "fc2", text.intermediate_size, text.hidden_size)
 
-    def forward(self, x: Tensor, keys: DropoutKeys | None) -> Tensor:
+    def forward(self, x: Tensor, keys: DropoutKeys | None, lora: LoRACasts | None) -> Tensor:
         """Apply both layers: `[..., W]` to the same shape."""
-        return _apply(self.fc2, F.gelu(_apply(self.fc1, x, keys), approximate="tanh"), keys)
+        return _apply(self.fc2, F.gelu(_apply(self.fc1, x, keys, lora), approximate="tanh"), keys, lora)
 
 
 class PhiBlock(nn.Module):
@@ -184,19 +193,26 @@ class PhiBlock(nn.Module):
         """Apply the block: `[..., W]` to the same shape."""
         # Padded rows grow token by token, each batch of them in other shapes.
         before, after = _REGIONS if context.layout is None else self.regions
-        h, q, k, v = before(self, x, context.cos, context.sin, context.dropout)
-        return after(self, x, h, self.self_attn.attend(q, k, v, context), context.dropout)
+        h, q, k, v = before(self, x, context.cos, context.sin, context.dropout, context.lora)
+        return after(self, x, h, self.self_attn.attend(q, k, v, context), context.dropout, context.lora)
+
+    def lora_layers(self) -> list[LoRALinear]:
+        """Return the layers with LoRA."""
+        linears = (self.self_attn.query_key_value, self.self_attn.dense, self.mlp.fc1, self.mlp.fc2)
+        return [linear for linear in linears if isinstance(linear, LoRALinear)]
 
 
 def before_attention(
-    block: PhiBlock, x: Tensor, cos: Tensor, sin: Tensor, keys: DropoutKeys | None
+    block: PhiBlock, x: Tensor, cos: Tensor, sin: Tensor, keys: DropoutKeys | None, lora: LoRACasts | None
 ) -> tuple[Tensor, ...]:
     """Return a block's normalised input `[..., W]`, rotated queries and keys, and values, `[..., H, D]`."""
     h = block.input_layernorm(x).to(x.dtype)
-    return h, *block.self_attn.project(h, cos, sin, keys)
+    return h, *block.self_attn.project(h, cos, sin, keys, lora)
 
 
-def after_attention(block: PhiBlock, x: Tensor, h: Tensor, attended: Tensor, keys: DropoutKeys | None) -> Tensor:
+def after_attention(
+    block: PhiBlock, x: Tensor, h: Tensor, attended: Tensor, keys: DropoutKeys | None, lora: LoRACasts | None
+) -> Tensor:
     """Return a block's output `[..., W]`.
 
     Args:
@@ -205,10 +221,11 @@ def after_attention(block: PhiBlock, x: Tensor, h: Tensor, attended: Tensor, key
         h: its normalised input.
         attended: the attention's output.
         keys: those of the block's dropout, in training.
+        lora: the block's LoRA weights, where they have been cast.
     """
-    attention = block.post_layernorm(_apply(block.self_attn.dense, attended, keys))
+    attention = block.post_layernorm(_apply(block.self_attn.dense, attended, keys, lora))
     attention = block.attention_dropout(attention, keys)
-    return x + attention.to(x.dtype) + block.mlp_dropout(block.mlp(h, keys), keys).to(x.dtype)
+    return x + attention.to(x.dtype) + block.mlp_dropout(block.mlp(h, keys, lora), keys).to(x.dtype)
 
 
 _REGIONS = (before_attention, after_attention)
@@ -229,7 +246,13 @@ class PaddedStates(NamedTuple):
 
 
 class PhiModel(nn.Module):
-    """Embeddings, blocks and the final norm."""
+    """Embeddings, blocks and the final norm.
+
+    Attributes:
+        gradient_checkpointing: N: every N-th block is recomputed in the backward pass; 0: none.
+        cast_lora_together: under autocast, cast the LoRA weights of all blocks at once in training. Their gradients
+            then come at the end of the backward pass: for a single rank, which sends none of them meanwhile.
+    """
 
     def __init__(self, config: TinyGPTVConfig) -> None:
         super().__init__()
@@ -237,7 +260,8 @@ class PhiModel(nn.Module):
         self.text_config = text
         self.rotary_dtype = getattr(torch, config.rotary_dtype)
         self._drops = text.resid_pdrop > 0 or (config.lora_r > 0 and config.lora_dropout > 0)
-        self.gradient_checkpointing = 0  # N: every N-th block is recomputed in the backward pass; 0: none
+        self.gradient_checkpointing = 0
+        self.cast_lora_together = False
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(PhiBlock(config, layer) for layer in range(text.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(text.hidden_size, eps=text.layer_norm_eps)
@@ -271,7 +295,10 @@ class PhiModel(nn.Module):
         context = AttentionContext(cos, sin, layout, mask, implementation, weights, cache, keys)
         x = inputs_embeds
         every = int(self.gradient_checkpointing) if self.training else 0
+        casts = self._cast_lora(compute_dtype(x))
         for number, layer in enumerate(self.layers):
+            if casts is not None:
+                context = replace(context, lora=casts[number])
             if keys is not None:
                 context = replace(context, dropout=keys.at(slice(number * len(_SITES), (number + 1) * len(_SITES))))
             if every and number % every == 0:
@@ -329,6 +356,14 @@ class PhiModel(nn.Module):
                 hook.remove()
         states = (*seen, hidden) if output_hidden_states else None
         return PaddedStates(hidden, states, None if weights is None else tuple(weights))
+
+    def _cast_lora(self, dtype: torch.dtype) -> list[dict[int, LoRAWeights]] | None:
+        if not self.cast_lora_together or not self.training:
+            return None
+        blocks = [layer.lora_layers() for layer in self.layers]  # type: ignore[operator]  # torch types them as Module
+        if not any(blocks) or blocks[0][0].lora_A.weight.dtype == dtype:
+            return None
+        return cast_lora(blocks, dtype)
 
     def _dropout(self, token_keys: Tensor | None, position_ids: Tensor) -> DropoutKeys | None:
         if not self.training or not self._drops:

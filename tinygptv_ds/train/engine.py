@@ -99,6 +99,7 @@ class Engine:
         if not keep_zero and ranks.world_size == 1 and zero_is_needless(dict(config)):
             nn.Module.to(model, self.device)  # before the weights become views: DeepSpeed would move each on its own
             self.flat = FlatOptimizer(groups, make, float(config["gradient_clipping"]))
+            model.language_model.model.cast_lora_together = True
             # Stage 0 clips by itself otherwise, and looks at no gradient.
             config = {**config, "zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
         adamw = make(groups) if self.flat is None else self.flat.optimizer

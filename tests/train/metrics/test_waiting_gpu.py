@@ -14,7 +14,7 @@ from tinygptv_ds.train.callbacks.callback import CallbackList
 from tinygptv_ds.train.callbacks.log import Log
 from tinygptv_ds.train.metrics import stopwatch
 from tinygptv_ds.train.metrics.accumulator import RankTimes, Totals
-from tinygptv_ds.train.metrics.reporter import Reporter
+from tinygptv_ds.train.metrics.reporter import Reporter, _remedy
 from tinygptv_ds.train.metrics.stopwatch import Stopwatch
 
 
@@ -100,6 +100,17 @@ def test_short_kernels(gpu: Gpu, warnings: Callable[[], list[str]], monkeypatch:
     (warning,) = warnings()
     assert warning.startswith("launch-bound: the GPU waits for the host")
     assert "train.micro_batch_size" in warning and "data.features" in warning
+
+
+@pytest.mark.parametrize(("ranks", "offered"), [(1, True), (2, False)])
+def test_graphs_are_for_one_gpu(ranks: int, offered: bool) -> None:
+    recipe = SimpleNamespace(
+        data=SimpleNamespace(features=None),
+        model=SimpleNamespace(compile="auto", frozen_bits=None),
+        train=SimpleNamespace(cuda_graph_tokens=0),
+    )
+    job = SimpleNamespace(recipe=recipe, zero_stage=2, ranks=SimpleNamespace(world_size=ranks))
+    assert ("CUDA graphs (train.cuda_graph_tokens)" in _remedy(job)) is offered
 
 
 @pytest.mark.parametrize("device", [20e-6, 40e-6])

@@ -168,7 +168,7 @@ def _remedy(job: Job) -> str:
     return remedy(
         from_features=recipe.data.features is not None,
         compiled=model.compile is not False or compile_obstacle(job.zero_stage, model.frozen_bits) is not None,
-        graphs=recipe.train.cuda_graph_tokens > 0,
+        graphs=recipe.train.cuda_graph_tokens > 0 or job.ranks.world_size > 1,
     )
 
 
