@@ -200,20 +200,23 @@ def original_loss(model: Model, batch: PaddedBatch) -> Tensor:
 
 
 def products(model: Model, samples: Samples) -> list[str]:
-    """Return a Markdown table of the operations of matrix products by part, and of the time that they take."""
-    lines = [f"| GFLOP of matrix products | {' | '.join(_PARTS)} | all | their CPU s | CPU s of all operations |"]
-    lines.append("|" + "-|" * (len(_PARTS) + 4))
+    """Return a Markdown table of the operations of matrix products, and of their share of a step's time."""
     steps = losses_of(model, samples)
+    with FlopCounterMode(display=False) as of_vision, torch.no_grad():
+        model.encode_vision(batch_of(model, "pixels", samples).pixel_values)
+    vision = of_vision.get_total_flops() / 1e9
+    lines = [
+        "| GFLOP of matrix products | vision | all others | all | share of the time, with attention |",
+        "|-|-|-|-|-|",
+    ]
     for name in (_ORIGINAL, _OURS):
         one_step(model, steps[name])  # warms up
         with FlopCounterMode(display=False) as counter:
             one_step(model, steps[name])
-        counts = {part: sum(of.values()) for part, of in counter.get_flop_counts().items()}
-        cells = [counts.get(f"{type(model).__name__}.{part}", 0) for part in _PARTS.values()]
-        seconds = {event.key: event.self_cpu_time_total / 1e6 for event in _profiled(model, steps[name]).key_averages()}
-        of_products = sum(taken for key, taken in seconds.items() if key in _PRODUCTS)
-        figures = " | ".join(f"{count / 1e9:.1f}" for count in (*cells, counts["Global"]))
-        lines.append(f"| {name} | {figures} | {of_products:.2f} | {sum(seconds.values()):.2f} |")
+        whole = counter.get_total_flops() / 1e9
+        times = {event.key: event.self_cpu_time_total for event in _profiled(model, steps[name]).key_averages()}
+        share = sum(taken for key, taken in times.items() if key in _PRODUCTS) / sum(times.values())
+        lines.append(f"| {name} | {vision:.1f} | {whole - vision:.1f} | {whole:.1f} | {share:.0%} |")
     return lines
 
 

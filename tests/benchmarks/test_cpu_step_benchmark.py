@@ -18,6 +18,14 @@ def test_tiny(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| the original's procedure | " in out and "| ours, from features | " in out
 
 
+def test_products() -> None:
+    """Fewer operations than the original's padded rows and logits of all rows take, and as many for images."""
+    model = build(cpu_step.configuration("tiny"), torch.float32, torch.device("cpu")).train()
+    rows = cpu_step.products(model, cpu_step.BATCHES["short"])[2:]
+    (vision, whole), (same, ours) = ([float(row.split(" | ")[i]) for i in (1, 3)] for row in rows)
+    assert vision == same and 0 < ours < whole
+
+
 def test_gradients_are_the_original_procedures() -> None:
     model = build(cpu_step.configuration("tiny"), torch.float32, torch.device("cpu")).train()
     batch = cpu_step.batch_of(model, "pixels")
