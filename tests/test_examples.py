@@ -1,5 +1,6 @@
 """The examples for clusters: they parse, and what they run is what the launcher takes."""
 
+import json
 import os
 import re
 import shlex
@@ -50,6 +51,18 @@ def recorded(script: str, folder: Path, programs: tuple[str, ...], **env: str) -
     command = ["/bin/bash", "-c", script]
     subprocess.run(command, cwd=folder, env={**os.environ, **env, **given, "PATH": path}, check=True, timeout=60)
     return {name: path.read_text().splitlines() for name, path in out.items() if path.exists()}
+
+
+def test_the_notebook_was_run_in_order_and_answers() -> None:
+    """Outputs are those of one run from the first cell to the last, without an error or a path of a machine."""
+    text = (ROOT / "examples/finetune_own_images.ipynb").read_text()
+    code = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert len(text) < 60_000 and not re.search(r"/(tmp|home|root|work)/", text)
+    shown = "".join("".join(output.get("text", "")) for output in outputs)
+    assert "held-out score" in shown and "held-out loss" in shown
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
