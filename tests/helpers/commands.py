@@ -61,6 +61,9 @@ def check_command(found: list[str]) -> None:
     at = next((n + 2 for n in range(len(found)) if found[n : n + 2] == ["-m", "tinygptv_ds"]), at)
     if at is not None:
         verb, *options = found[at:]
+        if verb in ("--version", "--help"):
+            assert not options
+            return
         if verb == "train":
             check_stage(options[0], options[1:])
             return
