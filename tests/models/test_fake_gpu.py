@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
@@ -148,3 +149,40 @@ def test_gradients_are_those_of_torch(small_model: tuple[nn.Module, Tensor]) -> 
     for parameter, gradient in zip(parameters, wanted, strict=True):
         assert parameter.grad is not None and parameter.grad.dtype == parameter.dtype
         torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=0)
+
+
+def test_parts_on_three_gpus() -> None:
+    """As `device_map` places them: a hook moves what a module is given to the module's device."""
+    config = shallow(4)
+    places = {"visual_encoder": 0, "ln_vision": 0, "qformer": 0, "llama_proj": 0, "llama_proj2": 1}
+    phi = {"model.embed_tokens": 1, "model.layers.0": 1, "model.layers.1": 2, "model.final_layernorm": 2, "lm_head": 2}
+    with fake_gpu():
+        model = fake_model(config, torch.bfloat16, torch.bfloat16).eval()
+        for name, number in (places | {f"language_model.{part}": number for part, number in phi.items()}).items():
+            for module in model.get_submodule(name).modules():
+                _place(module, torch.device("cuda", number))
+        model.query_tokens.data = model.query_tokens.data.to("cuda:0")
+        ids = torch.zeros(2, 40, dtype=torch.long, device="cuda:0")
+        pixels = torch.zeros(2, 3, 448, 448, dtype=torch.uint8, device="cuda:0")
+        with torch.no_grad():
+            assert model.get_image_features(pixels).device.index == 1
+            embeds = model.embed(ids)
+            context = {"attention_mask": torch.ones_like(ids), "labels": ids, "use_cache": True}
+            output = model(inputs_embeds=embeds.to("cuda:0"), **context)
+            assert output.logits.device.index == 2 and output.loss.shape == ()
+            assert [layer.keys.device.index for layer in output.cache.layers] == [1, 2]
+            step = model(ids[:, :1], attention_mask=torch.ones(2, 41, device="cuda:0").long(), cache=output.cache)
+            assert step.logits.device.index == 2 and output.cache.get_seq_length() == 41
+
+
+def _place(module: nn.Module, device: torch.device) -> None:
+    for values in (module._parameters, module._buffers):
+        for name, value in values.items():
+            if value is not None:
+                moved = value.to(device)
+                values[name] = nn.Parameter(moved, requires_grad=False) if isinstance(value, nn.Parameter) else moved
+
+    def move(_: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        return send_to_device(args, device), send_to_device(kwargs, device)
+
+    module.register_forward_pre_hook(move, with_kwargs=True)

@@ -51,6 +51,10 @@ class DropoutKeys:
         """Return the keys of some of the places, which are then numbered from 0."""
         return DropoutKeys(self.first[sites], self.second[sites], self.features)
 
+    def to(self, device: torch.device) -> DropoutKeys:
+        """Return the same on a device."""
+        return DropoutKeys(self.first.to(device), self.second.to(device), self.features.to(device))
+
 
 @torch.no_grad()
 def make_keys(token_keys: Tensor, sites: int, width: int) -> DropoutKeys:

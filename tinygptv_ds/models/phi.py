@@ -62,6 +62,12 @@ class AttentionContext:
     dropout: DropoutKeys | None = None
     lora: LoRACasts | None = None
 
+    def to(self, device: torch.device, **_: object) -> AttentionContext:
+        """Return the same on a device; accelerate calls this for a block on another one than the block before it."""
+        mask = None if self.mask is None else self.mask.to(device)
+        keys = None if self.dropout is None else self.dropout.to(device)
+        return replace(self, cos=self.cos.to(device), sin=self.sin.to(device), mask=mask, dropout=keys)
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm computed in fp32, output in the input's dtype."""
@@ -334,8 +340,10 @@ class PhiModel(nn.Module):
         past = int(cache.get_seq_length()) if cache is not None else 0
         if attention_mask is None:
             attention_mask = torch.ones(batch, past + length, dtype=torch.long, device=inputs_embeds.device)
+        attention_mask = attention_mask.to(inputs_embeds.device)  # parts of the model may be on several devices
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        position_ids = position_ids.to(inputs_embeds.device)
         mask = padded_mask(self.text_config, implementation, inputs_embeds, attention_mask, cache, position_ids)
         seen: list[Tensor] = []
         weights: list[Tensor | None] | None = [] if output_attentions else None

@@ -321,7 +321,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         rows, places = len(images) * self.config.num_query_tokens if real else 0, int(place.sum())
         if rows != places:
             raise ValueError(f"the images give {rows} rows, but input_ids has {places} places for them")
-        return embeds.masked_scatter(place.unsqueeze(-1), images.to(embeds.dtype))
+        # Parts of the model may be on several devices (`device_map`).
+        return embeds.masked_scatter(place.unsqueeze(-1).to(embeds.device), images.to(embeds))
 
     def _forward_packed(
         self,
