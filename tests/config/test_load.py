@@ -183,3 +183,13 @@ def test_a_recipe_written_down_is_the_same_recipe(tmp_path: Path) -> None:
     assert recipe.text.end_sym == "\n"
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(recipe_dict(recipe)))
     assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_a_run_directory_of_an_earlier_version_loads() -> None:
+    """Its recipe has `train.wandb`, which two keys have replaced."""
+    recipe = build_recipe(changed("train.wandb=null"), "my.yaml")
+    assert recipe == build_recipe(minimal(), "my.yaml") and recipe.train.trackers == []
+    train = build_recipe(changed("train.wandb=mine"), "my.yaml").train
+    assert (train.trackers, train.tracker_project) == (["wandb"], "mine")
+    with pytest.raises(ConfigError, match=r"unknown key train\.wandb"):
+        build_recipe(changed("train.wandb=[mine]"), "my.yaml")

@@ -45,12 +45,23 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def build_recipe(raw: dict, source: str) -> Recipe:
     """Turn nested plain values into a `Recipe` whose weights are at `local_path`; `source` is named in errors."""
     try:
-        recipe = _build(Recipe, raw, "")
+        recipe = _build(Recipe, _with_trackers(raw), "")
         weights = {name: getattr(recipe.model, name) for name in WEIGHTS}
         found = {name: str(local_path(path)) for name, path in weights.items() if path is not None}
         return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **found))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+
+
+def _with_trackers(raw: dict) -> dict:
+    """Read `train.wandb`, which earlier versions wrote into run directories, as the two keys that replaced it."""
+    train = raw.get("train")
+    if not isinstance(train, dict) or not isinstance(train.get("wandb", 0), str | None):
+        return raw
+    project = train["wandb"]
+    kept = {key: value for key, value in train.items() if key != "wandb"}
+    replaced = {} if project is None else {"trackers": ["wandb"], "tracker_project": project}
+    return raw | {"train": kept | replaced}
 
 
 def apply_overrides(raw: dict, overrides: Sequence[str]) -> dict:
