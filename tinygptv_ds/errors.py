@@ -1,6 +1,7 @@
 """Errors that a user can fix, by kind. The command line prints their message alone and exits with code 2."""
 
 import errno
+from typing import Any
 
 _OF_THE_DISK = {
     errno.ENOSPC: "make room",
@@ -14,6 +15,7 @@ _OF_THE_DISK = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "close other programs of this machine",
 }
+SHOWN = 60  # characters of a value in a message
 
 
 class TinyGPTVError(Exception):
@@ -71,3 +73,12 @@ def disk_problem(error: BaseException) -> str | None:
     shared = error.filename is None and error.errno == errno.ENOSPC
     place = " (perhaps /dev/shm, of which Docker gives 64 MB: --shm-size=8g)" if shared else ""
     return f"{where}{error.strerror}{place}; {_OF_THE_DISK[error.errno]}, then start the same command again"
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, shortened if it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of more digits than Python converts
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from tinygptv_ds.config.limits import check_limits
 from tinygptv_ds.config.nearest import nearest
-from tinygptv_ds.config.plain_yaml import shown
-from tinygptv_ds.errors import require
+from tinygptv_ds.errors import require, shown
 
 _NAME = re.compile(r"[\w+][\w.+ -]{0,99}")
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from tinygptv_ds.config.deepspeed_keys import REFUSED
 from tinygptv_ds.config.nearest import nearest
-from tinygptv_ds.config.plain_yaml import shown
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.errors import ConfigError, shown
 
 _PRECISIONS = ("bf16", "fp16", "torch_autocast")
 _QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from tinygptv_ds.config.data_section import check_name
 from tinygptv_ds.config.limits import check_limits
 from tinygptv_ds.config.nearest import nearest
-from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.config.template_names import BENCHMARK, check_template
-from tinygptv_ds.errors import require
+from tinygptv_ds.errors import require, shown
 
 HELD_OUT = ("vqa", "refer", "caption")  # kinds of held-out shards
 # Every published benchmark with its splits, the first being the one that is scored unless another is named.

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 from tinygptv_ds.config.paths import expand_user
-from tinygptv_ds.config.plain_yaml import shown
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.errors import ConfigError, shown
 from tinygptv_ds.files import read_text
 
 _LONGEST = 10_000_000  # bytes, of 100,000 hosts and more

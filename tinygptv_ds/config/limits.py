@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tinygptv_ds.config.plain_yaml import shown
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.errors import ConfigError, shown
 
 MOST_STEPS = 1_000_000_000
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.config.paths import local_path
-from tinygptv_ds.config.plain_yaml import LONGEST, parse_yaml, shown
+from tinygptv_ds.config.plain_yaml import LONGEST, parse_yaml
 from tinygptv_ds.config.recipe import WEIGHTS, Recipe
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.errors import ConfigError, shown
 from tinygptv_ds.files import read_text
 from tinygptv_ds.resources import find_project_file
 

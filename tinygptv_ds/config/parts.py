@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tinygptv_ds.config.nearest import nearest
-from tinygptv_ds.config.plain_yaml import shown
-from tinygptv_ds.errors import require
+from tinygptv_ds.errors import require, shown
 
 PARTS = {
     "projections": "the two linear layers between Q-Former and Phi",

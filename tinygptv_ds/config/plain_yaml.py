@@ -9,12 +9,11 @@ from typing import Any
 
 import yaml
 
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.errors import SHOWN, ConfigError, shown
 
 LONGEST = 300_000  # characters; published recipes have 10,000
 _MOST_VALUES = 15_000  # after aliases are expanded; published recipes have 200, and these take half a second
 _DEEPEST = 40
-_SHOWN = 60  # characters of a value in a message
 _LONGEST_NUMBER = 100  # characters; a longer one is text without quotes, and slow to compute
 _PLAIN = (type(None), bool, int, float, str)
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
@@ -46,15 +45,6 @@ def parse_yaml(text: str) -> Any:
         raise ConfigError(f"not valid YAML (text may need quotes): {where}{problem}") from None
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise ConfigError(f"not valid YAML (text may need quotes): {str(error).splitlines()[0]}") from None
-
-
-def shown(value: Any) -> str:
-    """Return a value for a message, shortened if it is long."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a whole number of more digits than Python converts
-        return f"a {type(value).__name__} too long to show"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
 
 def _check_size(text: str) -> None:
@@ -118,7 +108,7 @@ def _within(where: str) -> Any:
 
 def _scalar(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> Any:
     written = node.value
-    short = written if len(written) <= _SHOWN else f"{written[:_SHOWN]}..."
+    short = written if len(written) <= SHOWN else f"{written[:SHOWN]}..."
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if kind in ("int", "float") and len(written) > _LONGEST_NUMBER:
         raise ConfigError(f"{_line(node, where)}: {short!r} is too long for a number; quote text")

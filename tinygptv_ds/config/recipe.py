@@ -13,10 +13,9 @@ from tinygptv_ds.config.limits import check_limits
 from tinygptv_ds.config.nearest import nearest
 from tinygptv_ds.config.optimizer_section import OptimizerSection
 from tinygptv_ds.config.parts import check_parts
-from tinygptv_ds.config.plain_yaml import shown
 from tinygptv_ds.config.template_names import PROMPT_POOLS
 from tinygptv_ds.config.train_section import TrainSection
-from tinygptv_ds.errors import ConfigError, require
+from tinygptv_ds.errors import ConfigError, require, shown
 
 WEIGHTS = ("phi", "eva_vit", "qformer", "init_from")  # the fields of `ModelSection` that are paths of weights
 

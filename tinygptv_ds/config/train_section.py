@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from tinygptv_ds.config.limits import MOST_STEPS, check_limits
-from tinygptv_ds.config.plain_yaml import shown
-from tinygptv_ds.errors import ConfigError, require
+from tinygptv_ds.errors import ConfigError, require, shown
 
 TRACKERS = ("wandb", "mlflow", "swanlab")  # names of packages
 
