@@ -217,7 +217,7 @@ def summary(seconds: dict[str, float]) -> dict:
                 "loss_first": lines[0]["train/loss"],
                 "loss_last": lines[-1]["train/loss"],
                 "vqa_accuracy": json.loads(scores_file(stage).read_text())["strict"] / 100,
-                "seconds": seconds[f"stage{stage}"],
+                "seconds": seconds.get(f"stage{stage}"),  # None: this script was killed, and the stage went on alone
                 "samples_per_second": lines[-1]["perf/samples_s"],
             }
         )
@@ -268,9 +268,10 @@ def print_table(result: dict) -> None:
     print("\n stage | loss before -> after | held-out VQA | samples/s | seconds")
     print(" ------|----------------------|--------------|-----------|--------")
     for row in result["stages"]:
+        seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
         print(
             f" {row['stage']:>5} | {row['loss_first']:>9.3f} -> {row['loss_last']:<7.3f} | "
-            f"{100 * row['vqa_accuracy']:>10.1f} % | {row['samples_per_second']:>9.0f} | {row['seconds']:>7.0f}"
+            f"{100 * row['vqa_accuracy']:>10.1f} % | {row['samples_per_second']:>9.0f} | {seconds:>7}"
         )
     print(f"\n held-out VQA accuracy  {100 * result['vqa_accuracy']:5.1f} %   (chance {100 * chance:.1f} %)")
     print(f" held-out refer IoU     {result['refer_iou']:5.3f}     (chance {refer_chance:.3f})")
