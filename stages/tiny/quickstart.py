@@ -73,11 +73,13 @@ def main(train_standins: bool = False) -> None:
     timings.run("data", make_data)
     print_heading("Stand-ins for the pretrained parts: ViT, Q-Former, Phi")
     timings.run("weights", partial(make_weights, train_standins))
-    # Scoring imports torch and transformers, meanwhile: the launcher of stage 1 leaves a core idle.
-    Thread(target=import_module, args=["tinygptv_ds.evaluation.runner"]).start()
+    # What scoring imports, torch and transformers, is imported meanwhile: the launcher of stage 1 leaves a core idle.
+    imports = Thread(target=import_module, args=["tinygptv_ds.evaluation.runner"])
+    imports.start()
     for stage in STAGES:
         print_heading(f"Stage {stage}")
         timings.run(f"stage{stage}", partial(train_stage, stage))
+        imports.join()  # two threads that import transformers at once find it half made
         timings.run("scores", partial(once, scores_file(stage), partial(score_vqa, RUN / f"stage{stage}")))
     print_heading("Export, scores on held-out scenes, one answer")
     timings.run("export", export)
