@@ -35,6 +35,7 @@ def run(recipe: Recipe, tmp_path: Path) -> Path:
     (run / "checkpoints/step-00000006").mkdir(parents=True)
     (run / "model").mkdir()
     (run / "model/provenance.json").write_text("{}")
+    (run / "model/trained.safetensors").touch()
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe_dict(recipe)))
     return run
 
