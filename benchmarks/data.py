@@ -209,7 +209,7 @@ def loader(shards: Path, target: int, decoding: str, workers: int = 0, features:
     data = {"datasets": [{"name": NAME, "shards": str(shards)}], "decoding": decoding}
     raw = {
         "stage": 1,
-        "model": {"phi": "", "eva_vit": "", "qformer": "", "image_size": target},
+        "model": {"phi": "none", "eva_vit": "none", "qformer": "none", "image_size": target},
         "data": data | ({"features": str(features)} if features else {}),
         "optimizer": {"lr": 1e-4, "min_lr": 1e-5},
         "train": {"batch_size": BATCH, "micro_batch_size": BATCH},

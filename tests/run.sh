@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the environment and runs all checks and tests, two test files at a time: bash tests/run.sh [pytest options]
+# Sets up the environment and runs all checks and tests, three test files at a time: bash tests/run.sh [pytest options]
 # With options of pytest, e.g. a file, one at a time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ report="$(mktemp)"
 mypy >"$report" 2>&1 &
 checker=$!
 trap 'kill "$checker" 2>/dev/null || true; rm -f "$report"' EXIT
-[ $# -gt 0 ] || set -- --numprocesses=2 --dist=loadfile
+[ $# -gt 0 ] || set -- --numprocesses=3 --dist=loadfile
 tests=0 types=0
 python -m pytest "$@" || tests=$?
 wait "$checker" || types=$?

@@ -87,7 +87,7 @@ def with_seed(text: str) -> str:
         (RECIPE.replace("12,", "12, epochs: 1000000000000000000,"), "train.epochs .* must be at most 1,000,000,000"),
         (RECIPE.replace("q}", "q, lora_alpha: 0}"), "model.lora_alpha must be positive"),
         (RECIPE.replace("q}", "q, lora_alpha: -1e30}"), "model.lora_alpha must be positive"),
-        (RECIPE.replace("0}", "0, warmup_lr: -1}"), "optimizer.warmup_lr must be 0 or more"),
+        (RECIPE.replace("0}", "0, warmup_steps: -1}"), "optimizer.warmup_steps must be 0 or more"),
         (RECIPE.replace("phi: p", "phi: ''"), "model.phi must not be empty text"),
         (RECIPE.replace("shards: a", "shards: ''"), r"data.datasets\[0\].shards must not be empty text"),
         (RECIPE.replace("shards: a", 'shards: "a\\0b"'), r"data.datasets\[0\].shards holds a null character: 'a.x00b'"),

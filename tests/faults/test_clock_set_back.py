@@ -17,7 +17,13 @@ from tinygptv_ds.train.metrics.board import FLUSH_SECONDS, open_board
 
 ROOT = Path(__file__).parents[2]
 # Where the time of the day is wanted: labels for people and clients, and the comparison of hosts' clocks.
-LABELS = ("train/metrics/reporter.py", "apps/serve/routes.py", "apps/serve/reply.py", "doctor/ssh.py")
+LABELS = (
+    "train/metrics/reporter.py",
+    "train/trackers/mlflow.py",
+    "apps/serve/routes.py",
+    "apps/serve/reply.py",
+    "doctor/ssh.py",
+)
 WALL_CLOCKS = ("time.time", "time.time_ns", "datetime.now", "datetime.datetime.now", "datetime.today")
 
 

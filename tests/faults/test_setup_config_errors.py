@@ -35,7 +35,7 @@ MISSING = [
     "dataset gqa: shards 'data/gqa/*.tar': not found",
     "ROOT/gqa/train_balanced_questions.json",
 ]
-MODULES = 38  # of this package, until a mistake in options, recipe or JSON is found; nearly all of them in config/
+MODULES = 40  # of this package, until a mistake in options, recipe or JSON is found; nearly all of them in config/
 # One process for all of them: starting Python takes longer than the checks.
 ASK = """
 import json, sys, time

@@ -23,7 +23,7 @@ class OptimizerSection:
     """Learning rate that the schedule approaches; above `lr` the learning rate rises (as in the published stage 4)."""
 
     warmup_lr: float = 1e-6
-    """Learning rate of the first step."""
+    """Learning rate of the first step; below 0: that of `lr`, as in the original."""
 
     warmup_steps: int = 0
     """Steps of warm-up."""
@@ -60,8 +60,7 @@ class OptimizerSection:
         for name in ("weight_decay", "gradient_clipping"):
             require((getattr(self, name) or 0) >= 0, f"optimizer.{name} must be 0 or more")
         require(self.lr > 0 and self.min_lr >= 0, "optimizer.lr must be positive and optimizer.min_lr not negative")
-        for name in ("warmup_steps", "warmup_lr"):
-            require(getattr(self, name) >= 0, f"optimizer.{name} must be 0 or more")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps must be 0 or more")
         require(
             self.schedule in SCHEDULES,
             f"optimizer.schedule: {shown(self.schedule)} is unknown{nearest(self.schedule, SCHEDULES)}",

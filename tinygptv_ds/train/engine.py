@@ -23,6 +23,7 @@ from tinygptv_ds.log import held_prints, hold_library_output
 from tinygptv_ds.models.attention import choose_backend
 from tinygptv_ds.models.eva_vit import KEY_BIAS
 from tinygptv_ds.models.parameters import weight_decay_groups
+from tinygptv_ds.models.phi import PhiModel
 from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.flat_optimizer import FlatOptimizer, gradient_norm
 from tinygptv_ds.train.loss_scale import LossScale
@@ -99,7 +100,9 @@ class Engine:
         if not keep_zero and ranks.world_size == 1 and zero_is_needless(dict(config)):
             nn.Module.to(model, self.device)  # before the weights become views: DeepSpeed would move each on its own
             self.flat = FlatOptimizer(groups, make, float(config["gradient_clipping"]))
-            model.language_model.model.cast_lora_together = True
+            for module in model.modules():
+                if isinstance(module, PhiModel):
+                    module.cast_lora_together = True
             # Stage 0 clips by itself otherwise, and looks at no gradient.
             config = {**config, "zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
         adamw = make(groups) if self.flat is None else self.flat.optimizer
