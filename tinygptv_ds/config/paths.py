@@ -1,14 +1,26 @@
-"""Paths of weights as users write them: with `~`, or the folder that the Hugging Face cache keeps a model in."""
+"""Paths as users write them: with `~`, the folder that the Hugging Face cache keeps a model in, files to write."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from tinygptv_ds.errors import ConfigError
+
 
 def expand_user(path: str | Path) -> Path:
     """Return a path with `~` expanded; unlike in Path's own way, `~` of an unknown user is an ordinary name."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def check_ending(option: str, file: Path | None, ending: str) -> None:
+    """Check the name of a file to write, where one is given.
+
+    Raises:
+        ConfigError: it has another ending than that of its format; names the option.
+    """
+    if file is not None and file.suffix.lower() != ending:
+        raise ConfigError(f"{option} {file}: the name must end in {ending}")
 
 
 def local_path(path: str | Path) -> Path:

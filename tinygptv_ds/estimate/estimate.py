@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
+from tinygptv_ds.config.paths import check_ending
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.stream.sample_counts import local_sample_counts
 from tinygptv_ds.errors import ConfigError
@@ -87,8 +88,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--gpus and --node must be at least 1, and --mfu above 0 and at most 1")
     if not 0 <= args.launch_us < 1e6:
         raise ConfigError("--launch-us must be at least 0 and below a second")
-    if args.plot is not None and args.plot.suffix.lower() != ".svg":
-        raise ConfigError(f"--plot {args.plot}: the name must end in .svg")
+    check_ending("--plot", args.plot, ".svg")
     recipe, cards, links = load_recipe(args.recipe, args.set), cards_named(args.gpu), links_named(args.link)
     data = _with_given_lengths(summarize_data(recipe), args)
     rates = {"mfu": args.mfu, "launch_seconds": args.launch_us / 1e6}

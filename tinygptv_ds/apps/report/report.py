@@ -10,7 +10,7 @@ from pathlib import Path
 from tinygptv_ds import __version__
 from tinygptv_ds.apps.report.run_data import find_runs, read_runs
 from tinygptv_ds.charts.style import THEMES, standalone
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.config.paths import check_ending
 from tinygptv_ds.files import whole_file
 
 _CURVE_SIZE = (720.0, 300.0)
@@ -42,9 +42,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: a path is no run, or an output has another ending than that of its format.
     """
-    for option, file, ending in (("--out", args.out, ".html"), ("--loss-curve", args.loss_curve, ".svg")):
-        if file is not None and file.suffix.lower() != ending:
-            raise ConfigError(f"{option} {file}: the name must end in {ending}")
+    check_ending("--out", args.out, ".html")
+    check_ending("--loss-curve", args.loss_curve, ".svg")
     for file in write_report(args.runs, args.out, args.loss_curve):
         print(file)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tinygptv_ds.config.load import add_recipe_arguments, load_recipe
 from tinygptv_ds.config.nearest import nearest
+from tinygptv_ds.config.paths import check_ending
 from tinygptv_ds.config.recipe import Recipe
 from tinygptv_ds.data.checks.image_tokens import PUBLISHED, image_tokens
 from tinygptv_ds.data.stream.availability import absent, options_without
@@ -66,8 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace, recipe: Recipe) -> None:
     """Check the options and that the shards are there, before any sample is read."""
-    if args.out.suffix.lower() != ".html":
-        raise ConfigError(f"--out {args.out}: the name must end in .html")
+    check_ending("--out", args.out, ".html")
     if args.count < 1 or args.start_step < 0 or (args.queries is not None and args.queries < 1):
         raise ConfigError("--count and --queries must be at least 1, --start-step at least 0")
     names = [section.name for section in recipe.data.used]
