@@ -226,7 +226,13 @@ def test_loading_serving_draining(exported: Path, port: int) -> None:
                 next(lines)
                 body = {"model": NAME, "messages": HELLO}
                 waiting = [pool.submit(client.post, CHAT, json=body) for _ in range(12)]
-                until(lambda: client.get("/health").json()["in_hand"] > 3)
+                in_hand: list[int] = []
+
+                def received() -> bool:
+                    in_hand.append(client.get("/health").json()["in_hand"])
+                    return in_hand[-1] > 3
+
+                until(received)
                 server.send_signal(signal.SIGTERM)
                 with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as other:
                     refused = other.post(CHAT, json=body)
@@ -236,7 +242,9 @@ def test_loading_serving_draining(exported: Path, port: int) -> None:
             assert refused.json()["error"]["code"] == "draining"
             assert (health.status_code, health.json()["status"]) == (503, "draining")
             assert ended[-1] == "data: [DONE]" and len(ended) > 50
-            assert [each.result().status_code for each in waiting] == [200] * 12
+            # The signal may overtake some of the twelve; those in hand before it, next to the stream, are answered.
+            statuses = [each.result().status_code for each in waiting]
+            assert set(statuses) <= {200, 503} and statuses.count(200) >= in_hand[-1] - 1
         assert server.wait(PATIENCE) == 0, server.stderr.read()
     finally:
         server.kill()
