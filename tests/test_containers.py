@@ -78,7 +78,7 @@ def test_the_build_sees_what_the_wheel_needs_and_nothing_else() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     needed = re.findall(r'^"([^"]+)" = "tinygptv_ds/_project', project, flags=re.M)
     assert len(needed) > 20
-    for name in (*needed, "pyproject.toml", "README.md", "LICENSE", "tinygptv_ds/cli.py"):
+    for name in (*needed, "pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "tinygptv_ds/cli.py"):
         assert not ignored(ROOT / name), name
     for name in ("weights/a.pth", "data/a.tar", "runs/x/model/m.safetensors", ".git/HEAD", ".venv/bin/python"):
         assert ignored(ROOT / name), name

@@ -71,4 +71,6 @@ def test_the_workflow_publishes_what_was_tested_without_a_token() -> None:
     assert not any("checkout" in step.get("uses", "") for name in writers for step in jobs[name]["steps"])
     commands = " ".join(step.get("run", "") for step in jobs["build"]["steps"])
     assert SCRIPT.relative_to(ROOT).as_posix() in commands and "twine check --strict" in commands
+    (built,) = [step for step in jobs["build"]["steps"] if step.get("run") == "python -m build"]
+    assert built["env"] == {"REPO_URL": "${{ github.server_url }}/${{ github.repository }}"}  # hatch_build.py reads it
     assert "secrets." not in (ROOT / ".github/workflows/release.yml").read_text()

@@ -1,6 +1,8 @@
 """Sdist and wheel: their contents, and the command line where only the wheel is installed."""
 
+import email
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -14,12 +16,14 @@ from helpers.patience import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 DEPENDENCIES = sysconfig.get_paths()["purelib"]
+REPOSITORY = "https://github.com/someone/tinygptv_ds"
 
 
 def build(kind: str, out: Path, source: Path = ROOT) -> Path:
     """Build "sdist" or "wheel" as a release does."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(out)]
-    subprocess.run(command, cwd=source, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
+    env = os.environ | {"REPO_URL": REPOSITORY}
+    subprocess.run(command, cwd=source, env=env, check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
     (built,) = out.glob("*.tar.gz" if kind == "sdist" else "*.whl")
     return built
 
@@ -78,12 +82,35 @@ def test_the_sdist_holds_what_the_wheel_needs_and_nothing_else(sdist: Path) -> N
         names = [Path(*Path(name).parts[1:]) for name in archive.getnames()]
     own = {"ds_configs", "eval", "launch", "stages", "tinygptv_ds"}
     own |= {"CHANGELOG.md", "CITATION.cff", "LICENSE", "PKG-INFO", "README.md", "pyproject.toml", ".gitignore"}
+    own |= {"hatch_build.py"}
     own |= {path.name for path in ROOT.glob("requirements*.txt")}
     assert {name.parts[0] for name in names} == own
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
     made = {"PKG-INFO"}
     assert {str(name) for name in names} - made <= set(tracked)
     assert not [name for name in names if name.is_relative_to("stages/tiny") or name.suffix == ".safetensors"]
+
+
+def test_the_description_has_no_relative_links(wheel: Path) -> None:
+    """PyPI shows it elsewhere. The wheel is built from the sdist where the repository's address is not set."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    readme = (ROOT / "README.md").read_text()
+    text = metadata.get_payload(decode=True).decode()
+    links = re.findall(r'\]\(([^)]+)\)|(?:src|srcset)="([^"]+)"', text)
+    targets = ["".join(link) for link in links]
+    assert all(target.startswith("https://") for target in targets)
+    version = metadata["Version"]
+    files = [re.fullmatch(rf"{REPOSITORY}/(blob|raw)/v{version}/([^#]+)(#.*)?", target) for target in targets]
+    kinds = {match[2]: match[1] for match in files if match}
+    assert len(kinds) > 30 and all((ROOT / path).is_file() for path in kinds)
+    assert kinds["docs/use/demo.png"] == kinds["docs/images/quickstart-loss-light.svg"] == "raw"
+    assert kinds["LICENSE"] == kinds["docs/index.md"] == "blob"
+    assert f"{REPOSITORY}/actions/workflows/ci.yml/badge.svg" in targets
+    back = re.sub(rf"{REPOSITORY}/((blob|raw)/v{version}/|(?=actions/))", lambda m: "" if m[2] else "../../", text)
+    assert back.strip() == readme.strip()
+    assert metadata.get_all("Project-URL")[1] == f"Repository, {REPOSITORY}"
 
 
 def test_the_wheel_installs_one_top_level_package(wheel: Path) -> None:
