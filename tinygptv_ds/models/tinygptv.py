@@ -274,8 +274,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             return_dict: padded only: false for a tuple.
 
         Raises:
-            ValueError: an input is missing, attention weights are asked for that are not computed, or padded
-                `input_ids` have positions for another number of images.
+            ValueError: an input is missing, the backend computes no attention weights, or images and positions differ.
         """
         if cu_seqlens is not None:
             if input_ids is None:
