@@ -237,7 +237,6 @@ FORTY = [{"role": "user", "content": "word " * 700}]
             None,
             "'file'",
         ),
-        ({"logprobs": True}, 400, "logprobs", "unsupported_parameter", "not supported"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty", "unsupported_parameter", "not supported"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter", "not supported"),
         (

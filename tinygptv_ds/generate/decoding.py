@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from tinygptv_ds.generate.beam_search import beam_search
+from tinygptv_ds.generate.logprobs import RawScores
 from tinygptv_ds.generate.row import Row
 from tinygptv_ds.generate.sampling import next_tokens
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
@@ -107,8 +108,10 @@ class Decoder:
         return self._processor.pad([row.prompt_ids for row in rows]) | stacked
 
     def _take(self, logits: Tensor, rows: Sequence[Row]) -> None:
-        for row, token in zip(rows, next_tokens(logits, rows), strict=True):
-            row.take(token)
+        scores = RawScores(logits, [row.generation.logprobs for row in rows])  # before the next line changes them
+        tokens = next_tokens(logits, rows)
+        for row, token, logprob in zip(rows, tokens, scores.logprobs(tokens), strict=True):
+            row.take(token, logprob)
         self._remove_ended()
 
     def _remove_ended(self) -> None:

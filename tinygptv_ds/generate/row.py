@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tinygptv_ds.generate.conversation import Prompt
 from tinygptv_ds.generate.inputs import vision_inputs
+from tinygptv_ds.generate.logprobs import AnswerLogprobs, TokenLogprob
 from tinygptv_ds.generate.settings import Generation
 from tinygptv_ds.generate.stopping import StopAtText, StreamedText
 from tinygptv_ds.processing.detokenize import cleans_up, decode
@@ -50,13 +51,16 @@ class Row:
         self._stop_text = StopAtText(self._tokenizer, self.stops, generation.min_new_tokens)
         self._shown = StreamedText(self.stops, clean=cleans_up(self._tokenizer))
         self._stopped = False
+        self._logprobs = None if generation.logprobs is None else AnswerLogprobs(self._tokenizer, self.stops)
         self._generator: torch.Generator | None = None
 
-    def take(self, token: int) -> None:
-        """Append a new token; without effect on a complete answer."""
+    def take(self, token: int, logprob: TokenLogprob | None = None) -> None:
+        """Append a new token, with its log-probability if `generation` asks for it; no effect on a complete answer."""
         if self.ended:
             return
         self.ids.append(token)
+        if self._logprobs is not None and logprob is not None:
+            self._logprobs.take(logprob)
         self._stopped = token in self.end_ids or self._stop_text.ends(self.ids)
         self.ended = self._stopped or len(self.ids) >= self.generation.max_new_tokens
 
@@ -71,6 +75,13 @@ class Row:
         if self._shown.stopped:
             return ""
         return self._shown.piece(decode(self._tokenizer, self.ids), complete=self.ended)
+
+    def new_logprobs(self) -> list[TokenLogprob]:
+        """Return the log-probabilities, if asked for, that earlier calls have not returned; of its end there are none.
+
+        Their tokens together have the bytes of the text before it is stripped and cleaned up.
+        """
+        return [] if self._logprobs is None else self._logprobs.settled(complete=self.ended)
 
     @property
     def finish(self) -> str:

@@ -8,6 +8,9 @@ from typing import Any
 
 from tinygptv_ds.errors import require
 
+MAX_LOGPROBS = 20  # as in OpenAI's API
+_NO_OPTIONS = ("stop", "logprobs")  # the first has an option of another kind, the second none
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -27,6 +30,7 @@ class Generation:
         length_penalty: above 1, beam search prefers longer answers.
         seed: seed of sampling; None: another one each time. With a seed a prompt has the same answer in any batch.
         stop: texts that end an answer and are not part of it; None: those of the prompt.
+        logprobs: keep the log-probability of each token, and of this number of likeliest ones at its place; None: no.
 
     Raises:
         ConfigError: a value is out of range.
@@ -42,6 +46,7 @@ class Generation:
     length_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
@@ -58,6 +63,10 @@ class Generation:
             self.seed is None or 0 <= self.seed < 2**63, f"seed must be a whole number of at least 0, not {self.seed}"
         )
         require(all(self.stop or ()), "stop contains an empty text; leave it out")
+        require(
+            self.logprobs is None or (0 <= self.logprobs <= MAX_LOGPROBS and self.num_beams == 1),
+            f"logprobs must be in 0 to {MAX_LOGPROBS}, without beam search, not {self.logprobs}",
+        )
 
     @property
     def samples(self) -> bool:
@@ -83,7 +92,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser, **defaults: Any) -
     """Add one option for each field of `Generation`; `defaults` replace its own."""
     group = parser.add_argument_group("generation")
     for field in fields(Generation):
-        if field.name == "stop":
+        if field.name in _NO_OPTIONS:
             continue
         default = defaults.get(field.name, field.default)
         shown = "" if default is None else " (default: %(default)s)"
@@ -103,5 +112,5 @@ def generation_from(args: argparse.Namespace) -> Generation:
     Raises:
         ConfigError: a value is out of range.
     """
-    values = {field.name: getattr(args, field.name) for field in fields(Generation)}
+    values = {field.name: getattr(args, field.name) for field in fields(Generation) if field.name not in _NO_OPTIONS}
     return Generation(**values | {"stop": None if args.stop is None else tuple(args.stop)})

@@ -15,13 +15,21 @@ _INCOMPLETE = "\ufffd"  # what a tokenizer returns for a character of which byte
 
 def cut(text: str, stops: Sequence[str], *, clean: bool = False) -> str:
     """Return the text before the first stop, without surrounding white space; `clean` cleans up its spaces."""
-    before = text[: _first(text, stops)]
+    before = text[: first_stop(text, stops)]
     return (clean_up(before) if clean else before).strip()
 
 
-def _first(text: str, stops: Sequence[str]) -> int:
+def first_stop(text: str, stops: Sequence[str]) -> int:
+    """Return where the first stop begins, or the length of a text without one."""
     found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
     return min(found, default=len(text))
+
+
+def possible_stop(text: str, stops: Sequence[str]) -> int:
+    """Return how many characters at the end of a text may be the beginning of a stop."""
+    longest = max(map(len, stops), default=1) - 1
+    lengths = range(min(longest, len(text)), 0, -1)
+    return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)
 
 
 class StreamedText:
@@ -44,9 +52,9 @@ class StreamedText:
         """Return what can be shown in addition, given the whole text so far and whether it is complete."""
         if not complete:
             text = text.rstrip(_INCOMPLETE)
-        at = until = _first(text, self._stops)
+        at = until = first_stop(text, self._stops)
         if not complete:  # a longer stop may have begun before the one found
-            until = min(at, len(text) - self._possible_stop(text))
+            until = min(at, len(text) - possible_stop(text, self._stops))
         self.stopped = self.stopped or until == at < len(text)
         seen = text[:until]
         if self._clean:
@@ -55,12 +63,6 @@ class StreamedText:
         new = seen[len(self._shown) :]
         self._shown += new
         return new
-
-    def _possible_stop(self, text: str) -> int:
-        """Return how many characters at the end may be the beginning of a stop."""
-        longest = max(map(len, self._stops), default=1) - 1
-        lengths = range(min(longest, len(text)), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
 
 
 class StopAtText(StoppingCriteria):

@@ -11,10 +11,19 @@ from typing import TypeAlias
 
 from tinygptv_ds.apps.serve.metrics import ServerMetrics
 from tinygptv_ds.generate.decoding import Decoder
+from tinygptv_ds.generate.logprobs import TokenLogprob
 from tinygptv_ds.generate.row import Row
 
 log = logging.getLogger(__name__)
 _IMAGES_AT_ONCE = 8  # read in one pass when several requests join together
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer: its text, and the log-probabilities of its tokens if the request asks for them."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,8 @@ class Finish:
     tokens: int
 
 
-Message: TypeAlias = str | Finish | BaseException
+_NOTHING = Piece("")
+Message: TypeAlias = Piece | Finish | BaseException
 
 
 @dataclass(eq=False)
@@ -160,7 +170,8 @@ class BatchLoop:
             row = job.row
             if not row.closed:
                 self._metrics.generated_tokens.add(1)
-                if piece := row.piece():
+                piece = Piece(row.piece(), tuple(row.new_logprobs()))
+                if piece != _NOTHING:
                     job.send(piece)
                 if row.ended:
                     job.send(Finish(row.finish, len(row.ids)))

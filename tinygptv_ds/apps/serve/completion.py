@@ -58,12 +58,16 @@ def prepare(
     names = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
     settings = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     longest = wanted or min(defaults.max_new_tokens, max_tokens, available)
+    if request.logprobs and defaults.num_beams > 1:
+        message = "logprobs: an answer of beam search has none, and this server was started with --num-beams"
+        raise RequestError(message, param="logprobs", code="unsupported_parameter")
     generation = Generation(
         **vars(defaults)
         | settings
         | {
             "max_new_tokens": longest,
             "min_new_tokens": min(defaults.min_new_tokens, longest),
+            "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
             "stop": tuple(dict.fromkeys((*prompt.stop, *request.stop))),
         }
     )

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
 from tinygptv_ds.apps.serve.api_errors import RequestError
-from tinygptv_ds.apps.serve.batch_loop import BatchLoop, Finish, Job, Message
+from tinygptv_ds.apps.serve.batch_loop import BatchLoop, Finish, Job, Message, Piece
 from tinygptv_ds.generate.row import Row
 
 
@@ -52,7 +52,7 @@ class Place:
         self._loop, self._vacate = loop, vacate
         self._job: Job | None = None
 
-    async def run(self, row: Row) -> AsyncGenerator[str | Finish]:
+    async def run(self, row: Row) -> AsyncGenerator[Piece | Finish]:
         """Yield the pieces of an answer, then its end; to be called once."""
         messages: asyncio.Queue[Message] = asyncio.Queue()
         here = asyncio.get_running_loop()

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from tinygptv_ds.apps.serve.api_errors import RequestError
 from tinygptv_ds.apps.serve.message_parts import Content, ImagePart, Strict, TextPart, given_texts
 from tinygptv_ds.apps.serve.request_json import Path, field_name, read_json
+from tinygptv_ds.generate.settings import MAX_LOGPROBS
 
 MAX_STOPS = 16
 SYSTEM_ROLES = ("system", "developer")
@@ -116,6 +117,8 @@ class ChatRequest(Strict):
     repetition_penalty: Annotated[float | None, Field(gt=0, le=2)] = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63), _Optional] = None
     stop: Annotated[list[_Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)] = Field(default=[])
+    logprobs: bool = False
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_LOGPROBS), _Optional] = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
@@ -123,6 +126,7 @@ class ChatRequest(Strict):
     def has_no_effect(cls, name: str, value: Any, given: Mapping[str, Any]) -> bool:
         """Return whether a field changes no answer; tools that must not be called are such."""
         unused = name in ("tools", "tool_choice") and given.get("tool_choice") == "none"
+        unused = unused or (name in ("logprobs", "top_logprobs") and not value)
         return unused or super().has_no_effect(name, value, given)
 
     @property
@@ -170,6 +174,8 @@ def parse_request(body: bytes, limits: TextLimits, *, strict: bool = False) -> C
         request.max_tokens != request.max_completion_tokens
     ):
         raise RequestError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
     _check_messages(request.messages)
     if strict:
         _check_alternation(request.messages)

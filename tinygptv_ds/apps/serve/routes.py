@@ -26,7 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tinygptv_ds.apps.serve.api_errors import RequestError
-from tinygptv_ds.apps.serve.batch_loop import BatchLoop, Finish
+from tinygptv_ds.apps.serve.batch_loop import BatchLoop, Finish, Piece
 from tinygptv_ds.apps.serve.completion import prepare
 from tinygptv_ds.apps.serve.generation_queue import GenerationQueue, Place
 from tinygptv_ds.apps.serve.metrics import CONTENT_TYPE, Gauge, ServerMetrics
@@ -35,6 +35,7 @@ from tinygptv_ds.apps.serve.request_body import BodyBudget
 from tinygptv_ds.apps.serve.request_images import ImageLimits, load_images
 from tinygptv_ds.apps.serve.request_schema import ChatRequest, TextLimits, parse_request
 from tinygptv_ds.generate.answerer import Answerer
+from tinygptv_ds.generate.logprobs import TokenBytes
 from tinygptv_ds.generate.settings import Generation
 
 log = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ class Endpoints:
         self._bodies = BodyBudget(limits.body_bytes, _BODIES_AT_ONCE * limits.body_bytes)
         self._decoders = ThreadPoolExecutor(_DECODERS, "image")
         self._texts = TextLimits(answerer.context, answerer.max_characters)
+        self._token_bytes = TokenBytes(answerer.processor.tokenizer)
         self._created = int(time.time())
 
     @property
@@ -187,7 +189,7 @@ class Endpoints:
             prepare, answerer, parsed, images, self._defaults, limits.new_tokens, strict=self._strict
         )
         pieces = self._timed(place.run(row), began)
-        reply = Reply(answerer.name, len(row.prompt_ids))
+        reply = Reply(answerer.name, len(row.prompt_ids), self._token_bytes if parsed.logprobs else None)
         if not parsed.stream:
             whole = JSONResponse(await _unless_disconnected(request, reply.whole(pieces)))
             place.leave()
@@ -196,7 +198,7 @@ class Endpoints:
         events = reply.events(first, pieces, usage=parsed.stream_options.include_usage)
         return EventStream(events, place)
 
-    async def _timed(self, pieces: AsyncGenerator[str | Finish], began: float) -> AsyncGenerator[str | Finish]:
+    async def _timed(self, pieces: AsyncGenerator[Piece | Finish], began: float) -> AsyncGenerator[Piece | Finish]:
         """Yield the pieces of an answer and measure when they come."""
         waits = True
         async with aclosing(pieces):
