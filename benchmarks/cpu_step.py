@@ -56,6 +56,7 @@ class Samples(NamedTuple):
 
 BATCHES = {
     "long": Samples((448, 352, 288, 256, 224, 192, 128, 96)),  # a conversation next to short questions
+    "medium": Samples((320, 256, 224, 192, 160, 128, 96, 72)),
     "short": Samples((190, 172, 154, 136, 118, 100, 82, 64), 40),
 }
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_convolution"}
