@@ -237,6 +237,8 @@ FORTY = [{"role": "user", "content": "word " * 700}]
             None,
             "'file'",
         ),
+        ({"": 1}, 400, '""', "unsupported_parameter", '"" is not supported'),
+        ({"messages": ["hello"]}, 400, "messages[0]", "invalid_value", "messages[0] must be a JSON object"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty", "unsupported_parameter", "not supported"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter", "not supported"),
         (
@@ -261,7 +263,13 @@ def test_what_changes_nothing_is_taken(client: openai.OpenAI) -> None:
     plain = client.chat.completions.create(model=NAME, messages=HELLO).choices[0].message
     history = [*HELLO, plain.model_dump(), *HELLO]  # the client's own record of an answer is full of nulls
     neutral = {"n": 1, "tools": [], "logprobs": False, "frequency_penalty": 0, "user": "me", "store": False}
-    neutral |= {"response_format": {"type": "text"}, "tool_choice": "auto", "top_p": None, "logit_bias": {}, "stop": ""}
+    neutral |= {
+        "response_format": {"type": "text"},
+        "tool_choice": "auto",
+        "top_p": None,
+        "logit_bias": {"5": 0},
+        "stop": "",
+    }
     neutral |= {"metadata": {"chat": "7"}, "service_tier": "auto", "parallel_tool_calls": True, "top_logprobs": 0}
     neutral |= {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none", "max_tokens": 12.0}
     neutral |= {"stream_options": {"include_usage": True}, "seed": -1.0, "extra_body": OTHER_SERVERS}

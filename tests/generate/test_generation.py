@@ -74,6 +74,9 @@ def test_draws(loaded: LoadedModel, prompts: list[Prompt]) -> None:
     assert list(answers(*loaded, prompts, replace(warm, seed=2))) != first
     unseeded = replace(warm, seed=None)
     assert list(answers(*loaded, prompts, unseeded)) != list(answers(*loaded, prompts, unseeded))
+    greedy = list(answers(*loaded, prompts, SHORT))
+    for cold in (1e-300, 1e-45, 1e-36, 1e-9, 1e-6):  # of the likeliest token, and no overflow
+        assert list(answers(*loaded, prompts, replace(warm, temperature=cold))) == greedy
     state = torch.get_rng_state()
     beams = replace(warm, num_beams=2)
     assert list(answers(*loaded, prompts, beams)) == list(answers(*loaded, prompts, beams))

@@ -9,6 +9,7 @@ from typing import Any
 from tinygptv_ds.errors import require
 
 MAX_LOGPROBS = 20  # as in OpenAI's API
+_LOWEST_TEMPERATURE = 1e-6
 _NO_OPTIONS = ("stop", "logprobs")  # the first has an option of another kind, the second none
 
 
@@ -21,7 +22,8 @@ class Generation:
     Attributes:
         max_new_tokens: the maximum length of an answer.
         min_new_tokens: the number of tokens before which an answer does not end.
-        temperature: 0 takes the likeliest token; above 0 tokens are sampled.
+        temperature: 0 takes the likeliest token; above 0 tokens are sampled (below 1e-6 it is 0, because logits over it
+            would leave fp32).
         top_p: sample among the likeliest tokens up to this total probability; 1: all.
         top_k: sample among this number of likeliest tokens; 0: all.
         num_beams: the number of beams of beam search; 1: no beam search.
@@ -71,7 +73,7 @@ class Generation:
     @property
     def samples(self) -> bool:
         """Whether tokens are sampled."""
-        return self.temperature > 0
+        return self.temperature >= _LOWEST_TEMPERATURE
 
 
 _HELP = {

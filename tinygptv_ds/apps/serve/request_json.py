@@ -10,6 +10,7 @@ from tinygptv_ds.apps.serve.api_errors import RequestError
 
 Path: TypeAlias = tuple[int | str, ...]
 _Place: TypeAlias = "tuple[_Place, int | str] | None"  # the last step of a path, after its other ones
+_DIGITS = 1000  # of an integer, whose conversion takes the square of them
 _STRUCTURE = (b",", b"[", b"{")
 
 
@@ -29,7 +30,12 @@ def read_json(body: bytes, max_values: int) -> dict[str, Any]:
             code="too_many_values",
         )
     try:
-        decoded = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_without_repeats)
+        decoded = json.loads(
+            body.decode("utf-8-sig"),
+            parse_int=_integer,
+            parse_constant=_no_constant,
+            object_pairs_hook=_without_repeats,
+        )
         half = next((_path(place) for place, text in _texts(decoded) if not _is_unicode(text)), None)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
@@ -47,6 +53,12 @@ def read_json(body: bytes, max_values: int) -> dict[str, Any]:
 
 def _no_constant(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits")
+    return int(digits)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -93,5 +105,6 @@ def field_name(path: Path) -> str:
     """Return a field's name, e.g. `messages[0].content[1].image_url.url`."""
     name = ""
     for step in path:
-        name += f"[{step}]" if isinstance(step, int) else f".{step}" if name else step
+        key = step or '""'
+        name += f"[{step}]" if isinstance(step, int) else f".{key}" if name else str(key)
     return name or "the body"

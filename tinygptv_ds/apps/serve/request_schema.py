@@ -124,9 +124,10 @@ class ChatRequest(Strict):
 
     @classmethod
     def has_no_effect(cls, name: str, value: Any, given: Mapping[str, Any]) -> bool:
-        """Return whether a field changes no answer; tools that must not be called are such."""
+        """Return whether a field changes no answer; tools that must not be called, or biases of 0, are such."""
         unused = name in ("tools", "tool_choice") and given.get("tool_choice") == "none"
         unused = unused or (name in ("logprobs", "top_logprobs") and not value)
+        unused = unused or (name == "logit_bias" and isinstance(value, dict) and not any(value.values()))
         return unused or super().has_no_effect(name, value, given)
 
     @property
@@ -214,6 +215,8 @@ def _refusal(error: ValidationError) -> RequestError:
         return RequestError(message, param=param, code="unsupported_parameter")
     if first["type"] == "missing":
         return RequestError(f"{param} is missing", param=param, code="missing_required_parameter")
+    if first["type"] == "model_type":
+        return RequestError(f"{param} must be a JSON object", param=param, code="invalid_value")
     given = first["input"] if isinstance(first["input"], int | float | bool) else None
     had = f", not {given}" if given is not None else ""
     return RequestError(f"{param}: {first['msg']}{had}", param=param, code="invalid_value")
