@@ -154,6 +154,16 @@ def test_the_id_of_the_tracker(content: str, tmp_path: Path) -> None:
     assert (run.stored_id("mlflow"), run.stored_id("wandb")) == ("new", "kept" if "kept" in content else None)
 
 
+@pytest.mark.parametrize(("content", "kept"), [('{"id": "kept"}', "kept"), ("{", None), ("[1]", None), ("{}", None)])
+def test_the_id_of_an_earlier_version(content: str, kept: str | None, tmp_path: Path) -> None:
+    """Such a run continues its entry in W&B; other trackers have none, and a newer file comes first."""
+    (tmp_path / "wandb.json").write_text(content)
+    run = TrackedRun("project", tmp_path, {})
+    assert (run.stored_id("wandb"), run.stored_id("mlflow")) == (kept, None)
+    run.store_id("wandb", "new")
+    assert run.stored_id("wandb") == "new"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from tinygptv_ds.files import write_atomically
 
+_EARLIER_WANDB = "wandb.json"  # of a run directory from before there were other trackers: {"id": its id in W&B}
+
 
 class Tracker(Protocol):
     """One run in one tracker; its class is the function that starts or resumes it, from a `TrackedRun`."""
@@ -38,6 +40,8 @@ class TrackedRun:
     def stored_id(self, tracker: str) -> str | None:
         """Return the id that this run has in a tracker since an earlier attempt; None: it has none."""
         found = self._ids().get(tracker)
+        if found is None and tracker == "wandb":
+            found = _read_object(self.run_dir / _EARLIER_WANDB).get("id")
         return found if isinstance(found, str) else None
 
     def store_id(self, tracker: str, value: str) -> None:
@@ -50,8 +54,13 @@ class TrackedRun:
         return self.run_dir / "trackers.json"
 
     def _ids(self) -> dict[str, Any]:
-        try:
-            ids = json.loads(self._file.read_bytes())
-        except (OSError, ValueError):  # none yet, or damaged
-            return {}
-        return ids if isinstance(ids, dict) else {}
+        return _read_object(self._file)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one where there is none yet, or a damaged one."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
