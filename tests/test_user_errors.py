@@ -215,6 +215,18 @@ def test_only_rank_0_speaks(recipe_file: Callable[..., Path]) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
 
 
+def test_an_accelerator_that_is_none(recipe_file: Callable[..., Path]) -> None:
+    message = one_error(stage(4, "--recipe", str(recipe_file()), DS_ACCELERATOR="gpu"))
+    assert "DS_ACCELERATOR is 'gpu'; unset it, or set it to cpu or cuda" in message
+
+
+def test_an_environment_with_ranks_or_without_docstrings(tmp_path: Path) -> None:
+    """A rank that is left over in a shell, or that of a pod, does not silence a verb that is no rank."""
+    env = {"RANK": "3", "WORLD_SIZE": "8", "PYTHONOPTIMIZE": "2"}
+    done = python("runpy.run_module('tinygptv_ds', run_name='__main__')", "inspect", str(tmp_path / "no"), **env)
+    assert "PYTHONOPTIMIZE=2" in one_error(done)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"zero_optimization": {"stage": 2}, "fp61": {}})])
 def test_a_bad_json(text: str, recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "my.json").write_text(text)

@@ -21,7 +21,7 @@ from tinygptv_ds import __version__
 from tinygptv_ds.arguments import hyphenated
 from tinygptv_ds.console import open_missing_streams, print_to_stderr
 from tinygptv_ds.errors import ConfigError, Finished, Stopped, TinyGPTVError, disk_problem
-from tinygptv_ds.processes import note_exit_code
+from tinygptv_ds.processes import note_exit_code, own_rank
 from tinygptv_ds.resources import is_clone, project_root
 
 USER_ERROR = 2
@@ -101,30 +101,31 @@ def run_command(command: Callable[[], None]) -> None:
 
     A run that a signal stopped before it was finished exits with 128 + the signal's number.
 
-    Of several ranks only rank 0 prints. The others wait a moment before they exit, because the launcher ends all ranks
-    as soon as one has exited.
+    Of several ranks only rank 0 prints, and after a moment the first one of another node. The others wait before they
+    exit, because the launcher ends all ranks as soon as one has exited.
     """
     for stream in (sys.stdout, sys.stderr):  # a console that has not all letters gets escapes for them
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     try:
         _check_working_directory()
+        _check_docstrings()
         command()
         note_exit_code(0)
     except TinyGPTVError as error:
         _end_with_error(str(error))
     except Finished as finished:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if own_rank() == 0:
             print(finished, flush=True)
     except Stopped as stop:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if own_rank() == 0:
             print_to_stderr(f"stopped: {stop}")
         note_exit_code(stop.code)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(stop.code)
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if own_rank() == 0:
             print_to_stderr("stopped: interrupted by Ctrl-C")
         sys.exit(130)
     except BrokenPipeError:  # e.g. "| head" has read enough
@@ -143,10 +144,19 @@ def _check_working_directory() -> None:
         raise ConfigError(f"the working directory cannot be used ({error.strerror}); cd into one that exists") from None
 
 
+def _check_docstrings() -> None:
+    if sys.flags.optimize > 1:  # transformers builds some from others while it is imported, and fails
+        raise ConfigError(
+            "PYTHONOPTIMIZE=2, or python -OO, removes the docstrings that transformers needs; set it to 1, or unset it"
+        )
+
+
 def _end_with_error(message: str) -> NoReturn:
-    if int(os.environ.get("RANK", 0)) != 0:
-        time.sleep(5)
-    else:
+    if own_rank() != 0:
+        time.sleep(5)  # until the launcher ends this process, because rank 0 has printed the same and exited
+    if (
+        own_rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
+    ):  # also where RANK is left over, and no rank 0 exists
         print_to_stderr(f"error: {message}")
     # Threads of the process group or of the loader must neither delay the exit nor print during it.
     with contextlib.suppress(OSError):
@@ -157,7 +167,7 @@ def _end_with_error(message: str) -> NoReturn:
 def _explain_missing_package(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Replace the traceback of a missing third-party package by one line: the wrong Python is in use."""
     if isinstance(error, KeyboardInterrupt):  # while modules were still being imported
-        if int(os.environ.get("RANK", 0)) == 0:
+        if own_rank() == 0:
             print_to_stderr("stopped: interrupted by Ctrl-C")
         return
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""

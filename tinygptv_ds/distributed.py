@@ -44,11 +44,31 @@ class Ranks:
 
 
 def ranks_from_env() -> Ranks:
-    """Read what `deepspeed`, torchrun or this program's SLURM script has set; without any of them, a single rank."""
-    env = os.environ
-    world = int(env.get("WORLD_SIZE", 1))
-    local_world = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or (world if "RANK" in env else 1))
-    return Ranks(int(env.get("RANK", 0)), int(env.get("LOCAL_RANK", 0)), world, local_world)
+    """Read what `deepspeed`, torchrun or this program's SLURM script has set; without RANK, a single rank.
+
+    Raises:
+        ConfigError: a variable is no number, or they contradict each other.
+    """
+    if not os.environ.get("RANK"):
+        return Ranks(0, 0, 1, 1)
+    rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
+    world = _number("WORLD_SIZE", 1)
+    local_world = _number("LOCAL_WORLD_SIZE", 0) or _number("LOCAL_SIZE", 0) or world
+    if not (rank < world and local_rank < local_world <= world):
+        raise errors.ConfigError(
+            f"RANK {rank} of WORLD_SIZE {world}, LOCAL_RANK {local_rank} of {local_world} of this node: these "
+            "variables, which a launcher sets, contradict each other; unset them"
+        )
+    return Ranks(rank, local_rank, world, local_world)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise errors.ConfigError(
+            f"the environment variable {name} is {errors.shown(text)}, no number; a launcher sets it: unset it"
+        )
+    return int(text)
 
 
 def free_port() -> int:
@@ -59,8 +79,17 @@ def free_port() -> int:
 
 
 def complete_env() -> None:
-    """Set the environment of a single rank in a process that no launcher started."""
-    if "RANK" not in os.environ:
+    """Set the environment of a single rank in a process that no launcher started.
+
+    Raises:
+        ConfigError: RANK is set, and where ranks meet is not.
+    """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if os.environ.get("RANK") and missing:
+        raise errors.ConfigError(
+            f"RANK is set, but not {' and '.join(missing)}: start ranks with a launcher, or unset RANK for one rank"
+        )
+    if not os.environ.get("RANK"):
         single = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({key: str(value) for key, value in {**single, "MASTER_PORT": free_port()}.items()})
 

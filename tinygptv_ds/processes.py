@@ -16,6 +16,12 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _RSS = 21  # the field of resident pages, counted as in `_stat`
 
 
+def own_rank() -> int:
+    """Return which rank of a launcher this process is, for messages; 0 where there is no launcher, or no number."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isascii() and rank.isdigit() and len(rank) < 10 else 0
+
+
 def note_exit_code(code: int) -> None:
     """Leave the code that rank 0 is about to exit with to the supervisor of its launch, if there is one.
 

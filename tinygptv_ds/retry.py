@@ -19,6 +19,7 @@ _FINAL = {
     errno.EPERM,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.EINVAL,
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.EROFS,

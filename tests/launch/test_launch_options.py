@@ -16,6 +16,7 @@ from helpers import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tinygptv_ds import distributed
 from tinygptv_ds.config.load import load_recipe
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.train.launch import Launch
@@ -205,17 +206,55 @@ def test_open_files(soft: int, hard: int, set_to: int | None, monkeypatch: pytes
         setup_machine.raise_open_files()
 
 
-def test_a_port_that_is_free_is_chosen() -> None:
-    with socket.socket() as busy:
-        busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            busy.bind(("", 29500))
-            busy.listen()
-        except OSError:
-            pass  # taken by another program, which serves as well
-        options = LaunchOptions()
-        machine.choose_port(options)
-    assert options.launcher["--master_port"] != "29500"
+def test_two_launches_at_once_have_two_ports() -> None:
+    """No rank listens for seconds, so that the usual port looks free to both."""
+    first, second = LaunchOptions(), LaunchOptions()
+    machine.choose_port(first)
+    machine.choose_port(second)
+    ports = {options.launcher["--master_port"] for options in (first, second)}
+    assert len(ports) == 2 and "29500" not in ports
+
+
+def test_the_ranks_of_another_launcher_are_left_out(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Kubernetes' training operators set them in every pod."""
+    names = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "x", "MASTER_ADDR": "pod-0", "MASTER_PORT": "23456"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert not names.keys() & (machine.launch_environment().keys() | os.environ.keys())
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"RANK": "abc"}, "environment variable RANK is 'abc', no number"),
+        ({"RANK": "0", "WORLD_SIZE": "-1"}, "environment variable WORLD_SIZE is '-1', no number"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK 3 of WORLD_SIZE 2"),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "2", "LOCAL_SIZE": "2"}, "LOCAL_RANK 2 of 2"),
+        ({"WORLD_SIZE": "8", "LOCAL_RANK": "x"}, None),  # left over: RANK is what makes a rank
+        ({"RANK": "", "WORLD_SIZE": ""}, None),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_ranks_of_the_environment(
+    env: dict[str, str], message: str | None, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    if message is None:
+        assert distributed.ranks_from_env().world_size == (4 if env["WORLD_SIZE"] == "4" else 1)
+        return
+    with pytest.raises(ConfigError, match=message):
+        distributed.ranks_from_env()
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_ranks_that_do_not_know_where_to_meet(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1234", missing: ""}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"RANK is set, but not {missing}"):
+        distributed.complete_env()
 
 
 def test_a_shell_on_the_way_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What `check-data` finds is what training would meet, and it needs no torch for it."""
 
+import gzip
 import io
 import json
 import os
@@ -180,6 +181,49 @@ def test_what_is_missing_and_the_option_that_trains_on_the_rest(
     narrower = printed.partition("shard(s) that are there: --set ")[2].splitlines()[0]
     narrowed = build_recipe(apply_overrides(raw, [narrower]), "test")
     assert expand_shards(narrowed.data.datasets[4].shards) == [tmp_path / "00003.tar"]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"\n<!DOCTYPE html><title>404</title>", "a web page"),
+        (gzip.compress(b"a tar"), "gunzip"),
+        (b"\xff\xd8\xff\xe0 a photograph", "no uncompressed tar file"),
+        ("folder", "it is a folder"),
+        ("pipe", "it is a pipe or a device"),
+        ("a link to itself", "Too many levels of symbolic links"),
+        (b"", None),  # holds no sample, which is a warning
+        (b"\0" * 1024, None),
+    ],
+)
+def test_what_is_no_tar_is_found_before_weights_are_read(
+    content: bytes | str, named: str | None, raw_recipe: RAW, shards: dict[str, Path], tmp_path: Path
+) -> None:
+    """Among thousands, nor is a pipe waited for; the option that is proposed does without the dataset."""
+    from helpers import tiny
+
+    folder = Path(shutil.copytree(shards["vqa"], tmp_path / "d"))
+    odd = folder / "00009.tar"
+    if isinstance(content, bytes):
+        odd.write_bytes(content)
+    else:
+        make = {"folder": odd.mkdir, "pipe": lambda: os.mkfifo(odd), "a link to itself": lambda: odd.symlink_to(odd)}
+        make[content]()
+    raw = raw_recipe()
+    raw["data"]["datasets"].append({"name": "odd", "shards": str(folder)})
+    recipe = build_recipe(raw, "test")
+    if named is None:
+        check_files(recipe)
+        return
+    with pytest.raises(ConfigError, match=rf"{odd}.*{named}") as error:
+        check_files(recipe)
+    assert "data.only=[vqa, text, chat, pair]" in str(error.value)
+    found, code = checked(tiny.write_recipe(tmp_path / "r.yaml", raw), tmp_path)
+    assert code == 1 and odd.name in json.dumps(of("odd", found))
+    for number in range(10, 14):
+        shutil.copy(ROOT / "README.md", folder / f"{number:05d}.tar")
+    with pytest.raises(ConfigError, match="4 more of its 8 shards cannot be read"):
+        check_files(recipe)
 
 
 def test_nothing_is_there(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ def check_dataset(section: DatasetSection, scope: Scope) -> DatasetCheck:
     tars, missing, problem = _find(section.shards, section.name in scope.allow_pipe)
     counts, unreadable = _count(tars, scope.cache)
     check = DatasetCheck(section, len(tars), len(missing), missing[:_NAMED], problem, unreadable, sum(counts))
-    check.bytes = sum(tar.stat().st_size for tar in tars if isinstance(tar, Path))
+    check.bytes = sum(map(_bytes_of, tars))
     check.tally = check_samples(
         section, tars, counts, seed=scope.seed, limit=scope.limit, workers=scope.workers, cache=scope.cache
     )
@@ -118,6 +118,14 @@ def _find(pattern: str, allow_pipe: bool) -> tuple[list[Shard], list[str], str |
         except DataError:
             missing.append(name)
     return found, missing, problem
+
+
+def _bytes_of(tar: Shard) -> int:
+    """Return the size of a file; 0 where there is none, as of a link to nothing."""
+    try:
+        return tar.stat().st_size if isinstance(tar, Path) else 0
+    except OSError:
+        return 0
 
 
 def _folder_of(tars: Sequence[Shard]) -> str | None:

@@ -22,7 +22,7 @@ from tinygptv_ds.data.shards.members import CAPTION, RECORD, SKIPPED, TEXTS, Mem
 from tinygptv_ds.data.shards.records import holds_sample, parse_record, plain_record, read_record
 from tinygptv_ds.data.shards.tar import scan_tar
 from tinygptv_ds.errors import DataError
-from tinygptv_ds.files import cache_home, write_atomically
+from tinygptv_ds.files import cache_home, check_is_file, write_atomically
 from tinygptv_ds.processing.lengths import text_lengths
 from tinygptv_ds.retry import STORAGE
 
@@ -302,6 +302,7 @@ def measure(tar: Path, samples: Sequence[Sequence[Member]]) -> np.ndarray:
 
 def _tar_state(tar: Path) -> tuple[int, int]:
     try:
+        check_is_file(tar)
         stat = tar.stat()
     except OSError as error:
         raise DataError(f"{tar}: cannot open the shard: {error.strerror}") from error

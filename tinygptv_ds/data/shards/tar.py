@@ -11,6 +11,7 @@ from typing import NamedTuple
 from tinygptv_ds.data.shards.grouping import group, is_complete, split_name
 from tinygptv_ds.data.shards.members import Member, is_image
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.files import check_is_file
 from tinygptv_ds.git_lfs import is_lfs_pointer
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,23 @@ def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
     return list(samples.items())
 
 
+def check_start(tar: Path) -> None:
+    """Check by its first block alone that a file is a tar, or holds nothing; `scan_tar` reads the rest.
+
+    Raises:
+        DataError: it is none: says what it is, and what to do.
+        OSError: it cannot be read, or is a folder, a pipe or a device.
+    """
+    check_is_file(tar)
+    with tar.open("rb", buffering=0) as file:
+        start = file.read(_BLOCK)
+    try:
+        if any(start):
+            _checked_length(start.ljust(_BLOCK, b"\0"))
+    except ValueError:
+        raise DataError(f"{tar}: {_no_tar(tar)}") from None
+
+
 def _follow(tar: Path, links: list[tuple[list[Member], int, str]]) -> None:
     """Resolve links to the files that they point to; without one, they stay members without content."""
     by_path: dict[str, tuple[int, int]] = {}
@@ -100,7 +118,7 @@ def _follow(tar: Path, links: list[tuple[list[Member], int, str]]) -> None:
 def _no_tar(tar: Path) -> str:
     """Say what a file is that is no tar, and what to do."""
     with tar.open("rb") as file:
-        start = file.read(512)
+        start = file.read(_BLOCK)
     packed = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\0": "unxz", b"(\xb5/\xfd": "unzstd"}
     for magic, command in packed.items():
         if start.startswith(magic):
@@ -111,6 +129,11 @@ def _no_tar(tar: Path) -> str:
         return "no uncompressed tar file but a ZIP archive; unpack it, then: tar --sort=name -cf SHARD.tar FOLDER"
     if is_lfs_pointer(start):
         return "no uncompressed tar file but a Git LFS pointer; fetch the file that it points to: git lfs pull"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return (
+            "no uncompressed tar file but a web page, e.g. of a login or an error, saved in place of the file; "
+            "check the URL, and fetch it again"
+        )
     return "no uncompressed tar file (bad header at byte 0); is it the right file? If so, fetch it again"
 
 

@@ -16,6 +16,10 @@ from tinygptv_ds.train.setup.job import has_gpu
 from tinygptv_ds.train.setup.machine import port_is_taken, port_message
 
 _SSH_SECONDS = 10
+_OF_RANKS = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "CROSS_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
 
 
 def name_gpus(options: LaunchOptions, env: dict[str, str]) -> dict[str, str]:
@@ -73,18 +77,18 @@ def _check_names(given: str, names: Sequence[str]) -> None:
 
 
 def choose_port(options: LaunchOptions) -> None:
-    """Set `--master_port` for a launch on this node alone: the usual one, or a free one where that is taken.
+    """Set `--master_port` for a launch on this node alone: a free one, unless one was asked for.
+
+    Not the usual one where that is free: ranks listen only once torch is imported, so a second launch in the meantime
+    would find it free, too.
 
     Raises:
         ConfigError: the port that was asked for is taken.
     """
-    port = options.number("--master_port", 29500)
-    if not port_is_taken(port):
-        options.launcher["--master_port"] = str(port)
-        return
-    if "--master_port" in options.launcher:
+    if "--master_port" not in options.launcher:
+        options.launcher["--master_port"] = str(free_port())
+    elif port_is_taken(port := options.number("--master_port", 29500)):
         raise ConfigError(port_message(port))
-    options.launcher["--master_port"] = str(free_port())
 
 
 def hosts_that_answer(hosts: Iterable[str], ssh_port: str | None) -> list[str]:
@@ -124,7 +128,12 @@ def check_for_shell(values: Mapping[str, str], allowed: str) -> None:
 
 
 def launch_environment() -> dict[str, str]:
-    """Return the environment for DeepSpeed's launcher."""
+    """Return the environment for DeepSpeed's launcher, and remove the ranks of another launcher from this process's.
+
+    Kubernetes' training operators set them in every pod; the ranks of this launch get their own.
+    """
+    for name in _OF_RANKS:
+        os.environ.pop(name, None)
     env = dict(os.environ)
     # If a node dies silently, ssh, and with it the launcher, would otherwise wait for it for a quarter of an hour.
     alive = "-oServerAliveInterval=15 -oServerAliveCountMax=4"

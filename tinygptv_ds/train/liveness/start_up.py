@@ -9,6 +9,7 @@ import threading
 from types import TracebackType
 
 from tinygptv_ds.log import note
+from tinygptv_ds.processes import own_rank
 from tinygptv_ds.train.liveness.launchers import LOST, Launchers
 
 _EVERY = 1.0  # seconds
@@ -21,7 +22,7 @@ def end_without_launcher(launchers: Launchers) -> None:
     """End this process if one of its launchers has ended; rank 0 prints why, if anything still reads it."""
     if not launchers.gone():
         return
-    if int(os.environ.get("RANK", 0)) == 0:
+    if own_rank() == 0:
         note(_MESSAGE)
         with contextlib.suppress(OSError):
             sys.stdout.flush()

@@ -10,6 +10,7 @@ from types import FrameType
 
 import torch
 
+from tinygptv_ds.processes import own_rank
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.liveness.launchers import Launchers
 
@@ -42,7 +43,7 @@ class StopSignals:
             now = time.monotonic()
             if self._interrupted is None:
                 self._interrupted = now
-                if int(os.environ.get("RANK", 0)) == 0 and not self._launchers.front:  # else that has said so
+                if own_rank() == 0 and not self._launchers.front:  # else that has said so
                     os.write(2, _ON_CTRL_C)
             elif now - self._interrupted > _AGAIN:
                 os._exit(128 + signal.SIGINT)

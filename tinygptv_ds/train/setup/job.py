@@ -25,6 +25,7 @@ from tinygptv_ds.train.liveness.launchers import Launchers
 from tinygptv_ds.train.liveness.start_up import end_without_launcher
 from tinygptv_ds.train.setup.finished import check_finished
 from tinygptv_ds.train.setup.machine import (
+    check_accelerator,
     check_kinds,
     check_port,
     check_writable,
@@ -116,7 +117,8 @@ def stage_parser(recipe: Path) -> argparse.ArgumentParser:
         description=f"Train {recipe.stem} of TinyGPT-V.",
         epilog=f"Start it with 'deepspeed {script} [options]' or 'bash {script} [options]'; the launcher's own options "
         "(--num_gpus, --hostfile, --include, --master_port, ...) go before the script in the first form and anywhere "
-        "in the second.",
+        "in the second, which also takes --restarts N: start a run that has lost a rank again from its newest "
+        "checkpoint, at most N times.",
     )
     parser.add_argument(
         "--recipe", type=Path, default=recipe, metavar="FILE", help="the stage's YAML (default: %(default)s)"
@@ -184,6 +186,7 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
         check_typed_options(sys.argv[1:])
     given = decode_options(sys.argv[1:] if argv is None else argv)
     args = stage_parser(shown_path(recipe)).parse_args(hyphenated(given))
+    check_accelerator()
     complete_user()
     raise_open_files()
     loaded = load_recipe(args.recipe, args.set)

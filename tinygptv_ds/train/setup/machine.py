@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from tinygptv_ds.distributed import free_port
-from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.errors import ConfigError, shown
 from tinygptv_ds.train.checkpoint.folders import FOLDER as CHECKPOINTS
 
 _FOLDERS = (CHECKPOINTS, "model", "best", "tensorboard", "stacks", "skipped", "deepspeed")  # of a run directory
@@ -37,6 +37,19 @@ def complete_user() -> None:
         if "HOME" not in os.environ:
             home.mkdir(mode=0o700, exist_ok=True)
             os.environ["HOME"] = str(home)
+
+
+def check_accelerator() -> None:
+    """Check what the user has DeepSpeed run on.
+
+    Raises:
+        ConfigError: nothing that this trainer runs on.
+    """
+    wanted = os.environ.get("DS_ACCELERATOR")
+    if wanted not in (None, "cpu", "cuda"):
+        raise ConfigError(
+            f"DS_ACCELERATOR is {shown(wanted)}; unset it, or set it to cpu or cuda (also of ROCm)"
+        )
 
 
 def raise_open_files() -> None:
