@@ -47,9 +47,7 @@ def check_accelerator() -> None:
     """
     wanted = os.environ.get("DS_ACCELERATOR")
     if wanted not in (None, "cpu", "cuda"):
-        raise ConfigError(
-            f"DS_ACCELERATOR is {shown(wanted)}; unset it, or set it to cpu or cuda (also of ROCm)"
-        )
+        raise ConfigError(f"DS_ACCELERATOR is {shown(wanted)}; unset it, or set it to cpu or cuda (also of ROCm)")
 
 
 def raise_open_files() -> None:
