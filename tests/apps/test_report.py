@@ -198,7 +198,7 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     (exported / "recipe.yaml").write_text("")
     assert find_runs([tmp_path / "all", second]) == [first, second]
     text = text_of(report(tmp_path / "all", out=tmp_path / "out.html"))
-    assert "step, all runs" in text and "stage 2" in text and "Score: vqa: strict" in text and "strict 75.0 %" in text
+    assert "step, all runs" in text and "stage 2" in text and "Score: vqa, strict" in text and "strict 75.0 %" in text
 
 
 def test_the_last_panel_is_limited(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ _METRICS = (
     (LOSS, "Training loss", "per target token"),
     ("val/loss", "Validation loss", "per target token"),
     ("train/lr", "Learning rate", ""),
-    ("perf/samples_s", "Throughput", "samples per second, all ranks"),
-    ("perf/target_tokens_s", "Target tokens", "target tokens per second, all ranks"),
+    ("perf/samples_s", "Throughput", "samples/s, all ranks"),
+    ("perf/target_tokens_s", "Target tokens", "target tokens/s"),
     ("perf/mfu", "MFU", "per cent of the GPU's peak"),
     ("train/grad_norm", "Gradient norm", "norm before clipping"),
     ("perf/data_wait_pct", "Wait for data", "per cent of the time"),
@@ -47,7 +47,7 @@ def loss_curve(runs: Sequence[RunData], size: tuple[float, float]) -> str:
 
 
 def charts(runs: Sequence[RunData]) -> Iterator[tuple[str, str, str]]:
-    """Yield (title, unit, HTML) of every chart that there is something to show in."""
+    """Yield (title, unit, HTML) of every chart with at least one value."""
     numbers = count()
     for metric, title, unit in _METRICS:
         if any(run.last(metric) is not None for run in runs):
@@ -67,7 +67,7 @@ def _scores(runs: Sequence[RunData]) -> Iterator[tuple[str, str, str]]:
     names = {name for run in runs for name, points in run.by_name("eval/").items() if len(points) > 1}
     for name in sorted(names):
         if name.endswith("/strict") or f"{name.rpartition('/')[0]}/strict" not in names:
-            yield f"Score: {name}", "", _chart(runs, f"eval/{name}")
+            yield f"Score: {name.replace('/', ', ')}", "", _chart(runs, f"eval/{name}")
     if not is_chain(runs):
         return
     ends = list(accumulate(run.last_step for run in runs))
@@ -75,7 +75,7 @@ def _scores(runs: Sequence[RunData]) -> Iterator[tuple[str, str, str]]:
     for end, run in zip(ends, runs, strict=True):
         for each in run.scores:
             name, value = each.main
-            found.setdefault(f"{each.benchmark}: {name}", []).append((end, value))
+            found.setdefault(f"{each.benchmark}, {name}", []).append((end, value))
     lines = [Line(name, points, number) for number, (name, points) in enumerate(found.items()) if len(points) > 1]
     if lines:
         title = "Scores" if len(lines) > 1 else f"Score: {lines[0].name}"
