@@ -1,6 +1,7 @@
 """An evaluation that was killed resumes from the answers that it has, on any number of ranks, and gives the same."""
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -8,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import forked, tiny
+from safetensors.torch import load_file, save_file
 
 from tinygptv_ds.distributed import Ranks
-from tinygptv_ds.errors import ConfigError, DataError
-from tinygptv_ds.evaluation import runner
+from tinygptv_ds.errors import ConfigError, DataError, WeightsError
+from tinygptv_ds.evaluation import runner, scored_model
 from tinygptv_ds.evaluation.answer_log import AnswerLog
 from tinygptv_ds.evaluation.cli import scores
 
@@ -114,6 +117,18 @@ def test_other_settings_are_refused_or_start_again(
     (tmp_path / "vqa/settings.json").write_text(json.dumps(settings | {"checkpoint": "0" * 64}))
     with pytest.raises(ConfigError, match="checkpoint: "):
         scores("vqa", changed)
+
+
+def test_other_weights_are_refused_before_they_are_hashed(
+    options: list[str], exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their names, in the time of a header, however large the file is."""
+    folder = shutil.copytree(exported, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"another.weight": torch.zeros(3)}, folder / "model.safetensors")
+    monkeypatch.setattr(scored_model, "hashes", lambda _: pytest.fail("hashed"))
+    with pytest.raises(WeightsError, match=r"unexpected: another\.weight"):
+        scores("vqa", ["--model", str(folder), *options[2:], "--out", str(tmp_path / "out")])
 
 
 def test_answers_to_another_question_are_not_taken(tmp_path: Path) -> None:

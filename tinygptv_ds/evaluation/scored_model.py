@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,34 @@ class ScoredModel:
 
     Attributes:
         model: the path that was given.
-        checkpoint: SHA-256 of its file of weights; of several files, that of their names with their hashes.
+        files: those of its weights.
         step: optimizer steps that it was trained for; None if unknown.
         board: the TensorBoard folder of the run that it is in, if it is in one.
     """
 
     model: str
-    checkpoint: str
+    files: tuple[Path, ...]
     step: int | None
     board: Path | None
+
+    @cached_property
+    def checkpoint(self) -> str:
+        """SHA-256 of its file of weights; of several files, that of their names with their hashes.
+
+        Each file is read whole: take it after the model is loaded, which refuses wrong weights by names and shapes.
+        """
+        digests = hashes(list(self.files))
+        lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+        return next(iter(digests.values())) if len(digests) == 1 else hashlib.sha256(lines.encode()).hexdigest()
 
 
 def identify(path: Path) -> ScoredModel:
     """Return the identity of the model at `path`; raises WeightsError where there is none."""
     opened = open_any(path)
-    digests = hashes(opened.files)
-    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
-    whole = next(iter(digests.values())) if len(digests) == 1 else hashlib.sha256(lines.encode()).hexdigest()
     boards = (folder / "tensorboard" for folder in (path, *path.resolve().parents[:2]))
-    return ScoredModel(str(path), whole, _step(opened), next((board for board in boards if board.is_dir()), None))
+    return ScoredModel(
+        str(path), tuple(opened.files), _step(opened), next((board for board in boards if board.is_dir()), None)
+    )
 
 
 def config_of(path: Path, overrides: list[str], recipe: Path | None) -> TinyGPTVConfig:
