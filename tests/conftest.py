@@ -1,5 +1,6 @@
 """What all tests share: `--golden DIR`, a tiny model's weights and shards, and no GPU, no network, no hub."""
 
+import gc
 import os
 import signal
 import socket
@@ -23,6 +24,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
+gc.disable()  # until all tests are collected: a million objects are made, and nearly all of them stay
+
 KINDS = ("vqa", "text", "chat", "pair")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -31,6 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     # pytest tests/golden --golden DIR; without a folder of tests before it, pytest takes a DIR apart from its option
     # for one: --golden=DIR then.
     parser.addoption("--golden", metavar="DIR", help="folder with the reference data (default: tests/golden/data)")
+
+
+def pytest_collection_finish() -> None:
+    """Take modules and tests, which are there to the end, out of the sight of every later collection of garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
