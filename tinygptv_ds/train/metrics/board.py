@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,8 @@ _LAYOUT = (
     ("Loss", "training and validation", [f"{LOSS}/.*"]),
     ("Loss", "training, by dataset", [f"{BY_DATASET}/train_.*"]),
     ("Loss", "validation, by dataset", [f"{BY_DATASET}/val_.*"]),
-    ("Scores", "strict", [f"{SCORES}/.*/strict"]),
     ("Mixture", "per cent of the samples", [f"{DATA}/mix_.*"]),
-    ("Mixture", "skipped samples, by reason", [f"{DATA}/skipped_.*"]),
+    ("Mixture", "skipped samples, all and by reason", [f"{DATA}/skipped.*"]),
     ("Speed", "samples per second", [f"{PERFORMANCE}/samples_s"]),
     ("Speed", "per cent: MFU, wait for data", [f"{PERFORMANCE}/mfu", f"{PERFORMANCE}/data_wait_pct"]),
 )
@@ -103,15 +103,31 @@ def open_board(folder: Path, purge_step: int | None) -> SummaryWriter:
 
 def describe_run(board: SummaryWriter, job: Job) -> None:
     """Write the layout of the custom scalars, and the entry of hyperparameters next to losses and scores."""
-    layout: dict[str, dict[str, list]] = {}
-    for category, chart, tags in _LAYOUT:
+    layout: dict[str, dict[str, list]] = {"Loss": {}, "Scores": {}}  # the order of the page
+    for category, chart, tags in (*_LAYOUT, *_score_charts(job)):
         layout.setdefault(category, {})[chart] = ["Multiline", tags]
     board.add_custom_scalars(layout)
     recipe = dotted_values(recipe_dict(job.recipe))
     values = {key: value if isinstance(value := recipe[key], bool | int | float | str) else "null" for key in _HPARAMS}
     values |= {"precision": job.precision, "zero_stage": job.zero_stage, "world_size": job.ranks.world_size}
     names = ["train/loss", "val/loss"]
-    names += [f"eval/{task.name}/{next(iter(task.benchmark.rules), _CAPTION_SCORE)}" for task in job.scored]
+    names += _main_scores(job).values()
     writer: Any = board.file_writer  # torch annotates it as None
     for summary in hparams(values, {board_tag(name): 0.0 for name in names}):
         writer.add_summary(summary)
+
+
+def _main_scores(job: Job) -> dict[str, str]:
+    """Return the metric that each benchmark of the recipe is compared by, by the benchmark's name."""
+    return {t.name: f"eval/{t.name}/{next(iter(t.benchmark.rules), _CAPTION_SCORE)}" for t in job.scored}
+
+
+def _score_charts(job: Job) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield a chart for each benchmark of the recipe, or one for the scores that `tinygptv-ds eval` adds later.
+
+    They do not share a chart: TensorBoard leaves outliers out of an axis, and of two points in a chart it shows none.
+    """
+    for name, metric in _main_scores(job).items():
+        yield "Scores", name, [re.escape(board_tag(metric))]
+    if not job.scored:
+        yield "Scores", "strict", [f"{SCORES}/.*/strict"]
