@@ -63,6 +63,11 @@ def is_alive(pid: int) -> bool:
     return (_stat(pid) or ["X"])[0] not in "ZX"
 
 
+def is_suspended(pid: int) -> bool:
+    """Return whether a process is stopped by a signal, until SIGCONT."""
+    return (_stat(pid) or ["X"])[0] in "Tt"
+
+
 def parent_of(pid: int) -> int:
     """Return a process's parent; 0 if it is gone."""
     return int((_stat(pid) or ["X", "0"])[1])

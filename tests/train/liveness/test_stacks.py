@@ -1,10 +1,17 @@
-"""The file of a rank's stacks where the run directory is in the way."""
+"""The file of a rank's stacks: where the run directory is in the way, and while the rank is suspended."""
 
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from helpers.forked import apart
+from helpers.patience import PATIENCE
 
 from tinygptv_ds.errors import ConfigError
+from tinygptv_ds.processes import is_suspended
 from tinygptv_ds.train.liveness.stacks import Stacks
 
 
@@ -13,3 +20,32 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be written \(.*\); make room, or move .*/stacks away"):
         Stacks(tmp_path, 0)
     assert (tmp_path / "stacks").read_text() == "mine"
+
+
+def suspended(folder: Path) -> tuple[int, int]:
+    """Return the status of a process that is suspended for longer than it may be silent, and the size of its stacks."""
+    child = os.fork()
+    if child == 0:
+        stacks = Stacks(folder, 0)
+        stacks.arm(1.0, leave=True)
+        (folder / "ready").touch()
+        while not stacks.path.with_name("go").exists():
+            time.sleep(0.01)
+        stacks.arm(60.0, leave=True)
+        os._exit(7)
+    until = time.monotonic() + PATIENCE
+    while not (folder / "ready").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTSTP)
+    while not is_suspended(child) and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(1.5)
+    os.kill(child, signal.SIGCONT)
+    (folder / "stacks/go").touch()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), (folder / "stacks/rank-0.txt").stat().st_size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_suspended_process_continues(tmp_path: Path) -> None:
+    """Its time asleep is no silence, which would end it as it continues."""
+    assert apart(suspended, tmp_path) == (7, 0)

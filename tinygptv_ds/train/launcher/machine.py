@@ -18,7 +18,7 @@ from tinygptv_ds.train.setup.machine import port_is_taken, port_message
 _SSH_SECONDS = 10
 _OF_RANKS = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "CROSS_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_SIZE"),
-    *("MASTER_ADDR", "MASTER_PORT"),
+    *("MASTER_ADDR", "MASTER_PORT", "OMPI_COMM_WORLD_LOCAL_RANK"),  # DeepSpeed compares the last one with its own
 )
 
 

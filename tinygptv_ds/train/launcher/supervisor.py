@@ -13,11 +13,13 @@ from pathlib import Path
 from types import FrameType
 
 from tinygptv_ds.console import print_to_stderr
-from tinygptv_ds.processes import EXIT_CODE_FILE, children_of, group_members, has_word
+from tinygptv_ds.processes import EXIT_CODE_FILE, children_of, group_members, has_word, is_suspended
 from tinygptv_ds.train.liveness.launchers import LOST, PER_NODE
 
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_OF_TERMINAL = (signal.SIGHUP, signal.SIGTSTP, signal.SIGTTOU)
 _PATIENCE = 600.0  # seconds that ranks get to save after their launcher has ended
+_SECONDS_TO_SUSPEND = 5.0  # for ranks; one in a long call of a library hears of a signal only after it
 _POLL = 0.2
 
 
@@ -80,9 +82,13 @@ class Supervisor:
     def run(self) -> int:
         """Return the exit code of the ranks, in the terms of docs/train/resume.md."""
         noted = _empty_file()
-        before = {number: signal.getsignal(number) for number in (*_STOPS, signal.SIGHUP, signal.SIGTSTP)}
+        before = {number: signal.getsignal(number) for number in (*_STOPS, *_OF_TERMINAL)}
+        # Else a terminal with "stty tostop" would stop the ranks, which are not in its foreground, as they print.
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         for number, handler in before.items():
-            if handler is not signal.SIG_IGN:  # e.g. by nohup, or in the background of a script
+            if (
+                number != signal.SIGTTOU and handler is not signal.SIG_IGN
+            ):  # e.g. by nohup, or in the background of a script
                 signal.signal(number, self._record)
         try:
             env = {**self._env, **({} if noted is None else {EXIT_CODE_FILE: str(noted)})}
@@ -125,10 +131,20 @@ class Supervisor:
         started = children_of(self._process.pid)
         if self._remote is not None and any(has_word(child, "pdsh") for child in started):
             return self._remote.signal(number)
-        ranks = [rank for child in started if has_word(child, PER_NODE) for rank in children_of(child)]
-        return sum(_send(rank, number) for rank in ranks) > 0
+        return sum(_send(rank, number) for rank in self._ranks_here()) > 0
+
+    def _ranks_here(self) -> list[int]:
+        per_node = [child for child in children_of(self._process.pid) if has_word(child, PER_NODE)]
+        return [rank for child in per_node for rank in children_of(child)]
 
     def _suspend(self) -> None:
+        """Suspend all of the run, ranks first: they disarm what would take the time as one without a sign of life."""
+        ranks = self._ranks_here()
+        for rank in ranks:
+            _send(rank, signal.SIGTSTP)
+        until = time.monotonic() + _SECONDS_TO_SUSPEND
+        while not all(map(is_suspended, ranks)) and time.monotonic() < until:
+            time.sleep(_POLL)
         self._signal_group(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)
         self._signal_group(signal.SIGCONT)
