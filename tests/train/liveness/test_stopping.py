@@ -14,7 +14,8 @@ from helpers import tiny
 from helpers.forked import started
 from helpers.patience import PATIENCE
 
-from tinygptv_ds.train.liveness.launchers import launchers_of
+from tinygptv_ds.train.liveness.launchers import Launchers, launchers_of
+from tinygptv_ds.train.liveness.stop_signals import SIGNALS, StopSignals
 
 ROOT = Path(__file__).parents[3]
 ASLEEP = "import time; print(flush=True); time.sleep(60)"
@@ -95,3 +96,16 @@ def test_repeated_stop_signals(raw_recipe: Callable[..., dict[str, Any]], tmp_pa
             time.sleep(0.005)
         assert run.end() == [138], run.output
     assert run.output.count("stopped: SIGUSR1 at step ") == 1
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminal_that_is_gone(ignored: bool) -> None:
+    """Its SIGHUP saves as SIGTERM does, and changes nothing where nohup has it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        signals = StopSignals(Launchers())
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.seen() == [number == signal.SIGTERM and not ignored for number in SIGNALS]
+        signals.restore()
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -23,7 +23,8 @@ _ON_CTRL_C = b"\nCtrl-C: saving after this step or the next; press it again to e
 class StopSignals:
     """Records SIGINT, SIGTERM and SIGUSR1, which no longer end the process; a second Ctrl-C still does.
 
-    The launcher's end counts as a SIGTERM: DeepSpeed's launcher and torchrun leave their ranks behind when killed.
+    Two more count as a SIGTERM: SIGHUP, of a terminal or an ssh connection that is gone, and the launcher's end, since
+    DeepSpeed's launcher and torchrun leave their ranks behind when killed.
 
     Args:
         launchers: those above this process when it began.
@@ -33,12 +34,13 @@ class StopSignals:
         self._seen: set[int] = set()
         self._launchers = launchers
         self._interrupted: float | None = None
-        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by nohup, or in the background of a script
-        numbers = [number for number in SIGNALS if number != signal.SIGINT or not ignored]
+        # by nohup, or in the background of a script
+        ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
+        numbers = [number for number in (*SIGNALS, signal.SIGHUP) if number not in ignored]
         self._before = {number: signal.signal(number, self._record) for number in numbers}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self._seen.add(number)
+        self._seen.add(signal.SIGTERM if number == signal.SIGHUP else number)
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._interrupted is None:
