@@ -20,6 +20,7 @@ from tinygptv_ds.log import LOGGER
 from tinygptv_ds.models.compiler import missing_compiler
 from tinygptv_ds.models.configuration import PHI_2, EvaViTConfig, TinyGPTVConfig
 from tinygptv_ds.models.parameters import always_fp32, lora, norms, projections, qformer, train_only, vit
+from tinygptv_ds.models.phi import after_attention, before_attention
 from tinygptv_ds.models.regions import CompileChoice, choose_compile, compile_blocks
 from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 
@@ -127,11 +128,14 @@ def graphs() -> int:
 def test_equal_to_eager_blocks_bit_for_bit() -> None:
     """Over batches of all shapes, with every, every second and no block recomputed, and with dropout; then without.
 
+    LoRA's weights are cast together in the compiled model, and one by one in the eager one.
+
     There is one graph before and one after Phi's attention, and for one image and for several one of the ViT's blocks
     and one each of the Q-Former's layers with and without cross-attention. Validation adds a graph without gradients
     to Phi's two; generation grows its rows token by token and runs eagerly.
     """
-    model = make_model()
+    model = make_model(torch.bfloat16)
+    phi = model.language_model.model
     names = list(model.state_dict())
     inputs = [batch(*shape) for shape in SHAPES]
     prompt = {
@@ -141,27 +145,30 @@ def test_equal_to_eager_blocks_bit_for_bit() -> None:
         "do_sample": False,
         "eos_token_id": None,
     }
-    trained = [run(model, each, None) for each in inputs]
-    model.eval()
-    with torch.no_grad():
-        validated = [model(**each).token_losses for each in inputs]
-        answer = model.generate(**prompt)
+    trained = [run(model, each, torch.bfloat16) for each in inputs]
+    validated, answer = without_gradients(model, inputs, prompt)
+    phi.cast_lora_together = True
     compile_blocks(model.train(), backend="aot_eager")
     assert list(model.state_dict()) == names
-    for recomputed in (0, 1, 2):
-        model.language_model.model.gradient_checkpointing = recomputed
+    for phi.gradient_checkpointing in (0, 1, 2):
         for each, eager in zip(inputs, trained, strict=True):
-            for ours, theirs in zip(run(model, each, None), eager, strict=True):
+            for ours, theirs in zip(run(model, each, torch.bfloat16), eager, strict=True):
                 assert torch.equal(ours, theirs), each["cu_seqlens"]
     assert graphs() == 2 + 2 * (1 + 2)
     for _ in range(2):
-        model.eval()
-        with torch.no_grad():
-            for each, eager in zip(inputs, validated, strict=True):
-                assert torch.equal(model(**each).token_losses, eager)
-            assert torch.equal(model.generate(**prompt), answer)
-        run(model.train(), inputs[1], None)
+        losses, ours = without_gradients(model, inputs, prompt)
+        assert all(map(torch.equal, losses, validated)) and torch.equal(ours, answer)
+        run(model.train(), inputs[1], torch.bfloat16)
     assert graphs() == 2 * 2 + 2 * (1 + 2)
+
+
+def without_gradients(
+    model: TinyGPTVForConditionalGeneration, inputs: list[dict[str, Any]], prompt: dict[str, Any]
+) -> tuple[list[Tensor], Tensor]:
+    """Return the losses of validation and an answer, in bf16."""
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return [model(**each).token_losses for each in inputs], model.generate(**prompt)
 
 
 def test_lora_is_cast_by_one_operation_each_way() -> None:
@@ -184,26 +191,27 @@ def test_lora_is_cast_by_one_operation_each_way() -> None:
     assert not operations.names["_foreach_copy_"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_equal_in_half_precision(dtype: torch.dtype) -> None:
-    """With every block recomputed and with dropout, bit for bit; several images in bf16, text alone in fp16.
-
-    LoRA's weights are cast together in the compiled model, and one by one in the eager one.
-    """
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_equal_in_other_precisions(dtype: torch.dtype) -> None:
+    """Text alone, with every block recomputed and with dropout, bit for bit."""
+    autocast = None if dtype == torch.float32 else dtype
     model = make_model(dtype)
-    shapes = [SHAPES[i] for i in ((0, 3, 5) if dtype == torch.bfloat16 else (2, 6))]
-    expected = [run(model, batch(*shape), dtype) for shape in shapes]
+    shapes = [SHAPES[2], SHAPES[6]]
+    expected = [run(model, batch(*shape), autocast) for shape in shapes]
     model.language_model.model.cast_lora_together = True
     compile_blocks(model, backend="aot_eager")
     model.language_model.model.gradient_checkpointing = 1
     for shape, eager in zip(shapes, expected, strict=True):
-        for ours, theirs in zip(run(model, batch(*shape), dtype), eager, strict=True):
+        for ours, theirs in zip(run(model, batch(*shape), autocast), eager, strict=True):
             assert torch.equal(ours, theirs), shape
-    assert graphs() == (2 + 1 + 2 if dtype == torch.bfloat16 else 2)
+    assert graphs() == 2
 
 
 def test_a_trained_vision_path() -> None:
-    """Compiled, recomputed and validated; what gradients are summed from comes in another order."""
+    """Compiled, recomputed and validated; what gradients are summed from comes in another order.
+
+    Phi's blocks, which do not depend on what is trained before them, run eagerly.
+    """
     model = make_model(dropout=0.0)
     for module in model.qformer.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -212,18 +220,20 @@ def test_a_trained_vision_path() -> None:
             module.attention_dropout = 0.0
     train_only(model, projections, norms, qformer, vit)
     model.train()
-    expected = [run(model, batch(*shape), None) for shape in SHAPES if shape[1]]
+    with_images = [batch(*shape) for shape in SHAPES if shape[1]]
+    expected = [run(model, each, None) for each in with_images]
     compile_blocks(model, backend="aot_eager")
-    for recompute in (False, True):
-        model.recompute_vit = recompute
-        for shape, eager in zip([shape for shape in SHAPES if shape[1]], expected, strict=True):
-            for ours, theirs in zip(run(model, batch(*shape), None), eager, strict=True):
+    for layer in model.language_model.model.layers:
+        layer.regions = before_attention, after_attention
+    for model.recompute_vit in (False, True):
+        for each, eager in zip(with_images, expected, strict=True):
+            for ours, theirs in zip(run(model, each, None), eager, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
     model.eval()
     with torch.no_grad():
-        for shape in SHAPES:
-            model(**batch(*shape))
-    assert graphs() <= 16  # of training and of validation, eight each of the vision path at most
+        for each in with_images:
+            model(**each)
+    assert graphs() == 2 * 2 * (1 + 2)  # training and validation, one image and several
 
 
 @pytest.fixture
@@ -241,9 +251,10 @@ def warnings() -> Iterator[list[str]]:
 def test_what_cannot_be_compiled_runs_eagerly(pass_: str, warnings: list[str]) -> None:
     """One warning, with the reason, for all blocks and batches, even if only the backward pass cannot be compiled."""
     model = make_model()
-    expected = [run(model, batch(*shape), None) for shape in SHAPES]
+    shapes = SHAPES[2:]  # text alone is first: Phi's blocks are those with a backward pass
+    expected = [run(model, batch(*shape), None) for shape in shapes]
     compile_blocks(model, backend=broken_backend(pass_))
-    for shape, eager in zip(SHAPES, expected, strict=True):
+    for shape, eager in zip(shapes, expected, strict=True):
         for ours, theirs in zip(run(model, batch(*shape), None), eager, strict=True):
             assert torch.equal(ours, theirs)
     (warning,) = warnings

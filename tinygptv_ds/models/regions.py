@@ -72,6 +72,8 @@ def compile_blocks(model: TinyGPTVForConditionalGeneration, **options: Any) -> N
     """
     _keep_compiled_code()
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    # Numbers of blocks, e.g., a dropout's probability, are the same in all: as inputs of a graph, it is traced twice.
+    torch._dynamo.config.specialize_float = True
     # A backward pass that cannot be compiled fails with its forward pass, where there is still a way back.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     compiler = _Compiler(options)
