@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from helpers.forked import Ranks, ended
 from safetensors.torch import load_file
 
@@ -19,18 +20,23 @@ ZERO_3 = {"zero_optimization": {"stage": 3}, "gradient_clipping": 0.0}
 
 
 def cache_in(cache: Path) -> None:
-    """Have a rank keep compiled code there, and nowhere else."""
+    """Have a rank keep compiled code there, and nowhere else; it compiles by itself, without processes for it."""
+    torch._inductor.config.compile_threads = 1
     os.environ["XDG_CACHE_HOME"] = str(cache)
     os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 
 
 @pytest.mark.skipif(missing_compiler("cpu") is not None, reason="there is no C++ compiler")
-def test_a_compiled_run_equals_an_eager_one(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_compiled_run_equals_an_eager_one(
+    recipe_file: Callable[..., Path], shards: dict[str, Path], tmp_path: Path
+) -> None:
     """Within rounding, with dropout and recomputed blocks.
 
-    Two ranks train under ZeRO-2, whose hooks take the gradients that a compiled backward pass leaves.
+    Two ranks train under ZeRO-2, whose hooks take the gradients that a compiled backward pass leaves. Each micro-batch
+    has several images: for one, torch would compile further graphs.
     """
     recipe = recipe_file(
+        data__datasets=[{"name": kind, "shards": str(shards[kind])} for kind in ("vqa", "pair")],
         model__resid_dropout=0.1,
         model__lora_dropout=0.1,
         model__gradient_checkpointing=2,
