@@ -55,6 +55,7 @@ AUTO_MAPS = {
         "AutoModelForCausalLM": "modeling_tinygptv.NoSuchAutoModel",
     },
     "TinyGPTVProcessor": {"AutoProcessor": "processing_tinygptv.TinyGPTVProcessor"},
+    "TinyGPTVImageProcessor": {"AutoImageProcessor": "processing_tinygptv.TinyGPTVImageProcessor"},
 }
 
 

@@ -249,3 +249,11 @@ def test_the_image_processor(tokenizer: PreTrainedTokenizerBase) -> None:
     alone = ours(images=images)
     assert list(alone) == ["pixel_values"] and alone["pixel_values"].equal(expected)
     assert ours.image_processor.size == {"height": tiny.IMAGE_SIZE, "width": tiny.IMAGE_SIZE}
+    for wrong in (
+        {"size": {"shortest_edge": 28}},
+        {"size": {"height": 28, "width": 42}},
+        {"size": 0},
+        {"do_normalize": True},
+    ):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}="):
+            type(ours.image_processor)(**wrong)

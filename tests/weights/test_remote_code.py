@@ -29,7 +29,7 @@ PROMPT = {
 USE = """
 import torch
 from pathlib import Path
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 torch.set_num_threads(1)
 config = AutoConfig.from_pretrained(MODEL, trust_remote_code=True)
@@ -40,12 +40,17 @@ images = [str(path) for path in sorted(Path("images").iterdir())]
 with torch.no_grad():
     found = {"logits": model(**inputs).logits, "tokens": model.generate(**inputs, max_new_tokens=5, do_sample=False)}
 found |= processor(images, [processor.prompt("w1 w2")] * len(images), add_bos_token=True)
+reader = AutoImageProcessor.from_pretrained(MODEL, trust_remote_code=True)
+assert type(reader) is type(processor.image_processor) and reader.to_dict() == processor.image_processor.to_dict()
+found["alone"] = reader(images, return_tensors="pt")["pixel_values"]
 """
 IN_A_FRESH_PROCESS = """
-assert {type(each).__module__.split(".")[0] for each in (config, model, processor)} == {"transformers_modules"}
+assert {type(each).__module__.split(".")[0] for each in (config, model, processor, reader)} == {"transformers_modules"}
 torch.save(found, "found.pt")
 for each in (model, processor):
     each.save_pretrained("again")
+reader.save_pretrained("reader")
+assert AutoImageProcessor.from_pretrained("reader", trust_remote_code=True).to_dict() == reader.to_dict()
 """
 
 
@@ -76,6 +81,7 @@ def in_this_process(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     exec(USE, names)
     assert type(names["model"]) is TinyGPTVForConditionalGeneration
     assert type(names["processor"]) is TinyGPTVProcessor
+    assert torch.equal(names["found"]["alone"], names["found"]["pixel_values"])
     return names["found"]
 
 

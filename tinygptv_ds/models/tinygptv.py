@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -33,6 +34,7 @@ from tinygptv_ds.models.loss import token_losses, with_loss
 from tinygptv_ds.models.phi import PhiForCausalLM, RMSNorm
 from tinygptv_ds.models.precision import compute_dtype, own_autocast, own_dtype
 from tinygptv_ds.processing.image import IMAGE_MEAN, IMAGE_STD
+from tinygptv_ds.processing.image_processor import TinyGPTVImageProcessor
 from tinygptv_ds.processing.processor import TinyGPTVProcessor
 
 # MKL multiplies fewer rows (below 28 with up to 16 threads, measured) by other kernels, which round differently. The
@@ -391,3 +393,5 @@ AutoModelForMultimodalLM.register(TinyGPTVConfig, TinyGPTVForConditionalGenerati
 AutoModel.register(TinyGPTVConfig, NoSuchAutoModel, exist_ok=True)
 AutoModelForCausalLM.register(TinyGPTVConfig, NoSuchAutoModel, exist_ok=True)
 AutoProcessor.register(TinyGPTVConfig, TinyGPTVProcessor, exist_ok=True)
+_BY_BACKEND: dict[str, type] = dict.fromkeys(("pil", "torchvision"), TinyGPTVImageProcessor)
+AutoImageProcessor.register(TinyGPTVConfig, image_processor_classes=_BY_BACKEND, exist_ok=True)

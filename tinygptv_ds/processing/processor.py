@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from tinygptv_ds.errors import DataError
 from tinygptv_ds.processing.chat_template import default_chat_template, rendered_parts
@@ -32,7 +34,7 @@ from tinygptv_ds.remote_code import SavedWithCode
 class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
     """Turns prompts with `<ImageHere>` and their images into padded inputs for `generate`, and tokens into answers.
 
-    It is saved with an exported model, and `AutoProcessor` loads it from there.
+    It is saved with an exported model. `AutoProcessor` loads it from there, `AutoImageProcessor` its image processor.
 
     Args:
         tokenizer: the tokenizer of Phi.
@@ -79,6 +81,11 @@ class TinyGPTVProcessor(SavedWithCode, ProcessorMixin):
     def image_processor(self) -> TinyGPTVImageProcessor:
         """The part that reads images."""
         return TinyGPTVImageProcessor(self.image_size)
+
+    def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
+        """Write the JSON, which every way of saving comes to, with that of the image processor next to it."""
+        self.image_processor.to_json_file(Path(json_file_path).with_name(IMAGE_PROCESSOR_NAME))
+        super().to_json_file(json_file_path, *args, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
