@@ -1,6 +1,7 @@
 """What all tests share: `--golden DIR`, a tiny model's weights and shards, and no GPU, no network, no hub."""
 
 import gc
+import logging
 import os
 import signal
 import socket
@@ -20,8 +21,9 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELIS
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# An example that takes long on a busy machine is no failure.
-hypothesis.settings.register_profile("any machine", deadline=None)
+# An example that takes long on a busy machine is no failure, nor is making it.
+slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=slow)
 hypothesis.settings.load_profile("any machine")
 
 gc.disable()  # until all tests are collected: a million objects are made, and nearly all of them stay
@@ -53,6 +55,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def package_logger() -> None:
+    """What a test logs reaches `caplog`, whatever an earlier one has set up."""
+    logger = logging.getLogger("tinygptv_ds")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -172,9 +172,8 @@ def test_what_cannot_be_scored_is_named(kind: str, record: dict, message: str, s
 
 
 def test_limits_count_questions_and_empty_answers_are_left_out(
-    shard: Callable, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    shard: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(LOGGER, "propagate", True)
     caplog.set_level(logging.WARNING, logger=LOGGER.name)
     shards = shard(RECORDS["conversation"], ({"text": "a", "answer": " "}, 1), RECORDS["text alone"])
     assert [question.key.split("/", 1)[1] for question in read_held_out("vqa", shards, 2)] == ["000/1", "000/2"]

@@ -31,9 +31,8 @@ REF = SampleRef(0, "vqa", 0, 0, 0)
 
 
 @pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """Return the records of the program's logger, independent of its setup by earlier tests."""
-    monkeypatch.setattr(LOGGER, "propagate", True)
     with caplog.at_level(logging.WARNING, logger=LOGGER.name):
         yield caplog
 

@@ -100,7 +100,6 @@ def test_a_slow_store_holds_up_nobody(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is being copied and what waits stays; the newest of those that wait takes the place of the others."""
-    monkeypatch.setattr(LOGGER, "propagate", True)
     gate, mirror, folders = Gate(monkeypatch), place.mirror(keep=1, every=4), {}
     for step in (1, 2, 3, 4, 5, 6):
         folders[step] = place.save(step)
@@ -125,7 +124,6 @@ def test_a_slow_store_holds_up_nobody(
 
 def test_failures_are_warnings(place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The next checkpoint is copied all the same, and what is left of the one that failed is removed."""
-    monkeypatch.setattr(LOGGER, "propagate", True)
     mirror = place.mirror()
     mirror.add(place.save(1))
     wait_until(lambda: mirror.newest == 1)

@@ -44,8 +44,7 @@ def job(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> MakeJob:
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(LOGGER, "propagate", True)
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.INFO, logger=LOGGER.name)
     return caplog
 

@@ -20,7 +20,6 @@ import pytest
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.config.train_section import TRACKERS
 from tinygptv_ds.errors import ConfigError
-from tinygptv_ds.log import LOGGER
 from tinygptv_ds.train.trackers import opening
 from tinygptv_ds.train.trackers.opening import check_trackers, open_trackers
 from tinygptv_ds.train.trackers.tracker import TrackedRun
@@ -64,9 +63,8 @@ def test_what_a_recipe_may_name(raw_recipe: RAW, value: Any, message: str) -> No
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The log, which a run does not hand on to other loggers."""
-    monkeypatch.setattr(LOGGER, "propagate", True)
     return caplog
 
 
