@@ -1,18 +1,17 @@
 """Two ranks. First, for every ZeRO stage and precision, a step that is bad on rank 1 alone: what it leaves of weights
-and moments goes to REPORT. Then stage 4 as its script has it, with a loss that is NaN on rank 1 at step 3."""
+and moments goes to files next to the run directory. Then stage 4 as its script has it, with a loss that is NaN on
+rank 1 at step 3."""
 
 import json
 import os
 import runpy
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tinygptv_ds import cli
 from tinygptv_ds.data.loader.dataset import MicroBatches
 from tinygptv_ds.data.loader.sample import open_tokens
 from tinygptv_ds.data.stream.plan import open_stream
@@ -34,7 +33,6 @@ from tinygptv_ds.weights.assemble import build_model
 
 ROOT = Path(__file__).parents[2]
 RANK = int(os.environ.get("RANK", 0))
-REPORT = Path(os.environ["REPORT"])
 FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "nan": lambda losses: losses * torch.nan,
     "finite gradient": lambda losses: losses + torch.inf,  # only the loss itself is infinite
@@ -88,9 +86,10 @@ def one_case(job: Job, kind: str) -> dict:
     }
 
 
-def all_cases() -> None:
-    job = parse_job(None, ROOT / "stages/stage4.yaml")
-    job = replace(job, run_dir=REPORT / "cases")  # the run's own folder is for the stage that follows
+def all_cases(argv: Sequence[str] | None) -> None:
+    job = parse_job(argv, ROOT / "stages/stage4.yaml")
+    report = job.run_dir.parent
+    job = replace(job, run_dir=report / "cases")  # the run's own folder is for the stage that follows
     join_ranks(job)
     found = {}
     for zero in (1, 2, 3):
@@ -100,32 +99,21 @@ def all_cases() -> None:
                 settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
             kind = "nan" if precision == "fp32" else "finite gradient"
             found[f"ZeRO-{zero} {precision}"] = one_case(replace(job, deepspeed=settings), kind)
-    (REPORT / f"cases-{RANK}.json").write_text(json.dumps(found))
-
-
-def noted_exit(code: int) -> None:
-    """Note the exit code of this rank: the launcher reports one rank alone and ends the other as soon as it looks."""
-    (REPORT / f"exit-{RANK}").write_text(str(code))
-    for _ in range(100):
-        if (REPORT / f"exit-{1 - RANK}").exists():
-            break
-        wait(0.1)
-    leave(code)
+    (report / f"cases-{RANK}.json").write_text(json.dumps(found))
 
 
 def with_bad_step(run: Run, step: int, *rest: object) -> None:
     global fault
     fault = "nan" if step == 2 else None
     optimizer_step(run, step, *rest)
-    torch.save(run.engine.trained_state(), REPORT / f"weights-{RANK}-{step}.pt")
+    torch.save(run.engine.trained_state(), run.job.run_dir.parent / f"weights-{RANK}-{step}.pt")
 
 
-leave, os._exit = os._exit, noted_exit
-wait = time.sleep
-cli.time.sleep = lambda seconds: wait(min(seconds, 0.3))  # else the launcher ends rank 1 while it lets rank 0 speak
+def main(argv: Sequence[str] | None = None) -> None:
+    all_cases(argv)
+    loop.optimizer_step = with_bad_step
+    runpy.run_path(str(ROOT / "stages/stage4.py"))["main"](argv)
+
+
+optimizer_step = loop.optimizer_step
 tinygptv.token_losses = faulty
-
-if __name__ == "__main__":
-    all_cases()
-    optimizer_step, loop.optimizer_step = loop.optimizer_step, with_bad_step
-    cli.run_command(runpy.run_path(str(ROOT / "stages/stage4.py"))["main"])
