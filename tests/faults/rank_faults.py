@@ -81,12 +81,16 @@ def wait_for(path: Path) -> None:
         time.sleep(0.002)
 
 
+def steps_fed(run: Path, rank: int) -> list[tuple[int, list]]:
+    """Return the steps that a rank was fed, one after the other, and the samples of each."""
+    path = run / f"fed-{rank}.jsonl"
+    return [tuple(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def fed(run: Path, ranks: int) -> dict[int, list[list]]:
     """Return, by step, the samples that all ranks together were fed last, in the order of the stream."""
     steps: dict[int, dict[int, list]] = {}
     for rank in range(ranks):
-        path = run / f"fed-{rank}.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            step, micro_batches = json.loads(line)
+        for step, micro_batches in steps_fed(run, rank):
             steps.setdefault(step, {})[rank] = [ref for micro in micro_batches for ref in micro]
     return {step: sorted(ref for refs in by_rank.values() for ref in refs) for step, by_rank in steps.items()}

@@ -163,8 +163,8 @@ def test_a_full_disk(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) 
     """There is room for one checkpoint: when the second fails, training continues; when the third fails, it stops."""
     steps = {"train__steps_per_epoch": 40, "train__checkpoint_every": 10, "train__sample_count": 0}
     recipe, run = tiny.write_recipe(tmp_path / "recipe.yaml", raw_recipe(**steps)), tmp_path / "run"
-    ended(recipe, tmp_path / "roomy", "--set=train.epochs=1")
-    size = sum(file.stat().st_size for file in (tmp_path / "roomy/checkpoints/step-00000040").iterdir())
+    ended(recipe, tmp_path / "roomy", "--set=train.steps_per_epoch=1")
+    size = sum(file.stat().st_size for file in (tmp_path / "roomy/checkpoints/step-00000001").iterdir())
     with small_disk(run / "checkpoints", size * 3 // 2):
         done = ended(recipe, run, code=2, ranks=2)
         assert done.output.count("a checkpoint could not be written ([Errno 28] No space left on device") == 2

@@ -42,11 +42,6 @@ def bash_form(stage: int, ranks: int = 2) -> list[str]:
     return ["bash", f"launch/stage{stage}.sh", *_launcher_options(ranks)]
 
 
-def deepspeed_script(script: str, ranks: int = 2) -> list[str]:
-    """A Python script of ours with a stage's options, through the launcher."""
-    return ["deepspeed", *_launcher_options(ranks), script]
-
-
 def one_process(stage: int) -> list[str]:
     """A single rank without any launcher."""
     return [sys.executable, f"stages/stage{stage}.py"]

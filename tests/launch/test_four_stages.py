@@ -1,4 +1,4 @@
-"""The four stages one after the other, the first two through the DeepSpeed launcher, in fp32 and in bf16."""
+"""The four stages one after the other, the second through the DeepSpeed launcher, in fp32 and in bf16."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import tiny
 from helpers.forked import Ranks, ended
-from helpers.launcher import ROOT, Run, bash_form, deepspeed_form, run
+from helpers.launcher import ROOT, Run, deepspeed_form, run
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -52,7 +52,7 @@ DATASETS = {1: ["caption"], 2: ["caption"], 3: ["caption"], 4: ["vqa", "text", "
 def chain(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run | Ranks]:
     """Train each stage on two ranks from the run directory of the one before.
 
-    The launcher starts the first two, once in each form; the ranks of the others are forked, which takes less time.
+    The launcher starts the second; the ranks of the others are forked, which takes less time.
     """
     folder = tmp_path_factory.mktemp("chain")
     captions = {"caption": tiny.write_shards(folder / "caption", tiny.samples("caption", 12))}
@@ -72,7 +72,7 @@ def chain(weights: Path, shards: dict[str, Path], tmp_path_factory: pytest.TempP
 
     bare = ("text.prompt_template=null", r'text.end_sym="\n"')
     asked = ("text.prompts=stage3", "text.prompt_template='###Human: {} ###Assistant: '")
-    stage(1, *bare, form=bash_form(1))
+    stage(1, *bare)
     stage(2, *bare, "model.allow_missing=[lora]", "deepspeed.zero_optimization.stage=3", form=deepspeed_form(2))
     stage(3, *asked, json_file="zero2_bf16.json")
     stage(4, "train.sample_every=2", json_file="zero3_bf16.json")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers import tiny
+from helpers.forked import started
 from helpers.launcher import CPU, ROOT
 
 SCRIPT = ROOT / "launch/slurm.sbatch"
@@ -96,28 +97,28 @@ def end(job: subprocess.Popen[str], timeout: float = 600) -> tuple[int, str]:
 
 
 def test_stopped_requeued_and_resumed(raw_recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    """Signalled as the script asks for, a real run saves and is requeued; the same job goes on and is stopped again."""
+    """Signaled as the script asks for, a real run saves and is requeued; ranks with its options go on from there."""
     (asked,) = re.findall(r"^#SBATCH --signal=(\S+)@\d+", SCRIPT.read_text(), re.M)
-    slurm = Slurm(tmp_path, ROOT)
+    slurm, number = Slurm(tmp_path, ROOT), signal.Signals[f"SIG{asked}"]
     raw = raw_recipe(train__steps_per_epoch=100_000, train__checkpoint_every=3, data__num_workers=1)
     recipe, run = tiny.write_recipe(tmp_path / "recipe.yaml", raw), tmp_path / "run"
-    command = ["stage4", "--recipe", str(recipe), "--run-dir", str(run), "--deepspeed_config", str(CPU)]
-    reached = 0
-    for number, code in ((signal.Signals[f"SIG{asked}"], 138), (signal.SIGTERM, 143)):
-        job = slurm.submit(*command)
-        wait_for_step(run, reached + 4, job)
-        slurm.send(number)
-        ended_with, output = end(job)
-        assert ended_with == code, output
-        assert f"stopped: {number.name} at step" in output and "Traceback" not in output, output
-        assert "stage 4 on 2 rank(s) of cpu" in output
-        (reached,) = (int(step) for step in re.findall(r"stopped: SIG\w+ at step (\d+) of", output))
-        assert (run / f"checkpoints/step-{reached:08d}").is_dir()
-    assert slurm.requeued == ["4711", "4711"]
+    job = slurm.submit("stage4", "--recipe", str(recipe), "--run-dir", str(run), "--deepspeed_config", str(CPU))
+    wait_for_step(run, 4, job)
+    slurm.send(number)
+    ended_with, output = end(job)
+    assert ended_with == 138, output
+    assert f"stopped: {number.name} at step" in output and "Traceback" not in output, output
+    assert "stage 4 on 2 rank(s) of cpu" in output
+    (reached,) = (int(step) for step in re.findall(r"stopped: SIG\w+ at step (\d+) of", output))
+    assert (run / f"checkpoints/step-{reached:08d}").is_dir() and slurm.requeued == ["4711"]
+    with started(recipe, run, ranks=2) as again:
+        again.wait_for(run / f"checkpoints/step-{reached + 3 - reached % 3:08d}")
+        again.tell(1, signal.SIGTERM)
+        assert again.end() == [143, 143]
     log = (run / "log.txt").read_text()
     assert log.count("resuming from") == 1
     steps = [int(step) for step in re.findall(r"step (\d+)/100000 \|", log)]
-    assert steps == [*range(1, reached + 1)]  # the second start left out none and did none again
+    assert steps == [*range(1, steps[-1] + 1)]  # the second start left out none and did none again
 
 
 def wait_for_step(run: Path, step: int, job: subprocess.Popen[str]) -> None:
@@ -169,6 +170,7 @@ def test_lost_ranks_are_requeued_where_there_is_progress(slurm: Slurm) -> None:
         assert slurm.starts == starts
         code, output = end(slurm.submit(*arguments, CODES="-9 75", TELL="RANK", STEP=step, RESTARTS="3"))
         assert code == 137 and len(slurm.requeued) == requeued, output
+        assert output.count("} ['--run-dir', 'my run']\n") == 2, output  # the same each time
     assert "not requeued: no new checkpoint, or restarted 3 times" in output
 
 

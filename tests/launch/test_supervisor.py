@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.patience import PATIENCE
 
+from tinygptv_ds.distributed import free_port
 from tinygptv_ds.train.launcher.supervisor import Supervisor
 from tinygptv_ds.train.liveness.launchers import LOST
 
@@ -95,6 +96,16 @@ def test_a_process_is_killed(who: str, tmp_path: Path, capfd: pytest.CaptureFixt
         assert code == 75 and "error: a rank was ended by SIGKILL; if it was the OOM" in capfd.readouterr().err
     else:
         assert code == 0 and (tmp_path / "saved").exists()  # `Launch` finds no model/ and exits with 75
+
+
+def test_a_rank_is_killed_under_deepspeeds_launcher(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where `Launch` starts it: it ends the other rank, and its code for the signal is known."""
+    script = tmp_path / "rank.py"
+    dying = "if os.environ['RANK'] == '1': os.kill(os.getpid(), 9)"
+    script.write_text(f"import os, sys\nsys.argv[1:] = [{str(tmp_path)!r}]\n{dying}\n{RANK}")
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}", str(script)]
+    assert Supervisor([sys.executable, *launcher], os.environ, str(tmp_path)).run() == 75
+    assert (tmp_path / "saved").exists() and "error: a rank was ended by SIGKILL" in capfd.readouterr().err
 
 
 def test_the_outer_launcher_is_killed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
