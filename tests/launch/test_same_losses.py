@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tinygptv_ds.features import compute as make_features
 
-STEPS = int(os.environ.get("STEPS_OF_SAME_LOSSES", 12))  # the table in docs/train/resume.md has 30
+STEPS = int(os.environ.get("STEPS_OF_SAME_LOSSES", 8))  # the table in docs/train/resume.md has 30
 HALF = STEPS // 2
 NUMBERS = ["train/loss", "train/grad_norm", "train/lr"] + [f"train/loss_{name}" for name in ("text", "vqa", "pair")]
 EXACT = {"rel": 1e-5, "abs": 0}
