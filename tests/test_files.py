@@ -1,5 +1,6 @@
 """Locks, journals and comparisons of settings."""
 
+import contextlib
 import errno
 import json
 import os
@@ -77,6 +78,26 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(files.LocksUnsupportedError, match="No locks available"):
         lock_file(tmp_path / "lock")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_syncing_and_permissions(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FUSE and SMB may be; a disk that has failed is still an error."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    files.write_atomically(tmp_path / "index", b"whole")
+    assert (tmp_path / "index").read_bytes() == b"whole"
+    expected = contextlib.nullcontext() if number != errno.EIO else pytest.raises(OSError, match="Input/output")
+    with expected, files.whole_folder(tmp_path / "step-1") as partial:
+        (partial / "state").write_bytes(b"whole")
+    assert (tmp_path / "step-1/state").exists() == (number != errno.EIO)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_journal_drops_a_torn_line_and_goes_on(tmp_path: Path) -> None:

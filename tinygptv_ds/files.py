@@ -20,6 +20,7 @@ from tinygptv_ds.errors import TinyGPTVError
 
 _BLOCK = 1 << 20
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def cache_home() -> Path:
@@ -120,7 +121,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        Path(temporary).chmod(0o644)
+        with contextlib.suppress(OSError):  # some network file systems know no permissions, and need none
+            Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -131,9 +133,18 @@ def sync(file: Path) -> None:
     """Have the system put a file's content, or a folder's list of names, on the disk."""
     handle = os.open(file, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync_open(handle)
     finally:
         os.close(handle)
+
+
+def sync_open(descriptor: int) -> None:
+    """As `sync`, for an open file. A file system that cannot sync, as some of FUSE and SMB for folders, is no error."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
 
 
 def sha256(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
@@ -280,7 +291,7 @@ def _cut_torn_line(path: Path) -> None:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             file.truncate(whole)
-            os.fsync(file.fileno())
+            sync_open(file.fileno())
 
 
 def fingerprint_differences(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Self
 
 from tinygptv_ds.data.shards.index import build_index
 from tinygptv_ds.errors import DataError
+from tinygptv_ds.files import sync_open
 
 if TYPE_CHECKING:
     from webdataset import TarWriter
@@ -87,7 +88,7 @@ class ShardWriter:
         file, writer = self._open
         writer.close()
         file.flush()
-        os.fsync(file.fileno())
+        sync_open(file.fileno())
         file.close()
         tar = self._out_dir / self._name()
         self._temporary().replace(tar)

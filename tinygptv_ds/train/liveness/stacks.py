@@ -7,7 +7,6 @@ import faulthandler
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
@@ -44,7 +43,7 @@ class Stacks:
             ) from None
         # Processes that are forked later inherit it, e.g. dataloader workers.
         faulthandler.register(SIGNAL, self._file, all_threads=True)
-        self._may_arm, self._arming = True, threading.RLock()
+        self._may_arm = True
         self._on_suspension = signal.getsignal(signal.SIGTSTP)
         if self._on_suspension is not signal.SIG_IGN:
             signal.signal(signal.SIGTSTP, self._suspend)
@@ -73,14 +72,13 @@ class Stacks:
 
         This needs no Python to run: it also works where code that never returns holds the interpreter's lock.
         """
-        with self._arming:
-            if self._may_arm:
-                faulthandler.dump_traceback_later(seconds, file=self._file, exit=leave)
+        faulthandler.dump_traceback_later(seconds, file=self._file, exit=leave)
+        if not self._may_arm:  # the main thread is in `_suspend`; no lock, which a forked process might inherit locked
+            faulthandler.cancel_dump_traceback_later()
 
     def _suspend(self, number: int, frame: FrameType | None) -> None:
-        with self._arming:
-            self._may_arm = False
-            faulthandler.cancel_dump_traceback_later()
+        self._may_arm = False
+        faulthandler.cancel_dump_traceback_later()
         os.kill(os.getpid(), signal.SIGSTOP)  # returns when the process continues; the watchdog arms it again
         self._may_arm = True
 
