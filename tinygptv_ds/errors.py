@@ -15,6 +15,13 @@ _OF_THE_DISK = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "close other programs of this machine",
 }
+_SHARED_MEMORY = " (perhaps /dev/shm, which dataloader workers need; --set data.num_workers=0 does without)"
+# Locks and queues of processes name no file.
+_OF_SHARED_MEMORY = {
+    errno.ENOSPC: " (perhaps /dev/shm, of which Docker gives 64 MB: --shm-size=8g)",
+    errno.EROFS: _SHARED_MEMORY,
+    errno.EACCES: _SHARED_MEMORY,
+}
 SHOWN = 60  # characters of a value in a message
 
 
@@ -69,9 +76,7 @@ def disk_problem(error: BaseException) -> str | None:
     if not isinstance(error, OSError) or error.errno not in _OF_THE_DISK:
         return None
     where = f"{error.filename}: " if error.filename is not None else ""
-    # Locks and queues of processes name no file.
-    shared = error.filename is None and error.errno == errno.ENOSPC
-    place = " (perhaps /dev/shm, of which Docker gives 64 MB: --shm-size=8g)" if shared else ""
+    place = _OF_SHARED_MEMORY.get(error.errno, "") if error.filename is None else ""
     return f"{where}{error.strerror}{place}; {_OF_THE_DISK[error.errno]}, then start the same command again"
 
 

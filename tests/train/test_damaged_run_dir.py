@@ -297,6 +297,9 @@ def test_errors_of_the_disk_have_a_remedy() -> None:
         "model/x: No space left on device; make room, then start the same command again"
     )
     assert "perhaps /dev/shm" in (disk_problem(FULL) or "")
+    for number in (errno.EROFS, errno.EACCES):  # a container's
+        assert "data.num_workers=0 does without" in (disk_problem(OSError(number, os.strerror(number))) or "")
+        assert "/dev/shm" not in (disk_problem(OSError(number, os.strerror(number), "x")) or "")
     for number in (errno.EFBIG, errno.ENAMETOOLONG, errno.EMFILE, errno.EIO):
         assert "then start the same command again" in (disk_problem(OSError(number, os.strerror(number), "x")) or "")
     assert disk_problem(OSError(errno.EINVAL, "x")) is None and disk_problem(ValueError()) is None

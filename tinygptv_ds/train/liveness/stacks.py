@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 
 from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.processes import status_of
@@ -25,10 +24,8 @@ _PER_PROCESS = 0.1  # seconds for one process to write before the next gets the 
 class Stacks:
     """One rank's file of stacks below the run directory; removed at the end if nothing was written.
 
-    SIGUSR2 to the rank, or to a dataloader worker of it, adds that process's stacks at any time. SIGTSTP, as Ctrl-Z and
-    SLURM's suspension send it, suspends the process after disarming it: the time until it continues would otherwise
-    count, and end it. Raises ConfigError if the file cannot be written, e.g. because a file has the folder's name.
-    Made and closed by the main thread.
+    SIGUSR2 to the rank, or to a dataloader worker of it, adds that process's stacks at any time. Raises ConfigError if
+    the file cannot be written, e.g. because a file has the folder's name.
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
@@ -43,10 +40,6 @@ class Stacks:
             ) from None
         # Processes that are forked later inherit it, e.g. dataloader workers.
         faulthandler.register(SIGNAL, self._file, all_threads=True)
-        self._may_arm = True
-        self._on_suspension = signal.getsignal(signal.SIGTSTP)
-        if self._on_suspension is not signal.SIG_IGN:
-            signal.signal(signal.SIGTSTP, self._suspend)
 
     def dump(self, why: str) -> None:
         """Add the stacks of this process's threads, then those of its dataloader workers, and write the collectives."""
@@ -73,19 +66,14 @@ class Stacks:
         This needs no Python to run: it also works where code that never returns holds the interpreter's lock.
         """
         faulthandler.dump_traceback_later(seconds, file=self._file, exit=leave)
-        if not self._may_arm:  # the main thread is in `_suspend`; no lock, which a forked process might inherit locked
-            faulthandler.cancel_dump_traceback_later()
 
-    def _suspend(self, number: int, frame: FrameType | None) -> None:
-        self._may_arm = False
+    def disarm(self) -> None:
+        """Write nothing until armed again."""
         faulthandler.cancel_dump_traceback_later()
-        os.kill(os.getpid(), signal.SIGSTOP)  # returns when the process continues; the watchdog arms it again
-        self._may_arm = True
 
     def close(self) -> None:
         """Disarm, and remove the file if it is empty."""
-        signal.signal(signal.SIGTSTP, self._on_suspension)
-        faulthandler.cancel_dump_traceback_later()
+        self.disarm()
         faulthandler.unregister(SIGNAL)
         with contextlib.suppress(OSError):  # a dry run has removed it already, other ranks still have theirs
             if not os.fstat(self._file.fileno()).st_size:

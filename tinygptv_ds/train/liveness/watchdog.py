@@ -28,6 +28,7 @@ from tinygptv_ds.train.liveness.channel import HELLO, Channel, Message
 from tinygptv_ds.train.liveness.launchers import LOST
 from tinygptv_ds.train.liveness.progress import AwakeClock, Progress, RankStatus
 from tinygptv_ds.train.liveness.stacks import Stacks
+from tinygptv_ds.train.liveness.suspension import Suspension
 from tinygptv_ds.train.setup.job import Job
 
 _TIMES_SLOWER = 5.0  # a step is reported if it takes so many times the median of earlier steps
@@ -61,6 +62,7 @@ class Watchdog:
         self._clock = AwakeClock(10 * self._interval)
         self.progress = Progress(ranks.rank, train, set_group_timeout, self._clock)
         self.stacks: Stacks
+        self._suspension: Suspension
         self._statuses: dict[int, RankStatus] = {}
         self._received_at: dict[int, float] = {}
         self._excused: set[int] = set()  # ranks that have announced that they leave
@@ -75,6 +77,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self.stacks = Stacks(self._job.run_dir, self._rank)
+        self._suspension = Suspension(self.stacks.disarm)
         if self._channel is not None:
             self._channel.open()
         self._thread.start()
@@ -88,6 +91,7 @@ class Watchdog:
             self._explain(error)
         self._over.set()
         self._thread.join(_LAST_RESORT)
+        self._suspension.close()
         if failed:  # with collectives under way, Python does not always get to its end
             self.stacks.arm(_WAY_OUT, leave=True)
         else:
@@ -129,6 +133,7 @@ class Watchdog:
             peers = range(1, self._job.ranks.world_size) if self._rank == 0 else (0,)
             self._received_at = dict.fromkeys(peers, self._clock.now())
             await self._channel.start()
+        self._suspension.listen(self._loop)
         while not self._over.is_set() or self._ending:
             if not self._ending:
                 await self._check()
