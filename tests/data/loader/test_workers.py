@@ -15,10 +15,19 @@ from torch.utils.data import Dataset
 from tinygptv_ds.data.loader.workers import Workers, WorkersLostError
 
 
+class Unsent:
+    """What a worker cannot hand over, as a batch where /dev/shm is full."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+
 class Numbers(Dataset):
     """Gives what it is asked for; some numbers are too much for it."""
 
-    def __getitem__(self, number: int) -> int:
+    def __getitem__(self, number: int) -> int | Unsent:
+        if number == 4:
+            return Unsent()
         if number == 1:
             time.sleep(0.5)  # the number before it is on its way
             os.kill(os.getpid(), signal.SIGKILL)
@@ -49,6 +58,13 @@ def test_a_lost_worker_is_reported_when_its_batch_is_requested() -> None:
 def test_an_exit_is_a_loss() -> None:
     with pytest.raises(WorkersLostError, match="ended with exit code 7"):
         workers(3).next()
+
+
+def test_a_batch_that_cannot_be_handed_over_is_a_loss(capfd: pytest.CaptureFixture[str]) -> None:
+    """Python prints a traceback and drops it, and training would wait for it until a time-out."""
+    with pytest.raises(WorkersLostError, match=r"could not hand over a batch .*/dev/shm is full"):
+        workers(4, 0).next()
+    assert capfd.readouterr().err.endswith(": unable to allocate shared memory(shm)\n")
 
 
 def test_an_error_is_no_loss() -> None:

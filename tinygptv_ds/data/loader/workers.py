@@ -5,17 +5,20 @@ The private corners of torch's DataLoader are used in this file only.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from multiprocessing.util import Finalize
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from tinygptv_ds.console import print_to_stderr
 from tinygptv_ds.processes import signal_at_end_of_parent
 
 _POLL_SECONDS = 1.0  # how often the processes are checked while a batch is awaited
@@ -25,6 +28,7 @@ _USUAL_CAUSES: dict[int, str] = {
     signal.SIGKILL: ", most often by the system because memory ran out (see dmesg)",
     signal.SIGBUS: ", most often because /dev/shm is full (docker run --shm-size), or a file it maps is unreadable",
 }
+_UNSENT = 74  # exit code: EX_IOERR of sysexits.h
 
 OnHang = Callable[[Sequence[BaseProcess], str], None]
 
@@ -133,6 +137,8 @@ def _kill(processes: Sequence[BaseProcess]) -> None:
 
 def _how_it_ended(process: BaseProcess) -> str:
     code = process.exitcode
+    if code == _UNSENT:
+        return "could not hand over a batch (see above), most often because /dev/shm is full (docker run --shm-size=8g)"
     if code is None or code >= 0:
         return f"ended with exit code {code}"
     return f"was killed by {signal.Signals(-code).name}{_USUAL_CAUSES.get(-code, '')}"
@@ -148,3 +154,11 @@ def _live_and_die_with_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTSTP, signal.SIG_DFL)  # else the rank's handler, which disarms its watchdog
     signal_at_end_of_parent(signal.SIGKILL)
+    # What a queue does where its thread cannot send an item; by itself it prints a traceback and drops the item.
+    Queue._on_queue_feeder_error = staticmethod(_end_with_unsent)  # type: ignore[attr-defined]
+
+
+def _end_with_unsent(error: Exception, item: object) -> None:
+    """End this worker, whose batch cannot be sent: training would wait for it until `data.read_timeout_seconds`."""
+    print_to_stderr(f"dataloader worker (process {os.getpid()}): {error}")
+    os._exit(_UNSENT)
