@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -11,7 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers.forked import apart
 
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import attention, install
 from benchmarks.gpu.model import build, make_batches, model_config, overrides
 from benchmarks.gpu.plan import COMPILED, FP8, LEVERS, QUANTIZED, Case, Group, groups, obstacle
@@ -75,8 +78,9 @@ def test_the_whole_command(tmp_path: Path) -> None:
     """Machine, attention, packed against padded; under ZeRO-3 in fp16 steps of stage 4 and a checkpoint."""
     env = {**os.environ, "PYTHON": sys.executable}
     options = ["--dry-run", "--steps", "2", "--out", str(tmp_path), "--only", "checks", "ZeRO-3, fp16, stage 4"]
-    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), *options]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks/gpu.sh"), *options], env=env, capture_output=True, text=True, timeout=150
+    )
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
     found = written(tmp_path)
     assert found["machine"]["torch"] and found["ceilings"]["matmul_tflops"] > 0
@@ -99,13 +103,34 @@ def test_the_whole_command(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "log.txt", "table.md"]
 
 
-def test_the_original_before_and_after_ours(tmp_path: Path) -> None:
+def measured(module: str, arguments: list[str], log: Path) -> int:
+    """Return the exit code of a measuring process, which this is."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(f"benchmarks.gpu.{module}", run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+class Forking(Launcher):
+    """A launcher whose processes are forked from one that has imported everything."""
+
+    def __call__(self, module: str, arguments: list[str], ranks: int | None = None) -> ProcessEnd:
+        return ProcessEnd(apart(measured, module, arguments, self._log))
+
+
+def test_the_original_before_and_after_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its first loss is ours on the same weights and samples; every row of ours has its ratio, or a reason."""
-    env = {**os.environ, "PYTHON": sys.executable}
     words = ["original's procedure, stage 4, 2 samples", "ZeRO-2, bf16, stage 4"]
-    command = ["bash", str(ROOT / "benchmarks/gpu.sh"), "--dry-run", "--steps", "2", "--out", str(tmp_path), "--only"]
-    done = subprocess.run([*command, *words], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
+    monkeypatch.setattr(command, "Launcher", Forking)
+    command.main(["--gpus", "0", "--dry-run", "--steps", "2", "--out", str(tmp_path), "--only", *words])
+    printed = capsys.readouterr().out
     found = written(tmp_path)
     cases = [Case(**row["case"]) for row in found["steps"]]
     assert [number for number, case in enumerate(cases) if case.original] == [0, 6]
@@ -116,13 +141,13 @@ def test_the_original_before_and_after_ours(tmp_path: Path) -> None:
     assert len(same) == 2 and all(each["passed"] for each in same)
     assert len(found["steps"][0]["losses"]) == 5
     ours = next(
-        line for line in done.stdout.splitlines() if line.startswith("| ZeRO-2, bf16, stage 4, pixels, 2 samples |")
+        line for line in printed.splitlines() if line.startswith("| ZeRO-2, bf16, stage 4, pixels, 2 samples |")
     )
     ratio = found["steps"][1]["rates"]["samples_s"] / original_rates(found["steps"])[4, 2]
     assert f"| {ratio:.2f} |" in ours
     reasons = {each["what"].split(", ")[3]: each["why"] for each in found["left_out"]}
     assert set(reasons) == {*LEVERS} - {COMPILED} and "needs a GPU" in reasons["fp8"]
-    assert "kernels of ZeRO-2, bf16, stage 4" in done.stdout
+    assert "kernels of ZeRO-2, bf16, stage 4" in printed
 
 
 def test_every_case_that_matters_is_planned() -> None:

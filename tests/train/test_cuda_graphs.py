@@ -126,7 +126,7 @@ def trained(
     """Return the engine after ten steps, the token losses of all micro-batches, and the graphs."""
     engine = one_rank.tiny_engine(**settings)
     if compiled:
-        compile_blocks(engine.module, backend="aot_eager")
+        compile_blocks(engine.module, backend="eager")  # traced; the backward pass is for tests of compiled blocks
     run: Any = SimpleNamespace(engine=engine, progress=SimpleNamespace(enter=lambda phase: None))
     run.graphs = None if graphs is None else MicroBatchGraphs(engine, 50, graphs)  # the third case is larger
     losses = []
