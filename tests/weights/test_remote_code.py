@@ -44,9 +44,10 @@ reader = AutoImageProcessor.from_pretrained(MODEL, trust_remote_code=True)
 assert type(reader) is type(processor.image_processor) and reader.to_dict() == processor.image_processor.to_dict()
 found["alone"] = reader(images, return_tensors="pt")["pixel_values"]
 """
-IN_A_FRESH_PROCESS = """
-assert {type(each).__module__.split(".")[0] for each in (config, model, processor, reader)} == {"transformers_modules"}
-torch.save(found, "found.pt")
+WITHOUT_THIS_PACKAGE = """
+modules = [type(each).__module__.split(".") for each in (config, model, processor, reader)]
+assert [(names[0], names[1]) for names in modules] == [("transformers_modules", Path(MODEL).name)] * 4, modules
+torch.save(found, Path(MODEL).name + ".pt")
 for each in (model, processor):
     each.save_pretrained("again")
 reader.save_pretrained("reader")
@@ -90,9 +91,10 @@ def test_the_same_bits_without_this_package(exported: Path, tmp_path: Path, monk
     torch.save(PROMPT, tmp_path / "prompt.pt")
     write_images(tmp_path / "images")
     expected = in_this_process(exported, tmp_path, monkeypatch)
-    for model in (exported, tmp_path / "again"):
-        run_alone(f"MODEL = {str(model)!r}" + USE + IN_A_FRESH_PROCESS, tmp_path)
-        found = torch.load(tmp_path / "found.pt")
+    models = [exported, tmp_path / "again"]
+    run_alone("".join(f"MODEL = {str(model)!r}" + USE + WITHOUT_THIS_PACKAGE for model in models), tmp_path)
+    for model in models:
+        found = torch.load(tmp_path / f"{model.name}.pt")
         assert found.keys() == expected.keys()
         assert {name: torch.equal(found[name], tensor) for name, tensor in expected.items()} == dict.fromkeys(
             found, True
@@ -100,29 +102,32 @@ def test_the_same_bits_without_this_package(exported: Path, tmp_path: Path, monk
         assert [file for file in FILES if not (tmp_path / "again" / file).is_file()] == []
 
 
-def test_saved_again_with_this_package(exported: Path, tmp_path: Path) -> None:
-    """The code goes with the copy, which a process without this package loads."""
+def test_refused_saved_again_and_from_a_configuration(exported: Path, tmp_path: Path) -> None:
+    """Without trust nothing runs; the code goes with a copy saved with this package; a configuration is enough."""
     for kind in (AutoModelForImageTextToText, AutoProcessor):
         kind.from_pretrained(exported).save_pretrained(tmp_path / "again")
     for file in FILES:
         assert (tmp_path / "again" / file).read_text() == (exported / file).read_text()
+    AutoConfig.from_pretrained(exported).save_pretrained(tmp_path / "config")
     script = f"""
-from transformers import AutoModelForImageTextToText, AutoProcessor
-for kind in (AutoModelForImageTextToText, AutoProcessor):
-    print(type(kind.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)).__module__.split(".")[-1])
-"""
-    assert run_alone(script, tmp_path).split() == ["modeling_tinygptv", "processing_tinygptv"]
-
-
-def test_without_trust_nothing_runs(exported: Path, tmp_path: Path) -> None:
-    script = f"""
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 try:
     AutoConfig.from_pretrained({str(exported)!r}, trust_remote_code=False)
 except ValueError as error:
-    print(error)
+    print("trust_remote_code=True" in str(error))
+for kind in (AutoModelForImageTextToText, AutoProcessor):
+    print(type(kind.from_pretrained({str(tmp_path / "again")!r}, trust_remote_code=True)).__module__)
+config = AutoConfig.from_pretrained({str(tmp_path / "config")!r}, trust_remote_code=True)
+print(type(AutoModelForImageTextToText.from_config(config, trust_remote_code=True)).__module__)
 """
-    assert "trust_remote_code=True" in run_alone(script, tmp_path)
+    refused, *modules = run_alone(script, tmp_path).split()
+    assert refused == "True"
+    loaded = [(names[1], names[-1]) for names in (module.split(".") for module in modules)]
+    assert loaded == [
+        ("again", "modeling_tinygptv"),
+        ("again", "processing_tinygptv"),
+        ("config", "modeling_tinygptv"),
+    ]
 
 
 def test_what_the_code_imports() -> None:
@@ -202,13 +207,3 @@ def test_two_definitions_of_a_name_are_refused(tmp_path: Path, monkeypatch: pyte
             a="from tinygptv_ds.models.b import y\n_x = 1\nA = (_x, y)\n",
             b="_x = 2\ny = _x\n",
         )
-
-
-def test_a_saved_configuration_is_enough(exported: Path, tmp_path: Path) -> None:
-    AutoConfig.from_pretrained(exported).save_pretrained(tmp_path / "config")
-    script = f"""
-from transformers import AutoConfig, AutoModelForImageTextToText
-config = AutoConfig.from_pretrained({str(tmp_path / "config")!r}, trust_remote_code=True)
-print(type(AutoModelForImageTextToText.from_config(config, trust_remote_code=True)).__module__.split(".")[-1])
-"""
-    assert run_alone(script, tmp_path).split() == ["modeling_tinygptv"]
