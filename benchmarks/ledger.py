@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.operations.table import CASES, LEDGER, changes, count_all, markdown, read, write
+from benchmarks.operations.table import CASES, LEDGER, changes, count_all, markdown, name_of, read, write
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     if args.write:
         write(table)
     else:
-        different = [line for case in CASES for line in changes(case, read())]
+        different = [line for case in CASES for line in changes(case, table["cases"][name_of(case)], read())]
         print("\n".join(different) or f"as in {LEDGER.name}")
 
 

@@ -67,9 +67,15 @@ def read() -> dict[str, Any]:
     return json.loads(LEDGER.read_text(encoding="utf-8"))
 
 
-def changes(case: Case, before: Mapping[str, Any]) -> list[str]:
-    """Return a line for each part of a case whose kernels, bytes or operations are not those of the committed table."""
-    found, kept = count(case), before["cases"][name_of(case)]
+def changes(case: Case, found: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Return a line for each part of a case whose kernels, bytes or operations are not those of the committed table.
+
+    Args:
+        case: the case.
+        found: its `count`.
+        before: the committed table.
+    """
+    kept = before["cases"][name_of(case)]
     return [
         f"{name_of(case)}, {way}, {part}: {_text(kept[way].get(part))} in the table, {_text(found[way].get(part))} now"
         for way in WAYS

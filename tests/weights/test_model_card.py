@@ -63,18 +63,16 @@ def test_scores_of_the_run(
     )
 
 
-def test_the_snippet_runs_as_pasted(run: Path, tmp_path: Path) -> None:
-    """Next to the folder, with an image of the name that it gives, where this package cannot be imported."""
+def test_the_snippet_runs_as_pasted_and_the_pipeline_takes_messages(run: Path, tmp_path: Path) -> None:
+    """Where this package cannot be imported; the pipeline's answer is that of `generate`, without the end symbol.
+
+    The snippet runs first, next to the folder, with an image of the name that it gives.
+    """
     card = card_of(run, tmp_path / "out")
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.S)
     Image.new("RGB", (30, 20), "red").save(tmp_path / "image.jpg")
-    assert run_alone(snippet, tmp_path).endswith("\n")
-
-
-def test_the_pipeline_takes_messages(run: Path, tmp_path: Path) -> None:
-    """Where this package cannot be imported; the answer is that of `generate`, without the end symbol."""
-    card_of(run, tmp_path / "out")
     script = """
+print("the snippet has ended")
 from PIL import Image
 from transformers import pipeline
 pipe = pipeline("image-text-to-text", model="out", trust_remote_code=True)
@@ -87,4 +85,5 @@ assert answer["role"] == "assistant"
 assert answer["content"].strip() == pipe.processor.answers(tokens)[0], answer
 print(len(pipe(images=image["image"], text=pipe.processor.prompt("w1"), max_new_tokens=4)))
 """
-    assert run_alone(script, tmp_path).strip() == "1"
+    answered, _, pipeline = run_alone(snippet + script, tmp_path).rpartition("the snippet has ended\n")
+    assert answered.endswith("\n") and pipeline.strip() == "1"
