@@ -5,4 +5,4 @@ set -euo pipefail
 root="$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)"
 [ -x "$root/.venv/bin/python" ] && export PATH="$root/.venv/bin:$PATH"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-exec python -m tinygptv_ds train "$@"
+exec python -P -m tinygptv_ds train "$@"

@@ -1,6 +1,7 @@
 """Faults for `forked.started`: a rank dies or stands still within a step; the ranks themselves import them."""
 
 import ctypes
+import itertools
 import os
 import signal
 import threading
@@ -9,12 +10,14 @@ import time
 from tinygptv_ds.train import step as step_module
 from tinygptv_ds.train.liveness import progress, watchdog
 from tinygptv_ds.train.run import Run
+from tinygptv_ds.weights import assemble
 
 HOWS = {
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "frozen": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "asleep": lambda: time.sleep(1000),
     "holding Python's lock": lambda: ctypes.PyDLL(None).sleep(1000),
+    "at work": lambda: any(number < 0 for number in itertools.count()),
     # Python waits for such a thread, for ever.
     "failing": lambda: [].pop() if threading.Thread(target=time.sleep, args=[1000]).start() is None else None,
 }
@@ -34,6 +37,11 @@ def in_step(at: int, rank: int, how: str, after: float = 0.0) -> None:
         return micro_step(run, *given, number=number, count=count)
 
     step_module.micro_step = broken
+
+
+def starting_up(how: str) -> None:
+    """Let a rank do this where it would load the model."""
+    assemble.build_model = lambda *_, **__: HOWS[how]()
 
 
 def hanging(at: int, rank: int, margin: float) -> None:

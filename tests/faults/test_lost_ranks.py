@@ -14,7 +14,7 @@ from helpers import tiny
 from helpers.forked import Ranks, started
 from helpers.patience import PATIENCE
 from rank_faults import killed_before_its_first_word
-from rank_hangs import hanging, in_step
+from rank_hangs import hanging, in_step, starting_up
 
 from tinygptv_ds.doctor.run_report import run_report
 from tinygptv_ds.plain_pickle import load_plain
@@ -162,6 +162,19 @@ def test_alone(recipe: Callable[..., Path], tmp_path: Path) -> None:
         assert run.end() == [LOST]
     assert re.search(r"optimizer in step 3 for \d+ s, longer than train.step_minutes \(0\.04\)", error_of(run))
     assert "rank_hangs.py" in (run.folder / "stacks/rank-0.txt").read_text()
+
+
+@pytest.mark.parametrize(("how", "code", "advice"), [("at work", 2, "still at work"), ("asleep", LOST, "only slow")])
+def test_a_start_up_over_its_limit(
+    how: str, code: int, advice: str, recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A restart may help one that hangs, on storage for example; one that computes would take as long again."""
+    path = recipe(train__startup_minutes=0.07)
+    with started(path, tmp_path / "run", fault=starting_up, how=how) as run:
+        assert run.end() == [code]
+    message = error_of(run)
+    assert re.search(r"has been starting up for \d+ s, longer than train.startup_minutes \(0\.07\)", message)
+    assert advice in message and "raise train.startup_minutes" in message.replace("Raise", "raise")
 
 
 def test_a_run_that_nothing_happens_to(recipe: Callable[..., Path], tmp_path: Path) -> None:

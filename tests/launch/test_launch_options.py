@@ -30,6 +30,7 @@ from tinygptv_ds.train.setup.job import job_run_dir, stage_parser
 from tinygptv_ds.train.setup.machine import check_writable, complete_user
 from tinygptv_ds.train.setup.options import decode_options, encode_options
 
+ROOT = Path(__file__).parents[2]
 AWKWARD = [
     'text.end_sym="\\n"',
     "costs $5",
@@ -221,6 +222,30 @@ def test_the_ranks_of_another_launcher_are_left_out(here: Path, monkeypatch: pyt
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     assert not names.keys() & (machine.launch_environment().keys() | os.environ.keys())
+
+
+def test_files_of_the_working_directory_are_no_modules(here: Path) -> None:
+    """DeepSpeed's launcher is started with "python -m", and what a rank starts knows nothing of the remedy."""
+    (here / "random.py").write_text("raise SystemExit('not this one')")
+    env = machine.launch_environment()
+    done = subprocess.run([sys.executable, "-m", "tempfile"], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    rank = (
+        "import os; from tinygptv_ds.train.setup.machine import leave_safe_path as leave; "
+        "leave(); print('PYTHONSAFEPATH' in os.environ)"
+    )
+    for value, left in ((env["PYTHONSAFEPATH"], "False\n"), ("1", "True\n")):
+        env = {**os.environ, "PYTHONSAFEPATH": value, "PYTHONPATH": str(ROOT)}
+        assert subprocess.run([sys.executable, "-c", rank], env=env, capture_output=True, text=True).stdout == left
+
+
+def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = socket.if_nameindex()[0][1]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", there)
+    setup_machine.check_interface()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", f"{there},nosuch0")
+    with pytest.raises(ConfigError, match=f"names nosuch0, which .* has not; it has {there}"):
+        setup_machine.check_interface()
 
 
 @pytest.mark.parametrize(

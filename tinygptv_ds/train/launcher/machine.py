@@ -13,7 +13,7 @@ from tinygptv_ds.errors import ConfigError
 from tinygptv_ds.log import QUIET
 from tinygptv_ds.train.launcher.options import LaunchOptions
 from tinygptv_ds.train.setup.job import has_gpu
-from tinygptv_ds.train.setup.machine import port_is_taken, port_message
+from tinygptv_ds.train.setup.machine import SAFE_PATH, port_is_taken, port_message
 
 _SSH_SECONDS = 10
 _OF_RANKS = (
@@ -139,4 +139,6 @@ def launch_environment() -> dict[str, str]:
     alive = "-oServerAliveInterval=15 -oServerAliveCountMax=4"
     env["PDSH_SSH_ARGS_APPEND"] = f"{alive} {env.get('PDSH_SSH_ARGS_APPEND', '')}"
     env.setdefault("PYTHONWARNINGS", QUIET)
+    # It is started with "python -m", which would import a random.py or yaml.py of the working directory.
+    env.setdefault("PYTHONSAFEPATH", SAFE_PATH)
     return env

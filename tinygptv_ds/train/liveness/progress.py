@@ -40,6 +40,7 @@ class RankStatus:
         phases: entered so far; all ranks go through the same ones, so that the others wait for the lowest.
         patient: whether it may take long, as a start-up, a save or a validation may.
         seconds: since the step began, or the phase where that is patient.
+        idle: seconds since it last used a CPU core for a good part of a check's interval.
     """
 
     rank: int
@@ -50,6 +51,7 @@ class RankStatus:
     phases: int = 0
     patient: bool = True
     seconds: float = 0.0
+    idle: float = 0.0
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, process {self.pid})"
@@ -108,6 +110,13 @@ class Progress:
         self._durations: deque[float] = deque(maxlen=_STEPS)
         # step, phase, phases entered, patient, when its limit began: replaced as a whole, for the other thread
         self._state = (0, START_UP, 0, True, self._clock.now())
+        self._used, self._worked_at = time.process_time(), self._clock.now()
+
+    def note_work(self, least: float) -> None:
+        """Note whether this process has used at least so many seconds of CPU since the last call; for the watchdog."""
+        before, self._used = self._used, time.process_time()
+        if self._used - before >= least:
+            self._worked_at = self._clock.now()
 
     @property
     def usual(self) -> float:
@@ -122,7 +131,9 @@ class Progress:
     def status(self) -> RankStatus:
         """Return the present status."""
         step, phase, phases, patient, began = self._state
-        return RankStatus(self._rank, self._host, os.getpid(), step, phase, phases, patient, self._clock.now() - began)
+        now = self._clock.now()
+        idle = now - self._worked_at
+        return RankStatus(self._rank, self._host, os.getpid(), step, phase, phases, patient, now - began, idle)
 
     def begin_step(self, step: int) -> None:
         """Begin a step, counted from 0, with the wait for its data; a run's first one is part of its start-up."""

@@ -26,7 +26,7 @@ from tinygptv_ds.log import LOGGER, note
 from tinygptv_ds.train.checkpoint.folders import FOLDER, complete_ones
 from tinygptv_ds.train.liveness.channel import HELLO, Channel, Message
 from tinygptv_ds.train.liveness.launchers import LOST
-from tinygptv_ds.train.liveness.progress import AwakeClock, Progress, RankStatus
+from tinygptv_ds.train.liveness.progress import START_UP, AwakeClock, Progress, RankStatus
 from tinygptv_ds.train.liveness.stacks import Stacks
 from tinygptv_ds.train.liveness.suspension import Suspension
 from tinygptv_ds.train.setup.job import Job
@@ -38,6 +38,8 @@ _LAST_WORD = 5.0  # seconds that a last message may take to be sent,
 _ON_ITS_WAY = 0.3  # and that it is then given to arrive
 _LEFT_OVER = 2.0  # seconds at most that rank 0 stays after it has asked the others to end
 _WAY_OUT = 20.0  # seconds that a rank gets to end after an error of its own
+_AT_WORK = 0.05  # of a CPU core: a rank that waits uses next to nothing
+_NOW = 3.0  # intervals: what a rank was last seen doing in them it is still doing
 _LAST_RESORT = 10.0  # seconds for a message to be written, in case the console is blocked
 
 
@@ -141,6 +143,7 @@ class Watchdog:
 
     async def _check(self) -> None:
         self._clock.tick()
+        self.progress.note_work(_AT_WORK * self._interval)
         self._statuses[self._rank] = self.progress.status()
         self.stacks.arm(self._may_be_silent, leave=self._channel is not None)
         if self._channel is not None:
@@ -211,7 +214,8 @@ class Watchdog:
         if worst.seconds <= limit and not slow:
             return
         self._reported = worst.step
-        found = f"{_describe(awaited, self._job.ranks.world_size)} {_in_step(worst.step)} for {worst.seconds:.0f} s"
+        place = f" {_in_step(worst.step)}" if worst.step else ""  # before the first the phase says it
+        found = f"{_describe(awaited, self._job.ranks.world_size)}{place} for {worst.seconds:.0f} s"
         where = f"the stacks of all ranks are in {self.stacks.path.parent}"
         if self._channel is not None:
             self._channel.send({"dump": found})
@@ -221,10 +225,14 @@ class Watchdog:
             return
         await asyncio.sleep(2 * self._interval)  # for the others to write theirs
         key = "startup_minutes" if worst.patient else "step_minutes"
-        self._end_all(
-            f"{found}, longer than train.{key} ({limit / 60:g}) allows; {where}. Raise train.{key} if it was only "
-            f"slow; then {self._how_to_resume()}"
-        )
+        over = f"{found}, longer than train.{key} ({limit / 60:g}) allows; {where}"
+        if worst.phase == START_UP and all(status.idle < _NOW * self._interval for status in awaited):
+            # It would not be over in time the next time either: no restart mends this.
+            self._end_all(
+                f"{over}. It is still at work, not hanging: raise train.{key}; then {self._how_to_resume()}", 2
+            )
+        else:
+            self._end_all(f"{over}. Raise train.{key} if it was only slow; then {self._how_to_resume()}")
 
     def _how_to_resume(self) -> str:
         found = complete_ones(self._job.run_dir / FOLDER)

@@ -26,11 +26,13 @@ from tinygptv_ds.train.liveness.start_up import end_without_launcher
 from tinygptv_ds.train.setup.finished import check_finished
 from tinygptv_ds.train.setup.machine import (
     check_accelerator,
+    check_interface,
     check_kinds,
     check_port,
     check_writable,
     complete_user,
     gpus_are_hidden,
+    leave_safe_path,
     raise_open_files,
 )
 from tinygptv_ds.train.setup.options import decode_options
@@ -187,6 +189,8 @@ def parse_job(argv: Sequence[str] | None, recipe: Path) -> Job:
     given = decode_options(sys.argv[1:] if argv is None else argv)
     args = stage_parser(shown_path(recipe)).parse_args(hyphenated(given))
     check_accelerator()
+    check_interface()
+    leave_safe_path()
     complete_user()
     raise_open_files()
     loaded = load_recipe(args.recipe, args.set)

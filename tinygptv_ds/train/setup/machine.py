@@ -16,6 +16,7 @@ from tinygptv_ds.distributed import free_port
 from tinygptv_ds.errors import ConfigError, shown
 from tinygptv_ds.train.checkpoint.folders import FOLDER as CHECKPOINTS
 
+SAFE_PATH = "for the launcher"  # value of $PYTHONSAFEPATH, which Python only asks to be not empty
 _FOLDERS = (CHECKPOINTS, "model", "best", "tensorboard", "stacks", "skipped", "deepspeed")  # of a run directory
 _FILES = (".json", ".jsonl", ".yaml", ".txt")
 _OPEN_FILES, _FEWEST_OPEN_FILES = 65_536, 64
@@ -48,6 +49,28 @@ def check_accelerator() -> None:
     wanted = os.environ.get("DS_ACCELERATOR")
     if wanted not in (None, "cpu", "cuda"):
         raise ConfigError(f"DS_ACCELERATOR is {shown(wanted)}; unset it, or set it to cpu or cuda (also of ROCm)")
+
+
+def check_interface() -> None:
+    """Check that this host has the network interfaces that the ranks are to meet through.
+
+    Raises:
+        ConfigError: it has not; the message lists what there is.
+    """
+    wanted = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    there = [name for _, name in socket.if_nameindex()]
+    missing = [name for name in wanted.split(",") if name and name not in there]
+    if missing:
+        raise ConfigError(
+            f"GLOO_SOCKET_IFNAME names {', '.join(missing)[:100]}, which {socket.gethostname()} has not; it has "
+            f"{', '.join(there)}. Correct it, in .deepspeed_env too, or unset it"
+        )
+
+
+def leave_safe_path() -> None:
+    """Undo what was set for the launcher's sake, before this process starts others, e.g. pipe: commands."""
+    if os.environ.get("PYTHONSAFEPATH") == SAFE_PATH:
+        del os.environ["PYTHONSAFEPATH"]
 
 
 def raise_open_files() -> None:
