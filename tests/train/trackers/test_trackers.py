@@ -7,6 +7,7 @@ import importlib.util
 import json
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -16,6 +17,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.patience import PATIENCE
+from helpers.wandb_server import serving
 
 from tinygptv_ds.config.load import build_recipe
 from tinygptv_ds.config.train_section import TRACKERS
@@ -262,11 +265,32 @@ def test_wandb_itself(attempts: Callable[[str], Path]) -> None:
     pytest.importorskip("wandb")
     folder = attempts("wandb")
     (chosen,) = json.loads((folder / "trackers.json").read_text()).values()
-    runs = [list(wandb_records(file)) for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
+    attempted = sorted(folder.glob("wandb/offline-run-*"))  # the name of a second one in the same second ends with -1
+    runs = [list(wandb_records(file)) for each in attempted for file in each.glob("run-*.wandb")]
     assert {record.run.run_id for run in runs for record in run if record.HasField("run")} == {chosen}
     rows = [record.history for run in runs for record in run if record.HasField("history")]
     values = [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row.item} for row in rows]
     assert [row["step"] for row in values] == STEPS and [row["train/loss"] for row in values] == [1 / s for s in STEPS]
+
+
+def test_wandb_sync_appends_what_a_resumed_run_repeats(
+    attempts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows follow each other, over W&B's own ascending steps, also if each attempt is sent by itself."""
+    pytest.importorskip("wandb", minversion="0.31")
+    folder = attempts("wandb")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.delenv("WANDB_MODE")
+    files = sorted(folder.glob("wandb/offline-run-*"))
+    with serving() as (url, rows):
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        for file in files:
+            command = [sys.executable, "-m", "wandb", "sync", str(file)]
+            done = subprocess.run(command, timeout=PATIENCE, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = rows.values()
+    assert [found[at]["step"] for at in range(len(found))] == STEPS
+    assert [found[at]["_step"] for at in range(len(found))] == list(range(len(STEPS)))
 
 
 def wandb_records(file: Path) -> Iterator[Any]:
