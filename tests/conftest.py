@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     # pytest tests/golden --golden DIR; without a folder of tests before it, pytest takes a DIR apart from its option
     # for one: --golden=DIR then.
     parser.addoption("--golden", metavar="DIR", help="folder with the reference data (default: tests/golden/data)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where xdist hands out files: those with many tests first, and those that start ranks in between.
+
+    The last ones are then short, whichever worker takes them, and not all ranks run at the same time.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    counts = Counter(item.path for item in items)
+    by_count = sorted(counts, key=counts.__getitem__, reverse=True)
+    with_ranks = [path for path in by_count if path.parent.name in ("launch", "faults")]
+    others = [path for path in by_count if path not in with_ranks]
+    place = {path: number / len(group) for group in (with_ranks, others) for number, path in enumerate(group)}
+    place |= {path: 0.6 * place[path] for path in with_ranks}
+    items.sort(key=lambda item: place[item.path])
 
 
 def pytest_collection_finish() -> None:

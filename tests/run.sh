@@ -13,7 +13,7 @@ report="$(mktemp)"
 mypy >"$report" 2>&1 &
 checker=$!
 trap 'kill "$checker" 2>/dev/null || true; rm -f "$report"' EXIT
-[ $# -gt 0 ] || set -- --numprocesses=3 --dist=loadfile
+[ $# -gt 0 ] || set -- --numprocesses=3 --dist=loadfile --no-loadscope-reorder  # tests/conftest.py orders them
 tests=0 types=0
 python -m pytest "$@" || tests=$?
 wait "$checker" || types=$?
