@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinygptv_ds.cli import run_command
+from tinygptv_ds.processes import without_collections
 from tinygptv_ds.train.setup.job import parse_job
 
 
@@ -18,13 +19,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = parse_job(argv, Path(__file__).with_suffix(".yaml"))
 
     # torch is imported from here on: a mistake in recipe or options has been reported at once.
-    from tinygptv_ds.data.stream.plan import open_stream
-    from tinygptv_ds.features.verify import check_features
-    from tinygptv_ds.models.parameters import lora, norms, projections, train_only
-    from tinygptv_ds.train.checkpoint.result import save_model
-    from tinygptv_ds.train.loop import train
-    from tinygptv_ds.train.setup.session import open_session
-    from tinygptv_ds.weights.assemble import build_model
+    with without_collections():
+        from tinygptv_ds.data.stream.plan import open_stream
+        from tinygptv_ds.features.verify import check_features
+        from tinygptv_ds.models.parameters import lora, norms, projections, train_only
+        from tinygptv_ds.train.checkpoint.result import save_model
+        from tinygptv_ds.train.loop import train
+        from tinygptv_ds.train.setup.session import open_session
+        from tinygptv_ds.weights.assemble import build_model
 
     with open_session(job) as session:  # the ranks meet; run directory, log and watchdog
         # Phi, ViT and Q-Former from their own files, then what the stage before has trained.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +21,23 @@ def own_rank() -> int:
     """Return which rank of a launcher this process is, for messages; 0 where there is no launcher, or no number."""
     rank = os.environ.get("RANK", "")
     return int(rank) if rank.isascii() and rank.isdigit() and len(rank) < 10 else 0
+
+
+@contextlib.contextmanager
+def without_collections() -> Iterator[None]:
+    """Import what stays: no garbage is collected meanwhile, and later collections pass over what is there by then.
+
+    Of torch, transformers and DeepSpeed that is a million objects: to look through all of them again and again takes a
+    sixth of the time that the imports take, and 0.3 s of a step now and then.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def note_exit_code(code: int) -> None:
