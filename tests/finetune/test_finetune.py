@@ -134,6 +134,17 @@ def test_a_failed_verb_is_named(verb: Callable[..., None], children: Children, m
         verb()
 
 
+@pytest.mark.parametrize("code", [75, 130, 138, 143])
+def test_a_verb_that_can_be_resumed_gives_its_exit_code(
+    code: int, verb: Callable[..., None], children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler starts the same command again after a lost rank, and not after a mistake."""
+    monkeypatch.setattr(phases, "_run_child", lambda phase, lock: code)
+    with pytest.raises(SystemExit) as ended:
+        verb()
+    assert ended.value.code == code
+
+
 def test_wrong_inputs_are_reported_first(
     verb: Callable[..., None], children: Children, data: Path, tmp_path: Path
 ) -> None:

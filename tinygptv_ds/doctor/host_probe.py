@@ -187,6 +187,7 @@ def all_reduce(
         env.setdefault(name, interface)
     command = [
         sys.executable,
+        "-P",
         "-m",
         "tinygptv_ds.doctor.bandwidth",
         "--backend",

@@ -18,9 +18,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from tinygptv_ds.console import print_to_stderr
 from tinygptv_ds.errors import Stopped, TinyGPTVError
 from tinygptv_ds.files import FileLock, Journal, LockedError, lock_file, read_journal
 from tinygptv_ds.processes import signal_at_end_of_parent
+
+_CAN_RESUME = (75, 130, 138, 143)  # exit codes of a verb that the same command continues: docs/train/resume.md
 
 PROGRAM = "tinygptv-ds"
 
@@ -94,6 +97,7 @@ class Progress:
         Raises:
             TinyGPTVError: it failed; its own message is above.
             Stopped: a signal ended it.
+            SystemExit: it has lost a rank, or only it was stopped: with its exit code, which a scheduler acts on.
         """
         if self.done(phase):
             return False
@@ -104,6 +108,9 @@ class Progress:
         print(f"\n=== {phase.title}\n$ {phase.command}", flush=True)
         start = time.monotonic()
         code = _run_child(phase, self._lock)
+        if code in _CAN_RESUME:
+            print_to_stderr(f"{phase.argv[0]} ended with exit code {code}; the same command resumes from here")
+            sys.exit(code)
         if code:
             raise TinyGPTVError(
                 f"{phase.argv[0]} ended with exit code {code}; its message is above. After mending it, the same "
@@ -132,7 +139,7 @@ def _lock_or_wait(path: Path) -> FileLock:
 
 def _run_child(phase: Phase, lock: FileLock) -> int:
     """Run a verb to its end and return its exit code; stop signals are passed on to it."""
-    command = [sys.executable, "-m", "tinygptv_ds", *phase.argv, *phase.extra]
+    command = [sys.executable, "-P", "-m", "tinygptv_ds", *phase.argv, *phase.extra]
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, **phase.env, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     stopped: list[int] = []

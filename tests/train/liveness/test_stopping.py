@@ -99,13 +99,14 @@ def test_repeated_stop_signals(raw_recipe: Callable[..., dict[str, Any]], tmp_pa
 
 
 @pytest.mark.parametrize("ignored", [False, True])
-def test_a_terminal_that_is_gone(ignored: bool) -> None:
-    """Its SIGHUP saves as SIGTERM does, and changes nothing where nohup has it ignored."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGXCPU])
+def test_signals_that_count_as_sigterm(number: signal.Signals, ignored: bool) -> None:
+    """A terminal that is gone, unless nohup has it ignored, and a limit on CPU time."""
+    before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
         signals = StopSignals(Launchers())
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert signals.seen() == [number == signal.SIGTERM and not ignored for number in SIGNALS]
+        os.kill(os.getpid(), number)
+        assert signals.seen() == [each == signal.SIGTERM and not ignored for each in SIGNALS]
         signals.restore()
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)

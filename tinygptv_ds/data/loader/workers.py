@@ -150,7 +150,7 @@ def _live_and_die_with_parent(worker: int) -> None:
     A signal to stop goes to the whole process tree, and the step in progress still needs its batches: the parent
     decides when to stop.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTSTP, signal.SIG_DFL)  # else the rank's handler, which disarms its watchdog
     signal_at_end_of_parent(signal.SIGKILL)

@@ -17,7 +17,8 @@ from tinygptv_ds.processes import EXIT_CODE_FILE, children_of, group_members, ha
 from tinygptv_ds.train.liveness.launchers import LOST, PER_NODE
 
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_OF_TERMINAL = (signal.SIGHUP, signal.SIGTSTP, signal.SIGTTOU)
+_AS_SIGTERM = (signal.SIGHUP, signal.SIGXCPU)
+_OF_TERMINAL = (signal.SIGTSTP, signal.SIGTTOU)
 _PATIENCE = 600.0  # seconds that ranks get to save after their launcher has ended
 _SECONDS_TO_SUSPEND = 5.0  # for ranks; one in a long call of a library hears of a signal only after it
 _POLL = 0.2
@@ -82,7 +83,7 @@ class Supervisor:
     def run(self) -> int:
         """Return the exit code of the ranks, in the terms of docs/train/resume.md."""
         noted = _empty_file()
-        before = {number: signal.getsignal(number) for number in (*_STOPS, *_OF_TERMINAL)}
+        before = {number: signal.getsignal(number) for number in (*_STOPS, *_AS_SIGTERM, *_OF_TERMINAL)}
         # Else a terminal with "stty tostop" would stop the ranks, which are not in its foreground, as they print.
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         for number, handler in before.items():
@@ -116,8 +117,8 @@ class Supervisor:
                 self._suspend()
             elif self.stopped_by == number == signal.SIGINT:
                 self._kill()
-            elif number in (*_STOPS, signal.SIGHUP):
-                number = signal.SIGTERM if number == signal.SIGHUP else number
+            elif number in (*_STOPS, *_AS_SIGTERM):
+                number = signal.SIGTERM if number in _AS_SIGTERM else number
                 if number == signal.SIGINT:
                     print_to_stderr(
                         "Ctrl-C: the ranks finish their step, save and end; again to end them at once, unsaved"

@@ -16,6 +16,7 @@ from tinygptv_ds.train.liveness.launchers import Launchers
 
 # In this order: Ctrl-C comes with the SIGTERM of a launcher that has got it, too.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_AS_SIGTERM = (signal.SIGHUP, signal.SIGXCPU)
 _AGAIN = 1.0  # seconds after which a second Ctrl-C is one, and not the first on its way through a launcher
 _ON_CTRL_C = b"\nCtrl-C: saving after this step or the next; press it again to end at once, unsaved\n"
 
@@ -23,8 +24,9 @@ _ON_CTRL_C = b"\nCtrl-C: saving after this step or the next; press it again to e
 class StopSignals:
     """Records SIGINT, SIGTERM and SIGUSR1, which no longer end the process; a second Ctrl-C still does.
 
-    Two more count as a SIGTERM: SIGHUP, of a terminal or an ssh connection that is gone, and the launcher's end, since
-    DeepSpeed's launcher and torchrun leave their ranks behind when killed.
+    Three more count as a SIGTERM: SIGHUP, of a terminal or an ssh connection that is gone, SIGXCPU, of a limit on CPU
+    time that is about to end the process, and the launcher's end, since DeepSpeed's launcher and torchrun leave their
+    ranks behind when killed.
 
     Args:
         launchers: those above this process when it began.
@@ -35,12 +37,13 @@ class StopSignals:
         self._launchers = launchers
         self._interrupted: float | None = None
         # by nohup, or in the background of a script
-        ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
-        numbers = [number for number in (*SIGNALS, signal.SIGHUP) if number not in ignored]
+        may_be = (signal.SIGINT, *_AS_SIGTERM)
+        ignored = [number for number in may_be if signal.getsignal(number) is signal.SIG_IGN]
+        numbers = [number for number in (*SIGNALS, *_AS_SIGTERM) if number not in ignored]
         self._before = {number: signal.signal(number, self._record) for number in numbers}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self._seen.add(signal.SIGTERM if number == signal.SIGHUP else number)
+        self._seen.add(signal.SIGTERM if number in _AS_SIGTERM else number)
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._interrupted is None:
