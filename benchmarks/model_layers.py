@@ -86,7 +86,7 @@ class _Builder:
             self._weight("visual_encoder.cls_token"),
             self._weight("visual_encoder.pos_embed"),
             vision[0].weights[0],  # its dtype is read
-            projections[0].weights[0],  # likewise
+            projections[0].weights[0],  # the same
         ]
         return Layer("", tuple(touched), (*vision, *projections, *self._phi()))
 

@@ -36,7 +36,7 @@ def _crop(photo: Image.Image, size: tuple[int, int], rng: np.random.Generator) -
 
 
 def _jpeg(image: Image.Image) -> bytes:
-    """Encode with quality 90 and colours at half the resolution, as cameras and img2dataset do."""
+    """Encode with quality 90 and colors at half the resolution, as cameras and img2dataset do."""
     out = io.BytesIO()
     image.save(out, "JPEG", quality=90, subsampling="4:2:0")
     return out.getvalue()

@@ -155,7 +155,7 @@ def body(model: str, client: int, tokens: int) -> dict:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which this share of all lies; NaN of none."""
+    """Return the quantile at this share of the values; NaN of none."""
     return sorted(values)[min(int(share * len(values)), len(values) - 1)] if values else float("nan")
 
 

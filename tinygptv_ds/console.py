@@ -34,7 +34,7 @@ def open_missing_streams() -> None:
 
 
 def has_colors(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal that shows colors, and nobody has asked for none (https://no-color.org)."""
+    """Return whether a stream is a terminal that shows colors, and NO_COLOR is not set (https://no-color.org)."""
     return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 

@@ -106,7 +106,7 @@ class _Module:
     Attributes:
         lines: its source.
         definitions: the statements that make each name at its top.
-        own_imports: the definition of this package that an imported name stands for.
+        own_imports: the definition of this package that an imported name refers to.
         imports: what is imported under each name from other packages.
         dropped: numbers of the lines that import from this package inside functions.
     """

@@ -15,7 +15,7 @@ _TOP = 20
 
 
 def profiled(run: Callable[[], object], steps: int, device: torch.device) -> dict[str, Any]:
-    """Return the kernels of a step; on a CPU its operations stand for them.
+    """Return the kernels of a step; on a CPU its operations in place of them.
 
     Args:
         run: makes the steps.

@@ -26,7 +26,7 @@ WHOLE = (0, 0, 100, 100)
         ("<p>five</p> {<1><2><3><4><5>}", []),
         ("<p>no end {<1><2><3><4>}", []),
         ("<p>a</p> {<1><2><3><4>}<p>b</p> {<5><6><7><8>}", []),  # as in the original: a `<` after the brace
-        ("<p>fog</p> and <p>men</p> {<1><2><3><4>}", []),  # likewise: a phrase without a box takes the next with it
+        ("<p>fog</p> and <p>men</p> {<1><2><3><4>}", []),  # the same: a phrase without a box takes the next with it
         ("{<10><20><30><40>}", [(None, [(10, 20, 30, 40)])]),
         ("at 10, 20, 30 and -40", [(None, [(10, 20, 30, -40)])]),
         ("10 20 30 40 50", []),

@@ -1,4 +1,4 @@
-"""The benchmark of checkpoints runs as it stands, on a tiny model."""
+"""The benchmark of checkpoints runs as committed, on a tiny model."""
 
 import json
 from pathlib import Path

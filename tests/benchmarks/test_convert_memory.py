@@ -1,4 +1,4 @@
-"""The benchmark of converting runs as it stands, with tiny weights."""
+"""The benchmark of converting runs as committed, with tiny weights."""
 
 import json
 from pathlib import Path

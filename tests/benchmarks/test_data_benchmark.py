@@ -1,4 +1,4 @@
-"""The benchmark of the data path runs as it stands, with a few images."""
+"""The benchmark of the data path runs as committed, with a few images."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark of the server runs as it stands, on a tiny model."""
+"""The benchmark of the server runs as committed, on a tiny model."""
 
 import json
 import math

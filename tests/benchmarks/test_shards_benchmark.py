@@ -1,4 +1,4 @@
-"""The benchmark of shard reads runs as it stands, on a few small shards."""
+"""The benchmark of shard reads runs as committed, on a few small shards."""
 
 import json
 from pathlib import Path

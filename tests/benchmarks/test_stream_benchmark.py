@@ -1,4 +1,4 @@
-"""The benchmark of the sample order runs as it stands, on a few small shards."""
+"""The benchmark of the sample order runs as committed, on a few small shards."""
 
 import json
 from pathlib import Path

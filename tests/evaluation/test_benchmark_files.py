@@ -22,7 +22,7 @@ from tinygptv_ds.processing.templates import TEMPLATES, choose_template
 
 ROOT = Path(__file__).parents[2]
 SHORT = "[vqa] Based on the image, respond to this question with a short answer:"
-# The first question of each, its whole prompt, its answer, and where its image lies.
+# The first question of each, its whole prompt, its answer, and where its image is.
 FIRST = {
     "gqa": (f"{SHORT} is it 0?###Assistant: ", "yes", "gqa/gqa_images/n0.jpg"),
     "vsr": (

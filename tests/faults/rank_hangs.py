@@ -1,4 +1,4 @@
-"""Faults for `forked.started`: a rank dies or stands still within a step; the ranks themselves import them."""
+"""Faults for `forked.started`: a rank dies or hangs within a step; the ranks themselves import them."""
 
 import ctypes
 import itertools

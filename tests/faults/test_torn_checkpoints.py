@@ -74,7 +74,7 @@ def save_and_die(checkpoints: Path, last: int) -> None:
 
 
 def test_killed_at_every_point_of_a_save(tmp_path: Path) -> None:
-    """What lies under a checkpoint's name is whole at all times, and a restart takes the newest of them."""
+    """What has a checkpoint's name is whole at all times, and a restart takes the newest of them."""
     fork, newest = multiprocessing.get_context("fork"), []
     for last in itertools.count(1):
         checkpoints = tmp_path / str(last) / "checkpoints"

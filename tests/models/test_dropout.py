@@ -65,7 +65,7 @@ def test_scaling_and_gradient() -> None:
 
 
 def test_a_mask_is_the_samples_own() -> None:
-    """Whatever else is in the batch, and wherever the sample stands in it; other seeds, steps and places differ."""
+    """Whatever else is in the batch, and at any position in it; other seeds, steps and places differ."""
     packed = make_keys(batch_keys(1, [0, 5, 2]), SITES, WIDTH)
     alone = make_keys(batch_keys(1, [5]), SITES, WIDTH)
     here = slice(TOKENS, 2 * TOKENS)

@@ -53,7 +53,7 @@ class DataSummary:
         sample: the mean sample.
         source: a phrase that names where it comes from.
         samples: number of samples in all datasets, or None where the data are not local.
-        shard_bytes: bytes of all shards, likewise.
+        shard_bytes: bytes of all shards, in the same way.
     """
 
     sample: MeanSample

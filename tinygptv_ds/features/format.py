@@ -121,7 +121,7 @@ def shards_of(section: DatasetSection, root: str | None, *, allow_pipe: bool = F
         found = tar.stat().st_size if tar.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"is torn ({found:,} bytes instead of {size:,})"
-            raise DataError(f"{tar} {state}; run the same command again to mend it: {HOW}")
+            raise DataError(f"{tar} {state}; run the same command again to repair it: {HOW}")
     _same_sources(section, folder, notes, allow_pipe)
     return list(tars)
 

@@ -170,5 +170,5 @@ def _check_unchanged(work: Path, out: Path, inputs: dict[str, Any]) -> None:
 def _too_few(count: int) -> str:
     return (
         f"{count} sample(s), of which some must be held out: a fine-tuning needs {LEAST_SAMPLES} at the very least, "
-        "and some hundred to be worth it"
+        "and a few hundred to be worth it"
     )

@@ -74,7 +74,7 @@ def beam_search(
 
 
 class _StopWhenClosed(StoppingCriteria):
-    """Ends all rows once nobody waits for any of them."""
+    """Ends all rows once no client waits for any of them."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows

@@ -32,7 +32,7 @@ class Row:
         end_ids: tokens that end the answer.
         ids: the new tokens so far.
         ended: whether the answer is complete.
-        closed: whether nobody waits for the answer any more; may be set from another thread.
+        closed: whether no client waits for the answer any more; may be set from another thread.
 
     Raises:
         DataError: an image cannot be decoded.

@@ -65,7 +65,7 @@ class Template:
         return replace(self, system=self.as_typed(message))
 
     def as_typed(self, text: str) -> str:
-        """Return a text that somebody typed or the model wrote, in which nothing of `plain` has a meaning.
+        """Return a text that a user typed or the model wrote, in which nothing of `plain` has a meaning.
 
         Raises:
             DataError: it holds half a character.

@@ -132,7 +132,7 @@ class MicroBatchGraphs:
     Args:
         engine: of a single rank with a frozen vision path; see `start_graphs`.
         most_tokens: larger micro-batches run without a graph.
-        graphs: makes them; another maker stands in for CUDA in tests.
+        graphs: makes them; tests pass a maker that needs no CUDA.
     """
 
     def __init__(self, engine: Engine, most_tokens: int, graphs: CudaGraphs) -> None:

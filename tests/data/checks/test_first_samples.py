@@ -1,4 +1,4 @@
-"""The first sample of every dataset in one line each, as it stands in the stream."""
+"""The first sample of every dataset in one line each, as it is in the stream."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ def firsts(raw: dict[str, Any]) -> tuple[OpenStream, list[Preview]]:
 
 @pytest.mark.parametrize("homogeneous", [False, True])
 def test_they_are_the_first_that_training_sees(homogeneous: bool, raw_recipe: RAW) -> None:
-    """Of each dataset the one with the least position in the stream, exactly as it stands there."""
+    """Of each dataset the one with the least position in the stream, exactly as it is there."""
     raw = raw_recipe(data__homogeneous=homogeneous)
     for weight, dataset in enumerate(raw["data"]["datasets"], start=1):
         dataset["weight"] = weight

@@ -239,7 +239,7 @@ def row(ids: list[int], labels: list[int], images: list[int]) -> TokenRow:
 
 
 def test_collate() -> None:
-    """Rows, images and targets of each sample move by what stands before it."""
+    """Rows, images and targets of each sample move by what is before it."""
     none = np.zeros((0, 3, 1, 1), dtype=np.uint8)
     images = np.arange(3 * 12, dtype=np.uint8).reshape(3, 3, 2, 2)
     made = [

@@ -120,7 +120,7 @@ def test_stream_refuses_what_does_not_fit_together() -> None:
 
 
 def test_sample_draws_never_change() -> None:
-    """Pinned, and of the sample alone: where in the stream it stands or who reads it makes no difference."""
+    """Pinned, and of the sample alone: its place in the stream or its reader makes no difference."""
     draw = sample_rng(42, SampleRef(5, "coco_vqa", 1, 2, 3))
     assert [draw(1000) for _ in range(4)] == [455, 637, 95, 916]
     draw = sample_rng(42, SampleRef(99, "coco_vqa", 1, 2, 3))

@@ -1,4 +1,4 @@
-"""The mirror of a run: what it keeps, that it waits for nobody, and that nothing there ends a run."""
+"""The mirror of a run: what it keeps, that nothing waits for it, and that nothing there ends a run."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""Visitors who leave: gradio's server logs a traceback for each, which says nothing that anybody could mend."""
+"""Clients that disconnect: gradio's server logs a traceback for each, although nothing is to be repaired."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Place:
         here = asyncio.get_running_loop()
 
         def send(message: Message) -> None:
-            with suppress(RuntimeError):  # the event loop is closed, so nobody waits for the message
+            with suppress(RuntimeError):  # the event loop is closed, so no client waits for the message
                 here.call_soon_threadsafe(messages.put_nowait, message)
 
         self._job = Job(row, send, lambda: self._vacate(self))

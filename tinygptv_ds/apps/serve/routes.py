@@ -116,7 +116,7 @@ def build_app(
         exception_handlers={
             RequestError: _request_error,
             HTTPException: _http_error,
-            ClientDisconnect: lambda *_: Response(status_code=499),  # nobody reads it
+            ClientDisconnect: lambda *_: Response(status_code=499),  # no client reads it
         },
         lifespan=lifespan,
     )

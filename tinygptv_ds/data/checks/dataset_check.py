@@ -57,7 +57,7 @@ class DatasetCheck:
         tally: what the samples that were looked at are like.
         narrowed: where some shards are there and others not: a folder that holds the former and no other shards.
         how_to_get: where the shards come from, if they are not all there.
-        sources: the dataset's own files below the root, likewise.
+        sources: the dataset's own files below the root, in the same way.
     """
 
     section: DatasetSection

@@ -73,7 +73,7 @@ def write_html(out: Path, previews: Sequence[Preview], *, title: str, recipe: Re
 <p>{escape(summary(recipe, source))}</p>
 <p class="legend"><span class="prompt">read</span><span class="target">target</span><span class="cut">cut off by
 text.max_txt_len or text.max_context_len</span><span class="image">an image's tokens</span>alternating shades separate
-tokens; boxes have the colour of their words</p>
+tokens; boxes have the color of their words</p>
 </header>
 <main>
 {cards}
@@ -109,8 +109,8 @@ def amounts(preview: Preview) -> str:
 
 def _style() -> str:
     themes = {
-        name: " ".join(f"--b{number}: {colour};" for number, colour in enumerate(colours))
-        for name, colours in (("light", LIGHT), ("dark", DARK))
+        name: " ".join(f"--b{number}: {color};" for number, color in enumerate(colors))
+        for name, colors in (("light", LIGHT), ("dark", DARK))
     }
     boxes = "".join(f".b{n} {{ color: var(--b{n}); stroke: var(--b{n}) }}\n" for n in range(len(LIGHT)))
     return _STYLE % themes + boxes

@@ -56,7 +56,7 @@ class Texts:
 
     Either `caption` is set, or `pairs` holds [question, answer], a last answer being None where there is none. `single`
     says that there is one pair that is no conversation, whose answer may be a list to draw from. `system` is a text to
-    stand in front of the first question. `images` are the values of images named within the texts; `order` holds the
+    are placed before the first question. `images` are the values of images named within the texts; `order` holds the
     numbers of numbered marks. `notes` name what was changed, for counting.
     """
 

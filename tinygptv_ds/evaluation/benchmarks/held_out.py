@@ -115,7 +115,7 @@ def _questions(
     kind: str, instruction: str | None, reader: ShardReader, tar: Shard, index: int, empty: list[str]
 ) -> Iterator[Question]:
     """Yield the questions of one sample; the keys of those with an empty true answer are added to `empty`."""
-    sample = reader.read(tar, index)  # with its images, whose number only reading them tells for certain
+    sample = reader.read(tar, index)  # with its images, whose number is certain only once they are read
     key, record, images = sample.key, sample.record, len(sample.images)
     try:
         turns = _turns(kind, record, images)

@@ -39,7 +39,7 @@ def _open_mirror(run: Run) -> Mirror | None:
 
 
 class Checkpoints(Callback):
-    """Saves the run every N steps or minutes, at its end, and when a signal tells any rank to stop.
+    """Saves the run every N steps or minutes, at its end, and when a signal asks any rank to stop.
 
     Settings: `train.checkpoint_every`, `train.checkpoint_minutes`, `train.keep_checkpoints`, `train.keep_every`,
     `train.deepspeed_checkpoints`, `train.mirror`. Metrics: with a mirror `mirror/step`, the newest step that is there,

@@ -61,7 +61,7 @@ class SkippedSamples(Callback):
             listed = "\n".join(f"  - {message}" for message in self._recent) or "  - (on other ranks; see above)"
             raise DataError(
                 f"{self._skipped} of {self._seen:.0f} samples could not be used ({self.summary()}), more than "
-                f"data.max_skipped_share ({self._max_share}) allows. Mend the data or raise the share. "
+                f"data.max_skipped_share ({self._max_share}) allows. Repair the data or raise the share. "
                 f"The last ones:\n{listed}"
             )
 

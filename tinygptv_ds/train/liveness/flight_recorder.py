@@ -20,7 +20,7 @@ from tinygptv_ds.train.liveness.stack_files import COLLECTIVES, FOLDER
 _ENTRIES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _PREFIX = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 _ON_TIMEOUT = ("TORCH_NCCL_DUMP_ON_TIMEOUT",)
-_KEPT = 2000  # collectives of a rank: some hundred steps, in less than 2 MB
+_KEPT = 2000  # collectives of a rank: a few hundred steps, in less than 2 MB
 _SECONDS = 5.0  # it asks CUDA how far collectives are, which may not answer
 
 

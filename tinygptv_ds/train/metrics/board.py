@@ -82,7 +82,7 @@ def open_board(folder: Path, purge_step: int | None) -> SummaryWriter:
 
     Args:
         folder: gets a file of events.
-        purge_step: TensorBoard shall forget what earlier files hold from this step on.
+        purge_step: from this step on, TensorBoard ignores what earlier files hold.
 
     Raises:
         ConfigError: the folder cannot be made, or written to at all.

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from tinygptv_ds.config.load import dotted_values
 from tinygptv_ds.train.trackers.tracker import TrackedRun
 
-# The package's own 7 attempts of 2 minutes each take longer than anybody waits for a server that is not there.
+# The package's own 7 attempts of 2 minutes each take too long where no server answers.
 _ATTEMPTS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 _LONGEST, _MOST = 500, 100  # characters of a parameter, parameters of a call: what every server takes
 

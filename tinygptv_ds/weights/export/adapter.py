@@ -19,7 +19,7 @@ from tinygptv_ds.weights.provenance import write_provenance
 from tinygptv_ds.weights.resolve import Resolved
 from tinygptv_ds.weights.safetensors_writer import write_file
 
-# What the published stages train next to LoRA: the projections and all of Phi's norms. peft saves modules whole, hence
+# What the published stages train next to LoRA: the projections and all of Phi's norms. peft saves modules whole, so
 # also the norms' biases, which no stage trains.
 _MODULES_TO_SAVE = (
     "llama_proj",
