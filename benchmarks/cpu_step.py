@@ -33,7 +33,8 @@ from tinygptv_ds.data.loader.batch import Batch, collate
 from tinygptv_ds.data.loader.sample import Sample
 from tinygptv_ds.data.stream.mixture import SampleRef
 from tinygptv_ds.models.configuration import PHI_2, TinyGPTVConfig
-from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
+from tinygptv_ds.models.loss import PackedOutput
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.processing.sequence import IGNORE, TokenRow
 from tinygptv_ds.train.transfer import model_inputs
 

@@ -1,5 +1,6 @@
 """What users of transformers do with the model: implementations of attention, caches, ways to generate, training."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,40 @@ def test_more_tokens(model: TinyGPTVForConditionalGeneration, tmp_path: Path) ->
     model.save_pretrained(tmp_path)
     again = TinyGPTVForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert torch.equal(generated(again, ONE), expected)
+
+
+def test_a_vocabulary_without_the_token_of_images_is_refused(model: TinyGPTVForConditionalGeneration) -> None:
+    """As `len(tokenizer)` may be, which is smaller than the embedding; nothing has changed then."""
+    expected = generated(model, ONE)
+    with pytest.raises(ValueError, match=r"the token of images is 19, so 20 rows are the least. There are 20 already"):
+        model.resize_token_embeddings(15)
+    assert torch.equal(generated(model, ONE), expected)
+    assert model.resize_token_embeddings(17, pad_to_multiple_of=8, mean_resizing=False).num_embeddings == 24
+
+
+def test_places_without_images_are_refused(model: TinyGPTVForConditionalGeneration) -> None:
+    """In generation and for a loss, where an image was forgotten; rows of text alone need none."""
+    ids = ONE["input_ids"]
+    for ask in (lambda: generated(model, {"input_ids": ids}), lambda: model(ids, labels=ids)):
+        with pytest.raises(ValueError, match="input_ids has 3 places for images, but there is no pixel_values"):
+            ask()
+    text = torch.tensor([[1, 2, 3]])
+    assert generated(model, {"input_ids": text}).shape == (1, 9) and model(text, labels=text).loss > 0
+
+
+def test_logits_of_some_positions(model: TinyGPTVForConditionalGeneration) -> None:
+    with torch.no_grad():
+        whole = model(**ONE).logits
+        for kept, expected in ((2, whole[:, -2:]), (torch.tensor([0, 5]), whole[:, [0, 5]])):
+            torch.testing.assert_close(model(**ONE, logits_to_keep=kept).logits, expected)
+
+
+def test_pickled_whole(model: TinyGPTVForConditionalGeneration) -> None:
+    """As `torch.save(model)` does, dropout included."""
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    assert torch.equal(generated(torch.load(saved, weights_only=False), ONE), generated(model, ONE))
 
 
 @pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device_map": "cpu"}, {"dtype": torch.bfloat16}])

@@ -186,6 +186,14 @@ def test_what_the_model_cannot_read(tokenizer: PreTrainedTokenizerBase, message:
         processor(tokenizer, TEMPLATES[0]).apply_chat_template([message, {"role": "user", "content": "x"}])
 
 
+@pytest.mark.parametrize("given", [{"tools": [{"type": "function"}]}, {"documents": [{"title": "a", "text": "b"}]}])
+def test_tools_and_documents_are_not_left_out_silently(tokenizer: PreTrainedTokenizerBase, given: dict) -> None:
+    ours, question = processor(tokenizer, TEMPLATES[0]), [{"role": "user", "content": "x"}]
+    with pytest.raises(TemplateError, match="tools and documents: the model was trained with images and text alone"):
+        ours.apply_chat_template(question, **given)
+    assert ours.apply_chat_template(question, **{name: [] for name in given}) == ours.apply_chat_template(question)
+
+
 def test_it_is_saved_and_can_be_replaced(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     ours = processor(tokenizer, TEMPLATES[0])
     ours.save_pretrained(tmp_path)

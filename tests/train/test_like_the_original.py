@@ -15,7 +15,7 @@ from tinygptv_ds.config.recipe import TextSection
 from tinygptv_ds.data.loader.dataset import MicroBatches
 from tinygptv_ds.data.loader.sample import Tokens
 from tinygptv_ds.data.stream.plan import open_stream
-from tinygptv_ds.models.tinygptv import PackedOutput
+from tinygptv_ds.models.loss import PackedOutput
 from tinygptv_ds.processing.sequence import ImageTokens, build_sequence
 from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG, Rendered, load_prompts
 from tinygptv_ds.train.recipe_warnings import recipe_warnings

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,15 @@ class TokenDropout(nn.Module):
         # In a region that is compiled as a whole, its operations are fused with those around them.
         drop = self._drop if torch.compiler.is_compiling() else kernel(self.p, x.device.type)
         return drop(x, keys.first[self.site], keys.second[self.site], keys.features[: x.shape[-1]])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle keeps: all but the function, which is made again."""
+        return {name: value for name, value in self.__dict__.items() if name != "_drop"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what pickle has kept."""
+        super().__setstate__(state)
+        self._drop = _drop_at(self.p)
 
     def extra_repr(self) -> str:
         """Return the settings, for `print(model)`."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from tinygptv_ds.models.configuration import TinyGPTVConfig
@@ -16,6 +16,13 @@ class ImageGenerationMixin(GenerationMixin):  # transformers looks for "Generati
     """Generation from rows with image positions, whose images go with the first step."""
 
     config: TinyGPTVConfig
+
+    def check_no_image_places(self, input_ids: Tensor | None) -> None:
+        """Raise ValueError where token ids without images have places for them; this waits for the device."""
+        if input_ids is not None and not torch.compiler.is_compiling():
+            places = int((input_ids == self.config.image_token_id).sum())
+            if places:
+                raise ValueError(f"input_ids has {places} places for images, but there is no pixel_values")
 
     def _expand_inputs_for_generation(
         self,
@@ -59,5 +66,20 @@ class ImageGenerationMixin(GenerationMixin):  # transformers looks for "Generati
             # With embeddings as the prompt, `input_ids` holds the new tokens alone.
             step["input_ids"] = input_ids[:, past:] if input_ids.shape[1] > past else input_ids[:, -1:]
         if past == 0:
+            if pixel_values is None and image_features is None:
+                self.check_no_image_places(step.get("input_ids"))
             step |= {"pixel_values": pixel_values, "image_features": image_features}
         return step | {"use_cache": True, "logits_to_keep": 1}
+
+
+def check_embedding_size(model: PreTrainedModel, tokens: int | None, multiple: int | None) -> None:
+    """Raise ValueError where an embedding of so many tokens, rounded up to a multiple, has none for images."""
+    if tokens is None:
+        return
+    least, size = model.config.image_token_id + 1, -(-tokens // (multiple or 1)) * (multiple or 1)
+    if size < least:
+        rows = model.config.text_config.vocab_size
+        raise ValueError(
+            f"resize_token_embeddings({tokens}): the token of images is {least - 1}, so {least} rows are the least. "
+            f"There are {rows} already, in which tokens that are added to the tokenizer have room without a resize"
+        )

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class PackedOutput(NamedTuple):
+    """The output of a packed forward pass, a tuple: to attach its backward hooks, ZeRO-3 looks into nothing else.
+
+    Attributes:
+        token_losses: fp32 `[K]`, cross entropy of each target token, in the order of the batch's `target_rows`.
+        anchor: a zero that depends on the projections, to be added to the loss: so every rank has a gradient for every
+            trained parameter, and all ranks' backward passes begin alike, whether a micro-batch has images or not.
+    """
+
+    token_losses: Tensor
+    anchor: Tensor
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ padded `[batch, length]` rows with an `attention_mask` and a cache. Both agree.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,9 @@ from tinygptv_ds.models.attention import choose_backend, fused_sdpa, make_layout
 from tinygptv_ds.models.auto_classes import NoSuchAutoModel
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 from tinygptv_ds.models.eva_vit import build_eva_vit, call_replaced_layers
-from tinygptv_ds.models.generation import ImageGenerationMixin
+from tinygptv_ds.models.generation import ImageGenerationMixin, check_embedding_size
 from tinygptv_ds.models.lora import LoRALinear
-from tinygptv_ds.models.loss import token_losses, with_loss
+from tinygptv_ds.models.loss import PackedOutput, token_losses, with_loss
 from tinygptv_ds.models.phi import PhiForCausalLM, RMSNorm
 from tinygptv_ds.models.precision import compute_dtype, own_autocast, own_dtype
 from tinygptv_ds.processing.image import IMAGE_MEAN, IMAGE_STD
@@ -40,19 +40,6 @@ from tinygptv_ds.processing.processor import TinyGPTVProcessor
 # MKL multiplies fewer rows (below 28 with up to 16 threads, measured) by other kernels, which round differently. The
 # published 32 queries are enough.
 _FEWEST_ROWS = 32
-
-
-class PackedOutput(NamedTuple):
-    """The output of a packed forward pass, a tuple: to attach its backward hooks, ZeRO-3 looks into nothing else.
-
-    Attributes:
-        token_losses: fp32 `[K]`, cross entropy of each target token, in the order of the batch's `target_rows`.
-        anchor: a zero that depends on the projections, to be added to the loss: so every rank has a gradient for every
-            trained parameter, and all ranks' backward passes begin alike, whether a micro-batch has images or not.
-    """
-
-    token_losses: Tensor
-    anchor: Tensor
 
 
 class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
@@ -127,6 +114,13 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
     def get_output_embeddings(self) -> nn.Linear:
         """Return the language-model head of Phi."""
         return self.language_model.lm_head
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resize embedding and head of Phi; ValueError where there would be no row for the token of images."""
+        check_embedding_size(self, new_num_tokens, pad_to_multiple_of)
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *_: Any, **__: Any) -> None:
         self.language_model.model.gradient_checkpointing = self.recompute_vit = enable
@@ -240,7 +234,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         embed_only: bool = False,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -267,7 +261,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             cache: keys and values of earlier tokens.
             past_key_values: the older name of `cache`.
             use_cache: keep keys and values for the next call.
-            logits_to_keep: logits of the last n positions only; 0 for all.
+            logits_to_keep: logits of the last n positions only, or of the positions int64 `[n]`; 0 for all.
             embed_only: padded only: end with the embeddings `[B, L, W]`; see `embed`.
             labels: int64 `[B, L]`, padded only: the output gets a `loss`; -100 where none is wanted.
             num_items_in_batch: what that loss is divided by instead of the number of its tokens.
@@ -295,6 +289,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             inputs_embeds = self._embeds(input_ids, pixel_values, image_features)
         if embed_only:
             return inputs_embeds
+        if labels is not None and pixel_values is None and image_features is None:
+            self.check_no_image_places(input_ids)
         kept = (past_key_values if cache is None else cache, use_cache, logits_to_keep)
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         states = {name: bool(getattr(self.config, name) if given is None else given) for name, given in wanted.items()}
@@ -366,7 +362,7 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
         position_ids: Tensor | None,
         cache: Cache | None,
         use_cache: bool | None,
-        logits_to_keep: int,
+        logits_to_keep: int | Tensor,
         dropout_keys: Tensor | None,
         states: dict[str, bool],
     ) -> CausalLMOutputWithPast:
@@ -374,7 +370,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             cache = DynamicCache(config=self.config.text_config)
         phi = self.language_model.model
         hidden = phi.padded(inputs_embeds, attention_mask, position_ids, cache, dropout_keys, **states)
-        logits = self.language_model.lm_head(hidden.last[:, -logits_to_keep:])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.language_model.lm_head(hidden.last[:, kept])
         attentions: Any = hidden.weights  # none of them is None
         output = CausalLMOutputWithPast(None, logits.float(), cache, hidden.all, attentions)
         # An attribute, not a field: TRL takes it from `base_model`, which is the model itself, and applies the head.

@@ -10,6 +10,9 @@ from tinygptv_ds.processing.text import IMAGE_PLACEHOLDER, IMAGE_TAG
 # images of a question come before its words. The targets of training, answers with the text that ends them, are marked
 # as generated, for `return_assistant_tokens_mask`.
 _JINJA = """\
+{%- if tools or documents -%}
+{{- raise_exception('tools and documents: the model was trained with images and text alone') -}}
+{%- endif -%}
 {%- set ns = namespace(question='', images=0, seen=0, asked=false, answer='', started=false, waiting='') -%}
 {%- set ns.system = SYSTEM -%}
 {%- for message in messages + [{'role': 'end', 'content': ''}] -%}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.log import LOGGER
-from tinygptv_ds.models.tinygptv import PackedOutput
+from tinygptv_ds.models.loss import PackedOutput
 from tinygptv_ds.train.engine import Engine
 from tinygptv_ds.train.flat_optimizer import FlatOptimizer
 from tinygptv_ds.train.micro_batch_loss import micro_batch_loss

@@ -22,9 +22,10 @@ from tinygptv_ds.dtypes import DTYPES
 from tinygptv_ds.log import held_prints, hold_library_output
 from tinygptv_ds.models.attention import choose_backend
 from tinygptv_ds.models.eva_vit import KEY_BIAS
+from tinygptv_ds.models.loss import PackedOutput
 from tinygptv_ds.models.parameters import weight_decay_groups
 from tinygptv_ds.models.phi import PhiModel
-from tinygptv_ds.models.tinygptv import PackedOutput, TinyGPTVForConditionalGeneration
+from tinygptv_ds.models.tinygptv import TinyGPTVForConditionalGeneration
 from tinygptv_ds.train.flat_optimizer import FlatOptimizer, gradient_norm
 from tinygptv_ds.train.loss_scale import LossScale
 from tinygptv_ds.train.metrics.stopwatch import Stopwatch

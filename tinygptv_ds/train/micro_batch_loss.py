@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tinygptv_ds.models.tinygptv import PackedOutput
+from tinygptv_ds.models.loss import PackedOutput
 
 
 def micro_batch_loss(output: PackedOutput, divisor: Tensor | None, *, count: int, world_size: int) -> Tensor:
