@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tinygptv_ds.cli import run_command
-from tinygptv_ds.processes import without_collections
+from tinygptv_ds.processes import without_garbage_collection
 from tinygptv_ds.train.setup.job import parse_job
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = parse_job(argv, Path(__file__).with_suffix(".yaml"))
 
     # torch is imported from here on: a mistake in recipe or options has been reported at once.
-    with without_collections():
+    with without_garbage_collection():
         from tinygptv_ds.data.stream.plan import open_stream
         from tinygptv_ds.features.verify import check_features
         from tinygptv_ds.models.parameters import lora, norms, projections, train_only

@@ -24,7 +24,7 @@ def own_rank() -> int:
 
 
 @contextlib.contextmanager
-def without_collections() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Import what stays: no garbage is collected meanwhile, and later collections pass over what is there by then.
 
     Of torch, transformers and DeepSpeed that is a million objects: to look through all of them again and again takes a
