@@ -24,7 +24,7 @@ _NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def cache_home() -> Path:
-    """The program's folder in the user's cache (``XDG_CACHE_HOME``, else ``~/.cache``), or a
+    """Return the program's folder in the user's cache (``XDG_CACHE_HOME``, else ``~/.cache``), or a
     temporary one of a user without home; it may not exist yet."""
     own = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -58,7 +58,7 @@ def check_is_file(path: Path) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into; it gets the name `out` when the block ends well, and is removed when it does not.
+    """Yield a folder to write into, which is renamed to `out` if the block succeeds, and removed if not.
 
     One that is already there stays until then and is replaced. A killed process leaves `out.partial`, which the next
     attempt removes.
@@ -87,7 +87,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(out: Path) -> Iterator[Path]:
-    """A path to write a file at; it gets the name `out` when the block ends well, and is removed when it does not."""
+    """Yield a path to write a file at, which is renamed to `out` if the block succeeds, and removed if not."""
     partial = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     remove(partial)
@@ -139,7 +139,7 @@ def sync(file: Path) -> None:
 
 
 def sync_open(descriptor: int) -> None:
-    """As `sync`, for an open file. A file system that cannot sync, as some of FUSE and SMB for folders, is no error."""
+    """Do as `sync` for an open file. A file system that cannot sync, as some FUSE and SMB for folders, is no error."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -148,7 +148,7 @@ def sync_open(descriptor: int) -> None:
 
 
 def sha256(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
-    """The hash of a file; `progress` is called with the number of bytes of each block."""
+    """Return the hash of a file; `progress` is called with the number of bytes of each block."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

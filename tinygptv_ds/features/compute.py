@@ -72,7 +72,7 @@ class FeatureJob:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the verb."""
+    """Add the arguments of the verb."""
     parser.epilog = "On several GPUs: torchrun --nproc-per-node 8 -m tinygptv_ds features RECIPE --out DIR"
     add_recipe_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets one folder for each dataset")
@@ -127,7 +127,7 @@ def _load_vision(recipe: Recipe, args: argparse.Namespace, ranks: Ranks) -> Feat
 
 
 def _make(section: DatasetSection, folder: Path, work: FeatureJob) -> None:
-    """The features of one dataset. Finished shards of the same vision path and sources are kept."""
+    """Compute the features of one dataset. Finished shards of the same vision path and sources are kept."""
     sources = expand_shards(section.shards, allow_pipe=section.name in work.data.allow_pipe)
     counts = count_samples(sources, open_cache(work.data))
     tars = [folder / tar_name(number) for number in range(len(sources))]

@@ -104,7 +104,7 @@ def refuse_stale(folder: Path, here: Mapping[str, Any]) -> None:
 
 
 def shards_of(section: DatasetSection, root: str | None, *, allow_pipe: bool = False) -> list[Shard]:
-    """The tars that a dataset is read from: its own, or those of its features below `root`.
+    """Return the tars that a dataset is read from: its own, or those of its features below `root`.
 
     Raises:
         DataError: a tar is missing or torn, the features are unfinished, or the dataset's own shards, where they are
@@ -127,17 +127,17 @@ def shards_of(section: DatasetSection, root: str | None, *, allow_pipe: bool = F
 
 
 def tar_name(number: int) -> str:
-    """The file of shard `number`."""
+    """Return the file of shard `number`."""
     return f"{number:05d}.tar"
 
 
 def source_of(tar: Shard, samples: int) -> dict[str, Any]:
-    """One entry of `FeatureNotes.sources`; of a remote shard the size is unknown."""
+    """Return one entry of `FeatureNotes.sources`; of a remote shard the size is unknown."""
     return {"name": tar.name, "bytes": _size(tar), "samples": samples}
 
 
 def read_notes(folder: Path) -> FeatureNotes:
-    """What `features.json` in this folder says.
+    """Read `features.json` of this folder.
 
     Raises:
         DataError: it is missing, damaged, or of another version of this program.
@@ -170,7 +170,7 @@ def _size(tar: Shard) -> int | None:
 
 
 def _same_sources(section: DatasetSection, folder: Path, notes: FeatureNotes, allow_pipe: bool) -> None:
-    """The images may have been removed to save space; where they are, they must be the same."""
+    """Check that images which are still there are the same; they may have been removed to save space."""
     try:
         tars = expand_shards(section.shards, allow_pipe=allow_pipe)
     except DataError:

@@ -273,7 +273,7 @@ def _heif_is_there() -> bool:
 
 
 def _animated(image: Image.Image) -> bool:
-    """Whether there is a second frame; one that comes after too many blocks does not count."""
+    """Return whether there is a second frame; one that comes after too many blocks does not count."""
     try:
         return getattr(image, "is_animated", False)
     except ImageError:

@@ -8,7 +8,7 @@ from tinygptv_ds.data.loader.batch import Batch
 
 
 def model_inputs(batch: Batch) -> dict:
-    """The keyword arguments of the model's packed forward."""
+    """Return the keyword arguments of the model's packed forward."""
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
@@ -35,7 +35,7 @@ class Transfer:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch on the device, to be used in the current stream."""
+        """Return the batch on the device, to be used in the current stream."""
         if self._stream is None:
             return batch.to(self._device)
         with torch.cuda.stream(self._stream):

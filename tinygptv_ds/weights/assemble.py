@@ -342,7 +342,7 @@ def _base_sources(
 
 
 def _has_kind(name: str, names: Collection[str]) -> bool:
-    """Whether any layer has this norm in `names`: then all layers must."""
+    """Return whether any layer has this norm in `names`: then all layers must."""
     return any(ADDED_NORMS.fullmatch(other) and in_layer(other) == in_layer(name) for other in names)
 
 

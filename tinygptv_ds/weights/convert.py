@@ -28,7 +28,7 @@ _TOKENIZER = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the verb."""
+    """Add the options of the verb."""
     parser.add_argument(
         "source",
         type=Path,

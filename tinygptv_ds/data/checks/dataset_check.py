@@ -101,7 +101,7 @@ def check_dataset(section: DatasetSection, scope: Scope) -> DatasetCheck:
 
 
 def _find(pattern: str, allow_pipe: bool) -> tuple[list[Shard], list[str], str | None]:
-    """(shards that are there, names that give none, what a run would say) for a recipe's `shards`."""
+    """Return (shards that are there, names that give none, what a run would say) for a recipe's `shards`."""
     try:
         return expand_shards(pattern, allow_pipe=allow_pipe), [], None
     except DataError as error:
@@ -135,7 +135,7 @@ def _folder_of(tars: Sequence[Shard]) -> str | None:
 
 
 def _count(tars: Sequence[Shard], cache: ShardCache) -> tuple[list[int], list[str]]:
-    """(samples of each shard, what is wrong with those that are no shard and count 0)."""
+    """Return (samples of each shard, what is wrong with those that are no shard and count 0)."""
     try:
         return count_samples(tars, cache), []
     except DataError:

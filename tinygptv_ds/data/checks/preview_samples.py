@@ -73,7 +73,7 @@ class Preview:
 def previews(
     stream: OpenStream, tokens: Tokens, *, first_step: int, number: int, datasets: Collection[str] = ()
 ) -> Iterator[Preview]:
-    """The first `number` samples from step `first_step` on, in the order of training; of `datasets` alone if given."""
+    """Return `number` samples from step `first_step` on, in the order of training; of `datasets` alone if given."""
     reader = ShardReader(cache=stream.cache)
     refs = (ref for step in count(first_step) for ref in stream.order.step(step))
     wanted = (ref for ref in refs if not datasets or ref.dataset in datasets)
@@ -82,7 +82,7 @@ def previews(
 
 
 def preview(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tokens) -> Preview:
-    """One sample, or the reason why it drops out."""
+    """Return one sample, or the reason why it drops out."""
     tar = stream.shards[ref.dataset][ref.shard]
     step = ref.position // stream.batch_size
     key = reader.key(tar, ref.index)
@@ -100,13 +100,13 @@ def preview(stream: OpenStream, reader: ShardReader, ref: SampleRef, tokens: Tok
 
 
 def _unlimited(tokens: Tokens) -> tuple[TextSection, TextSection]:
-    """The text section without the answers' limit, and without any."""
+    """Return the text section without the answers' limit, and without any."""
     answers = replace(tokens.text, max_txt_len=_ENDLESS)
     return answers, replace(answers, max_context_len=_ENDLESS)
 
 
 def kinds_of(kept: TokenRow, answers: TokenRow, whole: TokenRow, max_context_len: int) -> np.ndarray:
-    """ "prompt", "target" or "cut" for each token of `whole`: str `[T]`.
+    """Return "prompt", "target" or "cut" for each token of `whole`: str `[T]`.
 
     Args:
         kept: the row that is trained on, whose labels mark the targets.
@@ -122,7 +122,7 @@ def kinds_of(kept: TokenRow, answers: TokenRow, whole: TokenRow, max_context_len
 
 
 def _pieces(row: TokenRow, kinds: np.ndarray, tokens: Tokens) -> list[Piece]:
-    """The row in words, token by token; the rows of an image are one piece."""
+    """Return the row in words, token by token; the rows of an image are one piece."""
     image_of = dict(zip(row.image_rows.tolist(), (row.image_index // tokens.image.count).tolist(), strict=True))
     starts = np.flatnonzero(np.diff(row.position_ids) > 1) + 1  # a skipped position: a later question begins
     turn_of = np.searchsorted(starts, np.arange(len(row)), side="right").tolist()
@@ -144,7 +144,7 @@ def _pieces(row: TokenRow, kinds: np.ndarray, tokens: Tokens) -> list[Piece]:
 
 
 def _words(ids: list[tuple[int, int]], kind: str, tokens: Tokens) -> Iterator[Piece]:
-    """A piece a token; tokens that are parts of one character come together."""
+    """Return one piece for each token; tokens that are parts of one character share one."""
     waiting: list[int] = []
     for number, (place, token) in enumerate(ids):
         waiting.append(token)
@@ -177,7 +177,7 @@ def _with_boxes(pieces: list[Piece], images: int) -> tuple[list[Piece], list[tup
 
 
 def _split(piece: Piece, place: int, boxes: dict[FoundBox, int]) -> Iterator[Piece]:
-    """A piece that begins at character `place`, in parts that belong to one box or none."""
+    """Split a piece that begins at character `place` into parts that belong to one box or none."""
     inside = {edge - place for box in boxes for edge in (box.start, box.end)}
     edges = sorted({0, len(piece.text), *(edge for edge in inside if 0 < edge < len(piece.text))})
     for start, end in pairwise(edges):

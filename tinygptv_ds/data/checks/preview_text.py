@@ -15,7 +15,7 @@ _TRIED = 10  # samples of a dataset, where the first ones cannot be used
 
 
 def first_of_each(stream: OpenStream, tokens: Tokens) -> Iterator[Preview]:
-    """The first usable sample of every dataset in the order of training, or the first one's reason why it is not."""
+    """Return every dataset's first usable sample in the order of training, or why its first one cannot be used."""
     reader = ShardReader(cache=stream.cache)
     for name, order in stream.orders.items():
         numbers = range(min(_TRIED, len(order)))

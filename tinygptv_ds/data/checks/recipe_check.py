@@ -61,13 +61,13 @@ def check_data(recipe: Recipe, scope: Scope) -> Check:
 
 
 def _skipped_share(checks: Sequence[DatasetCheck]) -> float:
-    """Of the samples of a mixture, those that are expected to drop out."""
+    """Return the share of a mixture's samples that is expected to drop out."""
     weights = sum(check.section.weight for check in checks)
     return sum(check.section.weight * check.tally.unusable_share for check in checks) / weights if checks else 0.0
 
 
 def _too_broken(checks: Sequence[DatasetCheck], allowed: float) -> set[DatasetSection]:
-    """Where more than the allowed share of the mixture would drop out: the datasets with more than that share."""
+    """Return the datasets with more than the allowed share of bad samples, if the mixture has more than that."""
     if _skipped_share(checks) <= allowed:
         return set()
     return {check.section for check in checks if check.tally.unusable_share > allowed}

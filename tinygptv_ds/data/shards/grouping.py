@@ -21,7 +21,7 @@ _NO_SAMPLES = ("Thumbs.db", "desktop.ini")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, suffix) of a member's name, or None for a name that belongs to no sample.
+    """Return (key, suffix) of a member's name, or None for a name that belongs to no sample.
 
     These are names that begin with a dot (among them AppleDouble's ``._x.jpg``), those in hidden folders, in
     ``__MACOSX`` or in ``PaxHeaders``, and files of Windows' Explorer.

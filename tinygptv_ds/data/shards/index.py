@@ -54,7 +54,7 @@ class IndexHeader(NamedTuple):
 
 
 def header_of(start: bytes) -> IndexHeader | None:
-    """The header at the start of an index file, or None if it is none or damaged."""
+    """Return the header at the start of an index file, or None if it is none or damaged."""
     if len(start) < HEADER_BYTES or _HEADER_CRC.unpack_from(start, _HEADER.size)[0] != zlib.crc32(
         start[: _HEADER.size]
     ):
@@ -97,18 +97,18 @@ class ShardIndex:
         return self._suffixes
 
     def key(self, index: int) -> str:
-        """The key of sample `index`, 0 <= index < len(self)."""
+        """Return the key of sample `index`, 0 <= index < len(self)."""
         return self._keys[self._key_ends[index] : self._key_ends[index + 1]].decode(errors="replace")
 
     def members(self, index: int) -> tuple[Member, ...]:
-        """The members of sample `index` in the order of the tar."""
+        """Return the members of sample `index` in the order of the tar."""
         rows = range(int(self._member_ends[index]), int(self._member_ends[index + 1]))
         return tuple(
             Member(self._suffixes[self._suffix_of[i]], int(self._offsets[i]), int(self._sizes[i])) for i in rows
         )
 
     def to_bytes(self, tar_state: tuple[int, int]) -> bytes:
-        """The index file: a header that alone holds the count, then the arrays. `tar_state` is (size, mtime in ns)."""
+        """Return the index file: a header, which has the count, and the arrays. `tar_state` is (size, mtime in ns)."""
         suffixes = "\n".join(self._suffixes).encode()
         arrays = (self._key_ends, self._member_ends, self._suffix_of, self._offsets, self._sizes, self.lengths)
         body = struct.pack("<II", len(suffixes), len(self._keys)) + suffixes + self._keys
@@ -120,7 +120,7 @@ class ShardIndex:
 
     @classmethod
     def from_bytes(cls, data: bytes | mmap.mmap) -> Self:
-        """The inverse of `to_bytes`, on `data` as it is. Raises ValueError if it is torn or contradicts itself."""
+        """Read what `to_bytes` returns, without a copy. Raises ValueError if it is torn or contradicts itself."""
         header, body = header_of(data[:HEADER_BYTES]), memoryview(data)[HEADER_BYTES:]
         if header is None or not 8 <= len(body) == header.body_bytes or zlib.crc32(body) != header.body_crc:
             raise ValueError("torn index file")
@@ -161,7 +161,7 @@ class ShardIndex:
         return not len(starts) or all(map(np.all, has))
 
     def _check(self) -> None:
-        """An index may come from elsewhere, and its checksum alone does not make it consistent."""
+        """Check an index, which may come from elsewhere and whose checksum alone does not make it consistent."""
         for ends, total in ((self._key_ends, len(self._keys)), (self._member_ends, len(self._offsets))):
             if ends[0] != 0 or ends[-1] != total or np.any(ends[1:] < ends[:-1]):
                 raise ValueError("inconsistent index file")
@@ -180,7 +180,7 @@ def sample_count(tar: Path) -> int:
 
 
 def sample_counts(tars: Sequence[Path], workers: int | None = None) -> list[int]:
-    """`sample_count` of every tar. Missing indexes are built first (about a second per 10,000 samples), with a
+    """Return `sample_count` of every tar. Missing indexes are built first (about a second per 10,000 samples), with a
     progress bar and, from some number on, in `workers` processes (default: one per core).
     """
     counts = [stored_count(tar) for tar in tars]
@@ -201,7 +201,7 @@ def stored_count(tar: Path) -> int | None:
 
 
 def load_index(tar: Path) -> ShardIndex:
-    """The index of `tar`, built first if it is missing, torn or older than the tar."""
+    """Return the index of `tar`, built first if it is missing, torn or older than the tar."""
     return STORAGE.call(str(tar), lambda: _load_index(tar))
 
 
@@ -214,7 +214,7 @@ def _load_index(tar: Path) -> ShardIndex:
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    """A file's content, of which all processes of a node share the one copy in memory."""
+    """Map a file's content, of which all processes of a node share one copy in memory."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -279,7 +279,7 @@ def _content(file: BinaryIO, member: Member) -> bytes:
 
 
 def measure(tar: Path, samples: Sequence[Sequence[Member]]) -> np.ndarray:
-    """`ShardIndex.lengths` of the samples with these members; a record that cannot be read counts as empty."""
+    """Return `ShardIndex.lengths` of the samples with these members; a record that cannot be read counts as empty."""
     lengths = np.zeros((len(samples), 3), dtype=np.uint16)
     with tar.open("rb") as file:
         content = partial(_content, file)
@@ -317,7 +317,7 @@ def _index_paths(tar: Path) -> Iterator[Path]:
 
 
 def _read_header(path: Path, tar_state: tuple[int, int]) -> IndexHeader | None:
-    """The header, or None if there is none or it describes another state of the tar."""
+    """Return the header, or None if there is none or it describes another state of the tar."""
     try:
         with path.open("rb") as file:
             header = header_of(file.read(HEADER_BYTES))

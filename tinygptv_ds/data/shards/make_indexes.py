@@ -37,4 +37,5 @@ def run(args: argparse.Namespace) -> None:
             f"{without[0]} and {len(without) - 1} more: their folder cannot be written, so the indexes went to this "
             "user's cache only; run this where the folder can be written"
         )
-    print(f"{len(tars)} shards with {samples:,} samples, each with its index next to it")
+    shards = "1 shard" if len(tars) == 1 else f"{len(tars):,} shards"
+    print(f"{shards} with {samples:,} samples; indexes are next to the tars")

@@ -41,7 +41,7 @@ class _DamageError(Exception):
 
 
 def scan_tar(tar: Path) -> list[tuple[str, list[Member]]]:
-    """(key, members) of every sample of `tar`, in its order (see grouping.py).
+    """Yield (key, members) of every sample of `tar`, in its order (see grouping.py).
 
     A tar that is cut short gives the complete samples before the cut, with a warning. Links, devices and sparse files
     are no members, except links that are images: they represent the file in the tar that they point to, or, if there is
@@ -138,7 +138,7 @@ def _no_tar(tar: Path) -> str:
 
 
 def bad_end(tar: Path, after: int) -> str | None:
-    """What is wrong with `tar` from byte `after` on, where one of its members ends; None: it ends as it should.
+    """Return what is wrong with `tar` from byte `after` on, where one of its members ends; None if nothing is.
 
     What `scan_tar` warns of when an index is built can be reported again from the index, without a new scan.
     """
@@ -155,7 +155,7 @@ def bad_end(tar: Path, after: int) -> str | None:
 
 
 def _headers(file: int, size: int, at: int = 0) -> Iterator[_Header]:
-    """Every entry of a tar of `size` bytes from byte `at` on, by POSIX's and GNU's rules.
+    """Yield every entry of a tar of `size` bytes from byte `at` on, by POSIX's and GNU's rules.
 
     Not by the standard library's tarfile: it believes what a header claims, to the point of endless loops, and takes
     several times as long. Raises _DamageError unless the tar ends as it should.

@@ -21,7 +21,7 @@ _AT_ONCE = 32  # shards
 
 
 def absent(data: DataSection) -> dict[DatasetSection, str]:
-    """The datasets whose shards are not all there, or are no tars, each with what is wrong and how to get it.
+    """Return the datasets whose shards are not all there, or are no tars, each with what is wrong and how to get it.
 
     Remote shards are only looked for where a folder or wildcard names them, and nothing is fetched. Of the others the
     first block is read, many at a time, as each may take a network file system some milliseconds.
@@ -65,7 +65,7 @@ def _problem(tar: Path) -> str | None:
 
 
 def options_without(data: DataSection, away: Collection[DatasetSection]) -> list[str] | None:
-    """The options with which a stage does without the datasets in `away`, quoted for a shell.
+    """Return the options with which a stage does without the datasets in `away`, quoted for a shell.
 
     An empty list if it uses none of them, None if no training dataset would be left.
     """

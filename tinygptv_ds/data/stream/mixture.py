@@ -52,12 +52,12 @@ class Mixture:
         return self._names
 
     def locate(self, position: int) -> tuple[str, int]:
-        """(dataset, number k of its draw) at `position`; the draws of a dataset come in the order k = 0, 1, ..."""
+        """Return (dataset, number k of its draw) at `position`; a dataset's draws come in the order k = 0, 1, ..."""
         which, k = self.deal(position, 1)
         return self._names[which[0]], int(k[0])
 
     def deal(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(dataset number, number k of its draw), int64 [count] each, of the positions from `first` on."""
+        """Return (dataset number, number k of its draw), int64 [count] each, of the positions from `first` on."""
         if len(self._names) == 1:
             return np.zeros(count, dtype=np.int64), np.arange(first, first + count)
         counts = np.array(self._counts)
@@ -70,14 +70,14 @@ class Mixture:
         return np.concatenate([which for which, _ in parts]), np.concatenate([k for _, k in parts])
 
     def position_of(self, name: str, k: int) -> int:
-        """The inverse of `locate`."""
+        """Return the position at which `locate` gives this draw."""
         number = self._names.index(name)
         cycle, occurrence = divmod(k, self._counts[number])
         which, _ = self._arrangement(cycle)
         return cycle * self.cycle + int(np.flatnonzero(which == number)[occurrence])
 
     def _arrangement(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """(dataset number [C], how often it has occurred in the cycle before [C]) for the slots of a cycle."""
+        """Return (dataset number [C], how often it has occurred in the cycle before [C]) for the slots of a cycle."""
         if self._cached is None or self._cached[0] != cycle:
             which = self._slots[permutation(self.cycle, (self._seed, "mixture", cycle))]
             by_dataset = np.argsort(which, kind="stable")
@@ -130,11 +130,11 @@ class Stream:
         self._homogeneous = homogeneous
 
     def step(self, t: int) -> list[SampleRef]:
-        """The `batch_size` samples of step `t`, 0 <= t."""
+        """Return the `batch_size` samples of step `t`, 0 <= t."""
         return self.samples(t).refs()
 
     def samples(self, t: int) -> StepSamples:
-        """`step` as arrays."""
+        """Return `step` as arrays."""
         size = self._batch_size
         first = t * size
         if self._homogeneous:
@@ -166,7 +166,7 @@ class Stream:
 
 
 def sample_rng(seed: int, ref: SampleRef) -> Callable[[int], int]:
-    """A `draw(n)` that gives uniform integers in [0, n), the same sequence whenever the sample is read in that epoch.
+    """Return a `draw(n)` of uniform integers in [0, n), in the same sequence whenever the sample is read in that epoch.
 
     Depends on neither the position in the stream nor on who reads it.
     """
@@ -174,7 +174,7 @@ def sample_rng(seed: int, ref: SampleRef) -> Callable[[int], int]:
 
 
 def step_rng(seed: int, step: int) -> Callable[[int], int]:
-    """As `sample_rng`, the same for all samples of a step."""
+    """Return a `draw(n)` as `sample_rng` does, the same for all samples of a step."""
     return _draws(seed, "step", step)
 
 
@@ -206,7 +206,7 @@ def _integer_shares(weights: Mapping[str, int | float | str]) -> list[int]:
 
 
 def _exact(name: str, weight: float | str) -> Fraction:
-    """The weight as it is written: 0.1 is one tenth."""
+    """Return the weight as it is written: 0.1 is one tenth."""
     try:
         fraction = Fraction(str(weight))
     except (ValueError, ZeroDivisionError):

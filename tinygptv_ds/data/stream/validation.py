@@ -31,18 +31,18 @@ class FixedSamples:
         return -(-len(self.whole) // self.portion)
 
     def samples(self, t: int) -> StepSamples:
-        """Those of portion `t`."""
+        """Return the samples of portion `t`."""
         part = slice(t * self.portion, (t + 1) * self.portion)
         columns = (getattr(self.whole, name)[part] for name in ("position", "dataset", "epoch", "shard", "index"))
         return StepSamples(self.whole.names, *columns)
 
     def step(self, t: int) -> list[SampleRef]:
-        """`samples` one by one."""
+        """Return `samples` one by one."""
         return self.samples(t).refs()
 
 
 def validation_stream(recipe: Recipe) -> OpenStream | None:
-    """The validation datasets, or what is held out of the training's; None where a recipe has neither.
+    """Return the stream of the validation datasets, or of what is held out of the training's; None for neither.
 
     Its order is a `FixedSamples` with `train.validation_samples` of each dataset, or as many as there are.
     """
@@ -54,7 +54,7 @@ def validation_stream(recipe: Recipe) -> OpenStream | None:
 
 
 def _first(orders: Mapping[str, DatasetOrder], count: int) -> StepSamples:
-    """The first `count` draws of each dataset."""
+    """Return the first `count` draws of each dataset."""
     counts = [min(count, len(order)) for order in orders.values()]
     draws = [order.draws(0, n) for order, n in zip(orders.values(), counts, strict=True)]
     columns = (np.concatenate(arrays) for arrays in zip(*draws, strict=True))

@@ -112,7 +112,7 @@ class Job:
 
 
 def stage_parser(recipe: Path) -> argparse.ArgumentParser:
-    """The options of a stage script whose default recipe is `recipe`."""
+    """Return the parser of a stage script whose default recipe is `recipe`."""
     script = f"launch/{recipe.stem}.sh"
     parser = argparse.ArgumentParser(
         prog=script,
@@ -255,7 +255,7 @@ def default_deepspeed_json() -> Path:
 
 
 def has_gpu() -> bool:
-    """Whether the driver shows a GPU, and the environment does not hide it."""
+    """Return whether the driver shows a GPU, and the environment does not hide it."""
     if gpus_are_hidden():
         return False
     return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()

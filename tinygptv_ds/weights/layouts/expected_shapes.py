@@ -89,7 +89,7 @@ def _trained(source: Source, shapes: Shapes) -> Shapes:
 
 
 def _norm_bias(name: str, given: Shapes) -> bool:
-    """Whether this is the bias of a norm, and in the file: no stage trains it, but peft saves norms whole."""
+    """Return whether this is the bias of a norm, and in the file: no stage trains it, but peft saves norms whole."""
     return name in given and norms(name.removesuffix(".bias") + ".weight")
 
 
