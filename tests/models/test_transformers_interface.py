@@ -228,6 +228,16 @@ def test_places_without_images_are_refused(model: TinyGPTVForConditionalGenerati
     assert generated(model, {"input_ids": text}).shape == (1, 9) and model(text, labels=text).loss > 0
 
 
+def test_raw_pixels_as_floats_are_refused(model: TinyGPTVForConditionalGeneration) -> None:
+    """As `pixel_values.to(torch.bfloat16)` makes them of what the processor returns; normalized ones are taken."""
+    raw = ONE | {"pixel_values": ONE["pixel_values"].float()}
+    for ask in (lambda: generated(model, raw), lambda: model(**raw, labels=ONE["input_ids"])):
+        with pytest.raises(ValueError, match="pixel_values: floats must be normalized; leave the uint8"):
+            ask()
+    normalized = ONE | {"pixel_values": model.normalize(ONE["pixel_values"])}
+    assert torch.equal(generated(model, normalized), generated(model, ONE))
+
+
 def test_logits_of_some_positions(model: TinyGPTVForConditionalGeneration) -> None:
     with torch.no_grad():
         whole = model(**ONE).logits

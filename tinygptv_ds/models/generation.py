@@ -11,15 +11,26 @@ from transformers.cache_utils import Cache
 
 from tinygptv_ds.models.configuration import TinyGPTVConfig
 
+_HIGHEST_PIXEL = 10  # normalized ones are at most 2.2
+
 
 class ImageGenerationMixin(GenerationMixin):  # transformers looks for "GenerationMixin" in the names of a model's bases
     """Generation from rows with image positions, whose images go with the first step."""
 
     config: TinyGPTVConfig
 
-    def check_no_image_places(self, input_ids: Tensor | None) -> None:
-        """Raise ValueError where token ids without images have places for them; this waits for the device."""
-        if input_ids is not None and not torch.compiler.is_compiling():
+    def check_images(
+        self, input_ids: Tensor | None, pixel_values: Tensor | None, image_features: Tensor | None
+    ) -> None:
+        """Raise ValueError where images are missing, or are pixels of 0 to 255 as floats; this waits for the device."""
+        if torch.compiler.is_compiling():
+            return
+        if pixel_values is not None:
+            if pixel_values.is_floating_point() and bool((pixel_values > _HIGHEST_PIXEL).any()):
+                raise ValueError(
+                    "pixel_values: floats must be normalized; leave the uint8 of the processor as they are"
+                )
+        elif image_features is None and input_ids is not None:
             places = int((input_ids == self.config.image_token_id).sum())
             if places:
                 raise ValueError(f"input_ids has {places} places for images, but there is no pixel_values")
@@ -66,8 +77,7 @@ class ImageGenerationMixin(GenerationMixin):  # transformers looks for "Generati
             # With embeddings as the prompt, `input_ids` holds the new tokens alone.
             step["input_ids"] = input_ids[:, past:] if input_ids.shape[1] > past else input_ids[:, -1:]
         if past == 0:
-            if pixel_values is None and image_features is None:
-                self.check_no_image_places(step.get("input_ids"))
+            self.check_images(step.get("input_ids"), pixel_values, image_features)
             step |= {"pixel_values": pixel_values, "image_features": image_features}
         return step | {"use_cache": True, "logits_to_keep": 1}
 

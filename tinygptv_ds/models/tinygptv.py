@@ -289,8 +289,8 @@ class TinyGPTVForConditionalGeneration(PreTrainedModel, ImageGenerationMixin):
             inputs_embeds = self._embeds(input_ids, pixel_values, image_features)
         if embed_only:
             return inputs_embeds
-        if labels is not None and pixel_values is None and image_features is None:
-            self.check_no_image_places(input_ids)
+        if labels is not None:
+            self.check_images(input_ids, pixel_values, image_features)
         kept = (past_key_values if cache is None else cache, use_cache, logits_to_keep)
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         states = {name: bool(getattr(self.config, name) if given is None else given) for name, given in wanted.items()}
