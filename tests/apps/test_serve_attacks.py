@@ -1,4 +1,4 @@
-"""Requests made to do harm: each is a 4xx in the form of OpenAI's API, in bounded time and memory."""
+"""Malicious requests: each is a 4xx in the form of OpenAI's API, in bounded time and memory."""
 
 import base64
 import gzip

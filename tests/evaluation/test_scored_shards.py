@@ -179,7 +179,7 @@ def test_limits_count_questions_and_empty_answers_are_left_out(
     assert [question.key.split("/", 1)[1] for question in read_held_out("vqa", shards, 2)] == ["000/1", "000/2"]
     assert len(read_held_out("vqa", shards)) == 4
     assert "1 question(s) without a true answer are left out, e.g. " in caplog.text
-    with pytest.raises(DataError, match=r"no question to ask in 1 sample"):
+    with pytest.raises(DataError, match=r"no question in 1 sample"):
         read_held_out("vqa", shard(({"text": "a", "answer": ""}, 1)))
 
 

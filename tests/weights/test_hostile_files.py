@@ -1,4 +1,4 @@
-"""Files made to do harm: each is an error of one line, in bounded time and memory, and none of their code runs."""
+"""Malicious files: each is an error of one line, in bounded time and memory, and none of their code runs."""
 
 import json
 import math

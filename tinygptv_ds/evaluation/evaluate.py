@@ -48,7 +48,7 @@ def evaluate(args: argparse.Namespace, kind: str, benchmarks: Sequence[str] = ()
     """
     settings = Settings(args.template, args.max_new_tokens, args.batch_size, args.add_bos_token)
     if args.limit is not None and args.limit < 1:
-        raise ConfigError(f"--limit {args.limit}: there is nothing to ask")
+        raise ConfigError(f"--limit {args.limit}: no question is left")
     if args.shards is not None and args.template == BENCHMARK:
         raise ConfigError("--template benchmark: held-out shards have no template of a benchmark")
     tasks = open_tasks(args, kind, benchmarks)

@@ -191,7 +191,7 @@ def _begin(folder: Path, notes: FeatureNotes) -> None:
         for number, size in enumerate(there.shard_bytes):
             tar = folder / tar_name(number)
             if tar.is_file() and tar.stat().st_size != size:
-                LOGGER.warning("%s is torn and made again", tar)
+                LOGGER.warning("%s is incomplete and is computed again", tar)
                 tar.unlink()
     write_notes(folder, notes)
 

@@ -36,7 +36,7 @@ def print_end(job: Job, data: Data, progress: Progress) -> None:
     for name in scores_of(after):
         print(f"{name:<24}{before.get(name, float('nan')):>10.2f}{after[name]:>10.2f}")
     count = after.get("questions", data.held_out_samples)
-    few = "; so few say little, judge by the answers, too" if count < 50 else ""
+    few = "; with so few the score is uncertain, so read the answers, too" if count < 50 else ""
     print(f"of {count} questions{few}: {job.scores('after').with_suffix('')}")
     print(f"trained in {progress.seconds('train'):.0f} s; curves: tensorboard --logdir {shlex.quote(str(job.run_dir))}")
     shown = example(data, job.work)

@@ -148,7 +148,7 @@ def _map_tensors(content: Any, stored: Callable[[Tensor], Stored], path: Path) -
         left -= 1
         if depth > _MAX_DEPTH or left < 0:
             what = f"nested more than {_MAX_DEPTH} deep" if left >= 0 else f"of more than {_MAX_VALUES:,} values"
-            raise WeightsError(f"{path}: its content is {what}, so it is no file of weights, or made to do harm")
+            raise WeightsError(f"{path}: its content is {what}, so it is no file of weights, or a malicious one")
         if type(value) in (list, tuple):
             return type(value)([mapped(item, depth + 1) for item in value])
         if isinstance(value, dict):
@@ -171,7 +171,7 @@ def _in_file(path: Path, fake: Tensor) -> Stored:
         raise WeightsError(
             f"{path}: a tensor of shape {list(shape)} in {str(fake.dtype).removeprefix('torch.')} claims "
             f"{fake.numel() * item:,} bytes from position {offset:,}, but the file has {size:,}; it is cut short or "
-            "made to do harm: download or copy it again"
+            "malicious: download or copy it again"
         )
     values = partial(read_values, path, offset, fake.dtype)
     flat = values if fake.is_contiguous() else None

@@ -168,7 +168,9 @@ class Endpoints:
 
     async def _answer(self, request: Request, began: float) -> Response:
         if self.draining:
-            raise RequestError("the server is about to end: ask another one", status=503, code="draining")
+            raise RequestError(
+                "the server is shutting down; send the request to another one", status=503, code="draining"
+            )
         async with self._bodies.receive(request) as body:
             parsed = await asyncio.to_thread(parse_request, body, self._texts, strict=self._strict)
         if parsed.model != self._answerer.name:

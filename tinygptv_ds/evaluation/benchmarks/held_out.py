@@ -107,7 +107,7 @@ def read_held_out(kind: str, shards: str, limit: int | None = None, instruction:
     if empty:
         LOGGER.warning("%s: %d question(s) without a true answer are left out, e.g. %s", shards, len(empty), empty[0])
     if not questions:
-        raise DataError(f"{shards}: there is no question to ask in {len(places)} sample(s)")
+        raise DataError(f"{shards}: no question in {len(places)} sample(s)")
     return questions
 
 

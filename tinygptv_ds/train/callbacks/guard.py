@@ -84,7 +84,7 @@ class Guard(Callback):
         totals, found = record.totals, 0
         for step, loss, targets in totals.steps:
             if not targets:
-                LOGGER.warning("step %d had no target token on any rank: nothing but decay moved a weight", step + 1)
+                LOGGER.warning("step %d had no target token on any rank: only weight decay changed weights", step + 1)
             elif (score := self._spikes.score(loss)) > SPIKE:
                 found += 1
                 worst = _highest(self._sample_losses(step, totals.recent))

@@ -52,7 +52,7 @@ class Channel:
                 raise ConfigError(
                     f"rank {self._ranks.rank} on {socket.gethostname()} does not reach rank 0 at {host}, port "
                     f"{address['port']} ({error}): allow any port between the hosts, which the collectives need "
-                    "as well; --set train.lost_after_seconds=0 does without this connection, and then a lost rank "
+                    "as well; --set train.lost_after_seconds=0 trains without this connection, but then a lost rank "
                     "is noticed by time-outs only"
                 ) from error
             # Now, not in the event loop: whatever ends this process from here on, rank 0 knows whose connection closes.
