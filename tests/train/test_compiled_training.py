@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,13 @@ ZERO_3 = {"zero_optimization": {"stage": 3}, "gradient_clipping": 0.0}
 
 
 def cache_in(cache: Path) -> None:
-    """Have a rank keep compiled code there, and nowhere else; it compiles by itself, without processes for it."""
+    """Have a rank keep compiled code there, and nowhere else; it compiles by itself, without processes for it.
+
+    One rank shows that kernels are generated and compiled; the other one's graphs run operation by operation.
+    """
     torch._inductor.config.compile_threads = 1
+    if os.environ["RANK"] != "0":
+        torch.compile = partial(torch.compile, backend="aot_eager")
     os.environ["XDG_CACHE_HOME"] = str(cache)
     os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
 
