@@ -321,6 +321,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``prepare``."""
     parser.add_argument(
         "name",
+        metavar="NAME",
         help="'digits' (embedded), a published dataset, or your own as llava, jsonl or caption-folder",
     )
     parser.add_argument("--root", type=Path, default=Path(), metavar="DIR", help="folder with the dataset's own files")
