@@ -152,11 +152,11 @@ def _check_docstrings() -> None:
 
 
 def _end_with_error(message: str) -> NoReturn:
-    if own_rank() != 0:
+    rank = own_rank()
+    if rank != 0:
         time.sleep(5)  # until the launcher ends this process, because rank 0 has printed the same and exited
-    if (
-        own_rank() == 0 or os.environ.get("LOCAL_RANK", "0") == "0"
-    ):  # also where RANK is left over, and no rank 0 exists
+    # Else nothing would be printed on a node without rank 0, or where RANK is left over and no rank 0 exists.
+    if rank == 0 or os.environ.get("LOCAL_RANK", "0") == "0":
         print_to_stderr(f"error: {message}")
     # Threads of the process group or of the loader must neither delay the exit nor print during it.
     with contextlib.suppress(OSError):

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from tinygptv_ds import errors
-from tinygptv_ds.processes import usable_cores
+from tinygptv_ds.processes import number_in_env, usable_cores
 
 _BARRIER_TIMEOUT = timedelta(days=30)  # a rank that has finished its share may wait long for the others
 _Value = TypeVar("_Value")
@@ -63,12 +63,13 @@ def ranks_from_env() -> Ranks:
 
 
 def _number(name: str, default: int) -> int:
-    text = os.environ.get(name) or str(default)
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
+    if not (text := os.environ.get(name)):
+        return default
+    if (number := number_in_env(name)) is None:
         raise errors.ConfigError(
             f"the environment variable {name} is {errors.shown(text)}, no number; a launcher sets it: unset it"
         )
-    return int(text)
+    return number
 
 
 def free_port() -> int:

@@ -17,10 +17,15 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _RSS = 21  # the field of resident pages, counted as in `_stat`
 
 
+def number_in_env(name: str) -> int | None:
+    """Return the number that an environment variable holds, as launchers set them; None where it holds none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
 def own_rank() -> int:
     """Return which rank of a launcher this process is, for messages; 0 where there is no launcher, or no number."""
-    rank = os.environ.get("RANK", "")
-    return int(rank) if rank.isascii() and rank.isdigit() and len(rank) < 10 else 0
+    return number_in_env("RANK") or 0
 
 
 @contextlib.contextmanager

@@ -14,11 +14,9 @@ from types import FrameType
 
 from tinygptv_ds.console import print_to_stderr
 from tinygptv_ds.processes import EXIT_CODE_FILE, children_of, group_members, has_word, is_suspended
-from tinygptv_ds.train.liveness.launchers import LOST, PER_NODE
+from tinygptv_ds.train.liveness.launchers import AS_SIGTERM, LOST, PER_NODE
 
 _STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_AS_SIGTERM = (signal.SIGHUP, signal.SIGXCPU)
-_OF_TERMINAL = (signal.SIGTSTP, signal.SIGTTOU)
 _PATIENCE = 600.0  # seconds that ranks get to save after their launcher has ended
 _SECONDS_TO_SUSPEND = 5.0  # for ranks; one in a long call of a library hears of a signal only after it
 _POLL = 0.2
@@ -83,14 +81,12 @@ class Supervisor:
     def run(self) -> int:
         """Return the exit code of the ranks, in the terms of docs/train/resume.md."""
         noted = _empty_file()
-        before = {number: signal.getsignal(number) for number in (*_STOPS, *_AS_SIGTERM, *_OF_TERMINAL)}
-        # Else a terminal with "stty tostop" would stop the ranks, which are not in its foreground, as they print.
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        before = {number: signal.getsignal(number) for number in (*_STOPS, *AS_SIGTERM, signal.SIGTSTP)}
         for number, handler in before.items():
-            if (
-                number != signal.SIGTTOU and handler is not signal.SIG_IGN
-            ):  # e.g. by nohup, or in the background of a script
+            if handler is not signal.SIG_IGN:  # e.g. by nohup, or in the background of a script
                 signal.signal(number, self._record)
+        # Else a terminal with "stty tostop" would stop the ranks, which are not in its foreground, as they print.
+        before[signal.SIGTTOU] = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         try:
             env = {**self._env, **({} if noted is None else {EXIT_CODE_FILE: str(noted)})}
             self._process = subprocess.Popen(
@@ -117,8 +113,8 @@ class Supervisor:
                 self._suspend()
             elif self.stopped_by == number == signal.SIGINT:
                 self._kill()
-            elif number in (*_STOPS, *_AS_SIGTERM):
-                number = signal.SIGTERM if number in _AS_SIGTERM else number
+            elif number in (*_STOPS, *AS_SIGTERM):
+                number = signal.SIGTERM if number in AS_SIGTERM else number
                 if number == signal.SIGINT:
                     print_to_stderr(
                         "Ctrl-C: the ranks finish their step, save and end; again to end them at once, unsaved"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from dataclasses import dataclass
 
 from tinygptv_ds.processes import has_word, is_alive, name_of, parent_of
 
 LOST = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
+# Of a terminal or an ssh connection that is gone, and of a limit on CPU time: a run stops and saves as on SIGTERM.
+AS_SIGTERM = (signal.SIGHUP, signal.SIGXCPU)
 LAUNCHER_PID = "TINYGPTV_LAUNCHER_PID"  # environment variable: the verb `train` that started this rank, on this host
 # By a word of their command lines: the per-node and the outer process of DeepSpeed's launcher, and torch's two forms.
 PER_NODE = "deepspeed.launcher.launch"

@@ -12,11 +12,10 @@ import torch
 
 from tinygptv_ds.processes import own_rank
 from tinygptv_ds.train.engine import Engine
-from tinygptv_ds.train.liveness.launchers import Launchers
+from tinygptv_ds.train.liveness.launchers import AS_SIGTERM, Launchers
 
 # In this order: Ctrl-C comes with the SIGTERM of a launcher that has got it, too.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_AS_SIGTERM = (signal.SIGHUP, signal.SIGXCPU)
 _AGAIN = 1.0  # seconds after which a second Ctrl-C is one, and not the first on its way through a launcher
 _ON_CTRL_C = b"\nCtrl-C: saving after this step or the next; press it again to end at once, unsaved\n"
 
@@ -37,13 +36,13 @@ class StopSignals:
         self._launchers = launchers
         self._interrupted: float | None = None
         # by nohup, or in the background of a script
-        may_be = (signal.SIGINT, *_AS_SIGTERM)
+        may_be = (signal.SIGINT, *AS_SIGTERM)
         ignored = [number for number in may_be if signal.getsignal(number) is signal.SIG_IGN]
-        numbers = [number for number in (*SIGNALS, *_AS_SIGTERM) if number not in ignored]
+        numbers = [number for number in (*SIGNALS, *AS_SIGTERM) if number not in ignored]
         self._before = {number: signal.signal(number, self._record) for number in numbers}
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self._seen.add(signal.SIGTERM if number in _AS_SIGTERM else number)
+        self._seen.add(signal.SIGTERM if number in AS_SIGTERM else number)
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._interrupted is None:
